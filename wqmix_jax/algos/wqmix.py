@@ -1,0 +1,122 @@
+"""Weighted QMIX: a weighting of the joint actions and an unrestricted central estimate Q*, each a part of its own.
+
+OW- and CW-QMIX have both; the paper's ablations (appendix C) leave one out. ``src/learners/max_q_learner.py`` and, without Q*,
+``src/learners/w_q_learner.py`` of the authors' code.
+"""
+
+from typing import Annotated, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from pydantic import Field
+
+from wqmix_jax import weighting
+from wqmix_jax.algos.base import TRACED, Aux, Context, Hyperparams
+from wqmix_jax.algos.q_learning import gather_actions, greedy_actions, init_agent
+from wqmix_jax.algos.qmix import QMIX, init_mixer
+from wqmix_jax.config import PositiveInt, options
+from wqmix_jax.networks.q_star import FeedForwardQStar
+from wqmix_jax.td import masked_mean, masked_mean_square, td_target
+from wqmix_jax.types import Array, EnvSpec, Episode, PRNGKey, PyTree
+
+
+class Bootstrap(NamedTuple):
+    """The central estimate of the greedy joint action under the target nets.
+
+    Attributes:
+        now: ``[B, T]``, at the state that the action was taken in.
+        next: ``[B, T]``, at the state after it.
+    """
+
+    now: Array
+    next: Array
+
+
+@options
+class WQMIX(QMIX):
+    """Parameters of QMIX plus, with a Q*, ``{"q_star_agent", "q_star_mixer"}``.
+
+    Attributes:
+        weighting: ``optimistic`` (OW, eq. 5), ``central`` (CW, eq. 10) or ``uniform`` (none).
+        alpha: the weight of the other joint actions.
+        q_star: the central estimate that targets and CW read; ``none`` takes the target Q_tot.
+        q_star_dim: width of Q*'s mixing layers.
+    """
+
+    weighting: Literal["optimistic", "central", "uniform"]
+    alpha: Annotated[float, Field(gt=0, le=1), TRACED]
+    q_star: Literal["feedforward", "none"]
+    q_star_dim: PositiveInt
+
+    @property
+    def q_star_net(self) -> nn.Module:
+        """Q*'s mixer as a flax module."""
+        return FeedForwardQStar(self.q_star_dim)
+
+    def init(self, key: PRNGKey, env_spec: EnvSpec) -> PyTree:
+        """QMIX's nets, then Q*'s."""
+        qmix_key, agent_key, mixer_key = jax.random.split(key, 3)
+        params = super().init(qmix_key, env_spec)
+        if self.q_star == "none":
+            return params
+        return params | {
+            "q_star_agent": init_agent(agent_key, self.hidden_dim, env_spec),
+            "q_star_mixer": init_mixer(self.q_star_net, mixer_key, env_spec),
+        }
+
+    def loss(
+        self, params: PyTree, target: PyTree, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree
+    ) -> tuple[Array, Aux]:
+        """The weighted loss of Q_tot (eq. 8) plus, with a Q*, its own unweighted loss (eq. 9)."""
+        del ctx, noise
+        agent_qs = self.unroll(params["agent"], batch)
+        greedy = greedy_actions(agent_qs, batch.avail_actions)
+        q_tot = self.mix(params["mixer"], gather_actions(agent_qs[:, :-1], batch.joint_action), batch.state[:, :-1])
+        bootstrap = self._bootstrap(target, batch, greedy)
+        y = jax.lax.stop_gradient(td_target(batch.reward, batch.discount, hp.gamma, bootstrap.next))
+        weights = self._weights(q_tot - y, y, greedy, bootstrap, batch, hp)
+        qmix_loss = masked_mean_square(q_tot - y, batch.mask, weights)
+        metrics = {
+            "loss": qmix_loss,
+            "q_tot_mean": masked_mean(q_tot, batch.mask),
+            "td_target_mean": masked_mean(y, batch.mask),
+            "weight_mean": masked_mean(weights, batch.mask),
+        }
+        values = {"agent_qs": agent_qs, "greedy_actions": greedy, "q_tot": q_tot, "td_target": y}
+        values |= {"td_error": q_tot - y, "weights": weights, "bootstrap_now": bootstrap.now}
+        if self.q_star == "none":
+            return qmix_loss, Aux(metrics, values)
+        q_star = self._q_star(params, batch)
+        q_star_loss = masked_mean_square(q_star - y, batch.mask)
+        loss = qmix_loss + q_star_loss
+        metrics |= {"loss": loss, "qmix_loss": qmix_loss, "q_star_loss": q_star_loss}
+        return loss, Aux(metrics, values | {"q_star": q_star})
+
+    def _q_star(self, params: PyTree, batch: Episode) -> Array:
+        """Q*(s, u) of the actions that were taken, ``[B, T]``."""
+        agent_qs = self.unroll(params["q_star_agent"], batch)
+        chosen_qs = gather_actions(agent_qs[:, :-1], batch.joint_action)
+        return self.q_star_net.apply({"params": params["q_star_mixer"]}, chosen_qs, batch.state[:, :-1])
+
+    def _bootstrap(self, target: PyTree, batch: Episode, greedy: Array) -> Bootstrap:
+        """The target estimate at the online agents' greedy actions.
+
+        With a Q* the target copies of the agent and the mixer never enter the loss.
+        """
+        agent, net, mixer = ("agent", self.mixer_net, "mixer")
+        if self.q_star != "none":
+            agent, net, mixer = ("q_star_agent", self.q_star_net, "q_star_mixer")
+        chosen_qs = gather_actions(self.unroll(target[agent], batch), greedy)
+        estimate = jax.lax.stop_gradient(net.apply({"params": target[mixer]}, chosen_qs, batch.state))
+        return Bootstrap(now=estimate[:, :-1], next=estimate[:, 1:])
+
+    def _weights(
+        self, td_error: Array, y: Array, greedy: Array, bootstrap: Bootstrap, batch: Episode, hp: Hyperparams
+    ) -> Array:
+        if self.weighting == "uniform":
+            return jnp.ones_like(y)
+        if self.weighting == "optimistic":
+            return jax.lax.stop_gradient(weighting.optimistic(td_error, hp.alpha))
+        is_greedy = (batch.joint_action == greedy[:, :-1]).all(-1)
+        return weighting.central(is_greedy, y, bootstrap.now, hp.alpha)

@@ -1,0 +1,174 @@
+"""The run's own options with their ranges, and how any group of options is built or refused.
+
+Values live in the yamls alone; types and ranges stand beside what they describe: a run's options here, an algorithm's
+or environment's in the class that its yaml names with ``_target_``. Such a class is declared with `options`, which makes
+it a frozen dataclass whose fields pydantic checks when it is built.
+"""
+
+import difflib
+import pkgutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
+
+import pydantic
+from omegaconf import OmegaConf
+from pydantic import Field
+
+_PACKAGE = Path(__file__).parent
+CONFIG_DIR = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+"""The yamls: inside an installed wheel, or beside the package in a checkout."""
+
+T = TypeVar("T")
+
+IntPair = Annotated[tuple[int, int], Field(strict=False)]
+"""Two integers; a yaml list of two is taken as well."""
+
+PositiveInt = Annotated[int, Field(gt=0)]
+
+
+class ConfigError(ValueError):
+    """A refused configuration; the message is one line that names the key, the value and what is allowed."""
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def options(cls: type[T]) -> type[T]:
+    """Declares a class of options: a frozen, keyword-only dataclass, strictly typed, unknown keys refused."""
+    strict = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+    return pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=strict)(cls)
+
+
+@options
+class CheckpointOptions:
+    """When and what is saved under ``RUN_DIR/checkpoints``.
+
+    Attributes:
+        every: environment steps (of the slowest seed) between two checkpoints of the whole train state.
+        keep: how many of the latest are kept.
+    """
+
+    every: PositiveInt
+    keep: PositiveInt
+
+
+@options
+class LoggerOptions:
+    """Where records go beside ``metrics.jsonl``.
+
+    Attributes:
+        wandb: Weights & Biases mode.
+        project: its project name.
+        group: its group name; the name of the run's folder when absent.
+        progress: whether a live progress bar is drawn on a terminal.
+    """
+
+    wandb: Literal["disabled", "offline", "online"]
+    project: str
+    group: str | None
+    progress: bool
+
+
+@options
+class RunConfig:
+    """A whole run.
+
+    Attributes:
+        algo: the algorithm, built from its yaml.
+        env: the environment, built from its yaml.
+        num_seeds: how many seeds train in one call, ``seed .. seed + num_seeds - 1``.
+        seed: the first seed.
+        num_envs: environments per seed that collect one episode each per iteration.
+        updates_per_iteration: learner steps per iteration, once ``batch_size`` episodes are stored.
+        total_env_steps: environment steps after which a seed is finished.
+        eval_interval: environment steps between evaluations, counted in iterations of full episodes.
+        eval_episodes: greedy episodes of one evaluation.
+        chunk_iterations: the most iterations of one compiled call; never changes a number.
+        matmul_precision: what `jax.default_matmul_precision` is set to.
+        run_dir: the run's folder; a dated one under ``outputs`` when absent.
+        resume: a run's folder to continue.
+        checkpoint: see `CheckpointOptions`.
+        logger: see `LoggerOptions`.
+    """
+
+    algo: Any
+    env: Any
+    num_seeds: PositiveInt
+    seed: Annotated[int, Field(ge=0, lt=2**31)]
+    num_envs: PositiveInt
+    updates_per_iteration: PositiveInt
+    total_env_steps: Annotated[int, Field(gt=0, lt=2**31)]
+    eval_interval: PositiveInt
+    eval_episodes: PositiveInt
+    chunk_iterations: PositiveInt
+    matmul_precision: Literal["float32", "tensorfloat32", "bfloat16"]
+    run_dir: str | None
+    resume: str | None
+    checkpoint: CheckpointOptions
+    logger: LoggerOptions
+
+
+def run_config(values: Mapping[str, Any]) -> RunConfig:
+    """Builds a run from nested mappings, as ``config.yaml`` of a run folder holds them.
+
+    Raises:
+        ConfigError: at the first key that is unknown, missing or out of its range.
+    """
+    plain = _plain(values)
+    parts = {"algo": build, "env": build, "checkpoint": _section(CheckpointOptions), "logger": _section(LoggerOptions)}
+    for name, make in parts.items():
+        if not isinstance(plain.get(name), Mapping):
+            raise ConfigError(f"{name}={plain.get(name)!r} is not allowed: a group of options is needed")
+        plain[name] = make(name, plain[name])
+    return _validated(RunConfig, plain, prefix="")
+
+
+def build(name: str, values: Mapping[str, Any]) -> Any:
+    """Builds the object of the class that ``values["_target_"]`` names from the other values.
+
+    Raises:
+        ConfigError: where the class can't be found or refuses a value; keys are prefixed with ``name``.
+    """
+    fields = _plain(values)
+    target = fields.pop("_target_", None)
+    try:
+        cls = pkgutil.resolve_name(target)
+    except (AttributeError, ImportError, TypeError, ValueError) as error:
+        raise ConfigError(f"{name}._target_={target!r} can't be imported: {error}") from error
+    return _validated(cls, fields, prefix=f"{name}.")
+
+
+def load_group(group: str, option: str) -> dict[str, Any]:
+    """The plain values of ``configs/GROUP/OPTION.yaml``, for a group whose yamls inherit nothing (``env``)."""
+    return _plain(OmegaConf.load(CONFIG_DIR / group / f"{option}.yaml"))
+
+
+def _section(cls: type) -> Any:
+    return lambda name, values: _validated(cls, values, prefix=f"{name}.")
+
+
+def _plain(values: Any) -> dict[str, Any]:
+    return dict(OmegaConf.to_container(OmegaConf.create(values), resolve=True))  # type: ignore[arg-type]
+
+
+def _validated(cls: type[T], values: Mapping[str, Any], *, prefix: str) -> T:
+    try:
+        return cls(**values)
+    except pydantic.ValidationError as error:
+        raise ConfigError(_one_line(error.errors()[0], cls, prefix)) from None
+    except TypeError as error:  # a plain dataclass of a user's own
+        raise ConfigError(f"{prefix.rstrip('.')}: {error}") from None
+
+
+def _one_line(error: Any, cls: type, prefix: str) -> str:
+    key = prefix + ".".join(str(part) for part in error["loc"])
+    if error["type"] == "unexpected_keyword_argument":
+        known = list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
+        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"did you mean {prefix}{close[0]}? " if close else ""
+        return f"{key} is unknown: {hint}known keys are {', '.join(known)}"
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{key} is missing"
+    allowed = error["msg"].removeprefix("Value error, ")
+    if not error["loc"]:
+        return f"{prefix.rstrip('.') or 'configuration'}: {allowed}"
+    return f"{key}={error['input']!r} is not allowed: {allowed[0].lower()}{allowed[1:]}"

@@ -1,0 +1,28 @@
+"""Greedy and epsilon-greedy choice among available actions, and the schedule of epsilon."""
+
+import jax
+import jax.numpy as jnp
+
+from wqmix_jax.types import Array, PRNGKey
+
+
+def masked_argmax(agent_qs: Array, avail_actions: Array) -> Array:
+    """Each agent's best available action: ``[.., N, A]``, ``[.., N, A]`` bool -> ``[.., N]`` int32, first on ties."""
+    return jnp.argmax(jnp.where(avail_actions, agent_qs, -jnp.inf), axis=-1).astype(jnp.int32)
+
+
+def epsilon_greedy(key: PRNGKey, agent_qs: Array, avail_actions: Array, epsilon: Array) -> Array:
+    """Each agent on its own explores uniformly over its available actions with probability ``epsilon`` (scalar).
+
+    Shapes as `masked_argmax`.
+    """
+    explore_key, action_key = jax.random.split(key)
+    explore = jax.random.uniform(explore_key, agent_qs.shape[:-1]) < epsilon
+    random_action = jax.random.categorical(action_key, jnp.where(avail_actions, 0.0, -jnp.inf), axis=-1)
+    return jnp.where(explore, random_action.astype(jnp.int32), masked_argmax(agent_qs, avail_actions))
+
+
+def linear_epsilon(env_steps: Array, start: Array, finish: Array, anneal_steps: Array) -> Array:
+    """Linear from ``start`` to ``finish`` over the first ``anneal_steps`` environment steps, constant afterwards."""
+    progress = jnp.minimum(env_steps / anneal_steps, 1.0)
+    return start + (finish - start) * progress

@@ -1,0 +1,54 @@
+"""The recurrent utility network that all agents share."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from wqmix_jax.networks.linear import Linear
+from wqmix_jax.networks.recurrent import GRU
+from wqmix_jax.types import Array
+
+
+def agent_inputs(obs: Array, last_action: Array, num_actions: int) -> Array:
+    """Local observation, one-hot last action and one-hot agent id, side by side.
+
+    Args:
+        obs: ``[.., N, O]``.
+        last_action: ``[.., N]`` int, -1 where there is none (t = 0), which gives zeros.
+        num_actions: ``A``.
+
+    Returns:
+        ``[.., N, O + A + N]`` in the dtype of ``obs``.
+    """
+    chex.assert_equal_shape_prefix([obs, last_action], obs.ndim - 1)
+    num_agents = obs.shape[-2]
+    last = jax.nn.one_hot(last_action, num_actions, dtype=obs.dtype)
+    ids = jnp.broadcast_to(jnp.eye(num_agents, dtype=obs.dtype), (*obs.shape[:-1], num_agents))
+    return jnp.concatenate([obs, last, ids], axis=-1)
+
+
+class RecurrentAgent(nn.Module):
+    """Linear-ReLU-GRU-Linear, one set of weights for all agents (figure 1 of the QMIX paper, arXiv 1803.11485)."""
+
+    hidden_dim: int
+    num_actions: int
+
+    def setup(self) -> None:
+        """Names the layers."""
+        self.encoder = Linear(self.hidden_dim)
+        self.gru = GRU(self.hidden_dim)
+        self.head = Linear(self.num_actions)
+
+    def __call__(self, carry: Array, inputs: Array) -> tuple[Array, Array]:
+        """Unrolls a sequence.
+
+        Args:
+            carry: ``[.., H]``, the hidden state before the first step.
+            inputs: ``[T, .., I]``.
+
+        Returns:
+            The hidden state after the last step ``[.., H]`` and the utilities ``[T, .., A]``.
+        """
+        hiddens = self.gru(carry, nn.relu(self.encoder(inputs)))
+        return hiddens[-1], self.head(hiddens)

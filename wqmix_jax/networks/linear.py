@@ -1,0 +1,44 @@
+"""A linear layer initialised as torch does."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from wqmix_jax.types import Array
+
+
+def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default for weights and biases alike."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Linear(nn.Module):
+    """``[.., F] -> [.., features]``; flax's Dense can't initialise its bias from the fan-in."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, inputs: Array) -> Array:
+        """Applies the layer."""
+        init = torch_uniform(inputs.shape[-1])
+        kernel = self.param("kernel", init, (inputs.shape[-1], self.features))
+        bias = self.param("bias", init, (self.features,))
+        outputs = inputs @ kernel
+        return outputs + bias.reshape((1,) * (outputs.ndim - 1) + (-1,))
+
+
+class TwoLayer(nn.Module):
+    """Linear-ReLU-Linear, ``[.., F] -> [.., features]``."""
+
+    hidden_dim: int
+    features: int
+
+    def setup(self) -> None:
+        """Names the layers."""
+        self.hidden = Linear(self.hidden_dim)
+        self.out = Linear(self.features)
+
+    def __call__(self, inputs: Array) -> Array:
+        """Applies both layers."""
+        return self.out(nn.relu(self.hidden(inputs)))

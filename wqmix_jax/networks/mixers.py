@@ -1,0 +1,42 @@
+"""Monotonic mixers: chosen utilities and state to Q_tot."""
+
+import chex
+import flax.linen as nn
+import jax.numpy as jnp
+
+from wqmix_jax.networks.linear import Linear, TwoLayer
+from wqmix_jax.types import Array
+
+
+class VDNMixer(nn.Module):
+    """Q_tot is the sum of the utilities (Sunehag et al., arXiv 1706.05296)."""
+
+    def __call__(self, chosen_qs: Array, state: Array) -> Array:
+        """``[.., N]``, ``[.., D]`` -> ``[..]``."""
+        del state
+        return chosen_qs.sum(-1)
+
+
+class QMIXMixer(nn.Module):
+    """A two-layer mixing network whose non-negative weights come from the state (Rashid et al., arXiv 1803.11485).
+
+    Attributes:
+        embed_dim: width of the mixing network.
+        hypernet_dim: hidden width of the two-layer hypernetworks.
+    """
+
+    embed_dim: int
+    hypernet_dim: int
+
+    @nn.compact
+    def __call__(self, chosen_qs: Array, state: Array) -> Array:
+        """``[.., N]``, ``[.., D]`` -> ``[..]``, non-decreasing in every utility."""
+        chex.assert_equal_shape_prefix([chosen_qs, state], chosen_qs.ndim - 1)
+        num_agents = chosen_qs.shape[-1]
+        w_1 = TwoLayer(self.hypernet_dim, num_agents * self.embed_dim, name="hyper_w_1")(state)
+        w_1 = jnp.abs(w_1).reshape(*state.shape[:-1], num_agents, self.embed_dim)
+        b_1 = Linear(self.embed_dim, name="hyper_b_1")(state)
+        w_final = jnp.abs(TwoLayer(self.hypernet_dim, self.embed_dim, name="hyper_w_final")(state))
+        v = TwoLayer(self.embed_dim, 1, name="v")(state)
+        hidden = nn.elu((chosen_qs[..., None] * w_1).sum(-2) + b_1)
+        return (hidden * w_final).sum(-1) + v[..., 0]

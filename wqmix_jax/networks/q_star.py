@@ -1,0 +1,27 @@
+"""The unrestricted central estimate Q* of the paper."""
+
+import chex
+import flax.linen as nn
+import jax.numpy as jnp
+
+from wqmix_jax.networks.linear import Linear, TwoLayer
+from wqmix_jax.types import Array
+
+
+class FeedForwardQStar(nn.Module):
+    """Three ReLU layers on the state and the chosen utilities of Q*'s own agents, plus V(s).
+
+    Figure 1 (right) of the paper; V(s) is in the authors' code (``src/modules/mixers/qmix_central_no_hyper.py``) only.
+    """
+
+    hidden_dim: int
+
+    @nn.compact
+    def __call__(self, chosen_qs: Array, state: Array) -> Array:
+        """``[.., N]``, ``[.., D]`` -> ``[..]``, without any restriction of sign."""
+        chex.assert_equal_shape_prefix([chosen_qs, state], chosen_qs.ndim - 1)
+        hidden = jnp.concatenate([state, chosen_qs], axis=-1)
+        for layer in range(3):
+            hidden = nn.relu(Linear(self.hidden_dim, name=f"net_{layer}")(hidden))
+        v = TwoLayer(self.hidden_dim, 1, name="v")(state)
+        return (Linear(1, name="net_3")(hidden) + v)[..., 0]

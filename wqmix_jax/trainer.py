@@ -1,0 +1,286 @@
+"""The compiled training loop: one scan over iterations whose state carries the seed axis inside.
+
+`make_trainer` binds a run's options into pure, jitted functions. Everything that decides a branch is a scalar over all seeds,
+so "has learning started" and "how long is the longest episode of this batch" are real branches, not selects.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from wqmix_jax.algos.base import Algorithm, Context, Hyperparams, hyperparams
+from wqmix_jax.config import RunConfig
+from wqmix_jax.envs.base import Environment
+from wqmix_jax.evaluator import evaluate
+from wqmix_jax.exploration import linear_epsilon
+from wqmix_jax.learner import LearnerState, init_learner, learner_step
+from wqmix_jax.replay import Replay, ReplayState, make_replay
+from wqmix_jax.rollout import rollout
+from wqmix_jax.types import Array, PRNGKey
+
+LENGTH_STEPS = 4
+"""A batch is cut to one of this many static lengths, the shortest that holds its longest episode."""
+
+
+class Keys(NamedTuple):
+    """One key per purpose; each use folds in a counter, so nothing drawn depends on how a run was cut into chunks.
+
+    Attributes:
+        init: parameters.
+        rollout: training episodes, by the count of episodes.
+        sample: which episodes are replayed, by the count of learner steps.
+        loss: what a loss draws, by the count of learner steps.
+        evaluation: evaluation episodes, by the count of episodes.
+    """
+
+    init: PRNGKey
+    rollout: PRNGKey
+    sample: PRNGKey
+    loss: PRNGKey
+    evaluation: PRNGKey
+
+
+class Counters(NamedTuple):
+    """What has happened to one seed, int32.
+
+    Attributes:
+        env_steps: environment steps of training.
+        episodes: whole training episodes.
+        learner_steps: optimiser steps.
+    """
+
+    env_steps: Array
+    episodes: Array
+    learner_steps: Array
+
+
+class TrainState(NamedTuple):
+    """Everything that training needs to go on; every leaf has a leading seed axis ``S``.
+
+    Attributes:
+        learner: parameters, targets and optimiser.
+        replay: the stored episodes.
+        counters: see `Counters`.
+        keys: see `Keys`.
+        hp: the traced hyperparameters.
+        total_env_steps: int32, where a seed stops: from then on nothing of it changes.
+    """
+
+    learner: LearnerState
+    replay: ReplayState
+    counters: Counters
+    keys: Keys
+    hp: Hyperparams
+    total_env_steps: Array
+
+
+class TrainRecord(NamedTuple):
+    """One iteration of every seed, leaves ``[S]``.
+
+    Attributes:
+        counters: after the iteration.
+        active: bool, whether the seed was still training.
+        updates: int32, learner steps taken in this iteration.
+        epsilon: exploration of its episodes.
+        episode_return: their mean undiscounted return.
+        episode_length: their mean length.
+        losses: scalars of the learner steps, their mean; zero where there were none.
+    """
+
+    counters: Counters
+    active: Array
+    updates: Array
+    epsilon: Array
+    episode_return: Array
+    episode_length: Array
+    losses: dict[str, Array]
+
+
+class EvalRecord(NamedTuple):
+    """One evaluation of every seed, leaves ``[S]``.
+
+    Attributes:
+        counters: when it was made.
+        metrics: see `evaluator.evaluate`.
+    """
+
+    counters: Counters
+    metrics: dict[str, Array]
+
+
+class Trainer(NamedTuple):
+    """A run as functions.
+
+    Attributes:
+        init: ``seeds -> TrainState``, for a sequence of non-negative integers.
+        train_chunk: ``TrainState -> (TrainState, TrainRecord)``, `chunk_iterations` iterations, records ``[K, S]``; the
+            argument's buffers are donated.
+        evaluate: ``TrainState -> EvalRecord``; draws from keys of its own.
+        chunk_iterations: iterations of one `train_chunk`.
+        eval_iterations: iterations between two evaluations, a multiple of `chunk_iterations`.
+        replay_bytes: bytes of replay per seed.
+    """
+
+    init: Callable[[Sequence[int]], TrainState]
+    train_chunk: Callable[[TrainState], tuple[TrainState, TrainRecord]]
+    evaluate: Callable[[TrainState], EvalRecord]
+    chunk_iterations: int
+    eval_iterations: int
+    replay_bytes: int
+
+
+class _Parts(NamedTuple):
+    """What the loop's functions close over."""
+
+    env: Environment
+    algo: Algorithm
+    replay: Replay
+    num_envs: int
+    updates_per_iteration: int
+
+
+def make_trainer(config: RunConfig) -> Trainer:
+    """Binds a run's options; nothing is compiled before the returned functions are called."""
+    env, algo = config.env, config.algo
+    replay = make_replay(env, buffer_size=algo.buffer_size, batch_size=algo.batch_size)
+    parts = _Parts(env, algo, replay, config.num_envs, config.updates_per_iteration)
+    eval_iterations = max(1, config.eval_interval // (config.num_envs * env.spec.episode_limit))
+    chunk_iterations = max(k for k in range(1, config.chunk_iterations + 1) if eval_iterations % k == 0)
+
+    def init(seeds: Array) -> TrainState:
+        return _init(parts, hyperparams(algo), config.total_env_steps, seeds)
+
+    def train_chunk(state: TrainState) -> tuple[TrainState, TrainRecord]:
+        with jax.default_matmul_precision(config.matmul_precision):
+            return jax.lax.scan(lambda s, _: _iteration(parts, s), state, length=chunk_iterations)
+
+    def evaluation(state: TrainState) -> EvalRecord:
+        with jax.default_matmul_precision(config.matmul_precision):
+            return _evaluate(parts, state, config.eval_episodes)
+
+    return Trainer(
+        init=lambda seeds, jitted=jax.jit(init): jitted(jnp.asarray(seeds, jnp.uint32)),
+        train_chunk=jax.jit(train_chunk, donate_argnums=0),
+        evaluate=jax.jit(evaluation),
+        chunk_iterations=chunk_iterations,
+        eval_iterations=eval_iterations,
+        replay_bytes=replay.num_bytes,
+    )
+
+
+def _init(parts: _Parts, hp: Hyperparams, total_env_steps: int, seeds: Array) -> TrainState:
+    def one_seed(seed: Array) -> TrainState:
+        keys = Keys(*jax.random.split(jax.random.key(seed, impl="threefry2x32"), len(Keys._fields)))
+        zero = jnp.int32(0)
+        return TrainState(
+            learner=init_learner(parts.algo.init(keys.init, parts.env.spec)),
+            replay=parts.replay.init(),
+            counters=Counters(zero, zero, zero),
+            keys=keys,
+            hp=jax.tree.map(jnp.asarray, hp),
+            total_env_steps=jnp.int32(total_env_steps),
+        )
+
+    return jax.vmap(one_seed)(seeds)
+
+
+def _iteration(parts: _Parts, state: TrainState) -> tuple[TrainState, TrainRecord]:
+    """Plays one episode per environment, stores it, and learns once enough episodes are stored.
+
+    A seed that has reached its total keeps its state to the bit, whatever the others still do.
+    """
+    counters = state.counters
+    active = counters.env_steps < state.total_env_steps
+    ctx = _context(state)
+    keys = _fold_in(state.keys.rollout, counters.episodes)
+    played = rollout(parts.env, parts.algo, state.learner.params, state.hp, ctx, keys, num_envs=parts.num_envs)
+    replay = jax.vmap(parts.replay.add)(state.replay, played.episodes, active)
+    played_counters = counters._replace(
+        env_steps=counters.env_steps + jnp.where(active, played.episodes.length.sum(-1), 0),
+        episodes=counters.episodes + jnp.where(active, parts.num_envs, 0),
+    )
+    ready = active & (played_counters.episodes >= parts.algo.batch_size)
+    state = state._replace(replay=replay, counters=played_counters)
+    learner, losses = _learn_if_any(parts, state, ready, counters.episodes)
+    updates = jnp.where(ready, parts.updates_per_iteration, 0)
+    counters = played_counters._replace(learner_steps=played_counters.learner_steps + updates)
+    record = TrainRecord(
+        counters=counters,
+        active=active,
+        updates=updates,
+        epsilon=ctx.epsilon,
+        episode_return=played.episode_return.mean(-1),
+        episode_length=played.episodes.length.mean(-1, dtype=jnp.float32),
+        losses=losses,
+    )
+    return state._replace(learner=learner, counters=counters), record
+
+
+def _learn_if_any(
+    parts: _Parts, state: TrainState, ready: Array, episodes_before: Array
+) -> tuple[LearnerState, dict[str, Array]]:
+    """The learner steps of one iteration where any seed is ready; the others' learners stay as they are."""
+
+    def learn(state: TrainState) -> tuple[LearnerState, dict[str, Array]]:
+        def update(learner: LearnerState, index: Array) -> tuple[LearnerState, dict[str, Array]]:
+            return _update(parts, state, learner, state.counters.learner_steps + index, episodes_before)
+
+        learner, losses = jax.lax.scan(update, state.learner, jnp.arange(parts.updates_per_iteration))
+        learner = jax.tree.map(lambda new, old: _where_seed(ready, new, old), learner, state.learner)
+        return learner, jax.tree.map(lambda loss: jnp.where(ready, loss.mean(0), 0.0), losses)
+
+    _, losses = jax.eval_shape(learn, state)
+
+    def skip(state: TrainState) -> tuple[LearnerState, dict[str, Array]]:
+        return state.learner, jax.tree.map(lambda loss: jnp.zeros(loss.shape, loss.dtype), losses)
+
+    return jax.lax.cond(ready.any(), learn, skip, state)
+
+
+def _update(
+    parts: _Parts, state: TrainState, learner: LearnerState, learner_steps: Array, episodes_before: Array
+) -> tuple[LearnerState, dict[str, Array]]:
+    """Samples a batch per seed, cuts it to its longest episode, and takes one learner step."""
+    rows = jax.vmap(parts.replay.sample)(state.replay, _fold_in(state.keys.sample, learner_steps))
+    loss_keys = _fold_in(state.keys.loss, learner_steps)
+    ctx = _context(state)._replace(learner_steps=learner_steps)
+    lengths = _static_lengths(parts.env.spec.episode_limit)
+
+    def step_on(num_steps: int) -> Callable[[Array], tuple[LearnerState, dict[str, Array]]]:
+        def one_seed(learner, rows, hp, ctx, episodes, key):
+            return learner_step(parts.algo, learner, parts.replay.decode(rows, num_steps), hp, ctx, episodes, key)
+
+        return lambda rows: jax.vmap(one_seed)(learner, rows, state.hp, ctx, episodes_before, loss_keys)
+
+    longest = jax.vmap(parts.replay.lengths)(rows).max()
+    choice = (longest > jnp.asarray(lengths[:-1], jnp.int32)).sum()
+    return jax.lax.switch(choice, [step_on(length) for length in lengths], rows)
+
+
+def _static_lengths(episode_limit: int) -> list[int]:
+    """Ascending; the last is the limit itself."""
+    return sorted({-(-episode_limit * part // LENGTH_STEPS) for part in range(1, LENGTH_STEPS + 1)})
+
+
+def _evaluate(parts: _Parts, state: TrainState, num_episodes: int) -> EvalRecord:
+    keys = _fold_in(state.keys.evaluation, state.counters.episodes)
+    metrics = evaluate(
+        parts.env, parts.algo, state.learner.params, state.hp, _context(state), keys, num_episodes=num_episodes
+    )
+    return EvalRecord(state.counters, metrics)
+
+
+def _context(state: TrainState) -> Context:
+    hp, counters = state.hp, state.counters
+    epsilon = linear_epsilon(counters.env_steps, hp.epsilon_start, hp.epsilon_finish, hp.epsilon_anneal_steps)
+    return Context(epsilon, counters.env_steps, counters.learner_steps)
+
+
+def _fold_in(keys: PRNGKey, counts: Array) -> PRNGKey:
+    return jax.vmap(jax.random.fold_in)(keys, counts)
+
+
+def _where_seed(condition: Array, if_true: Array, if_false: Array) -> Array:
+    return jnp.where(condition.reshape(-1, *(1,) * (if_true.ndim - 1)), if_true, if_false)

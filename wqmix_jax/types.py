@@ -1,0 +1,81 @@
+"""The structures that cross module borders, and the axis legend.
+
+Axes: ``S`` seeds, ``B`` batch of episodes, ``T`` time steps, ``N`` agents, ``A`` actions, ``O`` observation features,
+``D`` state features. ``..`` stands for any leading batch axes.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+
+Array = jax.Array
+PRNGKey = jax.Array
+PyTree = Any
+
+
+class EnvSpec(NamedTuple):
+    """The static sizes of an environment.
+
+    Attributes:
+        num_agents: ``N``.
+        num_actions: ``A``, the same for every agent.
+        obs_dim: ``O``, features of one agent's local observation.
+        state_dim: ``D``, features of the global state.
+        episode_limit: the most environment steps of one episode, ``T``.
+    """
+
+    num_agents: int
+    num_actions: int
+    obs_dim: int
+    state_dim: int
+    episode_limit: int
+
+
+class Observation(NamedTuple):
+    """What is seen before an action is taken.
+
+    Attributes:
+        obs: ``[.., N, O]`` float32, what each agent sees.
+        state: ``[.., D]`` float32, the global state, for centralised training only.
+        avail_actions: ``[.., N, A]`` bool, True where an action is allowed.
+    """
+
+    obs: Array
+    state: Array
+    avail_actions: Array
+
+
+class StepOutcome(NamedTuple):
+    """What one environment step returns beside the next state.
+
+    Attributes:
+        reward: ``[..]`` float32, shared by all agents.
+        terminated: ``[..]`` bool, the task itself ended: nothing is bootstrapped from the next state.
+        truncated: ``[..]`` bool, the episode was cut by its time limit: the next state's value still counts.
+    """
+
+    reward: Array
+    terminated: Array
+    truncated: Array
+
+
+class Episode(NamedTuple):
+    """Padded whole episodes; everything past an episode's end is zero.
+
+    Attributes:
+        obs: ``[.., T+1, N, O]`` float32.
+        state: ``[.., T+1, D]`` float32.
+        avail_actions: ``[.., T+1, N, A]`` bool.
+        joint_action: ``[.., T, N]`` int32.
+        reward: ``[.., T]`` float32.
+        discount: ``[.., T]`` float32, 0 where the task terminated, 1 elsewhere (an end by the time limit included).
+        mask: ``[.., T]`` float32, 1 for a real step.
+    """
+
+    obs: Array
+    state: Array
+    avail_actions: Array
+    joint_action: Array
+    reward: Array
+    discount: Array
+    mask: Array

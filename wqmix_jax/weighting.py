@@ -1,0 +1,27 @@
+"""The weightings w(s, u) of the paper, elementwise over joint actions that were taken."""
+
+import jax.numpy as jnp
+
+from wqmix_jax.types import Array
+
+
+def optimistic(td_error: Array, alpha: Array) -> Array:
+    """Optimistic weighting (OW), eq. 5: 1 where Q_tot underestimates its target, alpha elsewhere.
+
+    Args:
+        td_error: ``Q_tot - y``, any shape.
+        alpha: scalar in (0, 1].
+    """
+    return jnp.where(td_error < 0, jnp.ones_like(td_error), alpha)
+
+
+def central(is_greedy: Array, td_target: Array, greedy_value: Array, alpha: Array) -> Array:
+    """Centrally-weighted (CW), eq. 10: 1 where the joint action is greedy or better than the greedy one, else alpha.
+
+    Args:
+        is_greedy: bool, every agent took the argmax of its own utility.
+        td_target: ``y``, same shape.
+        greedy_value: the central estimate of the greedy joint action, same shape; the comparison is strict.
+        alpha: scalar in (0, 1].
+    """
+    return jnp.where(is_greedy | (td_target > greedy_value), jnp.ones_like(td_target), alpha)
