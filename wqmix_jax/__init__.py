@@ -1,3 +1,27 @@
 """Weighted QMIX and its baselines in JAX, as one compiled training loop over many seeds."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wqmix_jax.api import train_seeds
+    from wqmix_jax.logger import load_metrics
+    from wqmix_jax.train import load_config
+    from wqmix_jax.trainer import make_trainer
+
 __version__ = "0.1.0"
+
+__all__ = ["__version__", "load_config", "load_metrics", "make_trainer", "train_seeds"]
+
+_HOMES = {"load_config": "train", "load_metrics": "logger", "make_trainer": "trainer", "train_seeds": "api"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for when it is asked for: ``import wqmix_jax`` alone loads neither jax nor hydra."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

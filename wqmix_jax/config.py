@@ -1,15 +1,15 @@
 """The run's own options with their ranges, and how any group of options is built or refused.
 
-Values live in the yamls alone; types and ranges stand beside what they describe: a run's options here, an algorithm's
-or environment's in the class that its yaml names with ``_target_``. Such a class is declared with `options`, which makes
-it a frozen dataclass whose fields pydantic checks when it is built.
+Values live in the yamls alone; types and ranges stand beside what they describe: a run's options here, an
+algorithm's or environment's in the class that its yaml names with ``_target_``. Such a class is declared with `options`,
+which makes it a frozen dataclass whose fields pydantic checks when it is built.
 """
 
 import difflib
 import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
+from typing import Annotated, Any, Literal, Self, TypeVar, dataclass_transform
 
 import pydantic
 from omegaconf import OmegaConf
@@ -25,6 +25,8 @@ IntPair = Annotated[tuple[int, int], Field(strict=False)]
 """Two integers; a yaml list of two is taken as well."""
 
 PositiveInt = Annotated[int, Field(gt=0)]
+
+MAX_SEED = 2**31 - 1
 
 
 class ConfigError(ValueError):
@@ -93,7 +95,7 @@ class RunConfig:
     algo: Any
     env: Any
     num_seeds: PositiveInt
-    seed: Annotated[int, Field(ge=0, lt=2**31)]
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)]
     num_envs: PositiveInt
     updates_per_iteration: PositiveInt
     total_env_steps: Annotated[int, Field(gt=0, lt=2**31)]
@@ -105,6 +107,17 @@ class RunConfig:
     resume: str | None
     checkpoint: CheckpointOptions
     logger: LoggerOptions
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.seed + self.num_seeds > MAX_SEED + 1:
+            raise ValueError(f"seed={self.seed} is not allowed: {self.num_seeds} seeds from there pass {MAX_SEED}")
+        buffer_size = getattr(self.algo, "buffer_size", self.num_envs)
+        if self.num_envs > buffer_size:
+            raise ValueError(
+                f"num_envs={self.num_envs} is not allowed: at most algo.buffer_size={buffer_size} episodes fit"
+            )
+        return self
 
 
 def run_config(values: Mapping[str, Any]) -> RunConfig:
@@ -130,8 +143,13 @@ def build(name: str, values: Mapping[str, Any]) -> Any:
     """
     fields = _plain(values)
     target = fields.pop("_target_", None)
+    if target is None:
+        raise ConfigError(f"{name}._target_ is missing: it names the class of these options")
     try:
         cls = pkgutil.resolve_name(target)
+    except ModuleNotFoundError as error:
+        where = "start where the module lies, or name its folder with --config-dir"
+        raise ConfigError(f"{name}._target_={target!r} can't be imported: {error}; {where}") from error
     except (AttributeError, ImportError, TypeError, ValueError) as error:
         raise ConfigError(f"{name}._target_={target!r} can't be imported: {error}") from error
     return _validated(cls, fields, prefix=f"{name}.")
@@ -154,9 +172,14 @@ def _validated(cls: type[T], values: Mapping[str, Any], *, prefix: str) -> T:
     try:
         return cls(**values)
     except pydantic.ValidationError as error:
-        raise ConfigError(_one_line(error.errors()[0], cls, prefix)) from None
+        raise ConfigError(_one_line(_worst(error.errors()), cls, prefix)) from None
     except TypeError as error:  # a plain dataclass of a user's own
         raise ConfigError(f"{prefix.rstrip('.')}: {error}") from None
+
+
+def _worst(errors: list[Any]) -> Any:
+    """An unknown key first: it may be the misspelt name of one that is missing."""
+    return next((error for error in errors if error["type"] == "unexpected_keyword_argument"), errors[0])
 
 
 def _one_line(error: Any, cls: type, prefix: str) -> str:
@@ -169,6 +192,7 @@ def _one_line(error: Any, cls: type, prefix: str) -> str:
     if error["type"] in ("missing", "missing_argument"):
         return f"{key} is missing"
     allowed = error["msg"].removeprefix("Value error, ")
-    if not error["loc"]:
-        return f"{prefix.rstrip('.') or 'configuration'}: {allowed}"
+    if not error["loc"]:  # the message of a class's own check, which starts with one of its keys
+        is_key = allowed.split("=")[0] in cls.__dataclass_fields__  # type: ignore[attr-defined]
+        return f"{prefix}{allowed}" if is_key else allowed
     return f"{key}={error['input']!r} is not allowed: {allowed[0].lower()}{allowed[1:]}"

@@ -58,7 +58,9 @@ def init_agent(key: PRNGKey, hidden_dim: int, env_spec: EnvSpec) -> PyTree:
 
 def gather_actions(agent_qs: Array, joint_action: Array) -> Array:
     """The utilities of the given actions: ``[.., N, A]``, ``[.., N]`` -> ``[.., N]``."""
-    return jnp.take_along_axis(agent_qs, joint_action[..., None], axis=-1)[..., 0]
+    # A masked sum, since a gather's gradient is a scatter, which is slow on every backend.
+    taken = joint_action[..., None] == jnp.arange(agent_qs.shape[-1]).reshape((1,) * joint_action.ndim + (-1,))
+    return jnp.where(taken, agent_qs, 0).sum(-1)
 
 
 def greedy_actions(agent_qs: Array, avail_actions: Array) -> Array:

@@ -1,8 +1,8 @@
 """The paper's predator-prey task as pure functions (appendix B.1 of Rashid et al. 2020; Böhmer et al. 2020).
 
-Semantics of ``src/envs/stag_hunt.py`` in the authors' released code: predators move one by one in a random order, then
-each prey in a random order is either caught or flees. A step's randomness is an explicit `Noise`, so a recorded step can
-be replayed exactly. Positions are ``(row, column)``; row 0 is the top.
+The rules are those of ``src/envs/stag_hunt.py`` in the authors' released code: predators move one by one in a random
+order, then each prey, in a random order too, is caught or flees. A step's randomness is an explicit `Noise`, so a
+recorded step can be replayed exactly. Positions are ``(row, column)``; row 0 is the top.
 """
 
 from typing import Annotated, NamedTuple, Self
@@ -19,9 +19,6 @@ RIGHT, DOWN, LEFT, UP, STAY, CATCH = range(6)
 NUM_ACTIONS = 6
 NUM_CHANNELS = 3
 """Features of one cell: agents, stags, hares."""
-
-_MOVES = ((0, 1), (1, 0), (0, -1), (-1, 0))  # row and column offsets of RIGHT, DOWN, LEFT, UP
-_OFFSETS = (*_MOVES, (0, 0), (0, 0))
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 
@@ -224,20 +221,21 @@ class PredatorPrey(Environment):
     def _move_agents(self, env_state: EnvState, joint_action: Array, order: Array) -> EnvState:
         """Moves one agent after the other; a move is cancelled if someone stands there when its turn comes."""
         start = env_state.agents_pos
-        is_action = joint_action[:, None] == jnp.arange(NUM_ACTIONS)[None]
-        offset = (is_action[:, :, None] * jnp.array(_OFFSETS, jnp.int32)[None]).sum(1, dtype=jnp.int32)
+        # A sum over the four moves rather than a look-up: any other number, out of range too, moves nobody.
+        chosen_move = joint_action[:, None] == jnp.array([RIGHT, DOWN, LEFT, UP], joint_action.dtype)[None]
+        offset = jnp.where(chosen_move[:, :, None], _moves()[None], 0).sum(1, dtype=jnp.int32)
         goal = self._inside(start + offset)
         # Everyone moves once, so whether a goal is taken depends on nothing but who has moved before.
         on_grid = self._on_grid(env_state.agents_active)[None]
         taken_if_stayed = _same_cell(goal, start) & on_grid
         taken_if_moved = _same_cell(goal, goal) & on_grid
-        beside_prey = (_same_cell(goal, env_state.prey_pos) & env_state.prey_alive[None]).any(1)
-        may_move = env_state.agents_active & ~beside_prey
+        prey_there = (_same_cell(goal, env_state.prey_pos) & env_state.prey_alive[None]).any(1)
+        may_move = env_state.agents_active & ~prey_there
 
         def turn(has_moved: Array, agent: Array) -> tuple[Array, None]:
             taken = jnp.where(has_moved, taken_if_moved[agent], taken_if_stayed[agent]).any()
             moves = may_move[agent] & ~taken
-            return has_moved | (moves & (jnp.arange(self.num_agents) == agent)), None
+            return has_moved | (moves & (_index(self.num_agents) == agent)), None
 
         has_moved, _ = jax.lax.scan(turn, jnp.zeros(self.num_agents, bool), order)
         return env_state._replace(agents_pos=jnp.where(has_moved[:, None], goal, start))
@@ -247,14 +245,15 @@ class PredatorPrey(Environment):
         agents, prey = env_state.agents_pos, env_state.prey_pos
         catcher_beside = _adjacent(prey, agents) & is_catching[None]  # [P, N]
         # At a wall the goal is the prey's own cell, which it takes itself: no prey rests unless it is shut in.
-        goal_cells = self._cell(self._inside(prey[:, None] + jnp.array(_MOVES, jnp.int32)[None]))  # [P, 4]
+        goal_cells = self._cell(self._inside(prey[:, None] + _moves()[None]))  # [P, 4]
         agent_there = goal_cells[:, :, None] == self._cell(agents)[None, None]  # [P, 4, N]
-        is_stag = jnp.arange(self.num_prey) < self.num_stags
-        needed = jnp.where(is_stag, self.stag_catchers, self.hare_catchers)
+        is_stag = _index(self.num_prey) < self.num_stags
+        needed = jnp.where(is_stag, jnp.int32(self.stag_catchers), jnp.int32(self.hare_catchers))
+        gain = jnp.where(is_stag, jnp.float32(self.reward_stag), jnp.float32(self.reward_hare))
 
         def turn(carry: tuple[Array, Array, Array], prey_index: Array) -> tuple[tuple[Array, Array, Array], Array]:
             cells, alive, active = carry
-            me = jnp.arange(self.num_prey) == prey_index
+            me = _index(self.num_prey) == prey_index
             catchers = catcher_beside[prey_index] & active
             count = catchers.sum(dtype=jnp.int32)
             caught = alive[prey_index] & (count >= needed[prey_index])
@@ -268,8 +267,8 @@ class PredatorPrey(Environment):
             choice = _choose(cell, ~agent_blocks & ~prey_blocks, noise.prey_uniform[prey_index])
             flees = me & alive & (choice >= 0)
             cells = jnp.where(flees, choice, cells)
-            gain = jnp.where(is_stag[prey_index], self.reward_stag, self.reward_hare)
-            return (cells, alive, active), jnp.where(caught, gain, jnp.where(missed, self.punishment, 0.0))
+            reward = jnp.where(caught, gain[prey_index], jnp.where(missed, jnp.float32(self.punishment), 0.0))
+            return (cells, alive, active), reward
 
         start = (self._cell(prey), env_state.prey_alive, env_state.agents_active)
         (cells, alive, active), rewards = jax.lax.scan(turn, start, noise.prey_order)
@@ -279,27 +278,26 @@ class PredatorPrey(Environment):
     def _local_views(self, env_state: EnvState) -> Array:
         """``[N, (2r+1)^2 * 3]`` float32: the window around each agent."""
         width = 2 * self.obs_radius + 1
-        kinds = jnp.array([0] * self.num_agents + [1] * self.num_stags + [2] * self.num_hares, jnp.int32)
-        others = jnp.concatenate([env_state.agents_pos, env_state.prey_pos])
+        everyone = jnp.concatenate([env_state.agents_pos, env_state.prey_pos])
         visible = jnp.concatenate([env_state.agents_active, env_state.prey_alive])
-        in_window = others[None] - env_state.agents_pos[:, None] + self.obs_radius  # [N, N + P, 2]
+        in_window = everyone[None] - env_state.agents_pos[:, None] + self.obs_radius  # [N, N + P, 2]
         seen = ((in_window >= 0) & (in_window < width)).all(-1) & visible[None]
         seen &= self._on_grid(env_state.agents_active)[:, None]
-        feature = (in_window[..., 0] * width + in_window[..., 1]) * NUM_CHANNELS + kinds[None]
+        feature = (in_window[..., 0] * width + in_window[..., 1]) * NUM_CHANNELS + self._channels()[None]
         return _ones_at(jnp.where(seen, feature, -1), width * width * NUM_CHANNELS)
 
     def _global_view(self, env_state: EnvState) -> Array:
         """``[H * W * 3]`` float32: everyone on the grid."""
         rows, columns = self.world_shape
-        kinds = jnp.array([0] * self.num_agents + [1] * self.num_stags + [2] * self.num_hares, jnp.int32)
         cells = self._cell(jnp.concatenate([env_state.agents_pos, env_state.prey_pos]))
         visible = jnp.concatenate([self._on_grid(env_state.agents_active), env_state.prey_alive])
-        return _ones_at(jnp.where(visible, cells * NUM_CHANNELS + kinds, -1), rows * columns * NUM_CHANNELS)
+        feature = cells * NUM_CHANNELS + self._channels()
+        return _ones_at(jnp.where(visible, feature, -1), rows * columns * NUM_CHANNELS)
 
     def _avail_actions(self, env_state: EnvState) -> Array:
         """``[N, 6]`` bool: stay, moves that end on the grid, taken or not, and catch beside a living prey."""
         start = env_state.agents_pos
-        goals = start[:, None] + jnp.array(_MOVES, jnp.int32)[None]
+        goals = start[:, None] + _moves()[None]
         can_move = (self._inside(goals) == goals).all(-1) | self.toroidal
         apart = jnp.abs(start[:, None] - env_state.prey_pos[None])
         if self.toroidal:
@@ -307,7 +305,11 @@ class PredatorPrey(Environment):
         can_catch = ((apart.sum(-1) == 1) & env_state.prey_alive[None]).any(-1, keepdims=True)
         can_stay = jnp.ones((self.num_agents, 1), bool)
         avail = jnp.concatenate([can_move, can_stay, can_catch], axis=-1)
-        return jnp.where(env_state.agents_active[:, None], avail, (jnp.arange(NUM_ACTIONS) == STAY)[None])
+        return jnp.where(env_state.agents_active[:, None], avail, (_index(NUM_ACTIONS) == STAY)[None])
+
+    def _channels(self) -> Array:
+        """``[N + P]`` int32: which feature of a cell shows each agent and prey."""
+        return jnp.array([0] * self.num_agents + [1] * self.num_stags + [2] * self.num_hares, jnp.int32)
 
     def _on_grid(self, agents_active: Array) -> Array:
         return agents_active if self.remove_frozen else jnp.ones_like(agents_active)
@@ -326,10 +328,19 @@ class PredatorPrey(Environment):
         return jnp.stack(jnp.divmod(cells, self.world_shape[1]), axis=-1)
 
 
+def _index(size: int) -> Array:
+    return jnp.arange(size, dtype=jnp.int32)
+
+
+def _moves() -> Array:
+    """``[4, 2]`` int32: what `RIGHT`, `DOWN`, `LEFT` and `UP` add to a position."""
+    return jnp.array([(0, 1), (1, 0), (0, -1), (-1, 0)], jnp.int32)
+
+
 def _random_order(key: PRNGKey, size: int) -> Array:
     """A uniform permutation: the ranks of random words. Cheaper than a sort in a batch of few entities."""
     word = jax.random.bits(key, (size,), jnp.uint32)
-    index = jnp.arange(size)
+    index = _index(size)
     ahead = (word[None] < word[:, None]) | ((word[None] == word[:, None]) & (index[None] < index[:, None]))
     return ahead.sum(1, dtype=jnp.int32)
 
@@ -346,7 +357,7 @@ def _adjacent(positions: Array, others: Array) -> Array:
 
 def _choose(cells: Array, possible: Array, uniform: Array) -> Array:
     """The ``floor(uniform * n)``-th of the ``n`` possible among ``cells`` (``[M]``); -1 if none is."""
-    index = jnp.arange(len(cells))
+    index = _index(len(cells))
     earlier = (possible[None] & (index[None] < index[:, None])).sum(1, dtype=jnp.int32)
     wanted = jnp.floor(uniform * possible.sum(dtype=jnp.float32)).astype(jnp.int32)
     return jnp.where(possible & (earlier == wanted), cells, -1).max()
@@ -354,5 +365,5 @@ def _choose(cells: Array, possible: Array, uniform: Array) -> Array:
 
 def _ones_at(features: Array, size: int) -> Array:
     """``[.., size]`` float32, 1 at each of ``features`` (``[.., J]``); -1 is nowhere."""
-    every = jnp.arange(size).reshape((1,) * features.ndim + (size,))
+    every = _index(size).reshape((1,) * features.ndim + (size,))
     return (features[..., None] == every).any(-2).astype(jnp.float32)

@@ -1,0 +1,67 @@
+# `make` alone lists the targets. Everything lives in .venv; nothing outside the checkout is changed.
+#   PYTHON    the interpreter that makes .venv: the first found of 3.11 or newer
+#   EXTRAS    extras to install beside the rest: make train EXTRAS=cuda
+#   PIP_ARGS  arguments for pip
+#   ALGO      the algorithm that `make train` trains: a yaml's name in configs/algo
+#   ARGS      arguments for the command behind a target: make train ARGS="num_seeds=4 run_dir=outputs/first"
+
+VENV     := .venv
+PYTHON   ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+              $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+EXTRAS   ?=
+PIP_ARGS ?=
+ALGO     ?= ow_qmix
+ARGS     ?=
+
+comma    := ,
+PIP      := $(VENV)/bin/pip
+RUN      := $(VENV)/bin/python
+# One stamp per set of extras: made once, and again when pyproject.toml changes.
+USE      := $(VENV)/.installed$(if $(EXTRAS),-$(EXTRAS))
+DEVELOP  := $(VENV)/.installed-dev$(if $(EXTRAS),-$(EXTRAS))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-slow lint format benchmark clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(DEVELOP) ## make .venv with all that development needs
+
+train: $(USE) ## train OW-QMIX on predator-prey (ALGO=NAME for another algorithm, ARGS for options)
+	$(RUN) -m wqmix_jax.train +algo=$(ALGO) $(ARGS)
+
+test: $(DEVELOP) ## run the tests, the slow ones left out
+	$(RUN) -m pytest $(ARGS)
+
+test-slow: $(DEVELOP) ## run the slow tests
+	$(RUN) -m pytest -m slow $(ARGS)
+
+lint: $(DEVELOP) ## check style, formatting and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright --pythonpath $(RUN)
+
+format: $(DEVELOP) ## format the code and fix what can be fixed
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+benchmark: $(USE) ## measure speed on this machine
+	$(RUN) -m experiments.benchmark $(ARGS)
+
+clean: ## remove caches and builds; .venv and outputs stay
+	rm -rf build dist *.egg-info .cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(PIP):
+	@'$(PYTHON)' -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo 'Python 3.11 or newer with its venv module is needed; name it: make setup PYTHON=/path/to/python3.11' >&2; exit 1; }
+	'$(PYTHON)' -m venv $(VENV)
+
+$(USE): pyproject.toml | $(PIP)
+	$(PIP) install $(PIP_ARGS) -e '.$(if $(EXTRAS),[$(EXTRAS)])'
+	@touch $@
+
+$(DEVELOP): pyproject.toml | $(PIP)
+	$(PIP) install $(PIP_ARGS) -e '.[dev$(if $(EXTRAS),$(comma)$(EXTRAS))]'
+	@touch $@ $(USE)

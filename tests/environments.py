@@ -1,0 +1,136 @@
+"""Diagnostic environments and algorithms whose every step is known beforehand."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from wqmix_jax.algos.base import Algorithm, AgentInputs, Aux, Context
+from wqmix_jax.config import build, options
+from wqmix_jax.envs.base import Environment
+from wqmix_jax.types import Array, EnvSpec, Observation, StepOutcome
+
+
+class ClockState(NamedTuple):
+    """``steps`` and what was done at each of them, ``[T, N]`` (-1 where nothing was yet)."""
+
+    steps: Array
+    history: Array
+
+
+@options
+class Clock(Environment):
+    """Two agents; observations tell the time, the reward of step t is t + 1.
+
+    Action 2 of agent 0 ends the task once ``ends_from`` steps are played; otherwise the time limit cuts the episode. Agent 1
+    may never play action ``t % 3`` at step t.
+    """
+
+    episode_limit: int
+    ends_from: int
+
+    @property
+    def spec(self) -> EnvSpec:
+        return EnvSpec(num_agents=2, num_actions=3, obs_dim=2, state_dim=3, episode_limit=self.episode_limit)
+
+    def reset(self, key: Any) -> ClockState:
+        return ClockState(jnp.int32(0), jnp.full((self.episode_limit, 2), -1, jnp.int32))
+
+    def step(self, env_state: ClockState, joint_action: Array, key: Any) -> tuple[ClockState, StepOutcome]:
+        history = env_state.history.at[env_state.steps].set(joint_action)
+        following = ClockState(env_state.steps + 1, history)
+        truncated = following.steps >= self.episode_limit
+        terminated = (joint_action[0] == 2) & (following.steps > self.ends_from) & ~truncated
+        return following, StepOutcome(following.steps.astype(jnp.float32), terminated, truncated)
+
+    def observe(self, env_state: ClockState) -> Observation:
+        time = env_state.steps.astype(jnp.float32)
+        avail = jnp.ones((2, 3), bool).at[1, env_state.steps % 3].set(False)
+        obs = jnp.stack([jnp.stack([time, jnp.float32(1)]), jnp.stack([-time, jnp.float32(2)])])
+        return Observation(obs, jnp.stack([time, time * time, jnp.float32(1)]), avail)
+
+
+TINY = {
+    "gamma": 0.9,
+    "lr": 0.01,
+    "rms_decay": 0.99,
+    "rms_eps": 1e-5,
+    "max_grad_norm": 10.0,
+    "batch_size": 2,
+    "buffer_size": 6,
+    "target_update_interval": 3,
+    "epsilon_start": 1.0,
+    "epsilon_finish": 0.1,
+    "epsilon_anneal_steps": 40,
+    "hidden_dim": 5,
+}
+QMIX = TINY | {"mixer": "qmix", "mixer_embed_dim": 4, "hypernet_dim": 3}
+WQMIX = QMIX | {"weighting": "central", "alpha": 0.1, "q_star": "feedforward", "q_star_dim": 6}
+
+
+def tiny_wqmix(**changes: Any) -> Algorithm:
+    """CW-QMIX with narrow nets."""
+    return build("algo", {"_target_": "wqmix_jax.algos.wqmix.WQMIX", **WQMIX, **changes})
+
+
+def tiny_run(algo: Algorithm, env: Environment, **changes: Any) -> Any:
+    """A run of a few small episodes."""
+    from wqmix_jax.config import CheckpointOptions, LoggerOptions, RunConfig
+
+    values: dict[str, Any] = {
+        "num_seeds": 1,
+        "seed": 0,
+        "num_envs": 1,
+        "updates_per_iteration": 1,
+        "total_env_steps": 10_000,
+        "eval_interval": env.spec.episode_limit,
+        "eval_episodes": 2,
+        "chunk_iterations": 1,
+        "matmul_precision": "float32",
+        "run_dir": None,
+        "resume": None,
+        "checkpoint": CheckpointOptions(every=1000, keep=1),
+        "logger": LoggerOptions(wandb="disabled", project="test", group=None, progress=False),
+    }
+    return RunConfig(algo=algo, env=env, **(values | changes))
+
+
+@options
+class Counting(Algorithm):
+    """Acts from what the loop feeds it, without parameters that matter; a misaligned loop shows in the actions.
+
+    Agent 0 plays ``(last_action + 1) % 3``, so 0, 1, 2, 0, .. from a first last action of -1. Agent 1 plays the count in
+    its carry, ``count % 3``, so 0, 1, 2, .. from a carry that starts at zero.
+    """
+
+    def init(self, key: Any, env_spec: EnvSpec) -> Any:
+        return {"unused": jnp.zeros(1)}
+
+    def initial_carry(self, batch_shape: tuple[int, ...]) -> Array:
+        return jnp.zeros(batch_shape, jnp.int32)
+
+    def act(
+        self, params: Any, carry: Array, inputs: AgentInputs, hp: Any, ctx: Context, key: Any
+    ) -> tuple[Array, Array]:
+        joint_action = jnp.stack([(inputs.last_action[..., 0] + 1) % 3, carry[..., 1] % 3], axis=-1)
+        return joint_action, carry + 1
+
+    def loss(self, params: Any, target: Any, batch: Any, hp: Any, ctx: Context, noise: Any) -> tuple[Array, Aux]:
+        loss = jnp.square(params["unused"] - 1).sum()
+        return loss, Aux({"loss": loss}, {})
+
+
+@options
+class EpsilonTeller(Counting):
+    """Plays action 1 where epsilon is what it was at the start of the first episode, action 0 otherwise."""
+
+    def act(
+        self, params: Any, carry: Array, inputs: AgentInputs, hp: Any, ctx: Context, key: Any
+    ) -> tuple[Array, Array]:
+        same = (ctx.epsilon == hp.epsilon_start).astype(jnp.int32)
+        return jnp.full(inputs.last_action.shape, same), carry
+
+
+def by_seed(tree: Any) -> Any:
+    """Adds a seed axis of one."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tree)

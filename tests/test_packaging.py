@@ -1,0 +1,139 @@
+"""The wheel holds all that a run needs and works from any folder; what the project says about itself agrees."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from email.message import Message
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+import yaml
+
+import wqmix_jax
+from wqmix_jax.config import CONFIG_DIR
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's wheel, built offline with the build backend that is installed here."""
+    folder = tmp_path_factory.mktemp("wheel")
+    _pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder, ROOT)
+    [built] = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel installed into it, to be put on the path before this checkout."""
+    folder = tmp_path_factory.mktemp("site")
+    _pip("install", "--no-deps", "--no-index", "--no-compile", "--target", folder, wheel)
+    return folder
+
+
+def test_wheel_holds_the_package_and_its_configs_alone(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "wqmix_jax").rglob("*.py")}
+    configs = {f"wqmix_jax/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
+    assert names == package | configs | {"wqmix_jax/py.typed"}
+
+
+def test_metadata(wheel: Path) -> None:
+    metadata, names = _metadata(wheel)
+    assert metadata["Version"] == wqmix_jax.__version__
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert {name.rsplit("/", 1)[-1] for name in names if "/licenses/" in name} == {"LICENSE", "NOTICE"}
+    extras = {"cuda", "tpu", "smax", "torch", "launchers", "notebooks", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == extras
+
+
+def test_nothing_installed_needs_replacing_by_something_older(wheel: Path) -> None:
+    """Run-time requirements have no upper bounds, so that an environment keeps the jax that it has."""
+    metadata, _ = _metadata(wheel)
+    needed = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert needed
+    assert [line for line in needed if re.search(r"<|==|~=|!=", line)] == []
+
+
+def test_installed_package_finds_its_own_configs(site: Path, tmp_path: Path) -> None:
+    code = (
+        "import json, pathlib, wqmix_jax\n"
+        "from wqmix_jax.config import CONFIG_DIR\n"
+        "yamls = sorted(path.relative_to(CONFIG_DIR).as_posix() for path in CONFIG_DIR.rglob('*.yaml'))\n"
+        "print(json.dumps([str(pathlib.Path(wqmix_jax.__file__).parent), str(CONFIG_DIR), yamls]))\n"
+    )
+    package, config_dir, yamls = json.loads(_python(site, tmp_path, "-c", code))
+    assert Path(package) == site / "wqmix_jax"
+    assert Path(config_dir) == site / "wqmix_jax" / "configs"
+    assert yamls == sorted(path.relative_to(CONFIG_DIR).as_posix() for path in CONFIG_DIR.rglob("*.yaml"))
+
+
+@pytest.mark.slow
+def test_installed_package_trains_from_any_folder(site: Path, tmp_path: Path) -> None:
+    _python(
+        site, tmp_path, "-m", "wqmix_jax.train", "+algo=ow_qmix", "total_env_steps=400", "eval_episodes=2",
+        "algo.batch_size=2", "algo.buffer_size=8", "run_dir=first",
+    )  # fmt: skip
+    kept = {path.name for path in (tmp_path / "first").iterdir()}
+    assert kept >= {"config.yaml", "metrics.jsonl", "summary.json", "learning_curve.png"}
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
+
+
+def test_checkout_reads_its_own_configs() -> None:
+    assert CONFIG_DIR == ROOT / "configs"
+
+
+def test_citation_names_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == wqmix_jax.__version__
+    assert citation["references"][0]["identifiers"][0]["value"] == "arXiv:2006.10800"
+
+
+def test_changelog_has_this_version() -> None:
+    assert f"## [{wqmix_jax.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_name_in_the_pymarl_table_exists() -> None:
+    names = _documented_names()
+    assert len(names) > 20
+    known = set(yaml.safe_load((ROOT / "configs" / "train.yaml").read_text()))
+    for group in ("algo", "env"):
+        for path in (ROOT / "configs" / group).glob("*.yaml"):
+            known |= {f"{group}.{key}" for key in yaml.safe_load(path.read_text())}
+    assert names - known == set()
+
+
+def _documented_names() -> set[str]:
+    """Our side of the README's table of PyMARL's names, values after ``=`` left out."""
+    table = (ROOT / "README.md").read_text().split("| PyMARL |", 1)[1].split("\n\n", 1)[0]
+    ours = [row.split("|")[2] for row in table.splitlines()[2:]]
+    return {name.split("=")[0] for cell in ours for name in re.findall(r"`([^`]+)`", cell)}
+
+
+def _metadata(wheel: Path) -> tuple[Message, list[str]]:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        [path] = [name for name in names if name.endswith(".dist-info/METADATA")]
+        return Parser().parsestr(archive.read(path).decode()), names
+
+
+def _pip(*arguments: str | Path) -> None:
+    _run([sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments], cwd=ROOT, env={})
+
+
+def _python(site: Path, cwd: Path, *arguments: str) -> str:
+    """What Python prints that runs in ``cwd`` with the installed package before anything else on its path."""
+    return _run([sys.executable, *arguments], cwd=cwd, env={"PYTHONPATH": str(site), "WANDB_MODE": "disabled"})
+
+
+def _run(command: list[str | Path], *, cwd: Path, env: dict[str, str]) -> str:
+    done = subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

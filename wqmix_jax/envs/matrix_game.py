@@ -1,0 +1,101 @@
+"""Cooperative games of one step, the non-monotonic ones of the paper's section 3 among them."""
+
+from typing import Annotated, Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from pydantic import PlainValidator
+
+from wqmix_jax.config import options
+from wqmix_jax.envs.base import Environment
+from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, StepOutcome
+
+PRESETS = {
+    "table1": ((1.0, 0.0), (0.0, 1.0)),
+    "table2": ((8.0, -12.0, -12.0), (-12.0, 0.0, 0.0), (-12.0, 0.0, 0.0)),
+}
+"""The left tables of the paper: the first has two optima, the second misleads a monotonic mix (Son et al. 2019)."""
+
+
+class EnvState(NamedTuple):
+    """Whether the game was played.
+
+    Attributes:
+        steps: int32 scalar, 0 before the joint action and 1 after it.
+    """
+
+    steps: Array
+
+
+def _checked(payoff: Any) -> Any:
+    """The payoff as nested tuples, so that the options stay hashable."""
+    if isinstance(payoff, str):
+        if payoff not in PRESETS:
+            raise ValueError(f"a preset is one of {', '.join(PRESETS)}, anything else a nested list of numbers")
+        return PRESETS[payoff]
+    try:
+        table = np.asarray(payoff)
+    except ValueError:
+        raise ValueError("lists on the same level must be equally long") from None
+    if table.dtype.kind not in "iuf":
+        raise ValueError("a payoff is a preset's name or a nested list of numbers")
+    if table.ndim == 0 or table.size == 0:
+        raise ValueError("at least one agent and one action are needed")
+    if len(set(table.shape)) > 1:
+        raise ValueError(f"each of the {table.ndim} agents needs the same number of actions, got {table.shape}")
+    if not (np.abs(table) <= np.finfo(np.float32).max).all():
+        raise ValueError("each payoff must be finite in float32")
+    return _as_tuples(table.astype(float).tolist())
+
+
+def _as_tuples(nested: Any) -> Any:
+    return tuple(map(_as_tuples, nested)) if isinstance(nested, list) else nested
+
+
+@options
+class MatrixGame(Environment):
+    """One joint action, one shared payoff.
+
+    Attributes:
+        payoff: the reward of every joint action as a nested list, one level per agent and equally many actions on each;
+            or ``table1`` or ``table2``, the paper's.
+    """
+
+    payoff: Annotated[Any, PlainValidator(_checked)]
+
+    @property
+    def spec(self) -> EnvSpec:
+        """See `EnvSpec`."""
+        shape = np.shape(self.payoff)
+        return EnvSpec(num_agents=len(shape), num_actions=shape[0], obs_dim=1, state_dim=1, episode_limit=1)
+
+    def reset(self, key: PRNGKey) -> EnvState:
+        """The only first state."""
+        del key
+        return EnvState(steps=jnp.zeros((), jnp.int32))
+
+    def step(self, env_state: EnvState, joint_action: Array, key: PRNGKey) -> tuple[EnvState, StepOutcome]:
+        """Pays ``payoff[joint_action]`` and terminates the task."""
+        del key
+        payoff = jnp.array(self.payoff, jnp.float32)
+        outcome = StepOutcome(
+            reward=payoff[tuple(joint_action)],
+            terminated=jnp.ones((), bool),
+            truncated=jnp.zeros((), bool),
+        )
+        return EnvState(steps=env_state.steps + jnp.int32(1)), outcome
+
+    def observe(self, env_state: EnvState) -> Observation:
+        """One constant feature, 1, for each agent and the state; every action is allowed."""
+        del env_state
+        num_agents, num_actions = self.spec.num_agents, self.spec.num_actions
+        return Observation(
+            obs=jnp.ones((num_agents, 1), jnp.float32),
+            state=jnp.ones(1, jnp.float32),
+            avail_actions=jnp.ones((num_agents, num_actions), bool),
+        )
+
+    @property
+    def storage_dtype(self) -> Any:
+        """A byte holds the constant feature."""
+        return jnp.uint8

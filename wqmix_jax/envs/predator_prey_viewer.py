@@ -1,0 +1,112 @@
+"""Draws predator-prey states with matplotlib."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from jumanji.viewer import MatplotlibViewer
+from matplotlib.animation import FuncAnimation
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from numpy.typing import NDArray
+
+from wqmix_jax.envs.predator_prey import EnvState, PredatorPrey
+
+if TYPE_CHECKING:
+    from wqmix_jax.envs.predator_prey_jumanji import State
+
+# Okabe and Ito's colours, told apart with any colour vision; each kind has a shape of its own too.
+_STYLES: dict[str, dict[str, Any]] = {
+    "agent": {"marker": "o", "markerfacecolor": "#0072B2", "markeredgecolor": "#0072B2"},
+    "frozen agent": {"marker": "o", "markerfacecolor": "white", "markeredgecolor": "#0072B2"},
+    "stag": {"marker": "s", "markerfacecolor": "#E69F00", "markeredgecolor": "#E69F00"},
+    "hare": {"marker": "^", "markerfacecolor": "#009E73", "markeredgecolor": "#009E73"},
+}
+_FIGURE_SIZE = 6.0  # inches, along the grid's longer side
+_MARKER_SHARE = 0.62  # of a cell's side
+
+
+class PredatorPreyViewer(MatplotlibViewer["State"]):
+    """Agents as numbered discs (hollow once frozen), stags as squares and hares as triangles."""
+
+    def __init__(self, task: PredatorPrey, name: str = "PredatorPrey", render_mode: str = "rgb_array") -> None:
+        """Sets the figure up.
+
+        Args:
+            task: whose states are drawn.
+            name: the figure's name.
+            render_mode: ``rgb_array`` to return arrays, ``human`` to show a window.
+        """
+        rows, columns = task.world_shape
+        self._task = task
+        self._cell_inches = _FIGURE_SIZE / max(rows, columns)
+        self._shows = render_mode == "human"
+        size = (max(columns * self._cell_inches, 4.5) + 0.6, rows * self._cell_inches + 1.2)
+        super().__init__(name, render_mode, size)
+
+    def render(self, state: "State", save_path: str | None = None) -> NDArray | None:
+        """Draws one state; see `MatplotlibViewer.render`."""
+        self._clear_display()
+        fig, ax = self._get_fig_ax(show=self._shows)
+        self._draw(ax, state.env_state)
+        if save_path:
+            fig.savefig(save_path)
+        shown = self._display(fig)
+        return None if shown is None else shown.copy()  # the figure's own buffer is drawn over by the next state
+
+    def animate(self, states: Sequence["State"], interval: int = 200, save_path: str | None = None) -> FuncAnimation:
+        """Draws one frame per state; see `MatplotlibViewer.animate`."""
+        fig, ax = self._get_fig_ax(name_suffix="_animation", show=False)
+        plt.close(fig)
+
+        def draw_frame(state: "State") -> Sequence[Artist]:
+            self._draw(ax, state.env_state)
+            return (ax,)
+
+        animation = FuncAnimation(fig, draw_frame, frames=states, interval=interval)
+        self._animation = animation
+        if save_path:
+            animation.save(save_path, writer="pillow" if save_path.endswith(".gif") else None)
+        return animation
+
+    def _draw(self, ax: Axes, env_state: EnvState) -> None:
+        ax.clear()
+        self._draw_grid(ax)
+        for kind, label, (row, column) in self._entities(env_state):
+            size = self._cell_inches * 72 * _MARKER_SHARE
+            ax.plot(column, row, **_STYLES[kind], markersize=size, markeredgewidth=size / 12, linestyle="none")
+            color = "#0072B2" if kind == "frozen agent" else "black" if kind == "stag" else "white"
+            ax.text(column, row, label, color=color, fontsize=size * 0.45, ha="center", va="center_baseline")
+        frozen = int((~np.asarray(env_state.agents_active)).sum())
+        caught = int((~np.asarray(env_state.prey_alive)).sum())
+        ax.set_title(
+            f"step {int(env_state.steps)} of {self._task.episode_limit}   "
+            f"caught {caught} of {self._task.num_prey}   frozen {frozen} of {self._task.num_agents}",
+            fontsize=11,
+        )
+
+    def _draw_grid(self, ax: Axes) -> None:
+        rows, columns = self._task.world_shape
+        ax.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5), aspect="equal", xticks=[], yticks=[])
+        ax.hlines(np.arange(1, rows) - 0.5, -0.5, columns - 0.5, color="0.85", linewidth=0.8, zorder=0)
+        ax.vlines(np.arange(1, columns) - 0.5, -0.5, rows - 0.5, color="0.85", linewidth=0.8, zorder=0)
+        shown = {"agent": True, "frozen agent": not self._task.remove_frozen}
+        shown |= {"stag": self._task.num_stags > 0, "hare": self._task.num_hares > 0}
+        handles = [
+            Line2D([], [], **style, markersize=10, linestyle="none", label=kind)
+            for kind, style in _STYLES.items()
+            if shown[kind]
+        ]
+        ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=len(handles), frameon=False)
+
+    def _entities(self, env_state: EnvState) -> Iterator[tuple[str, str, NDArray]]:
+        """Kind, label and position of everyone on the grid."""
+        agents_pos, prey_pos, prey_alive, agents_active, _ = map(np.asarray, env_state)
+        for index, (position, active) in enumerate(zip(agents_pos, agents_active, strict=True)):
+            if active or not self._task.remove_frozen:
+                yield "agent" if active else "frozen agent", str(index), position
+        for index, (position, alive) in enumerate(zip(prey_pos, prey_alive, strict=True)):
+            if alive:
+                yield ("stag", "S", position) if index < self._task.num_stags else ("hare", "H", position)

@@ -1,0 +1,225 @@
+"""PyMARL's checkpoints as our parameter trees and back, bit for bit.
+
+A PyMARL learner saves one ``state_dict`` per net into a folder: ``agent.th`` and, with a mixer, ``mixer.th``. The
+authors' WQMIX learners leave the central nets out; forks that save them call the files ``central_agent.th`` and
+``central_mixer.th``, and so do we. The optimiser's ``opt.th`` is not read. `NETS` is the one table of names.
+"""
+
+import pickle
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from wqmix_jax.types import PyTree
+
+
+class PyMARLError(ValueError):
+    """A checkpoint that is not what was asked for; the message is one line that names the file and the tensor."""
+
+
+class Net(NamedTuple):
+    """One of PyMARL's nets.
+
+    Attributes:
+        ours: its key in our parameters.
+        paths: torch's name of each tensor to the path of our leaf. Matrices are transposed.
+        optional: whether a checkpoint may come without it.
+    """
+
+    ours: str
+    paths: Mapping[str, str]
+    optional: bool
+
+
+def _linear(**layers: str) -> dict[str, str]:
+    """Weight and bias of linear layers: our path (``__`` for ``/``) = torch's name."""
+    ours = {path.replace("__", "/"): name for path, name in layers.items()}
+    return {
+        f"{name}.{theirs}": f"{path}/{leaf}"
+        for path, name in ours.items()
+        for theirs, leaf in (("weight", "kernel"), ("bias", "bias"))
+    }
+
+
+_V = _linear(v__hidden="V.0", v__out="V.2")
+_AGENT = _linear(encoder="fc1", head="fc2") | {
+    "rnn.weight_ih": "gru/input_kernel",
+    "rnn.weight_hh": "gru/hidden_kernel",
+    "rnn.bias_ih": "gru/input_bias",
+    "rnn.bias_hh": "gru/hidden_bias",
+}
+_MIXER = _V | _linear(
+    hyper_w_1__hidden="hyper_w_1.0",
+    hyper_w_1__out="hyper_w_1.2",
+    hyper_w_final__hidden="hyper_w_final.0",
+    hyper_w_final__out="hyper_w_final.2",
+    hyper_b_1="hyper_b_1",
+)
+_CENTRAL_MIXER = _V | _linear(net_0="net.0", net_1="net.2", net_2="net.4", net_3="net.6")
+
+NETS: Mapping[str, Net] = {
+    "agent": Net("agent", _AGENT, optional=False),
+    "mixer": Net("mixer", _MIXER, optional=False),
+    "central_agent": Net("q_star_agent", _AGENT, optional=True),
+    "central_mixer": Net("q_star_mixer", _CENTRAL_MIXER, optional=True),
+}
+"""By PyMARL's names, which are also those of the files (with ``.th``)."""
+
+
+def from_pymarl(net: str, tensors: Mapping[str, np.ndarray], like: PyTree, *, source: str = "") -> PyTree:
+    """Our parameters of one net.
+
+    Args:
+        net: a key of `NETS`.
+        tensors: torch's names to values.
+        like: our parameters of that net, or anything with their shapes.
+        source: where the tensors come from, for messages.
+
+    Returns:
+        A tree like ``like`` of arrays in the tensors' own precision.
+
+    Raises:
+        PyMARLError: at the first tensor that is missing, too many or of another shape.
+    """
+    source = source or net
+    names = {path: name for name, path in NETS[net].paths.items()}
+    leaves = _flatten(like)
+    expected = {names.get(path, path): (path, tuple(leaf.shape)) for path, leaf in leaves.items()}
+    for name in expected:
+        if name not in tensors:
+            raise PyMARLError(f"{source}: {name} is missing")
+    params = {}
+    for name, tensor in tensors.items():
+        if name not in expected:
+            raise PyMARLError(f"{source}: {name} is not expected (expected are {', '.join(expected) or 'no tensors'})")
+        path, shape = expected[name]
+        if tensor.T.shape != shape:
+            raise PyMARLError(f"{source}: {name} has shape {tensor.shape}, expected is {shape[::-1]}")
+        params[path] = tensor.T
+    return unflatten_dict(params, sep="/")
+
+
+def to_pymarl(net: str, params: PyTree) -> dict[str, np.ndarray]:
+    """The inverse of `from_pymarl`, in torch's order of names.
+
+    Raises:
+        PyMARLError: if a leaf has no name in PyMARL.
+    """
+    leaves = {path: np.asarray(leaf) for path, leaf in _flatten(params).items()}
+    paths = NETS[net].paths
+    for path in leaves:
+        if path not in paths.values():
+            raise PyMARLError(f"{NETS[net].ours}/{path} has no name in PyMARL's {net}")
+    return {name: np.ascontiguousarray(leaves[path].T) for name, path in paths.items() if path in leaves}
+
+
+def load_checkpoint(
+    folder: str | Path, like: Mapping[str, PyTree], *, nets: Collection[str] | None = None
+) -> dict[str, PyTree]:
+    """Reads a PyMARL checkpoint.
+
+    Args:
+        folder: where ``agent.th`` lies.
+        like: parameters as `Algorithm.init` gives them, or anything with their shapes.
+        nets: the keys of `NETS` to read; by default all whose files are there, the agent's and a mixer's at least.
+
+    Returns:
+        The nets that were read, by our names: ``params | load_checkpoint(folder, params)`` replaces them.
+
+    Raises:
+        PyMARLError: if a file or a tensor is missing, too many or of another kind.
+    """
+    folder = Path(folder)
+    wanted = _files_to_read(folder, like) if nets is None else nets
+    loaded = {}
+    for net in wanted:
+        ours = NETS[net].ours
+        arrays = from_pymarl(net, read_tensors(folder, net), like.get(ours, {}), source=str(folder / f"{net}.th"))
+        loaded[ours] = jax.tree.map(jnp.array, arrays)
+    return loaded
+
+
+def save_checkpoint(folder: str | Path, params: Mapping[str, PyTree]) -> None:
+    """Writes one file per net of ``params`` as PyMARL does, for its ``learner.load_models`` (without ``opt.th``).
+
+    Raises:
+        PyMARLError: if a net has no counterpart in PyMARL.
+    """
+    torch = _torch()
+    names = {net.ours: name for name, net in NETS.items()}
+    unknown = [ours for ours in params if ours not in names]
+    if unknown:
+        raise PyMARLError(f"{unknown[0]} is none of PyMARL's nets ({', '.join(names)} are)")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for ours, tree in params.items():
+        tensors = to_pymarl(names[ours], tree)
+        state_dict = {name: torch.from_numpy(array.copy()) for name, array in tensors.items()}
+        torch.save(state_dict, Path(folder) / f"{names[ours]}.th")
+
+
+def read_tensors(folder: str | Path, net: str) -> dict[str, np.ndarray]:
+    """The float32 tensors of ``FOLDER/NET.th`` by torch's names. No code of the file is run.
+
+    Raises:
+        PyMARLError: if the file is not there or is not a ``state_dict`` of float32 tensors.
+    """
+    torch = _torch()
+    path = Path(folder) / f"{net}.th"
+    if not path.is_file():
+        raise PyMARLError(f"{path} is not there{_step_folders(Path(folder))}")
+    try:
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise PyMARLError(f"{path} can't be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(state_dict, Mapping):
+        raise PyMARLError(f"{path} holds a {type(state_dict).__name__}, expected is a state_dict")
+    return {name: _as_numpy(torch, tensor, f"{path}: {name}") for name, tensor in state_dict.items()}
+
+
+def hidden_dim(folder: str | Path) -> int:
+    """The width of the recurrent agent in ``agent.th``.
+
+    Raises:
+        PyMARLError: as `read_tensors`, or if it is another kind of agent.
+    """
+    tensors = read_tensors(folder, "agent")
+    if "rnn.weight_hh" not in tensors:
+        raise PyMARLError(f"{Path(folder) / 'agent.th'}: rnn.weight_hh is missing")
+    return tensors["rnn.weight_hh"].shape[-1]
+
+
+def _flatten(params: PyTree) -> dict[str, Any]:
+    return flatten_dict(params, sep="/")  # type: ignore[return-value]
+
+
+def _files_to_read(folder: Path, like: Mapping[str, PyTree]) -> list[str]:
+    """All that are there; one that must be there but isn't will be refused when it is read."""
+    needed = [name for name, net in NETS.items() if not net.optional and like.get(net.ours)]
+    return [name for name in NETS if name in needed or (folder / f"{name}.th").is_file()]
+
+
+def _as_numpy(torch: ModuleType, tensor: Any, where: str) -> np.ndarray:
+    kind = getattr(tensor, "dtype", type(tensor).__name__)
+    if kind != torch.float32:
+        raise PyMARLError(f"{where} is {kind}, expected is torch.float32")
+    return tensor.detach().numpy()
+
+
+def _step_folders(folder: Path) -> str:
+    """A hint for who names the folder of a whole run: PyMARL saves into one folder per environment step."""
+    steps = [path for path in folder.glob("*/") if (path / "agent.th").is_file()] if folder.is_dir() else []
+    return f"; name one of its folders instead, {min(steps)} for instance" if steps else ""
+
+
+def _torch() -> ModuleType:
+    try:
+        import torch
+    except ImportError:
+        raise PyMARLError("PyMARL's checkpoints need torch: pip install 'wqmix_jax[torch]'") from None
+    return torch

@@ -1,0 +1,245 @@
+"""Where a run's records go: ``metrics.jsonl``, and from there Weights & Biases.
+
+The schema of ``metrics.jsonl``, version 1. One JSON object per line; the first is a header, every other one a record of
+one seed. A value that isn't finite stands as ``null``, which `load_metrics` reads as nan.
+
+header:
+    ``kind``            ``"header"``
+    ``schema``          1
+    ``version``         of wqmix_jax
+    ``algo``, ``env``   names of their yamls
+    ``seeds``           all seeds of the run
+    ``run``             a random name that this run keeps when it is moved or resumed
+
+eval, one per seed and evaluation, the first before any learning:
+    ``kind``                    ``"eval"``
+    ``seed``
+    ``env_steps``               training steps of the environment so far
+    ``learner_steps``           optimiser steps so far
+    ``episodes``                whole training episodes so far
+    ``episode_return``          undiscounted, mean over the evaluation's greedy episodes
+    ``episode_return_std``      standard deviation over these episodes
+    ``episode_length``          mean, in steps
+    ``episode_length_std``
+    and the environment's own metrics, means over the episodes (``captures``, ``win_rate``, ..)
+
+train, one per seed and evaluation interval, means over the interval's iterations:
+    ``kind``                    ``"train"``
+    ``seed``, ``env_steps``, ``learner_steps``, ``episodes``, as above
+    ``episode_return``, ``episode_length``      of the exploring episodes
+    ``epsilon``
+    ``steps_per_second``        this seed's environment steps per second of wall-clock time, evaluation and compilation
+                                left out
+    and over the iterations with a learner step (absent where there was none):
+    ``loss``, ``grad_norm`` (before clipping), and what the algorithm reports (``weight_mean``, ``q_tot_mean``, ..)
+"""
+
+import importlib.util
+import json
+import math
+import os
+import sys
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from wqmix_jax.config import ConfigError, LoggerOptions
+
+SCHEMA = 1
+"""Version of the lines' keys and meanings; raised when one of them changes."""
+
+METRICS_FILE = "metrics.jsonl"
+
+Line = dict[str, Any]
+
+_COUNTERS = ("kind", "seed", "env_steps", "learner_steps", "episodes")
+
+
+class MetricsFile:
+    """``metrics.jsonl`` of a run, written in whole lines.
+
+    Attributes:
+        num_bytes: how long the file is.
+    """
+
+    def __init__(self, run_dir: Path, *, num_bytes: int | None) -> None:
+        """Opens the file to append to it, cut to its first ``num_bytes`` or, where None, to its header."""
+        path = run_dir / METRICS_FILE
+        self.num_bytes = len(path.read_bytes().split(b"\n")[0]) + 1 if num_bytes is None else num_bytes
+        if path.stat().st_size < self.num_bytes:
+            raise ConfigError(f"{path} is damaged: it has lost lines that the checkpoint knows of")
+        os.truncate(path, self.num_bytes)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (`close` closes it)
+
+    def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Appends one line per record, all in one piece."""
+        data = "".join(_to_json(line) + "\n" for line in lines).encode()
+        self._file.write(data)
+        self.num_bytes += len(data)
+
+    def sync(self) -> None:
+        """Returns once the lines would survive a power cut."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def create_metrics(run_dir: Path, *, version: str, algo: str, env: str, seeds: Sequence[int]) -> None:
+    """Starts ``metrics.jsonl`` with its header."""
+    line = {"kind": "header", "schema": SCHEMA, "version": version, "algo": algo, "env": env, "seeds": list(seeds)}
+    (run_dir / METRICS_FILE).write_text(_to_json(line | {"run": uuid.uuid4().hex[:8]}) + "\n")
+
+
+def load_header(run_dir: str | os.PathLike[str]) -> Line:
+    """The first line of a run's ``metrics.jsonl``."""
+    return _read(Path(run_dir))[0]
+
+
+def load_metrics(
+    run_dir: str | os.PathLike[str], *, kind: str | None = None, seed: int | None = None
+) -> list[dict[str, Any]]:
+    """Reads the records of a run, in the order they were written; the header is left out.
+
+    Args:
+        run_dir: the run's folder.
+        kind: only ``"eval"`` or only ``"train"`` records.
+        seed: only this seed's.
+
+    Returns:
+        One dict per record, as this module's docstring describes. With pandas,
+        ``pandas.DataFrame(load_metrics(run_dir, kind="eval"))`` makes a table of them.
+
+    Raises:
+        ValueError: if the file is of another schema or damaged.
+    """
+    return [
+        line
+        for line in _read(Path(run_dir))[1:]
+        if (kind is None or line["kind"] == kind) and (seed is None or line["seed"] == seed)
+    ]
+
+
+def _read(run_dir: Path) -> list[Line]:
+    """All whole lines; a last one without its end is still being written, or was torn when the run was killed."""
+    path = run_dir / METRICS_FILE
+    *texts, _ = path.read_text().split("\n")
+    try:
+        lines = [_from_json(text) for text in texts]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    schema = lines[0].get("schema") if lines else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path} has {schema=}; this version of wqmix_jax reads schema {SCHEMA}")
+    return lines
+
+
+def _to_json(line: Mapping[str, Any]) -> str:
+    return json.dumps({key: None if _not_finite(value) else value for key, value in line.items()}, allow_nan=False)
+
+
+def _not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _from_json(text: str) -> Line:
+    return {key: math.nan if value is None else value for key, value in json.loads(text).items()}
+
+
+class WandbRuns:
+    """The runs of Weights & Biases, one per seed in one group, fed from ``metrics.jsonl``.
+
+    Whatever goes wrong there is told once on stderr and never stops training.
+    """
+
+    def __init__(self, run_dir: Path, options: LoggerOptions, config: Mapping[str, Any], *, num_bytes: int) -> None:
+        """Starts the runs where ``options`` ask for them.
+
+        Args:
+            run_dir: the run's folder; files of W&B go to ``wandb`` in it.
+            options: see `LoggerOptions`.
+            config: the run's options, shown with the runs.
+            num_bytes: how much of ``metrics.jsonl`` they hold already.
+        """
+        self._run_dir, self._options, self._config = run_dir, options, config
+        self._num_bytes = num_bytes
+        self._runs: dict[int, Any] = {}
+        self._active = options.wandb != "disabled"
+        self._guarded(self._start)
+
+    def sync(self) -> None:
+        """Hands over the lines that were written since the last time."""
+        self._guarded(self._hand_over)
+
+    def close(self) -> None:
+        """Hands over the rest and ends the runs."""
+        self._guarded(self._hand_over)
+        self._guarded(lambda: [run.finish() for run in self._runs.values()])
+        self._active = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _guarded(self, step: Callable[[], object]) -> None:
+        if not self._active:
+            return
+        try:
+            step()
+        except Exception as error:  # anything: the run itself matters more
+            self._active = False
+            reason = " ".join(str(error).split()) or type(error).__name__
+            print(f"warning: W&B logging stopped ({reason}); {METRICS_FILE} has every record", file=sys.stderr)
+
+    def _start(self) -> None:
+        import wandb  # slow to load, and only needed here
+
+        header = load_header(self._run_dir)
+        group = self._options.group or self._run_dir.resolve().name
+        online = self._options.wandb == "online"
+        for seed in header["seeds"]:
+            run = wandb.init(
+                project=self._options.project,
+                group=group,
+                name=f"{group}_seed{seed}",
+                id=f"{header['run']}-{seed}",
+                dir=self._run_dir,
+                mode=self._options.wandb,
+                resume="allow" if online else None,
+                config={**self._config, "seed": seed},
+                reinit="create_new",
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+            run.define_metric("env_steps")
+            run.define_metric("*", step_metric="env_steps")
+            self._runs[seed] = run
+
+    def _hand_over(self) -> None:
+        with open(self._run_dir / METRICS_FILE, "rb") as file:
+            file.seek(self._num_bytes)
+            data = file.read()
+        self._num_bytes += len(data)
+        for line in map(_from_json, data.decode().splitlines()):
+            if line["kind"] != "header":
+                values = {f"{line['kind']}/{name}": value for name, value in line.items() if name not in _COUNTERS}
+                self._runs[line["seed"]].log({name: line[name] for name in _COUNTERS[2:]} | values)
+
+
+def refuse_missing_wandb(options: LoggerOptions) -> None:
+    """Says before anything starts that W&B is asked for but not installed.
+
+    Raises:
+        ConfigError: if so.
+    """
+    if options.wandb != "disabled" and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(f"logger.wandb={options.wandb} is not allowed here: pip install wandb first")

@@ -1,0 +1,165 @@
+"""A run's folder, the facts that are printed before it starts, and its summary.
+
+``config.yaml`` holds the resolved options, ``metrics.jsonl`` the records (see `wqmix_jax.logger`), ``summary.json`` what
+came of the run, ``learning_curve.png`` its picture, and ``checkpoints`` what a resumed run goes on from.
+"""
+
+import datetime
+import glob
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from omegaconf import OmegaConf
+
+import wqmix_jax
+from wqmix_jax.config import ConfigError, RunConfig
+from wqmix_jax.logger import load_metrics
+from wqmix_jax.trainer import Trainer
+
+CONFIG_FILE, SUMMARY_FILE, CHECKPOINT_DIR = "config.yaml", "summary.json", "checkpoints"
+
+_PACKAGES = (
+    "jax", "jaxlib", "flax", "optax", "chex", "flashbax", "jumanji", "orbax-checkpoint", "numpy", "hydra-core", "wandb"
+)  # fmt: skip
+
+
+def new_run_dir(run_dir: str | None, *, algo: str, env: str) -> Path:
+    """The folder of a new run, not made yet: ``run_dir``, or a dated one under ``outputs``.
+
+    Raises:
+        ConfigError: if there is already something in it.
+    """
+    if run_dir is None:
+        dated = Path("outputs") / f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{algo}_{env}"
+        return next(path for path in _numbered(dated) if not path.exists())
+    path = Path(run_dir)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"run_dir={run_dir} is not allowed: it is a file")
+    if path.is_dir() and any(path.iterdir()):
+        raise ConfigError(f"run_dir={run_dir} is not allowed: it isn't empty; resume={run_dir} continues a run")
+    return path
+
+
+def make_run_dir(run_dir: Path) -> None:
+    """Makes the folder and those above it.
+
+    Raises:
+        ConfigError: where that is not possible.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir={run_dir} can't be made: {error.strerror}") from None
+
+
+def save_config(run_dir: Path, values: Mapping[str, Any]) -> None:
+    """Writes ``config.yaml``: ``values`` as nested mappings, every default and ``_target_`` included."""
+    _write(run_dir / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(dict(values))))
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The nested mappings of a run's ``config.yaml``.
+
+    Raises:
+        ConfigError: if the folder is not a run's.
+    """
+    path = run_dir / CONFIG_FILE
+    if not path.is_file():
+        raise ConfigError(f"resume={run_dir} is not allowed: there is no {CONFIG_FILE} in it")
+    return OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[return-value]
+
+
+def device_lines() -> Iterator[str]:
+    """Names the device that trains, and what to install where one lies idle."""
+    devices = jax.devices()
+    kind = f"{os.cpu_count()} cores" if devices[0].platform == "cpu" else devices[0].device_kind
+    yield f"device: {devices[0].platform} ({kind})" + (f", one of {len(devices)}" if len(devices) > 1 else "")
+    if devices[0].platform != "cpu":
+        return
+    if shutil.which("nvidia-smi") or os.path.exists("/dev/nvidiactl"):
+        yield 'An NVIDIA GPU is present but unused: pip install "wqmix_jax[cuda]" makes JAX use it.'
+    elif glob.glob("/dev/accel[0-9]*") or os.environ.get("TPU_NAME"):
+        yield 'A TPU is present but unused: pip install "wqmix_jax[tpu]" makes JAX use it.'
+
+
+def plan_lines(config: RunConfig, trainer: Trainer) -> Iterator[str]:
+    """What the run will do, from its options."""
+    last = config.seed + config.num_seeds - 1
+    seeds = f"seed {last}" if config.num_seeds == 1 else f"seeds {config.seed}..{last}"
+    yield f"{seeds}, {config.total_env_steps:,} environment steps each"
+    total = trainer.replay_bytes * config.num_seeds
+    yield f"replay: {_megabytes(trainer.replay_bytes)} per seed, {_megabytes(total)} in total"
+    steps = trainer.eval_iterations * steps_per_iteration(config)
+    iterations = "1 iteration" if trainer.eval_iterations == 1 else f"{trainer.eval_iterations:,} iterations"
+    yield f"evaluation: every {iterations} ({steps:,} environment steps of full episodes)"
+    episodes = "full episode" if config.num_envs == 1 else f"{config.num_envs} full episodes"
+    yield (
+        f"learner steps per environment step: {learner_steps_per_env_step(config):.4g} "
+        f"({config.updates_per_iteration} per {episodes} of {config.env.spec.episode_limit} steps)"
+    )
+
+
+def steps_per_iteration(config: RunConfig) -> int:
+    """The most environment steps of one seed's iteration."""
+    return config.num_envs * config.env.spec.episode_limit
+
+
+def learner_steps_per_env_step(config: RunConfig) -> float:
+    """How often is learned, for full episodes and once enough of them are stored."""
+    return config.updates_per_iteration / steps_per_iteration(config)
+
+
+def save_summary(run_dir: Path, config: RunConfig, trainer: Trainer, **facts: Any) -> None:
+    """Writes ``summary.json``: ``facts``, versions, the device and each seed's last evaluation."""
+    summary = {
+        **facts,
+        "final": {str(line["seed"]): line for line in load_metrics(run_dir, kind="eval")},
+        "replay_bytes_per_seed": trainer.replay_bytes,
+        "learner_steps_per_env_step": learner_steps_per_env_step(config),
+        "device": {
+            "platform": jax.default_backend(),
+            "kind": jax.devices()[0].device_kind,
+            "count": jax.device_count(),
+            "cpu_cores": os.cpu_count(),
+        },
+        "versions": versions(),
+    }
+    _write(run_dir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Of Python, this project and the packages that its numbers depend on."""
+    found = {"python": platform.python_version(), "wqmix_jax": wqmix_jax.__version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    yield path
+    number = 2
+    while True:
+        yield path.with_name(f"{path.name}_{number}")
+        number += 1
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB"
+
+
+def _write(path: Path, text: str) -> None:
+    """In one piece: a reader sees the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

@@ -1,0 +1,210 @@
+"""The command line: ``python -m wqmix_jax.train +algo=ow_qmix [key=value ..]``.
+
+Hydra composes the options from the package's yamls and those of a user's own folder (``--config-dir``); whatever is
+wrong with them is told in one line on stderr, with exit code 2, before anything is compiled or written.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.main import get_args_parser
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from wqmix_jax.config import CONFIG_DIR, ConfigError, RunConfig, run_config
+
+RESUMABLE = ("total_env_steps", "checkpoint", "logger")
+"""Options that may differ when a run is resumed."""
+
+_GROUPS = ("algo", "env")
+
+
+def main() -> None:
+    """Runs the command line."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra raises its errors as they are, for `_in_one_line`
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
+    args = parser.parse_args()
+    with _refusals():
+        add_import_paths(args.config_dir)
+        OmegaConf.register_new_resolver("wqmix_jax.names", lambda group: names(group, args.config_dir), replace=True)
+        shows_only = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
+        if not shows_only:
+            check_overrides(args.overrides, args.config_dir)
+        with _in_one_line(args.overrides, args.config_dir):
+            _run()
+
+
+def load_config(*overrides: str, config_dir: str | os.PathLike[str] | None = None) -> RunConfig:
+    """The options that the command line would run with.
+
+    Args:
+        *overrides: as on the command line: ``"+algo=ow_qmix", "num_seeds=8"``.
+        config_dir: a folder of one's own yamls, as ``--config-dir``.
+
+    Raises:
+        ConfigError: where an option is not allowed.
+    """
+    add_import_paths(config_dir)
+    check_overrides(overrides, config_dir)
+    with _in_one_line(overrides, config_dir):
+        return run_config(_plain(_compose(overrides, config_dir)))
+
+
+def names(group: str, config_dir: str | os.PathLike[str] | None = None) -> str:
+    """What ``algo`` or ``env`` can be: the names of the package's yamls and of those in a user's folder."""
+    folders = [CONFIG_DIR] if config_dir is None else [CONFIG_DIR, Path(config_dir)]
+    stems = {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
+    return ", ".join(sorted(stem for stem in stems if not stem.startswith("_")))
+
+
+def add_import_paths(config_dir: str | os.PathLike[str] | None) -> None:
+    """Lets a ``_target_`` name a module in the current folder, in ``config_dir`` or beside it; they come last."""
+    folders = [Path.cwd()] if config_dir is None else [Path.cwd(), Path(config_dir), Path(config_dir).absolute().parent]
+    for folder in map(str, (folder.resolve() for folder in folders)):
+        if folder not in sys.path:
+            sys.path.append(folder)
+
+
+def check_overrides(overrides: Sequence[str], config_dir: str | os.PathLike[str] | None) -> None:
+    """Refuses what hydra would take or tell less clearly: how algorithms and environments are chosen, and resuming.
+
+    Raises:
+        ConfigError: where something is refused.
+    """
+    parsed = _parsed(overrides)
+    by_key = {override.key_or_group: override for override in parsed}
+    if "resume" in by_key and by_key["resume"].value() is not None:
+        _check_resume(parsed)
+        return
+    env = by_key.get("env")
+    if env is not None and env.is_add():
+        raise ConfigError(f"{env.input_line} is not allowed: env has a default, write env={env.value()}")
+    listed = names("algo", config_dir)
+    if "algo" not in by_key:
+        raise ConfigError(f"an algorithm is missing: write +algo=NAME, NAME one of {listed}")
+    algo = by_key["algo"]
+    if not algo.is_add() or algo.is_force_add():
+        raise ConfigError(f"{algo.input_line} is not allowed: write +algo={algo.value()} (NAME is one of {listed})")
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
+def _run(cfg: DictConfig) -> None:
+    """One run, its options composed."""
+    with _refusals():
+        values = _plain(cfg)
+        hydra_config = HydraConfig.get()
+        if values["resume"] is None:
+            run_config(values)  # refuses before the slow imports
+            from wqmix_jax import runner
+
+            choices = hydra_config.runtime.choices
+            runner.start(values, algo=choices["algo"], env=choices["env"])
+        else:
+            from wqmix_jax import runner
+
+            runner.resume(Path(str(values["resume"])), _changes(cfg, hydra_config.overrides.task))
+
+
+def _check_resume(parsed: Sequence[Override]) -> None:
+    """A run's options are those of its ``config.yaml``."""
+    for override in parsed:
+        key = override.key_or_group
+        if key.split(".")[0] not in (*RESUMABLE, "resume", "hydra") and not key.startswith("hydra/"):
+            kept = f"a run keeps its options, except {', '.join(RESUMABLE)}"
+            raise ConfigError(f"{override.input_line} is not allowed with resume: {kept}")
+
+
+def _changes(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    """The values of the options that were given with ``resume``, as nested mappings."""
+    changes = OmegaConf.create()
+    for override in _parsed(overrides):
+        if override.key_or_group != "resume":
+            OmegaConf.update(changes, override.key_or_group, OmegaConf.select(cfg, override.key_or_group))
+    return _plain(changes)
+
+
+def _compose(overrides: Sequence[str], config_dir: str | os.PathLike[str] | None) -> DictConfig:
+    """What `hydra.main` would hand over."""
+    path = None if config_dir is None else str(Path(config_dir).absolute()).replace("'", r"\'")
+    search = [] if path is None else [f"hydra.searchpath=['file://{path}']"]
+    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return hydra.compose("train", overrides=[*overrides, *search])
+
+
+def _parsed(overrides: Sequence[str]) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except OverrideParseException as error:
+        reason = [line for line in str(error).splitlines()[1:] if not line.startswith("See http")]
+        told = f"{error.override!r} can't be read: options are written key=value"
+        raise ConfigError(f"{told} ({' '.join(reason)})" if reason else told) from None
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _in_one_line(overrides: Sequence[str], config_dir: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Turns hydra's and omegaconf's errors into a `ConfigError`."""
+    try:
+        yield
+    except MissingConfigException as error:
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        if not error.options:
+            raise ConfigError(_joined(error)) from None
+        options = ", ".join(option for option in error.options if not option.startswith("_"))
+        raise ConfigError(f"{group}={name} is not allowed: choose one of {options}") from None
+    except ConfigCompositionException as error:
+        _refuse_unknown_key(overrides, config_dir)
+        raise ConfigError(_joined(error)) from None
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(_joined(error)) from None
+
+
+def _refuse_unknown_key(overrides: Sequence[str], config_dir: str | os.PathLike[str] | None) -> None:
+    """Where an override's key is the trouble: lets the schema say so, which knows the others."""
+    forced = [
+        override.input_line if override.key_or_group in _GROUPS or override.is_add() else f"++{override.input_line}"
+        for override in _parsed(overrides)
+    ]
+    with contextlib.suppress(HydraException, OmegaConfBaseException):
+        run_config(_plain(_compose(forced, config_dir)))
+
+
+def _joined(error: Exception) -> str:
+    """An error and its cause, on one line."""
+    texts = [str(error), str(error.__cause__ or "")]
+    lines = [line.strip() for text in texts for line in text.splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith(("See http", "Set the env")))
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Ends the process with one line where a `ConfigError` or Ctrl-C reaches it."""
+    try:
+        yield
+    except ConfigError as error:
+        _refuse(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
