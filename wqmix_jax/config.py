@@ -1,7 +1,7 @@
 """The run's own options with their ranges, and how any group of options is built or refused.
 
-Values live in the yamls alone; types and ranges stand beside what they describe: a run's options here, an
-algorithm's or environment's in the class that its yaml names with ``_target_``. Such a class is declared with `options`,
+Values live in the yamls alone; types and ranges stand beside what they describe: a run's options here, those of an
+algorithm or environment in the class that its yaml names with ``_target_``. Such a class is declared with `options`,
 which makes it a frozen dataclass whose fields pydantic checks when it is built.
 """
 
@@ -37,7 +37,7 @@ class ConfigError(ValueError):
 def options(cls: type[T]) -> type[T]:
     """Declares a class of options: a frozen, keyword-only dataclass, strictly typed, unknown keys refused."""
     strict = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
-    return pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=strict)(cls)
+    return pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=strict)(cls)  # type: ignore[return-value]
 
 
 @options

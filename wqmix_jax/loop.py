@@ -165,7 +165,7 @@ def _counts(counters: Counters) -> dict[str, int]:
     }
 
 
-def _mean(values: np.ndarray) -> float:
+def _mean(values: Any) -> float:
     return _exact(np.ascontiguousarray(values, np.float64).mean())
 
 

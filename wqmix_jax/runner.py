@@ -74,11 +74,8 @@ def resume(run_dir: Path, changes: Mapping[str, Any]) -> Path:
     config = run_config(values)
     refuse_missing_wandb(config.logger)
     if config.total_env_steps < old["total_env_steps"]:
-        planned = old["total_env_steps"]
-        raise ConfigError(
-            f"total_env_steps={config.total_env_steps} is not allowed with resume: the run is planned to {planned} and can "
-            "only be made longer"
-        )
+        longer = f"at least {old['total_env_steps']}, what the run was started with, is needed"
+        raise ConfigError(f"total_env_steps={config.total_env_steps} is not allowed with resume: {longer}")
     save_config(run_dir, values)
     _train(config, values, run_dir, make_trainer(config))
     return run_dir

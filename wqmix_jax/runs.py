@@ -1,7 +1,7 @@
 """A run's folder, the facts that are printed before it starts, and its summary.
 
-``config.yaml`` holds the resolved options, ``metrics.jsonl`` the records (see `wqmix_jax.logger`), ``summary.json`` what
-came of the run, ``learning_curve.png`` its picture, and ``checkpoints`` what a resumed run goes on from.
+``config.yaml`` holds the resolved options, ``metrics.jsonl`` the records (see `wqmix_jax.logger`), ``summary.json``
+what came of the run, ``learning_curve.png`` its picture, and ``checkpoints`` what a resumed run goes on from.
 """
 
 import datetime

@@ -13,11 +13,11 @@ from typing import Any, NoReturn
 
 import hydra
 import yaml
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
-from hydra.main import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -152,7 +152,10 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:
-    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+    try:
+        return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key} is not allowed: {str(error).splitlines()[0]}") from None
 
 
 @contextlib.contextmanager
@@ -175,10 +178,8 @@ def _in_one_line(overrides: Sequence[str], config_dir: str | os.PathLike[str] | 
 
 def _refuse_unknown_key(overrides: Sequence[str], config_dir: str | os.PathLike[str] | None) -> None:
     """Where an override's key is the trouble: lets the schema say so, which knows the others."""
-    forced = [
-        override.input_line if override.key_or_group in _GROUPS or override.is_add() else f"++{override.input_line}"
-        for override in _parsed(overrides)
-    ]
+    parsed = zip(overrides, _parsed(overrides), strict=True)
+    forced = [text if known.key_or_group in _GROUPS or known.is_add() else f"++{text}" for text, known in parsed]
     with contextlib.suppress(HydraException, OmegaConfBaseException):
         run_config(_plain(_compose(forced, config_dir)))
 

@@ -5,8 +5,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-FLOAT32_STEP = float(np.finfo(np.float32).eps)
-
 
 class Tolerance(NamedTuple):
     """An entry passes if its error is at most one of these.
@@ -30,11 +28,11 @@ class Report:
     """What was compared in one case file, in one precision.
 
     Attributes:
-        compared: names of recorded tensors.
+        compared: names of recorded tensors, ``GROUP/NAME``.
         absent: names of what such a file may hold and this one doesn't.
-        other: names of recorded tensors with no counterpart of ours.
+        other: names of recorded tensors that are no value of ours.
         failures: one line for each tensor that differs by more than its tolerance.
-        worst: the largest errors: absolute, relative to the entry, relative to the tensor's largest magnitude.
+        worst: the largest errors, of each kind that a `Tolerance` has.
     """
 
     compared: list[str] = field(default_factory=list)
@@ -53,7 +51,7 @@ class Report:
             got: ours.
             recorded: the reference's; its shape is taken.
             tolerance: see `Tolerance`; booleans and integers are compared exactly whatever it says.
-            where: bool, the entries that count, of the leading axes of ``recorded``.
+            where: bool, which entries count, along the leading axes of ``recorded``.
         """
         self.compared.append(name)
         got, recorded = np.asarray(got), np.asarray(recorded)
@@ -62,44 +60,51 @@ class Report:
             return
         if where is not None:
             got, recorded = got[where], recorded[where]
+        if recorded.size == 0:
+            return
         if not np.issubdtype(recorded.dtype, np.floating):
             tolerance = EXACT
         self._compare_entries(name, got.astype(np.float64), recorded.astype(np.float64), tolerance)
 
     def _compare_entries(self, name: str, got: np.ndarray, recorded: np.ndarray, tolerance: Tolerance) -> None:
-        if recorded.size == 0:
-            return
         error, magnitude = np.abs(got - recorded), np.abs(recorded)
-        largest = magnitude.max()
-        with np.errstate(divide="ignore", invalid="ignore"):
-            relative = np.where(error == 0, 0.0, error / magnitude)
-            of_largest = np.where(error == 0, 0.0, error / largest)
-        passed = (error <= tolerance.absolute) | (relative <= tolerance.relative) | (of_largest <= tolerance.of_largest)
-        errors = Tolerance(*(float(np.nan_to_num(each, nan=np.inf).max()) for each in (error, relative, of_largest)))
-        self.worst = Tolerance(*(max(pair) for pair in zip(self.worst, errors, strict=True)))
+        errors = Tolerance(error, _ratio(error, magnitude), _ratio(error, magnitude.max()))
+        passed = np.any([each <= bound for each, bound in zip(errors, tolerance, strict=True)], axis=0)
+        largest = Tolerance(*(float(np.nan_to_num(each, nan=np.inf).max()) for each in errors))
+        self.worst = Tolerance(*map(max, self.worst, largest))
         if not passed.all():
-            first = tuple(int(index) for index in np.argwhere(~passed)[0])
+            first = tuple(np.argwhere(~passed)[0].tolist())
             self.failures.append(
-                f"{name}: {(~passed).sum()} of {passed.size} entries differ by up to {errors.absolute:.1e} absolute, "
-                f"{errors.relative:.1e} relative; the first, {first}, is {got[first]!r}, recorded is {recorded[first]!r}"
+                f"{name}: {(~passed).sum()} of {passed.size} entries differ, by up to {_told(largest)}; the first, "
+                f"{list(first)}, is {got[first]}, recorded is {recorded[first]}"
             )
 
-    def lines(self) -> list[str]:
-        """What is printed."""
+    def errors(self) -> str:
+        """The largest errors of all."""
+        return f"largest error {_told(self.worst)}{', DIFFERS' if self.failures else ''}"
+
+    def contents(self) -> str:
+        """What was compared and what was not."""
         groups: dict[str, list[str]] = {}
         for name in self.compared:
             group, _, rest = name.partition("/")
             groups.setdefault(group, []).append(rest)
-        few = {"expected", "trace", "step", "init"}  # the others hold one tensor for each of the nets'
-        listed = [
-            f"{group} ({', '.join(names)})" if group in few else f"{group} ({len(names)} tensors)"
-            for group, names in groups.items()
-        ]
-        shown = [
-            f"largest error {self.worst.absolute:.1e} absolute, {self.worst.relative:.1e} relative, "
-            f"{self.worst.of_largest:.1e} of the tensor's largest magnitude",
-            f"compared: {'; '.join(listed)}",
-        ]
-        shown += [f"absent: {', '.join(self.absent)}"] if self.absent else []
-        shown += [f"recorded, but not a value of ours: {', '.join(self.other)}"] if self.other else []
-        return shown
+        told = []
+        for group, names in groups.items():
+            of_nets = all("/" in name for name in names)
+            told.append(f"{group} ({f'{len(names)} tensors' if of_nets else ', '.join(names)})")
+        told += [f"absent: {', '.join(self.absent)}"] if self.absent else []
+        told += [f"recorded, but no value of ours: {', '.join(self.other)}"] if self.other else []
+        return "; ".join(told)
+
+
+def _ratio(error: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(error == 0, 0.0, error / magnitude)
+
+
+def _told(errors: Tolerance) -> str:
+    return (
+        f"{errors.absolute:.1e} absolute, {errors.relative:.1e} relative, "
+        f"{errors.of_largest:.1e} of the tensor's largest magnitude"
+    )

@@ -3,22 +3,25 @@
 import dataclasses
 import functools
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from comparison import EXACT, FLOAT32_STEP, Report, Tolerance
 
-from wqmix_jax.algos.base import Algorithm, Context, hyperparams
+from tests.parity.comparison import EXACT, Report, Tolerance
+from wqmix_jax import load_config
+from wqmix_jax.algos.base import Algorithm, Context, Hyperparams, hyperparams
+from wqmix_jax.config import CONFIG_DIR
 from wqmix_jax.interop import pymarl
 from wqmix_jax.learner import LearnerState, init_learner, learner_step
-from wqmix_jax.train import algorithms, load_config
 from wqmix_jax.types import EnvSpec, Episode, PyTree
 
 Arrays = Mapping[str, np.ndarray]
+
+Step = Callable[[LearnerState, Episode], tuple[Any, ...]]
 
 NUM_STEPS = 5
 """Optimiser steps of a recording, all on the same batch."""
@@ -71,14 +74,14 @@ SIZES = {
 LOSSES = {"loss": "loss", "qmix_loss": "qmix_loss", "central_loss": "q_star_loss", "grad_norm": "grad_norm"}
 """The recordings' scalars by our names."""
 
-AGENTS = ("agent", "central_agent")
-"""PyMARL's nets that are recurrent agents."""
+AGENTS = {name: pymarl.NETS[name].ours for name in ("agent", "central_agent")}
+"""PyMARL's recurrent agents and their names here."""
 
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 """Each case is run a handful of times: a fifth of the time to compile, and no other result than rounding."""
 
 FLOAT64 = Tolerance(absolute=1e-11, relative=1e-9)
-STORED_FLOAT32 = Tolerance(absolute=1e-11, relative=FLOAT32_STEP)
+STORED_FLOAT32 = Tolerance(absolute=1e-11, relative=float(np.finfo(np.float32).eps))
 FLOAT32_VALUE = Tolerance(of_largest=1e-5)
 FLOAT32_PARAMETER = Tolerance(absolute=1e-5)
 FLOAT32_SCALAR = Tolerance(relative=1e-5)
@@ -119,11 +122,11 @@ class Run(NamedTuple):
 def check_covered(name: str) -> None:
     """Raises `NotYetCovered` as long as the project lacks the algorithm of case ``name``."""
     case = CASES[name]
-    if case.algo not in algorithms():
+    if not (CONFIG_DIR / "algo" / f"{case.algo}.yaml").is_file():
         raise NotYetCovered(f"{name} is not yet covered: there is no configs/algo/{case.algo}.yaml")
-    hints = typing.get_type_hints(type(_base(case.algo)))
     for option, value in case.options.items():
-        if value not in typing.get_args(hints[option]):
+        kinds = typing.get_type_hints(type(_base(case.algo)))
+        if value not in typing.get_args(kinds[option]):
             raise NotYetCovered(f"{name} is not yet covered: {case.algo} has no {option}={value}")
 
 
@@ -132,8 +135,15 @@ def compare(case: str, arrays: Arrays, config: Mapping[str, Any], precision: str
     return compare_run(run(case, arrays, config, precision), arrays, config, precision)
 
 
-def run(case: str, arrays: Arrays, config: Mapping[str, Any], precision: str) -> Run:
+def run(case: str, arrays: Arrays, config: Mapping[str, Any], precision: str, step: Step | None = None) -> Run:
     """Five learner steps from the recorded parameters on the recorded batch, as the trainer takes them.
+
+    Args:
+        case: a key of `CASES`.
+        arrays: the recording.
+        config: its options.
+        precision: ``float64`` or ``float32``.
+        step: what `compile_step` returned for another recording of the same options and sizes.
 
     Raises:
         NotYetCovered: if the project lacks the algorithm.
@@ -144,17 +154,37 @@ def run(case: str, arrays: Arrays, config: Mapping[str, Any], precision: str) ->
     with jax.enable_x64(precision == "float64"), jax.default_matmul_precision("float32"):
         batch = _batch(arrays, precision)
         params, target = (_params(group, algo, arrays, config, precision) for group in ("params", "target"))
-        step = _compiled_step(algo, batch)
-        learner = init_learner(params)._replace(target=target)
-        taken, metrics = [], []
+        step = step or compile_step(algo)
+        learner = jax.jit(init_learner)(params)._replace(target=target)
+        taken, metrics, first = [], [], None
         for _ in range(NUM_STEPS):
-            learner, metric, *seen = step(learner)
+            learner, metric, *seen = step(learner, batch)
             taken.append(jax.device_get(learner.params))
             metrics.append(metric)
-            first = seen if len(taken) == 1 else first
-        grads, values, utilities, target_utilities = jax.device_get(first)
+            first = first or jax.device_get(seen)
+        grads, values, utilities, target_utilities = first
         losses = {name: np.array([metric[name] for metric in metrics]) for name in metrics[0]}
         return Run(batch, values, utilities, target_utilities, grads, taken, jax.device_get(learner.target), losses)
+
+
+def compile_step(algo: Algorithm) -> Step:
+    """The learner's step, and what it went through: gradients, intermediate values, utilities."""
+    ctx = Context(epsilon=jnp.float32(0), env_steps=jnp.int32(0), learner_steps=jnp.int32(0))
+    key = jax.random.key(0)
+    traced_once = SimpleNamespace(loss=jax.jit(algo.loss), sample_noise=algo.sample_noise)
+
+    def step(learner: LearnerState, batch: Episode, hp: Hyperparams) -> tuple[Any, ...]:
+        stepped, metrics = learner_step(traced_once, learner, batch, hp, ctx, jnp.int32(0), key)
+        noise = algo.sample_noise(key, batch)
+        grads, aux = jax.grad(traced_once.loss, has_aux=True)(learner.params, learner.target, batch, hp, ctx, noise)
+        utilities = [
+            {name: algo.unroll(tree[ours], batch) for name, ours in AGENTS.items() if ours in tree}
+            for tree in (learner.params, learner.target)
+        ]
+        return stepped, metrics, grads, aux.values, *utilities
+
+    jitted = jax.jit(step, compiler_options=QUICK_TO_COMPILE if jax.default_backend() == "cpu" else None)
+    return lambda learner, batch: jitted(learner, batch, jax.tree.map(jnp.asarray, hyperparams(algo)))
 
 
 def build_algorithm(case: str, config: Mapping[str, Any]) -> Algorithm:
@@ -168,41 +198,57 @@ def build_algorithm(case: str, config: Mapping[str, Any]) -> Algorithm:
 
 def compare_run(ran: Run, arrays: Arrays, config: Mapping[str, Any], precision: str) -> Report:
     """Compares what came of a case with what was recorded."""
-    report = Report()
-    exactly = precision == "float64"
-
-    def tolerance(recorded: np.ndarray, loose: Tolerance) -> Tolerance:
-        return (STORED_FLOAT32 if recorded.dtype == np.float32 else FLOAT64) if exactly else loose
-
-    expected = _group(arrays, "expected")
-    if not expected:
+    if not _group(arrays, "expected"):
         raise CannotRun("there are no expected/ values in it")
-    for name, (got, where) in _values(ran, expected).items():
-        kind = EXACT if name in ("mask", "ws") else tolerance(expected[name], FLOAT32_VALUE)
-        recorded = expected[name].astype(got.dtype) if name == "ws" else expected[name]
-        report.compare(f"expected/{name}", got, recorded, kind, where)
-    for name, ours in LOSSES.items():
-        for full, index in ((f"expected/{name}", 0), (f"trace/{name}", slice(None))):
-            if full in arrays:
-                got = ran.metrics.get(ours, np.array(np.nan))
-                report.compare(full, got[index], arrays[full], tolerance(arrays[full], FLOAT32_SCALAR))
-    steps = {"grads": (ran.grads, FLOAT32_VALUE)}
-    steps |= {f"after{count}": (ran.params[count - 1], FLOAT32_PARAMETER) for count in (1, NUM_STEPS)}
-    for group, (tree, loose) in steps.items():
-        recorded = _group(arrays, group)
-        if not recorded:
-            report.absent.append(group)
-            continue
-        ours = _by_recorded_name(tree)
-        unreached = set(config["params_without_grad"]) if group == "grads" else set()
-        for name in sorted(recorded.keys() | ours.keys()):
-            there = recorded.get(name, np.zeros_like(ours[name]) if name in unreached else np.empty(0))
-            report.compare(f"{group}/{name}", ours.get(name, np.empty(0)), there, tolerance(there, loose))
-    for name, tensor in _by_recorded_name(ran.target).items():
-        report.compare(f"target/{name}", tensor, arrays[f"target/{name}"])
-    held = [name for name in arrays if name.startswith(("expected/", "trace/"))]
-    report.other = [name for name in held if name not in report.compared]
+    report = Report()
+    _compare_values(report, ran, arrays, precision)
+    _compare_losses(report, ran, arrays, precision)
+    _compare_tensors(report, "grads", ran.grads, arrays, precision, unreached=config["params_without_grad"])
+    for count in (1, NUM_STEPS):
+        _compare_tensors(report, f"after{count}", ran.params[count - 1], arrays, precision)
+    _compare_tensors(report, "target", ran.target, arrays, precision)
+    recorded = [name for name in arrays if name.startswith(("expected/", "trace/"))]
+    report.other = [name for name in recorded if name not in report.compared]
     return report
+
+
+def _compare_values(report: Report, ran: Run, arrays: Arrays, precision: str) -> None:
+    expected = _group(arrays, "expected")
+    for name, (got, where) in _values(ran, expected).items():
+        recorded = expected[name]
+        tolerance = _tolerance(recorded, precision, FLOAT32_VALUE)
+        if name in ("mask", "ws"):
+            recorded, tolerance = recorded.astype(got.dtype), EXACT
+        report.compare(f"expected/{name}", got, recorded, tolerance, where)
+
+
+def _compare_losses(report: Report, ran: Run, arrays: Arrays, precision: str) -> None:
+    for theirs, ours in LOSSES.items():
+        for name, steps in ((f"expected/{theirs}", 0), (f"trace/{theirs}", slice(None))):
+            if name in arrays:
+                got = ran.metrics.get(ours, np.full(NUM_STEPS, np.nan))[steps]
+                report.compare(name, got, arrays[name], _tolerance(arrays[name], precision, FLOAT32_SCALAR))
+
+
+def _compare_tensors(
+    report: Report, group: str, tree: PyTree, arrays: Arrays, precision: str, unreached: Sequence[str] = ()
+) -> None:
+    """Compares one tensor for each of the parameters; what the loss doesn't reach has no recorded gradient."""
+    recorded, ours = _group(arrays, group), _by_recorded_name(tree)
+    if not recorded:
+        report.absent.append(group)
+        return
+    recorded |= {name: np.zeros_like(ours[name]) for name in unreached if name in ours}
+    loose = FLOAT32_VALUE if group == "grads" else FLOAT32_PARAMETER
+    for name in sorted(recorded.keys() | ours.keys()):
+        there, here = recorded.get(name, np.empty(0)), ours.get(name, np.empty(0))
+        report.compare(f"{group}/{name}", here, there, _tolerance(there, precision, loose))
+
+
+def _tolerance(recorded: np.ndarray, precision: str, in_float32: Tolerance) -> Tolerance:
+    if precision == "float32":
+        return in_float32
+    return STORED_FLOAT32 if recorded.dtype == np.float32 else FLOAT64
 
 
 @functools.cache
@@ -221,13 +267,13 @@ def _batch(arrays: Arrays, dtype: str) -> Episode:
     mask = batch["filled"][:, :-1, 0].astype(dtype)
     mask[:, 1:] *= 1 - terminated[:, :-1]
     return Episode(
-        obs=jnp.asarray(batch["obs"], dtype),
-        state=jnp.asarray(batch["state"], dtype),
-        avail_actions=jnp.asarray(batch["avail_actions"] > 0),
-        joint_action=jnp.asarray(batch["actions"][:, :-1, :, 0], jnp.int32),
-        reward=jnp.asarray(batch["reward"][:, :-1, 0], dtype),
-        discount=jnp.asarray(1 - terminated),
-        mask=jnp.asarray(mask),
+        obs=batch["obs"].astype(dtype),
+        state=batch["state"].astype(dtype),
+        avail_actions=batch["avail_actions"] > 0,
+        joint_action=batch["actions"][:, :-1, :, 0].astype(np.int32),
+        reward=batch["reward"][:, :-1, 0].astype(dtype),
+        discount=1 - terminated,
+        mask=mask,
     )
 
 
@@ -251,7 +297,7 @@ def _params(group: str, algo: Algorithm, arrays: Arrays, config: Mapping[str, An
         for name, net in pymarl.NETS.items()
         if net.ours in like
     }
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), trees)
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), trees)
 
 
 def _by_recorded_name(tree: PyTree) -> dict[str, np.ndarray]:
@@ -263,34 +309,13 @@ def _by_recorded_name(tree: PyTree) -> dict[str, np.ndarray]:
     }
 
 
-def _compiled_step(algo: Algorithm, batch: Episode) -> Callable[[LearnerState], tuple[Any, ...]]:
-    """The learner's step, and what it went through: gradients, intermediate values, utilities."""
-    hp = jax.tree.map(jnp.asarray, hyperparams(algo))
-    ctx = Context(epsilon=jnp.float32(0), env_steps=jnp.int32(0), learner_steps=jnp.int32(0))
-    key = jax.random.key(0)
-    traced_once = SimpleNamespace(loss=jax.jit(algo.loss), sample_noise=algo.sample_noise)
-
-    def step(learner: LearnerState, batch: Episode, hp: Any) -> tuple[Any, ...]:
-        stepped, metrics = learner_step(traced_once, learner, batch, hp, ctx, jnp.int32(0), key)
-        noise = algo.sample_noise(key, batch)
-        grads, aux = jax.grad(traced_once.loss, has_aux=True)(learner.params, learner.target, batch, hp, ctx, noise)
-        utilities = [
-            {name: algo.unroll(tree[pymarl.NETS[name].ours], batch) for name in AGENTS if pymarl.NETS[name].ours in tree}
-            for tree in (learner.params, learner.target)
-        ]
-        return stepped, metrics, grads, aux.values, *utilities
-
-    jitted = jax.jit(step, compiler_options=QUICK_TO_COMPILE if jax.default_backend() == "cpu" else None)
-    return lambda learner: jitted(learner, batch, hp)
-
-
 def _values(ran: Run, expected: Arrays) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Ours of the recorded intermediate values, and which of their entries count.
 
     What goes beyond the loss's own values follows from them by a look-up, a mask or a comparison.
     """
     values = ran.values
-    mask, actions, avail = (np.asarray(leaf) for leaf in (ran.batch.mask, ran.batch.joint_action, ran.batch.avail_actions))
+    mask, actions, avail = (ran.batch.mask, ran.batch.joint_action, ran.batch.avail_actions)
     real = mask > 0
     seen = np.pad(real, ((0, 0), (0, 1))) | np.pad(real, ((0, 0), (1, 0)))  # the states before and after a real step
     decided = seen[..., None] & avail.any(-1)

@@ -1,0 +1,52 @@
+"""Runs the case files in processes of their own, and prints at the end what was compared."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.parity.comparison import Report
+from tests.parity.harness import FOLDER, case_files, precisions, run, set_up_worker
+
+REPORTS = pytest.StashKey[dict[Path, dict[str, Report]]]()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "recording" in metafunc.fixturenames:
+        every = [(path, precision) for path in case_files(FOLDER) for precision in precisions(path)]
+        metafunc.parametrize("recording", every, ids=[f"{path.stem}-{precision}" for path, precision in every])
+
+
+@pytest.fixture(scope="session")
+def ran(request: pytest.FixtureRequest) -> Iterator[Callable[[Path, str], Report]]:
+    """The report of a case file. All that are selected start at once: nearly all the time goes into compiling them."""
+    selected = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    recordings = [params["recording"] for params in selected if "recording" in params]
+    workers = min(os.cpu_count() or 1, len(recordings))
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawned, initializer=set_up_worker) as pool:
+        reports: dict[tuple[Path, str], Future[Report]] = {each: pool.submit(run, *each) for each in recordings}
+        yield lambda path, precision: reports[path, precision].result()
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture
+def keep_report(request: pytest.FixtureRequest) -> Callable[[Path, str, Report], None]:
+    """Keeps a report for the summary."""
+    reports = request.config.stash.setdefault(REPORTS, {})
+    return lambda path, precision, report: reports.setdefault(path, {}).update({precision: report})
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    reports = config.stash.get(REPORTS, {})
+    if not reports:
+        return
+    terminalreporter.section(f"parity with the authors' code: {FOLDER}")
+    for path, by_precision in reports.items():
+        [*every] = by_precision.values()
+        terminalreporter.write_line(f"{path.name}: {every[0].contents()}")
+        for precision, report in by_precision.items():
+            terminalreporter.write_line(f"    {precision}: {report.errors()}")

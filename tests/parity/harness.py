@@ -1,0 +1,97 @@
+"""Finds the case files of a folder, reads what they are, and runs them.
+
+A folder holds ``env_[<variant>_]<tag>.npz`` and ``learner_<case>_<tag>_<k>.npz``, whatever the tag; sizes and options
+stand in each file's ``config_json``. Every ``.npz`` in it must be one of the two; nothing else is looked at.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from tests.parity import environment_cases, learner_cases
+from tests.parity.comparison import Report
+from tests.parity.learner_cases import CannotRun
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+"""The project's own copy of the recordings."""
+
+FOLDER = Path(os.environ.get("WQMIX_PARITY_DIR", GOLDEN))
+"""The folder whose files are run."""
+
+PRECISIONS = ("float64", "float32")
+"""A learner is run in both; an environment once."""
+
+
+class CaseFile(NamedTuple):
+    """A recording.
+
+    Attributes:
+        path: the file.
+        arrays: everything in it.
+        config: its ``config_json``.
+    """
+
+    path: Path
+    arrays: dict[str, np.ndarray]
+    config: Mapping[str, Any]
+
+
+def set_up_worker() -> None:
+    """A process of its own is as strict as the tests are."""
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def case_files(folder: Path) -> list[Path]:
+    """All recordings of ``folder``, sorted; empty if there are none or no such folder."""
+    return sorted(folder.glob("*.npz"))
+
+
+def load(path: Path) -> CaseFile:
+    """Reads a recording."""
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    if "config_json" not in arrays:
+        raise CannotRun("there is no config_json in it")
+    return CaseFile(path, arrays, json.loads(str(arrays.pop("config_json"))))
+
+
+def is_environment(path: Path) -> bool:
+    """Whether it is one; a file that is neither that nor a learner's can't be run."""
+    return path.name.startswith("env_")
+
+
+def precisions(path: Path) -> tuple[str, ...]:
+    """In what a file is run."""
+    return ("exact",) if is_environment(path) else PRECISIONS
+
+
+def learner_case(path: Path, config: Mapping[str, Any]) -> str:
+    """The case in a file's name; where a tag looks like the end of a case (``qmix_w_0``), ``config_json`` tells."""
+    kind, _, rest = path.stem.partition("_")
+    if kind != "learner":
+        raise CannotRun("its name starts with neither env_ nor learner_")
+    named = [case for case in learner_cases.CASES if rest.startswith(f"{case}_")]
+    if config.get("case") in named:
+        return config["case"]
+    if not named:
+        raise CannotRun(f"its case is unknown (known are {', '.join(learner_cases.CASES)})")
+    return max(named, key=len)
+
+
+def run(path: Path, precision: str) -> Report:
+    """Runs one file.
+
+    Raises:
+        NotYetCovered: if the project lacks the algorithm.
+        CannotRun: if it is no case file, or lacks what is needed to run it.
+    """
+    file = load(path)
+    if is_environment(path):
+        return environment_cases.compare(file.arrays, file.config)
+    case = learner_case(path, file.config)
+    return learner_cases.compare(case, file.arrays, file.config, precision)

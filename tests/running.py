@@ -1,0 +1,69 @@
+"""Small runs of the command line in this process, on a user's own algorithm and environment."""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from wqmix_jax import train
+from wqmix_jax.checkpoint import Checkpoints
+from wqmix_jax.config import run_config
+from wqmix_jax.loop import Loop
+from wqmix_jax.runs import read_config
+from wqmix_jax.trainer import make_trainer
+
+USER_FOLDER = Path(__file__).parent / "user_folder"
+
+TINY = (
+    "+algo=huber_iql",
+    "env=coin",
+    "env.episode_limit=2",
+    "algo.batch_size=3",
+    "algo.buffer_size=8",
+    "algo.hidden_dim=4",
+    "algo.epsilon_anneal_steps=30",
+    "num_seeds=2",
+    "seed=3",
+    "total_env_steps=37",
+    "eval_interval=12",
+    "eval_episodes=4",
+    "chunk_iterations=2",
+    "checkpoint.every=7",
+)
+"""Episodes of one or two steps, evaluated every six iterations and saved in between."""
+
+WALL_CLOCK = "steps_per_second"
+
+
+def main(*arguments: str, config_dir: Path = USER_FOLDER / "configs") -> int:
+    """Runs the command line and returns its exit code."""
+    before = sys.argv, list(sys.path)
+    sys.argv = ["train", "--config-dir", str(config_dir), *arguments]
+    try:
+        train.main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    finally:
+        sys.argv, sys.path[:] = before
+    return 0
+
+
+def copy_user_folder(folder: Path) -> Path:
+    """A copy of the user's files, yamls in ``configs`` and modules beside it."""
+    return Path(shutil.copytree(USER_FOLDER, folder, ignore=shutil.ignore_patterns("__pycache__")))
+
+
+def last_checkpoint(run_dir: Path) -> Loop:
+    """What the newest checkpoint of a run holds."""
+    config = run_config(read_config(run_dir))
+    seeds = range(config.seed, config.seed + config.num_seeds)
+    with Checkpoints(run_dir / "checkpoints", make_trainer(config), seeds, keep=config.checkpoint.keep) as checkpoints:
+        restored = checkpoints.restore(config.total_env_steps)
+    assert restored is not None
+    return restored.loop
+
+
+def timeless(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records without what a clock measured."""
+    return [{key: value for key, value in record.items() if key != WALL_CLOCK} for record in records]

@@ -1,0 +1,93 @@
+"""Refusals of the schema: one line that names the key, the value and what is allowed."""
+
+from typing import Any
+
+import pytest
+import yaml
+
+from wqmix_jax import load_config
+from wqmix_jax.config import CONFIG_DIR, ConfigError, RunConfig, build, run_config
+from wqmix_jax.train import names
+
+
+def plain(**changes: Any) -> dict[str, Any]:
+    """The default run of OW-QMIX as nested mappings, some values changed (``{"algo.lr": 1}``)."""
+    env = yaml.safe_load((CONFIG_DIR / "env" / "predator_prey.yaml").read_text())
+    values = yaml.safe_load((CONFIG_DIR / "train.yaml").read_text())
+    del values["hydra"], values["defaults"]
+    algo: dict[str, Any] = {}
+    for name in ("_base", "qmix", "ow_qmix"):
+        algo |= yaml.safe_load((CONFIG_DIR / "algo" / f"{name}.yaml").read_text())
+    del algo["defaults"]
+    values |= {"algo": algo, "env": env}
+    for key, value in changes.items():
+        *groups, name = key.split(".")
+        group = values
+        for part in groups:
+            group = group[part]
+        group[name] = value
+    return values
+
+
+def test_plain_mappings_give_what_the_command_line_gives() -> None:
+    assert run_config(plain()) == load_config("+algo=ow_qmix")
+
+
+@pytest.mark.parametrize("algo", names("algo").split(", "))
+@pytest.mark.parametrize("env", names("env").split(", "))
+def test_every_yaml_is_a_run(algo: str, env: str) -> None:
+    config = load_config(f"+algo={algo}", f"env={env}")
+    assert isinstance(config, RunConfig)
+    assert config.env.spec.num_agents > 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("algo.lr", "abc", "algo.lr='abc' is not allowed: input should be a valid number"),
+        ("algo.lr", -1, "algo.lr=-1 is not allowed: input should be greater than 0"),
+        ("algo.lr", float("nan"), "algo.lr=nan is not allowed: input should be a finite number"),
+        ("algo.alpha", 0, "algo.alpha=0 is not allowed: input should be greater than 0"),
+        ("algo.alpha", 2, "algo.alpha=2 is not allowed: input should be less than or equal to 1"),
+        ("algo.batch_size", True, "algo.batch_size=True is not allowed: input should be a valid integer"),
+        ("algo.batch_size", 5001, "algo.buffer_size=5000 is not allowed: at least algo.batch_size=5001 is needed"),
+        ("algo.lrr", 1, "algo.lrr is unknown: did you mean algo.lr? known keys are gamma, lr, "),
+        ("algo._target_", None, "algo._target_ is missing: it names the class of these options"),
+        ("algo._target_", "no_such_module.X", "algo._target_='no_such_module.X' can't be imported: No module named"),
+        ("algo._target_", "wqmix_jax.algos.iql.IQLL", "algo._target_='wqmix_jax.algos.iql.IQLL' can't be imported: "),
+        ("env.world_shape", [3, 3], "env.world_shape=(3, 3) is not allowed: its 9 cells must hold"),
+        ("env", 3, "env=3 is not allowed: a group of options is needed"),
+        ("num_seeds", 0, "num_seeds=0 is not allowed: input should be greater than 0"),
+        ("num_envs", 5001, "num_envs=5001 is not allowed: at most algo.buffer_size=5000 episodes fit"),
+        ("seed", 2**31, f"seed={2**31} is not allowed: input should be less than or equal to {2**31 - 1}"),
+        ("checkpoint.every", 0, "checkpoint.every=0 is not allowed: input should be greater than 0"),
+        ("checkpoint", None, "checkpoint=None is not allowed: a group of options is needed"),
+        ("logger.wandb", "on", "logger.wandb='on' is not allowed: input should be 'disabled', 'offline' or 'online'"),
+        ("matmul_precision", "float16", "matmul_precision='float16' is not allowed: input should be 'float32', "),
+        ("unheard_of", 1, "unheard_of is unknown: known keys are algo, env, num_seeds, "),
+    ],
+)
+def test_refused(key: str, value: Any, told: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        run_config(plain(**{key: value}))
+    assert str(refused.value).startswith(told)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_range_of_seeds_must_end_in_time() -> None:
+    with pytest.raises(ConfigError, match=r"^seed=2147483647 is not allowed: 2 seeds from there pass 2147483647$"):
+        run_config(plain(seed=2**31 - 1, num_seeds=2))
+
+
+def test_a_misspelt_key_is_named_before_the_one_that_it_leaves_missing() -> None:
+    values = plain()
+    values["num_seed"] = values.pop("num_seeds")
+    with pytest.raises(ConfigError, match=r"^num_seed is unknown: did you mean num_seeds\?"):
+        run_config(values)
+
+
+def test_a_missing_key_is_named() -> None:
+    values = plain()["env"]
+    del values["punishment"]
+    with pytest.raises(ConfigError, match=r"^env\.punishment is missing$"):
+        build("env", values)

@@ -1,0 +1,179 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.environments import Clock, tiny_wqmix
+from wqmix_jax.algos.base import Context, hyperparams
+from wqmix_jax.config import build
+from wqmix_jax.learner import clip_by_joint_norm, init_learner, learner_step
+from wqmix_jax.types import Episode
+
+ENV = Clock(episode_limit=4, ends_from=4)
+CTX = Context(jnp.float32(0), jnp.int32(0), jnp.int32(0))
+KEY = jax.random.key(0)
+
+
+def batch_of(lengths, terminated, seed=0):
+    """Random episodes of the given lengths; every action is available where a step is real or last."""
+    spec, keys = ENV.spec, jax.random.split(jax.random.key(seed), 4)
+    limit, rows = spec.episode_limit, len(lengths)
+    lengths, terminated = jnp.array(lengths)[:, None], jnp.array(terminated)[:, None]
+    steps = jnp.arange(limit)[None, :]
+    ends = terminated & (steps == lengths - 1)
+    return Episode(
+        obs=jax.random.normal(keys[0], (rows, limit + 1, spec.num_agents, spec.obs_dim)),
+        state=jax.random.normal(keys[1], (rows, limit + 1, spec.state_dim)),
+        avail_actions=jnp.ones((rows, limit + 1, spec.num_agents, spec.num_actions), bool),
+        joint_action=jax.random.randint(keys[2], (rows, limit, spec.num_agents), 0, spec.num_actions),
+        reward=jax.random.normal(keys[3], (rows, limit)),
+        discount=1.0 - ends.astype(jnp.float32),
+        mask=(steps < lengths).astype(jnp.float32),
+    )
+
+
+def every_algorithm():
+    q_star = tiny_wqmix()
+    tiny = {name: getattr(q_star, name) for name in type(q_star).__dataclass_fields__}
+    learner = {k: v for k, v in tiny.items() if k not in ("weighting", "alpha", "q_star", "q_star_dim")}
+    iql = {k: v for k, v in learner.items() if k not in ("mixer", "mixer_embed_dim", "hypernet_dim")}
+    return {
+        "iql": build("algo", {"_target_": "wqmix_jax.algos.iql.IQL", **iql}),
+        "vdn": build("algo", {"_target_": "wqmix_jax.algos.qmix.QMIX", **learner, "mixer": "vdn"}),
+        "qmix": build("algo", {"_target_": "wqmix_jax.algos.qmix.QMIX", **learner}),
+        "cw_qmix": q_star,
+        "ow_qmix": tiny_wqmix(weighting="optimistic"),
+        "qmix_cw": tiny_wqmix(q_star="none"),
+    }
+
+
+@pytest.fixture(params=every_algorithm().items(), ids=lambda item: item[0])
+def algo(request):
+    return request.param[1]
+
+
+def loss_of(algo, params, target, batch):
+    return algo.loss(params, target, batch, hyperparams(algo), CTX, ())
+
+
+def params_and_target(algo):
+    return algo.init(jax.random.key(1), ENV.spec), algo.init(jax.random.key(2), ENV.spec)
+
+
+def test_the_target_bootstraps_past_a_time_limit_and_not_past_a_true_end(algo):
+    """Same data twice: once the last step was the task's end, once only the limit's."""
+    params, target = params_and_target(algo)
+    y = {}
+    for ended in (True, False):
+        _, aux = loss_of(algo, params, target, batch_of([4, 3], [ended, ended]))
+        y[ended] = np.array(aux.values["td_target"])
+    batch = batch_of([4, 3], [True, True])
+    for row, last in ((0, 3), (1, 2)):
+        np.testing.assert_allclose(y[True][row, last], np.broadcast_to(batch.reward[row, last], y[True][row, last].shape))
+        assert (np.abs(y[False][row, last] - y[True][row, last]) > 1e-3).all()
+        np.testing.assert_array_equal(y[True][row, :last], y[False][row, :last])
+
+
+def test_padding_reaches_neither_loss_nor_gradient_and_the_last_real_step_does(algo):
+    params, target = params_and_target(algo)
+    grad = jax.jit(jax.value_and_grad(lambda p, b: loss_of(algo, p, target, b)[0]))
+    batch, other = batch_of([2, 4], [True, False]), batch_of([2, 4], [True, False], seed=5)
+    # Row 0 has steps 0 and 1; what is seen at 2 is its last observation, everything after it is padding.
+    padded = Episode(
+        *(mine.at[0, 3:].set(its[0, 3:]) for mine, its in zip(batch[:3], other[:3], strict=True)),
+        *(mine.at[0, 2:].set(its[0, 2:]) for mine, its in zip(batch[3:6], other[3:6], strict=True)),
+        mask=batch.mask,
+    )
+    for one, two in zip(jax.tree.leaves(grad(params, batch)), jax.tree.leaves(grad(params, padded)), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-7)
+    last = batch._replace(reward=batch.reward.at[0, 1].add(1.0))
+    assert not np.isclose(grad(params, batch)[0], grad(params, last)[0])
+
+
+def test_an_unavailable_action_never_enters_the_maximum(algo):
+    """With one action allowed to each agent, y is the target's value of just that action."""
+    params, target = params_and_target(algo)
+    batch = batch_of([4, 4], [False, False])
+    allowed = jnp.array([2, 1])
+    only = jnp.broadcast_to(jnp.arange(3)[None, :] == allowed[:, None], batch.avail_actions.shape)
+    _, free = loss_of(algo, params, target, batch)
+    _, bound = loss_of(algo, params, target, batch._replace(avail_actions=only))
+    net = "q_star_agent" if "q_star_agent" in target else "agent"
+    target_qs = algo.unroll(target[net], batch)[:, 1:, jnp.arange(2), allowed]
+    if "q_star_mixer" in target:
+        following = algo.q_star_net.apply({"params": target["q_star_mixer"]}, target_qs, batch.state[:, 1:])
+    elif "mixer" in target:
+        following = algo.mix(target["mixer"], target_qs, batch.state[:, 1:])
+    else:
+        following = target_qs
+    axes = (...,) + (None,) * (following.ndim - 2)
+    expected = batch.reward[axes] + algo.gamma * following
+    np.testing.assert_allclose(bound.values["td_target"], expected, rtol=1e-5)
+    assert not np.allclose(free.values["td_target"], expected)
+
+
+def test_the_value_is_the_targets_and_the_choice_the_online_nets(algo):
+    """Double Q-learning: other online utilities may change only which action the target net is asked about."""
+    params, target = params_and_target(algo)
+    batch = batch_of([4], [False])
+    raised = dict(params, agent=jax.tree.map(jnp.copy, params["agent"]))
+    raised["agent"]["head"]["bias"] = params["agent"]["head"]["bias"] + 3.0  # the same argmax everywhere
+    y, same = (loss_of(algo, p, target, batch)[1].values["td_target"] for p in (params, raised))
+    np.testing.assert_allclose(y, same, rtol=1e-6)
+    other = dict(params, agent=algo.init(jax.random.key(3), ENV.spec)["agent"])
+    assert not np.allclose(y, loss_of(algo, other, target, batch)[1].values["td_target"])
+
+
+def test_weights_multiply_q_tots_loss_and_leave_q_stars_alone():
+    algo = tiny_wqmix(weighting="optimistic", alpha=0.25)
+    params, target = params_and_target(algo)
+    batch = batch_of([4, 2], [True, False])
+    loss, aux = loss_of(algo, params, target, batch)
+    error, mask = np.array(aux.values["td_error"]), np.array(batch.mask)
+    weights = np.where(error < 0, 1.0, 0.25)
+    assert len(np.unique(weights[mask > 0])) == 2
+    qmix = (weights * error**2 * mask).sum() / mask.sum()
+    central = ((np.array(aux.values["q_star"]) - np.array(aux.values["td_target"])) ** 2 * mask).sum() / mask.sum()
+    np.testing.assert_allclose(aux.metrics["qmix_loss"], qmix, rtol=1e-5)
+    np.testing.assert_allclose(aux.metrics["q_star_loss"], central, rtol=1e-5)
+    np.testing.assert_allclose(loss, qmix + central, rtol=1e-5)
+
+
+def test_target_nets_move_after_the_step_once_the_interval_has_passed():
+    """The copy is of the parameters after the step, at a difference of exactly 3 episodes and not of 2."""
+    algo = tiny_wqmix(target_update_interval=3)
+    learner = init_learner(algo.init(KEY, ENV.spec))._replace(target_episodes=jnp.int32(5))
+    batch = batch_of([4, 3], [False, True])
+    step = jax.jit(lambda episodes: learner_step(algo, learner, batch, hyperparams(algo), CTX, episodes, KEY)[0])
+    early, due = step(jnp.int32(7)), step(jnp.int32(8))
+    same = lambda a, b: jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))  # noqa: E731
+    assert same(early.target, learner.target)
+    assert int(early.target_episodes) == 5
+    assert same(due.target, due.params)
+    assert not same(due.target, learner.params)
+    assert int(due.target_episodes) == 8
+
+
+def test_one_optimiser_step_by_hand():
+    """RMSProp from zero, epsilon outside the root: v = 0.01 g^2, p - lr g / (sqrt(v) + eps), g clipped jointly."""
+    algo = tiny_wqmix(rms_eps=0.1, max_grad_norm=0.5)
+    learner = init_learner(algo.init(KEY, ENV.spec))
+    batch, hp = batch_of([4, 3], [False, True]), hyperparams(algo)
+    grads = jax.grad(lambda p: algo.loss(p, learner.target, batch, hp, CTX, ())[0])(learner.params)
+    norm = np.sqrt(sum((np.array(g, np.float64) ** 2).sum() for g in jax.tree.leaves(grads)))
+    assert norm > 0.5
+    stepped, metrics = learner_step(algo, learner, batch, hp, CTX, jnp.int32(0), KEY)
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+    for before, after, g in zip(*map(jax.tree.leaves, (learner.params, stepped.params, grads)), strict=True):
+        g = np.array(g) * 0.5 / (norm + 1e-6)
+        expected = np.array(before) - 0.01 * g / (np.sqrt(0.01 * g**2) + 0.1)
+        np.testing.assert_allclose(after, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_small_gradient_is_not_clipped():
+    grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+    clipped, norm = clip_by_joint_norm(grads, jnp.float32(10))
+    assert norm == 5.0
+    np.testing.assert_array_equal(clipped["b"], [4.0])
+    clipped, _ = clip_by_joint_norm(grads, jnp.float32(1))
+    np.testing.assert_allclose(clipped["a"], [0.6], rtol=1e-5)

@@ -1,0 +1,218 @@
+"""The command line: what it refuses and how, what a run leaves behind, and a user's own parts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import yaml
+
+import wqmix_jax
+from tests.running import TINY, copy_user_folder, main, timeless
+from wqmix_jax import load_config, load_metrics, train
+from wqmix_jax.config import ConfigError, RunConfig
+from wqmix_jax.logger import load_header
+
+ROOT = Path(__file__).parent.parent
+ALGORITHMS = "cw_qmix, huber_iql, iql, ow_qmix, qmix, qmix_cw, qmix_ow, qmix_qstar, vdn"
+
+REFUSED = [
+    ([], f"an algorithm is missing: write +algo=NAME, NAME one of {train.names('algo')}"),
+    (["algo=ow_qmix"], "algo=ow_qmix is not allowed: write +algo=ow_qmix"),
+    (["+algo=nonsense"], "algo=nonsense is not allowed: choose one of cw_qmix, "),
+    (["+algo=_base"], "algo._target_ is missing"),
+    (["+algo=ow_qmix", "env=nonsense"], "env=nonsense is not allowed: choose one of "),
+    (["+algo=ow_qmix", "+env=predator_prey"], "+env=predator_prey is not allowed: env has a default, write env="),
+    (["+algo=ow_qmix", "algo.lr=abc"], "algo.lr='abc' is not allowed: input should be a valid number"),
+    (["+algo=ow_qmix", "algo.lr=-1"], "algo.lr=-1 is not allowed: input should be greater than 0"),
+    (["+algo=ow_qmix", "algo.alpha=2"], "algo.alpha=2 is not allowed: input should be less than or equal to 1"),
+    (["+algo=ow_qmix", "algo.alpha=0"], "algo.alpha=0 is not allowed: input should be greater than 0"),
+    (["+algo=ow_qmix", "algo.gamma=1.5"], "algo.gamma=1.5 is not allowed: input should be less than or equal to 1"),
+    (["+algo=ow_qmix", "algo.batch_size=0"], "algo.batch_size=0 is not allowed: input should be greater than 0"),
+    (["+algo=ow_qmix", "num_seeds=0"], "num_seeds=0 is not allowed: input should be greater than 0"),
+    (["+algo=ow_qmix", "num_seeds=1.5"], "num_seeds=1.5 is not allowed: input should be a valid integer"),
+    (["+algo=ow_qmix", "total_env_steps=-5"], "total_env_steps=-5 is not allowed: input should be greater than 0"),
+    (["+algo=ow_qmix", "env.world_shape=[3,3]"], "env.world_shape=(3, 3) is not allowed: its 9 cells must hold"),
+    (["+algo=ow_qmix", "algo.lrr=1"], "algo.lrr is unknown: did you mean algo.lr? known keys are gamma, "),
+    (["+algo=ow_qmix", "+algo.lrr=1"], "algo.lrr is unknown: did you mean algo.lr? known keys are gamma, "),
+    (["+algo=ow_qmix", "num_seed=1"], "num_seed is unknown: did you mean num_seeds? known keys are algo, "),
+    (["+algo=ow_qmix", "+num_seed=1"], "num_seed is unknown: did you mean num_seeds? known keys are algo, "),
+    (["+algo=ow_qmix", "a.b.c=1"], "a is unknown: known keys are algo, "),
+    (["+algo=ow_qmix", "+num_seeds=2"], "Could not append to config. An item is already at 'num_seeds'. Either remove +"),
+    (["+algo=ow_qmix", "num_seeds"], "'num_seeds' can't be read: options are written key=value (missing EQUAL"),
+    (["+algo=ow_qmix", "num_seeds=[1"], "'num_seeds=[1' can't be read: options are written key=value"),
+    (["+algo=ow_qmix", "num_seeds=${nonsense}"], "num_seeds is not allowed: Interpolation key 'nonsense' not found"),
+    (["+algo=ow_qmix", "--nonsense"], "unrecognized arguments: --nonsense"),
+    (["resume=nowhere"], "resume=nowhere is not allowed: there is no config.yaml in it"),
+    (["resume=nowhere", "+algo=ow_qmix"], "+algo=ow_qmix is not allowed with resume: a run keeps its options, except "),
+    (["resume=nowhere", "env.punishment=0"], "env.punishment=0 is not allowed with resume: a run keeps its options"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "told"), REFUSED, ids=[" ".join(arguments) for arguments, _ in REFUSED])
+def test_refused_in_one_line_with_nothing_left_behind(
+    arguments: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    out, err = capfd.readouterr()
+    assert ended.value.code == 2
+    assert err.startswith(f"error: {told}")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refused_as_a_process(tmp_path: Path) -> None:
+    ended = _process("+algo=ow_qmix", "algo.alpha=2", cwd=tmp_path)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "error: algo.alpha=2 is not allowed: input should be less than or equal to 1\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_something_in_it_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "precious").write_text("results")
+    assert main(*TINY, f"run_dir={tmp_path}") == 2
+    assert capfd.readouterr().err == (
+        f"error: run_dir={tmp_path} is not allowed: it isn't empty; resume={tmp_path} continues a run\n"
+    )
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["results"]
+
+
+def test_a_folder_that_can_not_be_made_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(*TINY, f"run_dir={tmp_path / 'file'}") == 2
+    assert capfd.readouterr().err == f"error: run_dir={tmp_path / 'file'} is not allowed: it is a file\n"
+    assert main(*TINY, f"run_dir={tmp_path / 'file' / 'run'}") == 2
+    assert capfd.readouterr().err == f"error: run_dir={tmp_path / 'file' / 'run'} can't be made: Not a directory\n"
+
+
+def test_a_users_algorithms_are_listed_too(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main() == 2
+    assert capfd.readouterr().err == f"error: an algorithm is missing: write +algo=NAME, NAME one of {ALGORITHMS}\n"
+
+
+def test_help_is_short_and_lists_what_there_is(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main("--help") == 0
+    out = capfd.readouterr().out
+    assert out.startswith("Trains one algorithm on one environment")
+    assert f"algo: {ALGORITHMS}\n" in out
+    assert "Hydra" not in out
+    assert "total_env_steps: 1000000\n" in out
+
+
+def test_load_config_reads_what_the_command_line_reads(tmp_path: Path) -> None:
+    config = load_config("+algo=cw_qmix", "num_seeds=8", "env.punishment=-1.5", "algo.lr=1e-3")
+    assert isinstance(config, RunConfig)
+    assert (config.num_seeds, config.env.punishment, config.algo.lr, config.algo.weighting) == (8, -1.5, 1e-3, "central")
+    for overrides in (["algo=iql"], ["+algo=iql", "algo.alpha=0.1"], ["+algo=iql", "num_seeds="]):
+        with pytest.raises(ConfigError):
+            load_config(*overrides)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run as a user outside the repository makes it, in a process of its own."""
+    folder = copy_user_folder(tmp_path_factory.mktemp("outside") / "my project's, files")
+    ended = _process("--config-dir", "configs", *TINY, "run_dir=first/run", cwd=folder)
+    assert ended.returncode == 0, ended.stderr
+    assert sorted(path.name for path in folder.iterdir() if path.name != "__pycache__") == [
+        "coin.py", "configs", "first", "huber_iql.py",
+    ]  # fmt: skip
+    (folder / "first" / "stdout").write_text(ended.stdout)
+    (folder / "first" / "stderr").write_text(ended.stderr)
+    return folder / "first" / "run"
+
+
+def test_a_run_says_what_it_does(run_dir: Path) -> None:
+    said = (run_dir.parent / "stdout").read_text().splitlines()
+    assert said[0] == "run: first/run"
+    assert said[1].startswith("device: ")
+    assert "seeds 3..4, 37 environment steps each" in said
+    assert [line for line in said if line.startswith("replay: ")]
+    assert "evaluation: every 6 iterations (12 environment steps of full episodes)" in said
+    assert "learner steps per environment step: 0.5 (1 per full episode of 2 steps)" in said
+    assert [line for line in said if line.startswith("compiled in ")]
+    assert said[-1] == "done: first/run"
+    shown = (run_dir.parent / "stderr").read_text()
+    assert shown.splitlines()[0].startswith("2 seeds | 0 of 37 steps | return ")
+    assert "37 of 37 steps" in shown.splitlines()[-1]
+
+
+def test_a_run_leaves_these_files(run_dir: Path) -> None:
+    found = sorted(path.name for path in run_dir.iterdir())
+    assert found == ["checkpoints", "config.yaml", "learning_curve.png", "metrics.jsonl", "summary.json"]
+
+
+def test_config_yaml_holds_every_option(run_dir: Path) -> None:
+    values = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert values["algo"]["_target_"] == "huber_iql.HuberIQL"
+    assert values["env"] == {"_target_": "coin.Coin", "episode_limit": 2, "end_probability": 0.5}
+    assert (values["run_dir"], values["resume"], values["num_seeds"]) == ("first/run", None, 2)
+    assert set(values) == set(RunConfig.__dataclass_fields__)
+
+
+def test_metrics_have_their_schema(run_dir: Path) -> None:
+    header = load_header(run_dir)
+    assert {key: header[key] for key in ("kind", "schema", "version", "algo", "env", "seeds")} == {
+        "kind": "header",
+        "schema": 1,
+        "version": wqmix_jax.__version__,
+        "algo": "huber_iql",
+        "env": "coin",
+        "seeds": [3, 4],
+    }
+    counters = ["kind", "seed", "env_steps", "learner_steps", "episodes", "episode_return", "episode_length"]
+    for record in load_metrics(run_dir, kind="eval"):
+        assert list(record)[:7] == counters
+        assert set(record) == {*counters, "episode_return_std", "episode_length_std", "win_rate"}
+    for record in load_metrics(run_dir, kind="train"):
+        assert set(record) >= {*counters, "epsilon", "steps_per_second", "loss", "grad_norm"}
+
+
+def test_each_seed_is_recorded_from_before_learning_until_it_gets_there(run_dir: Path) -> None:
+    for seed in (3, 4):
+        evaluated = load_metrics(run_dir, kind="eval", seed=seed)
+        trained = load_metrics(run_dir, kind="train", seed=seed)
+        assert (evaluated[0]["env_steps"], evaluated[0]["episodes"]) == (0, 0)
+        assert [record["env_steps"] for record in evaluated[1:]] == [record["env_steps"] for record in trained]
+        assert [record["episodes"] for record in evaluated[:-1]] == list(range(0, 6 * len(trained), 6))
+        assert evaluated[-2]["env_steps"] < 37 <= evaluated[-1]["env_steps"] <= 38
+
+
+def test_summary_has_the_final_figures(run_dir: Path) -> None:
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert set(summary["versions"]) >= {"python", "wqmix_jax", "jax", "jaxlib", "flax", "optax"}
+    assert summary["device"]["platform"] == "cpu"
+    assert 0 < summary["compile_seconds"] < summary["wall_seconds"]
+    for seed in ("3", "4"):
+        assert summary["final"][seed] == load_metrics(run_dir, kind="eval", seed=int(seed))[-1]
+
+
+def test_the_picture_can_be_seen(run_dir: Path) -> None:
+    pixels = matplotlib.image.imread(run_dir / "learning_curve.png")
+    assert min(pixels.shape[:2]) > 500
+    assert pixels.std() > 0.05
+
+
+def test_another_process_gives_the_same_numbers(run_dir: Path, tmp_path: Path) -> None:
+    assert main(*TINY, f"run_dir={tmp_path}") == 0
+    assert timeless(load_metrics(tmp_path)) == timeless(load_metrics(run_dir))
+
+
+def _process(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "wqmix_jax.train", *arguments]
+    return subprocess.run(
+        command, cwd=cwd, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=500
+    )

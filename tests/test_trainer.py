@@ -1,0 +1,133 @@
+"""The loop as a whole, on small nets: what it counts, when it learns, and that company and chunks change nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.environments import TINY, Clock, tiny_run, tiny_wqmix
+from wqmix_jax.config import build
+from wqmix_jax.trainer import make_trainer
+
+ENV = Clock(episode_limit=4, ends_from=1)
+
+
+def trained(config, seeds, num_chunks):
+    """The last state and all records, leaves ``[iterations, S]``."""
+    trainer = make_trainer(config)
+    state, records = trainer.init(seeds), []
+    for _ in range(num_chunks):
+        state, record = trainer.train_chunk(state)
+        records.append(jax.device_get(record))
+    return state, jax.tree.map(lambda *leaves: np.concatenate(leaves), *records)
+
+
+def same(one, two, where=slice(None)):
+    leaves = zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
+    for a, b in leaves:
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(a[where], b[where])
+
+
+def test_steps_are_counted_as_they_happen_and_learning_starts_with_a_full_batch():
+    state, records = trained(tiny_run(tiny_wqmix(batch_size=3), ENV), [0], 12)
+    lengths = records.episode_length[:, 0]
+    assert lengths.min() < 4
+    np.testing.assert_array_equal(records.counters.env_steps[:, 0], np.cumsum(lengths))
+    np.testing.assert_array_equal(records.counters.episodes[:, 0], np.arange(1, 13))
+    np.testing.assert_array_equal(records.updates[:, 0], [0, 0] + [1] * 10)
+    np.testing.assert_array_equal(records.counters.learner_steps[:, 0], [0, 0, *range(1, 11)])
+    assert int(state.counters.learner_steps[0]) == 10
+
+
+def test_epsilon_is_that_of_the_episodes_first_step():
+    _, records = trained(tiny_run(tiny_wqmix(), ENV), [0], 12)
+    before = np.concatenate([[0], records.counters.env_steps[:-1, 0]])
+    np.testing.assert_allclose(records.epsilon[:, 0], np.maximum(1.0 - 0.9 * before / 40, 0.1), rtol=1e-5)
+
+
+def test_epsilon_stays_within_an_episode():
+    """The agents tell in their actions whether epsilon still has its first value: all through episode 0, then never."""
+    env = Clock(episode_limit=4, ends_from=4)
+    algo = build("algo", {"_target_": "tests.environments.EpsilonTeller", **TINY})
+    state, _ = trained(tiny_run(algo, env), [0], 2)
+    trainer_rows = state.replay.experience[0, 0, :2]
+    from wqmix_jax.replay import make_replay
+
+    episodes = make_replay(env, buffer_size=6, batch_size=2).decode(trainer_rows, 4)
+    np.testing.assert_array_equal(episodes.joint_action, [np.ones((4, 2)), np.zeros((4, 2))])
+
+
+def test_targets_are_copied_at_the_authors_episodes():
+    """Every 3 episodes, counted before an iteration's own: in iterations 3, 6, 9 when learning started in time."""
+    trainer = make_trainer(tiny_run(tiny_wqmix(target_update_interval=3), ENV))
+    state, copied = trainer.init([0]), []
+    for iteration in range(10):
+        state, _ = trainer.train_chunk(state)
+        learner = state.learner
+        if all(bool((a == b).all()) for a, b in zip(*map(jax.tree.leaves, (learner.params, learner.target)), strict=True)):
+            copied.append(iteration)
+    assert copied == [0, 3, 6, 9]  # before any learning they are equal, too
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_a_seed_in_company_gives_its_solo_numbers(num_envs):
+    config = tiny_run(tiny_wqmix(), ENV, num_envs=num_envs, eval_interval=8)
+    together, records = trained(config, [3, 4, 5], 8)
+    alone, record = trained(config, [4], 8)
+    np.testing.assert_array_equal(records.counters.env_steps[:, 1], record.counters.env_steps[:, 0])
+    for many, one in zip(jax.tree.leaves(together.learner), jax.tree.leaves(alone.learner), strict=True):
+        np.testing.assert_allclose(many[1], one[0], rtol=2e-4, atol=1e-6)
+    assert len({tuple(row) for row in records.episode_length.T}) == 3
+
+
+def test_chunk_sizes_never_change_the_numbers():
+    runs = [tiny_run(tiny_wqmix(), ENV, eval_interval=24, chunk_iterations=size) for size in (1, 3)]
+    (one, one_by_one), (many, by_three) = trained(runs[0], [0, 1], 6), trained(runs[1], [0, 1], 2)
+    same(one_by_one, by_three)
+    same(one, many)
+
+
+def test_evaluation_changes_nothing_and_draws_from_its_own_keys():
+    trainer = make_trainer(tiny_run(tiny_wqmix(), ENV, eval_episodes=5))
+    state, other = trainer.init([0]), make_trainer(tiny_run(tiny_wqmix(), ENV)).init([0])
+    for _ in range(4):
+        trainer.evaluate(state)
+        state, record = trainer.train_chunk(state)
+        other, plain = make_trainer(tiny_run(tiny_wqmix(), ENV)).train_chunk(other)
+        same(record, plain)
+    same(state, other)
+
+
+def test_a_finished_seed_is_frozen_to_the_bit_while_another_goes_on():
+    """Also its replay and keys, and at the same step whether the others are there or not."""
+    config = tiny_run(tiny_wqmix(), ENV, total_env_steps=14)
+    trainer = make_trainer(config)
+    state, frozen = trainer.init([0, 1, 2, 3]), {}
+    for _ in range(12):
+        before = jax.tree.map(jnp.copy, state)
+        done = np.flatnonzero(np.array(before.counters.env_steps) >= 14)
+        state, record = trainer.train_chunk(state)
+        for seed in done:
+            frozen[int(seed)] = True
+            same(before, state, where=seed)
+            assert not record.active[0, seed]
+    assert set(frozen) == {0, 1, 2, 3}
+    assert len(set(np.array(state.counters.episodes).tolist())) > 1
+
+
+def test_several_updates_per_iteration_are_counted_and_draw_different_batches():
+    config = tiny_run(tiny_wqmix(buffer_size=50), ENV, updates_per_iteration=3)
+    state, records = trained(config, [0], 6)
+    np.testing.assert_array_equal(records.updates[:, 0], [0, 3, 3, 3, 3, 3])
+    assert int(state.counters.learner_steps[0]) == 15
+
+
+def test_sweeping_a_traced_option_compiles_once():
+    trainer = make_trainer(tiny_run(tiny_wqmix(), ENV))
+    state = trainer.init([0])
+    for alpha in (0.1, 0.5):
+        state = state._replace(hp=state.hp._replace(alpha=jnp.full(1, alpha)))
+        state, _ = trainer.train_chunk(state)
+    assert trainer.train_chunk._cache_size() == 1
