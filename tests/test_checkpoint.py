@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -14,6 +13,10 @@ from wqmix_jax import load_metrics, runner
 from wqmix_jax.logger import METRICS_FILE
 from wqmix_jax.loop import Loop
 from wqmix_jax.trainer import Trainer
+
+CLOCKS = {"seconds", "wall_seconds", "metrics_bytes"}  # the last: a clock's figures differ in length
+
+TORN = '{"kind": "eval", "seed": 3, "env_st'
 
 
 @pytest.fixture(scope="module")
@@ -46,35 +49,24 @@ def cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
 
 def assert_same_run(run_dir: Path, other: Path) -> None:
     assert timeless(load_metrics(run_dir)) == timeless(load_metrics(other))
-    for leaf, expected in zip(leaves(run_dir), leaves(other), strict=True):
-        np.testing.assert_array_equal(leaf, expected)
+    saved, expected = last_checkpoint(run_dir), last_checkpoint(other)
+    assert saved.keys() == expected.keys()
+    for name in saved.keys() - CLOCKS:
+        np.testing.assert_array_equal(saved[name], expected[name], err_msg=name)
 
 
-def leaves(run_dir: Path) -> list[np.ndarray]:
-    state = last_checkpoint(run_dir).state
-    raw = state._replace(keys=jax.tree.map(jax.random.key_data, state.keys))
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(raw)]
-
-
-@pytest.mark.parametrize("after", [5, 7])
-def test_a_killed_run_goes_on_to_the_bit(after: int, cut: Callable[..., Path], straight: Path) -> None:
-    run_dir = cut(after)
-    pending = last_checkpoint(run_dir).pending
-    assert after != 5 or pending, "this one is saved in the middle of an evaluation interval"
+def test_a_killed_run_goes_on_to_the_bit(cut: Callable[..., Path], straight: Path) -> None:
+    run_dir = cut(7)
+    assert last_checkpoint(run_dir)["num_pending"] > 0, "saved in the middle of an evaluation interval"
+    with open(run_dir / METRICS_FILE, "a") as file:
+        file.write(TORN)
+    assert last_checkpoint(run_dir)["metrics_bytes"] < (run_dir / METRICS_FILE).stat().st_size - len(TORN)
     assert main(f"resume={run_dir}") == 0
     assert_same_run(run_dir, straight)
 
 
-def test_lines_written_after_the_checkpoint_are_not_repeated(cut: Callable[..., Path], straight: Path) -> None:
-    run_dir = cut(9, "checkpoint.every=1000")
-    with open(run_dir / METRICS_FILE, "a") as file:
-        file.write('{"kind": "eval", "seed": 3, "env_st')
-    assert main(f"resume={run_dir}", "checkpoint.every=7") == 0
-    assert timeless(load_metrics(run_dir)) == timeless(load_metrics(straight))
-
-
-def test_a_run_without_a_checkpoint_starts_over(cut: Callable[..., Path], straight: Path) -> None:
-    run_dir = cut(4)
+def test_a_run_without_a_checkpoint_starts_over(tmp_path: Path, straight: Path) -> None:
+    run_dir = Path(shutil.copytree(straight, tmp_path / "run"))
     shutil.rmtree(run_dir / "checkpoints")
     assert main(f"resume={run_dir}") == 0
     assert_same_run(run_dir, straight)

@@ -81,6 +81,6 @@ def clip_by_joint_norm(grads: PyTree, max_norm: Array) -> tuple[PyTree, Array]:
     Returns:
         The clipped gradients and the norm before clipping.
     """
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))
     return jax.tree.map(lambda grad: grad * scale, grads), norm

@@ -180,6 +180,8 @@ def _refuse_unknown_key(overrides: Sequence[str], config_dir: str | os.PathLike[
     """Where an override's key is the trouble: lets the schema say so, which knows the others."""
     parsed = zip(overrides, _parsed(overrides), strict=True)
     forced = [text if known.key_or_group in _GROUPS or known.is_add() else f"++{text}" for text, known in parsed]
+    if not any(text.startswith("+algo=") for text in forced):  # with resume: any will do
+        forced.append("+algo=iql")
     with contextlib.suppress(HydraException, OmegaConfBaseException):
         run_config(_plain(_compose(forced, config_dir)))
 

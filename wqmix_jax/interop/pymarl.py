@@ -176,7 +176,8 @@ def read_tensors(folder: str | Path, net: str) -> dict[str, np.ndarray]:
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise PyMARLError(f"{path} can't be read: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise PyMARLError(f"{path} can't be read: {reason[0]}") from None
     if not isinstance(state_dict, Mapping):
         raise PyMARLError(f"{path} holds a {type(state_dict).__name__}, expected is a state_dict")
     return {name: _as_numpy(torch, tensor, f"{path}: {name}") for name, tensor in state_dict.items()}
