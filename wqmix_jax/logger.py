@@ -208,6 +208,7 @@ class WandbRuns:
         group = self._options.group or self._run_dir.resolve().name
         online = self._options.wandb == "online"
         for seed in header["seeds"]:
+            settings = wandb.Settings(silent=True, console="off", x_disable_stats=bool(self._runs))
             run = wandb.init(
                 project=self._options.project,
                 group=group,
@@ -218,7 +219,7 @@ class WandbRuns:
                 resume="allow" if online else None,
                 config={**self._config, "seed": seed},
                 reinit="create_new",
-                settings=wandb.Settings(silent=True, console="off"),
+                settings=settings,
             )
             run.define_metric("env_steps")
             run.define_metric("*", step_metric="env_steps")

@@ -1,0 +1,1 @@
+"""Commands that measure or reproduce something; run from a clone."""

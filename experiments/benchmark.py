@@ -1,0 +1,146 @@
+"""How fast this machine trains: ``python -m experiments.benchmark [+algo=NAME] [key=value ..] [--out FILE]``.
+
+Prints one table, and with ``--out`` writes it as a JSON list of ``{"name", "value", "unit"}`` rows. Times are medians of several
+repetitions, after one that is not counted; compile time stands apart. Nothing else should run on the machine.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from wqmix_jax import load_config, make_trainer
+from wqmix_jax.algos.base import Context, hyperparams
+from wqmix_jax.config import RunConfig
+from wqmix_jax.learner import init_learner, learner_step
+from wqmix_jax.replay import make_replay
+from wqmix_jax.rollout import rollout
+from wqmix_jax.types import Episode
+
+REPETITIONS = 5
+
+
+class Row(NamedTuple):
+    """One measurement."""
+
+    name: str
+    value: float
+    unit: str
+
+
+def main() -> None:
+    """Measures what the command line names and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("overrides", nargs="*", help="options of a run, as for wqmix_jax.train")
+    parser.add_argument("--out", type=Path, help="where the rows go as JSON")
+    args = parser.parse_args()
+    chosen = any(override.startswith("+algo=") for override in args.overrides)
+    config = load_config(*args.overrides, *([] if chosen else ["+algo=ow_qmix"]))
+    rows = [*learner_rows(config), *rollout_rows(config), *loop_rows(config)]
+    show(rows, config)
+    if args.out is not None:
+        args.out.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+
+
+def learner_rows(config: RunConfig) -> list[Row]:
+    """One learner call of one seed on a batch of episodes that all last to the time limit."""
+    algo, hp = config.algo, hyperparams(config.algo)
+    learner = init_learner(algo.init(jax.random.key(0), config.env.spec))
+    ctx = Context(jnp.float32(0), jnp.int32(0), jnp.int32(0))
+
+    def call(learner: Any, batch: Episode) -> Any:
+        return learner_step(algo, learner, batch, hp, ctx, jnp.int32(0), jax.random.key(0))
+
+    batch = full_episodes(config)
+    seconds, _ = timed(jax.jit(call), learner, batch)
+    return [Row("learner_call_seconds", seconds, "s")]
+
+
+def full_episodes(config: RunConfig) -> Episode:
+    """A batch played at random and declared to have lasted to the limit: what comes after an early end is zero."""
+    algo, env, batch_size = config.algo, config.env, config.algo.batch_size
+    replay = make_replay(env, buffer_size=batch_size, batch_size=batch_size)
+
+    @jax.jit
+    def play() -> Episode:
+        params, hp, ctx = jax.tree.map(
+            lambda leaf: jnp.asarray(leaf)[None],
+            (algo.init(jax.random.key(0), env.spec), hyperparams(algo), Context(1.0, 0, 0)),
+        )
+        keys = jax.random.split(jax.random.key(1), 1)
+        played = rollout(env, algo, params, hp, ctx, keys, num_envs=batch_size)
+        episodes = jax.tree.map(lambda leaf: leaf[0], played.episodes)
+        episodes = episodes._replace(length=jnp.full_like(episodes.length, env.spec.episode_limit))
+        rows = replay.add(replay.init(), episodes, jnp.bool_(True)).experience[0]
+        return replay.decode(rows, env.spec.episode_limit)
+
+    return play()
+
+
+def rollout_rows(config: RunConfig) -> list[Row]:
+    """Playing alone: one iteration's episodes of all seeds at random."""
+    algo, env, num_seeds = config.algo, config.env, config.num_seeds
+    keys = jax.random.split(jax.random.key(0), num_seeds)
+    params = jax.vmap(lambda key: algo.init(key, env.spec))(keys)
+    each = jax.tree.map(lambda leaf: jnp.full(num_seeds, leaf), (hyperparams(algo), Context(1.0, 0, 0)))
+    call = jax.jit(lambda params, keys: rollout(env, algo, params, *each, keys, num_envs=config.num_envs))
+    seconds, played = timed(call, params, keys)
+    return [Row("rollout_env_steps_per_second", float(played.episodes.length.sum()) / seconds, "1/s")]
+
+
+def loop_rows(config: RunConfig) -> list[Row]:
+    """The compiled loop as a run uses it, from the first chunk in which every iteration learns."""
+    trainer = make_trainer(config)
+    state = trainer.init(range(config.seed, config.seed + config.num_seeds))
+    started = time.perf_counter()
+    train_chunk = trainer.train_chunk.lower(state).compile()  # type: ignore[attr-defined]
+    compile_seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    trainer.evaluate.lower(state).compile()  # type: ignore[attr-defined]
+    evaluation_seconds = time.perf_counter() - started
+    rates = []
+    while len(rates) < REPETITIONS:
+        before, started = int(state.counters.env_steps.sum()), time.perf_counter()
+        state, record = jax.block_until_ready(train_chunk(state))
+        seconds = time.perf_counter() - started
+        if (record.updates > 0).all():
+            rates.append((int(state.counters.env_steps.sum()) - before) / seconds)
+    return [
+        Row("end_to_end_env_steps_per_second", statistics.median(rates), "1/s"),
+        Row("compile_seconds", compile_seconds, "s"),
+        Row("evaluation_compile_seconds", evaluation_seconds, "s"),
+        Row("replay_bytes_per_seed", trainer.replay_bytes, "B"),
+    ]
+
+
+def timed(call: Callable[..., Any], *args: Any) -> tuple[float, Any]:
+    """The median seconds of a call that is compiled first, and what it returns."""
+    result, times = jax.block_until_ready(call(*args)), []
+    for _ in range(REPETITIONS):
+        started = time.perf_counter()
+        result = jax.block_until_ready(call(*args))
+        times.append(time.perf_counter() - started)
+    return statistics.median(times), result
+
+
+def show(rows: list[Row], config: RunConfig) -> None:
+    """The table; rates are the sum over seeds."""
+    device = jax.devices()[0]
+    name = type(config.algo).__name__
+    title = f"{name}, {config.num_seeds} seed(s), jax {jax.__version__}, {device.device_kind} x {jax.device_count()}"
+    table = Table("measurement", "value", "unit", title=title)
+    for row in rows:
+        table.add_row(row.name, f"{row.value:,.3f}" if row.value < 1000 else f"{row.value:,.0f}", row.unit)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""``metrics.jsonl`` as it is written and read, and W&B fed from it, for real but offline."""
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from wandb.proto import wandb_internal_pb2
+
+from tests.running import TINY, main
+from wqmix_jax import load_metrics, logger
+from wqmix_jax.config import ConfigError, LoggerOptions
+from wqmix_jax.logger import METRICS_FILE, MetricsFile, WandbRuns, create_metrics, load_header
+
+LINES = [
+    {"kind": kind, "seed": seed, "env_steps": steps, "learner_steps": 0, "episodes": steps, "episode_return": value}
+    for kind, seed, steps, value in (
+        ("eval", 0, 0, 0.0),
+        ("eval", 1, 0, 1.5),
+        ("train", 0, 3, -2.25),
+        ("train", 1, 2, math.inf),
+        ("eval", 0, 3, math.nan),
+        ("eval", 1, 2, 0.1),
+    )
+]
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    create_metrics(tmp_path, version="0", algo="iql", env="coin", seeds=[0, 1])
+    with MetricsFile(tmp_path, num_bytes=None) as metrics:
+        metrics.write(LINES[:2])
+        metrics.write(LINES[2:])
+    return tmp_path
+
+
+def test_what_is_written_is_read(run_dir: Path) -> None:
+    read = load_metrics(run_dir)
+    assert len(read) == len(LINES)
+    for line, expected in zip(read, LINES, strict=True):
+        assert list(line) == list(expected)
+        finite = {key: value for key, value in expected.items() if key != "episode_return"}
+        assert finite.items() <= line.items()
+        value = expected["episode_return"]
+        assert line["episode_return"] == pytest.approx(value if math.isfinite(value) else math.nan, abs=0, nan_ok=True)
+
+
+def test_every_line_is_plain_json(run_dir: Path) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    for text in (run_dir / METRICS_FILE).read_text().splitlines():
+        json.loads(text, parse_constant=refuse)
+
+
+def test_records_by_kind_and_seed(run_dir: Path) -> None:
+    assert [line["kind"] for line in load_metrics(run_dir, kind="train")] == ["train", "train"]
+    assert [line["env_steps"] for line in load_metrics(run_dir, seed=1)] == [0, 2, 2]
+    assert [line["env_steps"] for line in load_metrics(str(run_dir), kind="eval", seed=0)] == [0, 3]
+
+
+def test_a_torn_last_line_is_left_out(run_dir: Path) -> None:
+    whole = load_metrics(run_dir, kind="train")
+    with open(run_dir / METRICS_FILE, "a") as file:
+        file.write('{"kind": "train", "se')
+    assert load_metrics(run_dir, kind="train") == whole
+
+
+def test_a_damaged_file_is_named(run_dir: Path) -> None:
+    with open(run_dir / METRICS_FILE, "a") as file:
+        file.write("{nonsense\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged"):
+        load_metrics(run_dir)
+
+
+def test_another_schema_is_refused(run_dir: Path) -> None:
+    path = run_dir / METRICS_FILE
+    path.write_text(path.read_text().replace('"schema": 1', '"schema": 2'))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl has schema=2; this version of wqmix_jax reads schema 1"):
+        load_metrics(run_dir)
+    path.write_text("")
+    with pytest.raises(ValueError, match="schema=None"):
+        load_metrics(run_dir)
+
+
+def test_the_file_is_cut_where_a_checkpoint_says(run_dir: Path) -> None:
+    data = (run_dir / METRICS_FILE).read_bytes()
+    length = sum(map(len, data.splitlines(keepends=True)[:3]))
+    with MetricsFile(run_dir, num_bytes=length) as metrics:
+        assert metrics.num_bytes == length
+        metrics.write(LINES[2:])
+        metrics.sync()
+        assert metrics.num_bytes == len(data)
+    assert (run_dir / METRICS_FILE).read_bytes() == data
+    with MetricsFile(run_dir, num_bytes=None):
+        assert load_metrics(run_dir) == []
+    with pytest.raises(ConfigError, match="it has lost lines that the checkpoint knows of"):
+        MetricsFile(run_dir, num_bytes=length)
+
+
+def options(mode: Any, **changes: Any) -> LoggerOptions:
+    return LoggerOptions(**({"wandb": mode, "project": "test", "group": "curves", "progress": False} | changes))
+
+
+def test_offline_runs_hold_what_metrics_hold(run_dir: Path) -> None:
+    with WandbRuns(run_dir, options("offline"), {"algo": {"lr": 0.5}}, num_bytes=0) as runs:
+        runs.sync()
+        with MetricsFile(run_dir, num_bytes=(run_dir / METRICS_FILE).stat().st_size) as metrics:
+            metrics.write([LINES[0] | {"env_steps": 9}])
+    token = load_header(run_dir)["run"]
+    for seed in (0, 1):
+        [run] = (record.run for record in wandb_records(run_dir, seed) if record.HasField("run"))
+        assert (run.run_id, run.run_group, run.project) == (f"{token}-{seed}", "curves", "test")
+        assert run.display_name == f"curves_seed{seed}"
+        config = {item.key: json.loads(item.value_json) for item in run.config.update}
+        assert config["algo"] == {"lr": 0.5}
+        assert config["seed"] == seed
+        logged = [history(record) for record in wandb_records(run_dir, seed) if record.HasField("history")]
+        expected = load_metrics(run_dir, seed=seed)
+        assert len(logged) == len(expected)
+        for values, line in zip(logged, expected, strict=True):
+            assert values["env_steps"] == line["env_steps"]
+            name = f"{line['kind']}/episode_return"
+            if math.isfinite(line["episode_return"]):
+                assert values[name] == line["episode_return"]
+
+
+def test_nothing_is_made_where_wandb_is_disabled(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wandb, "init", None)
+    with WandbRuns(run_dir, options("disabled"), {}, num_bytes=0) as runs:
+        runs.sync()
+    assert [path.name for path in run_dir.iterdir()] == [METRICS_FILE]
+
+
+@pytest.mark.parametrize("broken", ["init", "log", "finish"])
+def test_a_failure_there_is_told_once_and_stops_nothing(
+    broken: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError("no\nroute")
+
+    monkeypatch.setattr(wandb if broken == "init" else wandb.Run, broken, fail)
+    with WandbRuns(run_dir, options("offline"), {}, num_bytes=0) as runs:
+        runs.sync()
+        runs.sync()
+    monkeypatch.undo()
+    wandb.teardown()
+    assert capfd.readouterr().err == (
+        "warning: W&B logging stopped (no route); metrics.jsonl has every record\n"
+    )
+    assert len(load_metrics(run_dir)) == len(LINES)
+
+
+def test_a_missing_package_is_told_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logger.importlib.util, "find_spec", lambda _: None)
+    assert main(*TINY, "logger.wandb=offline", f"run_dir={tmp_path / 'run'}") == 2
+    assert capfd.readouterr().err == "error: logger.wandb=offline is not allowed here: pip install wandb first\n"
+    assert not (tmp_path / "run").exists()
+
+
+def wandb_records(run_dir: Path, seed: int) -> Iterator[wandb_internal_pb2.Record]:
+    """The records of one offline run: protobufs in LevelDB's log format, blocks of 32 KiB after a header of 7 bytes."""
+    [path] = run_dir.glob(f"wandb/offline-run-*-{seed}/run-*.wandb")
+    data, place, whole = path.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        _, size, kind = struct.unpack("<IHB", data[place : place + 7])
+        whole += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield wandb_internal_pb2.Record.FromString(whole)
+            whole = b""
+
+
+def history(record: Any) -> Mapping[str, Any]:
+    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
