@@ -1,7 +1,7 @@
 """How fast this machine trains: ``python -m experiments.benchmark [+algo=NAME] [key=value ..] [--out FILE]``.
 
-Prints one table, and with ``--out`` writes it as a JSON list of ``{"name", "value", "unit"}`` rows. Times are medians of several
-repetitions, after one that is not counted; compile time stands apart. Nothing else should run on the machine.
+Prints one table, and with ``--out`` writes it as a JSON list of ``{"name", "value", "unit"}`` rows. Times are medians of
+several repetitions, after one that is not counted; compile time stands apart. Nothing else should run on the machine.
 """
 
 import argparse

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from wqmix_jax.algos.base import Algorithm, AgentInputs, Aux, Context
+from wqmix_jax.algos.base import AgentInputs, Algorithm, Aux, Context
 from wqmix_jax.config import build, options
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.types import Array, EnvSpec, Observation, StepOutcome

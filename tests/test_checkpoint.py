@@ -100,7 +100,10 @@ def load_slowest(run_dir: Path) -> int:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["total_env_steps=20"], "total_env_steps=20 is not allowed with resume: at least 37, what the run was started"),
+        (
+            ["total_env_steps=20"],
+            "total_env_steps=20 is not allowed with resume: at least 37, what the run was started",
+        ),
         (["total_env_steps=many"], "total_env_steps='many' is not allowed: input should be a valid integer"),
         (["num_seeds=3"], "num_seeds=3 is not allowed with resume: a run keeps its options, except total_env_steps,"),
         (["logger.wandb=perhaps"], "logger.wandb='perhaps' is not allowed: input should be 'disabled', "),

@@ -72,7 +72,9 @@ def test_the_target_bootstraps_past_a_time_limit_and_not_past_a_true_end(algo):
         y[ended] = np.array(aux.values["td_target"])
     batch = batch_of([4, 3], [True, True])
     for row, last in ((0, 3), (1, 2)):
-        np.testing.assert_allclose(y[True][row, last], np.broadcast_to(batch.reward[row, last], y[True][row, last].shape))
+        np.testing.assert_allclose(
+            y[True][row, last], np.broadcast_to(batch.reward[row, last], y[True][row, last].shape)
+        )
         assert (np.abs(y[False][row, last] - y[True][row, last]) > 1e-3).all()
         np.testing.assert_array_equal(y[True][row, :last], y[False][row, :last])
 

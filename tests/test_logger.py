@@ -149,9 +149,7 @@ def test_a_failure_there_is_told_once_and_stops_nothing(
         runs.sync()
     monkeypatch.undo()
     wandb.teardown()
-    assert capfd.readouterr().err == (
-        "warning: W&B logging stopped (no route); metrics.jsonl has every record\n"
-    )
+    assert capfd.readouterr().err == ("warning: W&B logging stopped (no route); metrics.jsonl has every record\n")
     assert len(load_metrics(run_dir)) == len(LINES)
 
 

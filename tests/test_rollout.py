@@ -75,7 +75,9 @@ def test_the_learner_sees_exactly_what_the_agents_saw():
 def test_exploring_agents_never_choose_what_is_unavailable():
     _, played = play(CLOCK, tiny_wqmix(), num_envs=16, epsilon=1.0)
     batch = decoded(CLOCK, played)
-    taken = np.take_along_axis(np.array(batch.avail_actions)[:, :-1], np.array(batch.joint_action)[..., None], -1)[..., 0]
+    taken = np.take_along_axis(np.array(batch.avail_actions)[:, :-1], np.array(batch.joint_action)[..., None], -1)[
+        ..., 0
+    ]
     assert taken[np.array(batch.mask) > 0].all()
     assert len(np.unique(played.episodes.length)) > 1
 

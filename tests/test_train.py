@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import matplotlib.image
 import pytest
 import yaml
@@ -25,7 +26,11 @@ REFUSED = [
     (["+algo=nonsense"], "algo=nonsense is not allowed: choose one of cw_qmix, "),
     (["+algo=_base"], "algo._target_ is missing"),
     (["+algo=ow_qmix", "env=nonsense"], "env=nonsense is not allowed: choose one of "),
-    (["+algo=ow_qmix", "+env=predator_prey"], "+env=predator_prey is not allowed: env has a default, write env="),
+    (["+algo=ow_qmix", "+env=predator_prey"], "+env=predator_prey is not allowed: write env=NAME, NAME one of "),
+    (["+algo=ow_qmix", "env=null"], "env=null is not allowed: write env=NAME, NAME one of "),
+    (["+algo=ow_qmix", "~env"], "~env is not allowed: write env=NAME, NAME one of "),
+    (["+algo=null"], "+algo=null is not allowed: write +algo=NAME (NAME is one of "),
+    (["+algo=[iql,vdn]"], "+algo=[iql,vdn] is not allowed: write +algo=NAME (NAME is one of "),
     (["+algo=ow_qmix", "algo.lr=abc"], "algo.lr='abc' is not allowed: input should be a valid number"),
     (["+algo=ow_qmix", "algo.lr=-1"], "algo.lr=-1 is not allowed: input should be greater than 0"),
     (["+algo=ow_qmix", "algo.alpha=2"], "algo.alpha=2 is not allowed: input should be less than or equal to 1"),
@@ -41,7 +46,10 @@ REFUSED = [
     (["+algo=ow_qmix", "num_seed=1"], "num_seed is unknown: did you mean num_seeds? known keys are algo, "),
     (["+algo=ow_qmix", "+num_seed=1"], "num_seed is unknown: did you mean num_seeds? known keys are algo, "),
     (["+algo=ow_qmix", "a.b.c=1"], "a is unknown: known keys are algo, "),
-    (["+algo=ow_qmix", "+num_seeds=2"], "Could not append to config. An item is already at 'num_seeds'. Either remove +"),
+    (
+        ["+algo=ow_qmix", "+num_seeds=2"],
+        "Could not append to config. An item is already at 'num_seeds'. Either remove +",
+    ),
     (["+algo=ow_qmix", "num_seeds"], "'num_seeds' can't be read: options are written key=value (missing EQUAL"),
     (["+algo=ow_qmix", "num_seeds=[1"], "'num_seeds=[1' can't be read: options are written key=value"),
     (["+algo=ow_qmix", "num_seeds=${nonsense}"], "num_seeds is not allowed: Interpolation key 'nonsense' not found"),
@@ -114,7 +122,12 @@ def test_help_is_short_and_lists_what_there_is(capfd: pytest.CaptureFixture[str]
 def test_load_config_reads_what_the_command_line_reads(tmp_path: Path) -> None:
     config = load_config("+algo=cw_qmix", "num_seeds=8", "env.punishment=-1.5", "algo.lr=1e-3")
     assert isinstance(config, RunConfig)
-    assert (config.num_seeds, config.env.punishment, config.algo.lr, config.algo.weighting) == (8, -1.5, 1e-3, "central")
+    assert (config.num_seeds, config.env.punishment, config.algo.lr, config.algo.weighting) == (
+        8,
+        -1.5,
+        1e-3,
+        "central",
+    )
     for overrides in (["algo=iql"], ["+algo=iql", "algo.alpha=0.1"], ["+algo=iql", "num_seeds="]):
         with pytest.raises(ConfigError):
             load_config(*overrides)
@@ -213,6 +226,6 @@ def test_another_process_gives_the_same_numbers(run_dir: Path, tmp_path: Path) -
 
 def _process(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "wqmix_jax.train", *arguments]
-    return subprocess.run(
-        command, cwd=cwd, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=500
-    )
+    as_here = {"JAX_DISABLE_MOST_OPTIMIZATIONS": str(jax.config.read("jax_disable_most_optimizations"))}
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | as_here
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=500)

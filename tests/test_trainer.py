@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from tests.environments import TINY, Clock, tiny_run, tiny_wqmix
+from wqmix_jax import trainer as trainer_module
 from wqmix_jax.config import build
-from wqmix_jax.trainer import make_trainer
+from wqmix_jax.trainer import _static_lengths, make_trainer
 
 ENV = Clock(episode_limit=4, ends_from=1)
 
@@ -66,7 +67,9 @@ def test_targets_are_copied_at_the_authors_episodes():
     for iteration in range(10):
         state, _ = trainer.train_chunk(state)
         learner = state.learner
-        if all(bool((a == b).all()) for a, b in zip(*map(jax.tree.leaves, (learner.params, learner.target)), strict=True)):
+        if all(
+            bool((a == b).all()) for a, b in zip(*map(jax.tree.leaves, (learner.params, learner.target)), strict=True)
+        ):
             copied.append(iteration)
     assert copied == [0, 3, 6, 9]  # before any learning they are equal, too
 
@@ -91,12 +94,13 @@ def test_chunk_sizes_never_change_the_numbers():
 
 def test_evaluation_changes_nothing_and_draws_from_its_own_keys():
     trainer = make_trainer(tiny_run(tiny_wqmix(), ENV, eval_episodes=5))
-    state, other = trainer.init([0]), make_trainer(tiny_run(tiny_wqmix(), ENV)).init([0])
+    state, other = trainer.init([0]), trainer.init([0])
     for _ in range(4):
-        trainer.evaluate(state)
+        evaluated = trainer.evaluate(state)
         state, record = trainer.train_chunk(state)
-        other, plain = make_trainer(tiny_run(tiny_wqmix(), ENV)).train_chunk(other)
+        other, plain = trainer.train_chunk(other)
         same(record, plain)
+        assert int(evaluated.counters.episodes[0]) == int(record.counters.episodes[0, 0]) - 1
     same(state, other)
 
 
@@ -131,3 +135,18 @@ def test_sweeping_a_traced_option_compiles_once():
         state = state._replace(hp=state.hp._replace(alpha=jnp.full(1, alpha)))
         state, _ = trainer.train_chunk(state)
     assert trainer.train_chunk._cache_size() == 1
+
+
+def test_a_batch_is_cut_to_the_shortest_static_length_that_holds_it():
+    """Cutting changes no number: episodes of at most 6 of 32 steps are learned from 16, and give the same parameters."""
+    config = tiny_run(tiny_wqmix(), Clock(episode_limit=32, ends_from=1))
+    assert _static_lengths(200) == [50, 100, 150, 200]
+    assert _static_lengths(32) == [16, 32]
+    assert _static_lengths(4) == [4]
+    cut, records = trained(config, [0], 5)
+    assert records.episode_length.max() <= 16
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "MAX_LENGTHS", 1)
+        whole, _ = trained(config, [0], 5)
+    for one, other in zip(jax.tree.leaves(cut.learner), jax.tree.leaves(whole.learner), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=1e-6)

@@ -14,6 +14,9 @@ from wqmix_jax.loop import Line
 
 SECONDS_BETWEEN_LINES = 10.0
 
+SECONDS_OF_PACE, FEWEST_CHUNKS = 60.0, 4
+"""How far back steps per second are counted: this long, and no fewer chunks."""
+
 
 class Display(Protocol):
     """Shows how far a run is; used in a ``with`` block."""
@@ -37,12 +40,12 @@ def make_display(total_env_steps: int, *, live: bool) -> Display:
 
 
 class _Pace:
-    """Words for how fast a run goes, over its last few chunks."""
+    """Words for how fast a run goes, over the last minute."""
 
     def __init__(self, total_env_steps: int) -> None:
         self.total = total_env_steps
         self.slowest = 0
-        self._samples: collections.deque[tuple[float, int, int]] = collections.deque(maxlen=20)
+        self._samples: collections.deque[tuple[float, int, int]] = collections.deque()
         self._returns: dict[int, float] = {}
         self._num_seeds = 1
 
@@ -50,6 +53,8 @@ class _Pace:
         self.slowest = min(int(env_steps.min()), self.total)
         self._num_seeds = len(env_steps)
         self._samples.append((time.perf_counter(), int(env_steps.sum()), self.slowest))
+        while len(self._samples) > FEWEST_CHUNKS and self._samples[-1][0] - self._samples[0][0] > SECONDS_OF_PACE:
+            self._samples.popleft()
         self._returns |= {line["seed"]: line["episode_return"] for line in lines if line["kind"] == "eval"}
 
     def __str__(self) -> str:

@@ -75,7 +75,7 @@ def make_replay(env: Environment, *, buffer_size: int, batch_size: int) -> Repla
 
     def add(state: ReplayState, episodes: StoredEpisode, keep: Array) -> ReplayState:
         rows = jax.vmap(_to_row)(episodes)
-        # What already lies there is written again where nothing may change: a select over the whole replay would copy it.
+        # What lies there is written again where nothing may change: a select over the whole replay would copy it.
         places = (state.current_index + jnp.arange(rows.shape[0])) % buffer_size
         added = buffer.add(state, jnp.where(keep, rows, state.experience[0, places]))
         return added.replace(

@@ -11,7 +11,7 @@ import numpy as np
 import wqmix_jax
 from wqmix_jax.checkpoint import Checkpoints, Restored
 from wqmix_jax.config import ConfigError, RunConfig, run_config
-from wqmix_jax.logger import MetricsFile, WandbRuns, create_metrics, load_header, refuse_missing_wandb
+from wqmix_jax.logger import MetricsFile, WandbRuns, create_metrics, load_header, load_metrics, refuse_missing_wandb
 from wqmix_jax.loop import Line, Loop, advance, begin, compile_trainer, env_steps, is_finished
 from wqmix_jax.plotting import plot_run
 from wqmix_jax.progress import make_display
@@ -150,7 +150,8 @@ class _Session:
             compile_seconds=round(self._compile_seconds, 2),
             wall_seconds=round(self._wall_seconds(), 2),
         )
-        plot_run(self._run_dir)
+        if load_metrics(self._run_dir, kind="eval"):
+            plot_run(self._run_dir)
 
     def _open(self, restored: Restored | None) -> tuple[Loop, list[Line]]:
         """Where the run starts or goes on, with everything compiled that is still needed."""

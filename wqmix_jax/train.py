@@ -87,15 +87,15 @@ def check_overrides(overrides: Sequence[str], config_dir: str | os.PathLike[str]
     if "resume" in by_key and by_key["resume"].value() is not None:
         _check_resume(parsed)
         return
-    env = by_key.get("env")
-    if env is not None and env.is_add():
-        raise ConfigError(f"{env.input_line} is not allowed: env has a default, write env={env.value()}")
+    env, algo = by_key.get("env"), by_key.get("algo")
+    if env is not None and (env.is_add() or not isinstance(env.value(), str)):
+        raise ConfigError(f"{env.input_line} is not allowed: write env=NAME, NAME one of {names('env', config_dir)}")
     listed = names("algo", config_dir)
-    if "algo" not in by_key:
+    if algo is None:
         raise ConfigError(f"an algorithm is missing: write +algo=NAME, NAME one of {listed}")
-    algo = by_key["algo"]
-    if not algo.is_add() or algo.is_force_add():
-        raise ConfigError(f"{algo.input_line} is not allowed: write +algo={algo.value()} (NAME is one of {listed})")
+    if not algo.is_add() or algo.is_force_add() or not isinstance(algo.value(), str):
+        name = algo.value() if isinstance(algo.value(), str) else "NAME"
+        raise ConfigError(f"{algo.input_line} is not allowed: write +algo={name} (NAME is one of {listed})")
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")

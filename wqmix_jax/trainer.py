@@ -1,7 +1,7 @@
 """The compiled training loop: one scan over iterations whose state carries the seed axis inside.
 
-`make_trainer` binds a run's options into pure, jitted functions. Everything that decides a branch is a scalar over all seeds,
-so "has learning started" and "how long is the longest episode of this batch" are real branches, not selects.
+`make_trainer` binds a run's options into pure, jitted functions. Everything that decides a branch is a scalar over all
+seeds, so "has learning started" and "how long is the longest episode of this batch" are real branches, not selects.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +20,8 @@ from wqmix_jax.replay import Replay, ReplayState, make_replay
 from wqmix_jax.rollout import rollout
 from wqmix_jax.types import Array, PRNGKey
 
-LENGTH_STEPS = 4
-"""A batch is cut to one of this many static lengths, the shortest that holds its longest episode."""
+MAX_LENGTHS, MIN_LENGTH = 4, 16
+"""A batch is cut to the shortest of a few static lengths that holds its longest episode. Each costs compile time."""
 
 
 class Keys(NamedTuple):
@@ -160,8 +160,9 @@ def make_trainer(config: RunConfig) -> Trainer:
         with jax.default_matmul_precision(config.matmul_precision):
             return _evaluate(parts, state, config.eval_episodes)
 
+    jitted_init = jax.jit(init)
     return Trainer(
-        init=lambda seeds, jitted=jax.jit(init): jitted(jnp.asarray(seeds, jnp.uint32)),
+        init=lambda seeds: jitted_init(jnp.asarray(seeds, jnp.uint32)),
         train_chunk=jax.jit(train_chunk, donate_argnums=0),
         evaluate=jax.jit(evaluation),
         chunk_iterations=chunk_iterations,
@@ -260,8 +261,9 @@ def _update(
 
 
 def _static_lengths(episode_limit: int) -> list[int]:
-    """Ascending; the last is the limit itself."""
-    return sorted({-(-episode_limit * part // LENGTH_STEPS) for part in range(1, LENGTH_STEPS + 1)})
+    """Ascending, evenly spaced; the last is the limit itself."""
+    num_lengths = max(1, min(MAX_LENGTHS, episode_limit // MIN_LENGTH))
+    return [-(-episode_limit * part // num_lengths) for part in range(1, num_lengths + 1)]
 
 
 def _evaluate(parts: _Parts, state: TrainState, num_episodes: int) -> EvalRecord:

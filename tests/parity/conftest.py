@@ -25,7 +25,7 @@ def ran(request: pytest.FixtureRequest) -> Iterator[Callable[[Path, str], Report
     """The report of a case file. All that are selected start at once: nearly all the time goes into compiling them."""
     selected = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     recordings = [params["recording"] for params in selected if "recording" in params]
-    workers = min(os.cpu_count() or 1, len(recordings))
+    workers = min(os.cpu_count() or 1, 8, len(recordings))
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawned, initializer=set_up_worker) as pool:
         reports: dict[tuple[Path, str], Future[Report]] = {each: pool.submit(run, *each) for each in recordings}

@@ -203,7 +203,7 @@ def compare_run(ran: Run, arrays: Arrays, config: Mapping[str, Any], precision: 
     report = Report()
     _compare_values(report, ran, arrays, precision)
     _compare_losses(report, ran, arrays, precision)
-    _compare_tensors(report, "grads", ran.grads, arrays, precision, unreached=config["params_without_grad"])
+    _compare_tensors(report, "grads", ran.grads, arrays, precision, unreached=config.get("params_without_grad", ()))
     for count in (1, NUM_STEPS):
         _compare_tensors(report, f"after{count}", ran.params[count - 1], arrays, precision)
     _compare_tensors(report, "target", ran.target, arrays, precision)

@@ -137,9 +137,7 @@ def hyperparams(algo: Algorithm) -> Hyperparams:
     """The options marked `TRACED`, as a NamedTuple of Python scalars (a pytree)."""
     hints = typing.get_type_hints(type(algo), include_extras=True)
     names = tuple(
-        field.name
-        for field in dataclasses.fields(algo)
-        if TRACED in getattr(hints[field.name], "__metadata__", ())
+        field.name for field in dataclasses.fields(algo) if TRACED in getattr(hints[field.name], "__metadata__", ())
     )
     return _hyperparams_type(names)(*(getattr(algo, name) for name in names))
 

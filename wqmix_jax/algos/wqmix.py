@@ -1,7 +1,7 @@
 """Weighted QMIX: a weighting of the joint actions and an unrestricted central estimate Q*, each a part of its own.
 
-OW- and CW-QMIX have both; the paper's ablations (appendix C) leave one out. ``src/learners/max_q_learner.py`` and, without Q*,
-``src/learners/w_q_learner.py`` of the authors' code.
+OW- and CW-QMIX have both; the paper's ablations (appendix C) leave one out. ``src/learners/max_q_learner.py`` and,
+without Q*, ``src/learners/w_q_learner.py`` of the authors' code.
 """
 
 from typing import Annotated, Literal, NamedTuple

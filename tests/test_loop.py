@@ -1,0 +1,143 @@
+"""When the host loop evaluates and what its lines say, on a trainer whose every record is known."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from wqmix_jax import loop as loop_module
+from wqmix_jax.loop import Line, Loop, advance, begin, env_steps, is_finished
+from wqmix_jax.trainer import Counters, EvalRecord, Trainer, TrainRecord
+
+LENGTHS = {0: [3, 2, 3, 1, 3, 3, 2, 3], 1: [1, 1, 2, 1, 1, 2, 1, 1, 3, 1, 1, 1, 1, 1]}
+"""The steps of each iteration's one episode, by seed."""
+
+WARM_UP = 2
+"""Iterations before the first learner step; from then on one in each."""
+
+
+class State(NamedTuple):
+    """The part of a train state that the loop looks at."""
+
+    counters: Counters
+    total_env_steps: np.ndarray
+
+
+def known_trainer(*, chunk_iterations: int, eval_iterations: int, total_env_steps: int) -> Trainer:
+    """Plays `LENGTHS`; of episode e the return is e, the epsilon 1 / e and the loss e squared."""
+
+    def init(seeds: Any) -> Any:
+        zero = np.zeros(len(seeds), np.int32)
+        return State(Counters(zero, zero, zero), np.full(len(seeds), total_env_steps, np.int32))
+
+    def iteration(state: State) -> tuple[State, TrainRecord]:
+        counters, active = state.counters, state.counters.env_steps < total_env_steps
+        lengths = np.array([LENGTHS[index][counters.episodes[index]] for index in range(len(active))]) * active
+        episodes = counters.episodes + active
+        updates = (active & (episodes > WARM_UP)).astype(np.int32)
+        number = (counters.episodes + 1).astype(np.float32)
+        counters = Counters(counters.env_steps + lengths, episodes, counters.learner_steps + updates)
+        losses = {"loss": np.where(updates > 0, number**2, np.float32(0))}
+        record = TrainRecord(counters, active, updates, 1 / number, number, lengths.astype(np.float32), losses)
+        return State(counters, state.total_env_steps), record
+
+    def train_chunk(state: Any) -> tuple[Any, TrainRecord]:
+        records = []
+        for _ in range(chunk_iterations):
+            state, record = iteration(state)
+            records.append(record)
+        stacked = [np.stack(leaves) for leaves in zip(*(record[1:6] for record in records), strict=True)]
+        counters = Counters(*map(np.stack, zip(*(record.counters for record in records), strict=True)))
+        losses = {"loss": np.stack([record.losses["loss"] for record in records])}
+        return state, TrainRecord(counters, *stacked, losses)
+
+    def evaluate(state: Any) -> EvalRecord:
+        figures = state.counters.episodes.astype(np.float32)
+        metrics = {"captures": figures / 10, "episode_length": figures + 1, "episode_return": figures * 2}
+        return EvalRecord(state.counters, metrics)
+
+    return Trainer(init, train_chunk, evaluate, chunk_iterations, eval_iterations, replay_bytes=0)
+
+
+def run(trainer: Trainer) -> tuple[Loop, list[list[Line]]]:
+    """The loop at its end, and the lines of each evaluation."""
+    loop, lines = begin(trainer, [5, 6])
+    batches = [lines]
+    while not is_finished(loop):
+        loop, lines = advance(trainer, loop)
+        batches += [lines] if lines else []
+    return loop, batches
+
+
+@pytest.fixture(autouse=True)
+def one_second_per_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces the clock by one that is read twice a second."""
+    ticks = iter(range(1000))
+    monkeypatch.setattr(loop_module.time, "perf_counter", lambda: float(next(ticks)))
+
+
+def test_evaluations_come_before_learning_every_interval_and_at_the_end() -> None:
+    loop, batches = run(known_trainer(chunk_iterations=2, eval_iterations=4, total_env_steps=12))
+    seen = [[(line["kind"], line["seed"], line["env_steps"], line["episodes"]) for line in batch] for batch in batches]
+    assert seen == [
+        [("eval", 5, 0, 0), ("eval", 6, 0, 0)],
+        [("train", 5, 9, 4), ("train", 6, 5, 4), ("eval", 5, 9, 4), ("eval", 6, 5, 4)],
+        [("train", 5, 12, 5), ("train", 6, 10, 8), ("eval", 5, 12, 5), ("eval", 6, 10, 8)],  # seed 5 got there
+        [("train", 6, 13, 9), ("eval", 6, 13, 9)],  # after one chunk of the interval's two: seed 6 did too
+    ]
+    assert env_steps(loop).tolist() == [12, 13]
+    assert loop.pending == ()
+
+
+def test_a_run_shorter_than_an_interval_is_evaluated_at_its_end() -> None:
+    _, batches = run(known_trainer(chunk_iterations=1, eval_iterations=100, total_env_steps=2))
+    assert [[line["kind"] for line in batch] for batch in batches] == [["eval"] * 2, ["train"] * 2 + ["eval"] * 2]
+
+
+def test_train_lines_are_means_over_the_intervals_active_iterations() -> None:
+    _, batches = run(known_trainer(chunk_iterations=2, eval_iterations=4, total_env_steps=12))
+    first, second = batches[1][0], batches[2][0]
+    assert first == {
+        "kind": "train",
+        "seed": 5,
+        "env_steps": 9,
+        "learner_steps": 2,
+        "episodes": 4,
+        "episode_return": 2.5,
+        "episode_length": 2.25,
+        "epsilon": pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4),
+        "loss": 12.5,  # of the two iterations that learned
+        "steps_per_second": 4.5,
+    }
+    # One active iteration, then the seed rests.
+    assert (second["episode_return"], second["episode_length"], second["loss"]) == (5.0, 3.0, 25.0)
+    assert second["steps_per_second"] == 1.5
+
+
+def test_losses_are_left_out_before_the_first_learner_step() -> None:
+    _, batches = run(known_trainer(chunk_iterations=1, eval_iterations=2, total_env_steps=12))
+    assert "loss" not in batches[1][0]
+    assert "loss" in batches[2][0]
+
+
+def test_eval_lines_begin_with_what_everybody_reads() -> None:
+    _, batches = run(known_trainer(chunk_iterations=2, eval_iterations=4, total_env_steps=12))
+    assert list(batches[1][2].items()) == [
+        ("kind", "eval"),
+        ("seed", 5),
+        ("env_steps", 9),
+        ("learner_steps", 2),
+        ("episodes", 4),
+        ("episode_return", 8.0),
+        ("episode_length", 5.0),
+        ("captures", 0.4),
+    ]
+
+
+@pytest.mark.parametrize("chunk_iterations", [1, 2, 4])
+def test_chunk_sizes_never_change_a_line(chunk_iterations: int) -> None:
+    def lines(chunk_iterations: int) -> list[list[Line]]:
+        trainer = known_trainer(chunk_iterations=chunk_iterations, eval_iterations=4, total_env_steps=12)
+        return [[line | {"steps_per_second": 0} for line in batch] for batch in run(trainer)[1]]
+
+    assert lines(chunk_iterations) == lines(4)
