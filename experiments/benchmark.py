@@ -1,7 +1,7 @@
 """How fast this machine trains: ``python -m experiments.benchmark [+algo=NAME] [key=value ..] [--out FILE]``.
 
-Prints one table, and with ``--out`` writes it as a JSON list of ``{"name", "value", "unit"}`` rows. Times are medians of
-several repetitions, after one that is not counted; compile time stands apart. Nothing else should run on the machine.
+Prints one table, and with ``--out`` writes it as a JSON list of ``{"name", "value", "unit"}`` rows. Times are medians
+of several repetitions, after one that is not counted; compile time stands apart. Nothing else should run meanwhile.
 """
 
 import argparse
@@ -38,7 +38,7 @@ class Row(NamedTuple):
 
 def main() -> None:
     """Measures what the command line names and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__))
     parser.add_argument("overrides", nargs="*", help="options of a run, as for wqmix_jax.train")
     parser.add_argument("--out", type=Path, help="where the rows go as JSON")
     args = parser.parse_args()
@@ -54,10 +54,9 @@ def learner_rows(config: RunConfig) -> list[Row]:
     """One learner call of one seed on a batch of episodes that all last to the time limit."""
     algo, hp = config.algo, hyperparams(config.algo)
     learner = init_learner(algo.init(jax.random.key(0), config.env.spec))
-    ctx = Context(jnp.float32(0), jnp.int32(0), jnp.int32(0))
 
     def call(learner: Any, batch: Episode) -> Any:
-        return learner_step(algo, learner, batch, hp, ctx, jnp.int32(0), jax.random.key(0))
+        return learner_step(algo, learner, batch, hp, at_random(), jax.random.key(0))
 
     batch = full_episodes(config)
     seconds, _ = timed(jax.jit(call), learner, batch)
@@ -73,7 +72,7 @@ def full_episodes(config: RunConfig) -> Episode:
     def play() -> Episode:
         params, hp, ctx = jax.tree.map(
             lambda leaf: jnp.asarray(leaf)[None],
-            (algo.init(jax.random.key(0), env.spec), hyperparams(algo), Context(1.0, 0, 0)),
+            (algo.init(jax.random.key(0), env.spec), hyperparams(algo), at_random()),
         )
         keys = jax.random.split(jax.random.key(1), 1)
         played = rollout(env, algo, params, hp, ctx, keys, num_envs=batch_size)
@@ -90,8 +89,8 @@ def rollout_rows(config: RunConfig) -> list[Row]:
     algo, env, num_seeds = config.algo, config.env, config.num_seeds
     keys = jax.random.split(jax.random.key(0), num_seeds)
     params = jax.vmap(lambda key: algo.init(key, env.spec))(keys)
-    each = jax.tree.map(lambda leaf: jnp.full(num_seeds, leaf), (hyperparams(algo), Context(1.0, 0, 0)))
-    call = jax.jit(lambda params, keys: rollout(env, algo, params, *each, keys, num_envs=config.num_envs))
+    hp, ctx = jax.tree.map(lambda leaf: jnp.full(num_seeds, leaf), (hyperparams(algo), at_random()))
+    call = jax.jit(lambda params, keys: rollout(env, algo, params, hp, ctx, keys, num_envs=config.num_envs))
     seconds, played = timed(call, params, keys)
     return [Row("rollout_env_steps_per_second", float(played.episodes.length.sum()) / seconds, "1/s")]
 
@@ -119,6 +118,11 @@ def loop_rows(config: RunConfig) -> list[Row]:
         Row("evaluation_compile_seconds", evaluation_seconds, "s"),
         Row("replay_bytes_per_seed", trainer.replay_bytes, "B"),
     ]
+
+
+def at_random() -> Context:
+    """The beginning of training: epsilon is 1."""
+    return Context(epsilon=jnp.float32(1), env_steps=jnp.int32(0), learner_steps=jnp.int32(0))
 
 
 def timed(call: Callable[..., Any], *args: Any) -> tuple[float, Any]:

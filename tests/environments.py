@@ -22,8 +22,8 @@ class ClockState(NamedTuple):
 class Clock(Environment):
     """Two agents; observations tell the time, the reward of step t is t + 1.
 
-    Action 2 of agent 0 ends the task once ``ends_from`` steps are played; otherwise the time limit cuts the episode. Agent 1
-    may never play action ``t % 3`` at step t.
+    Action 2 of agent 0 ends the task once ``ends_from`` steps are played; otherwise the time limit cuts the episode.
+    Agent 1 may never play action ``t % 3`` at step t.
     """
 
     episode_limit: int
@@ -99,8 +99,8 @@ def tiny_run(algo: Algorithm, env: Environment, **changes: Any) -> Any:
 class Counting(Algorithm):
     """Acts from what the loop feeds it, without parameters that matter; a misaligned loop shows in the actions.
 
-    Agent 0 plays ``(last_action + 1) % 3``, so 0, 1, 2, 0, .. from a first last action of -1. Agent 1 plays the count in
-    its carry, ``count % 3``, so 0, 1, 2, .. from a carry that starts at zero.
+    Agent 0 plays ``(last_action + 1) % 3``, so 0, 1, 2, 0, .. from a first last action of -1. Agent 1 plays the count
+    in its carry, ``count % 3``, so 0, 1, 2, .. from a carry that starts at zero.
     """
 
     def init(self, key: Any, env_spec: EnvSpec) -> Any:

@@ -8,7 +8,7 @@ import pytest
 from tests.environments import Clock, tiny_wqmix
 from wqmix_jax.algos.base import Context, hyperparams
 from wqmix_jax.config import build
-from wqmix_jax.learner import clip_by_joint_norm, init_learner, learner_step
+from wqmix_jax.learner import clip_by_joint_norm, copy_targets, init_learner, learner_step
 from wqmix_jax.types import Episode
 
 ENV = Clock(episode_limit=4, ends_from=4)
@@ -144,19 +144,30 @@ def test_weights_multiply_q_tots_loss_and_leave_q_stars_alone():
     np.testing.assert_allclose(loss, qmix + central, rtol=1e-5)
 
 
-def test_target_nets_move_after_the_step_once_the_interval_has_passed():
-    """The copy is of the parameters after the step, at a difference of exactly 3 episodes and not of 2."""
+def test_target_nets_move_once_the_interval_has_passed_each_seed_by_its_own_count():
+    """At a difference of exactly 3 episodes and not of 2, and to the bit; a step itself leaves them alone."""
     algo = tiny_wqmix(target_update_interval=3)
-    learner = init_learner(algo.init(KEY, ENV.spec))._replace(target_episodes=jnp.int32(5))
-    batch = batch_of([4, 3], [False, True])
-    step = jax.jit(lambda episodes: learner_step(algo, learner, batch, hyperparams(algo), CTX, episodes, KEY)[0])
-    early, due = step(jnp.int32(7)), step(jnp.int32(8))
-    same = lambda a, b: jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))  # noqa: E731
-    assert same(early.target, learner.target)
-    assert int(early.target_episodes) == 5
-    assert same(due.target, due.params)
-    assert not same(due.target, learner.params)
-    assert int(due.target_episodes) == 8
+    batch, hp = batch_of([4, 3], [False, True]), hyperparams(algo)
+    learners = jax.vmap(lambda key: init_learner(algo.init(key, ENV.spec)))(jax.random.split(KEY, 3))
+    learners = learners._replace(target_episodes=jnp.array([5, 5, 4]))
+    step = jax.vmap(lambda learner: learner_step(algo, learner, batch, hp, CTX, KEY)[0])
+    each = jax.tree.map(lambda leaf: jnp.full(3, leaf), hp)
+
+    @jax.jit
+    def iteration(learners, episodes):
+        return copy_targets(step(learners), each, episodes)
+
+    def copied(learners):
+        leaves = zip(*map(jax.tree.leaves, (learners.params, learners.target)), strict=True)
+        return np.all([(np.array(a) == np.array(b)).reshape(3, -1).all(1) for a, b in leaves], axis=0).tolist()
+
+    some, none = iteration(learners, jnp.array([7, 8, 7])), iteration(learners, jnp.array([7, 7, 6]))
+    assert copied(some) == [False, True, True]
+    assert some.target_episodes.tolist() == [5, 8, 7]
+    assert copied(none) == [False, False, False]
+    assert none.target_episodes.tolist() == [5, 5, 4]
+    for kept, before in zip(*map(jax.tree.leaves, (none.target, learners.target)), strict=True):
+        np.testing.assert_array_equal(kept, before)
 
 
 def test_one_optimiser_step_by_hand():
@@ -167,7 +178,7 @@ def test_one_optimiser_step_by_hand():
     grads = jax.grad(lambda p: loss_of(algo, p, learner.target, batch)[0])(learner.params)
     norm = np.sqrt(sum((np.array(g, np.float64) ** 2).sum() for g in jax.tree.leaves(grads)))
     assert norm > 0.5
-    stepped, metrics = jax.jit(lambda: learner_step(algo, learner, batch, hp, CTX, jnp.int32(0), KEY))()
+    stepped, metrics = jax.jit(lambda: learner_step(algo, learner, batch, hp, CTX, KEY))()
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
     for before, after, g in zip(*map(jax.tree.leaves, (learner.params, stepped.params, grads)), strict=True):
         g = np.array(g) * 0.5 / (norm + 1e-6)

@@ -1,4 +1,4 @@
-"""One gradient step and the target copy, for any algorithm."""
+"""One optimiser step, and the target copy, for any algorithm."""
 
 from typing import NamedTuple
 
@@ -42,10 +42,9 @@ def learner_step(
     batch: Episode,
     hp: Hyperparams,
     ctx: Context,
-    episodes: Array,
     key: PRNGKey,
 ) -> tuple[LearnerState, dict[str, Array]]:
-    """One optimiser step on a batch of episodes, then the target copy where it is due.
+    """One optimiser step on a batch of episodes; the targets stay.
 
     Args:
         algo: whose loss is minimised.
@@ -53,7 +52,6 @@ def learner_step(
         batch: leaves ``[B, T(+1), ..]``.
         hp: the traced options.
         ctx: where training stands.
-        episodes: scalar int32, episodes before those of this iteration, as PyMARL counts them for the target copy.
         key: for what the loss draws.
 
     Returns:
@@ -65,14 +63,31 @@ def learner_step(
     rms = optax.scale_by_rms(decay=hp.rms_decay, eps=hp.rms_eps, initial_scale=0.0, eps_in_sqrt=False)
     updates, opt_state = rms.update(grads, learner.opt_state)
     params = optax.apply_updates(learner.params, jax.tree.map(lambda update: -hp.lr * update, updates))
+    return learner._replace(params=params, opt_state=opt_state), aux.metrics | {"grad_norm": grad_norm}
+
+
+def copy_targets(learner: LearnerState, hp: Hyperparams, episodes: Array) -> LearnerState:
+    """Copies all online parameters to the targets of the seeds whose interval has passed, after an optimiser step.
+
+    A real branch over all seeds, so it costs nothing when it isn't time, and copies to the bit what the step gave.
+
+    Args:
+        learner: leaves ``[S, ..]``.
+        hp: leaves ``[S]``.
+        episodes: ``[S]`` int32, episodes before those of this iteration, as PyMARL counts them.
+    """
     due = episodes - learner.target_episodes >= hp.target_update_interval
-    stepped = LearnerState(
-        params=params,
-        target=jax.tree.map(lambda new, old: jnp.where(due, new, old), params, learner.target),
-        opt_state=opt_state,
-        target_episodes=jnp.where(due, episodes, learner.target_episodes),
-    )
-    return stepped, aux.metrics | {"grad_norm": grad_norm}
+
+    def copy(learner: LearnerState) -> LearnerState:
+        def chosen(new: Array, old: Array) -> Array:
+            return jnp.where(due.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+
+        return learner._replace(
+            target=jax.tree.map(chosen, learner.params, learner.target),
+            target_episodes=chosen(episodes, learner.target_episodes),
+        )
+
+    return jax.lax.cond(due.any(), copy, lambda learner: learner, learner)
 
 
 def clip_by_joint_norm(grads: PyTree, max_norm: Array) -> tuple[PyTree, Array]:

@@ -100,15 +100,19 @@ def make_replay(env: Environment, *, buffer_size: int, batch_size: int) -> Repla
 def stored_template(env: Environment) -> StoredEpisode:
     """Shapes and dtypes of one stored episode of ``env``."""
     spec = env.spec
-    step = jax.eval_shape(lambda: env.pack(env.reset(jax.random.key(0))))
     limit = spec.episode_limit
-    return StoredEpisode(
-        steps=jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((limit + 1, *leaf.shape), leaf.dtype), step),
-        joint_action=jax.ShapeDtypeStruct((limit, spec.num_agents), np.min_scalar_type(spec.num_actions - 1)),
-        reward=jax.ShapeDtypeStruct((limit,), jnp.float32),
-        length=jax.ShapeDtypeStruct((), jnp.int32),
-        terminated=jax.ShapeDtypeStruct((), jnp.bool_),
-    )
+
+    def empty() -> StoredEpisode:
+        step = env.pack(env.reset(jax.random.key(0)))
+        return StoredEpisode(
+            steps=jax.tree.map(lambda leaf: jnp.zeros((limit + 1, *leaf.shape), leaf.dtype), step),
+            joint_action=jnp.zeros((limit, spec.num_agents), np.min_scalar_type(spec.num_actions - 1)),
+            reward=jnp.zeros(limit, jnp.float32),
+            length=jnp.int32(0),
+            terminated=jnp.bool_(False),
+        )
+
+    return jax.eval_shape(empty)
 
 
 def _unpack(env: Environment, stored: StoredEpisode, num_steps: int) -> Episode:

@@ -76,7 +76,6 @@ def resume(run_dir: Path, changes: Mapping[str, Any]) -> Path:
     if config.total_env_steps < old["total_env_steps"]:
         longer = f"at least {old['total_env_steps']}, what the run was started with, is needed"
         raise ConfigError(f"total_env_steps={config.total_env_steps} is not allowed with resume: {longer}")
-    save_config(run_dir, values)
     _train(config, values, run_dir, make_trainer(config))
     return run_dir
 
@@ -87,6 +86,7 @@ def _train(config: RunConfig, values: Mapping[str, Any], run_dir: Path, trainer:
         print(line, flush=True)
     checkpoints = Checkpoints(run_dir / CHECKPOINT_DIR, trainer, _seeds(config), keep=config.checkpoint.keep)
     restored = checkpoints.restore(config.total_env_steps)
+    save_config(run_dir, values)  # what a resumed run may have changed
     num_bytes = restored.metrics_bytes if restored else None
     with (
         checkpoints,
@@ -159,6 +159,7 @@ class _Session:
             self._seconds_before = restored.wall_seconds
             print(f"resumed at {env_steps(restored.loop).min():,} environment steps", flush=True)
             if is_finished(restored.loop):
+                print("nothing is left to do; total_env_steps=N makes the run longer", flush=True)
                 return restored.loop, []
         seeds, fresh = _seeds(self._config), restored is None
         print("compiling", flush=True)

@@ -15,7 +15,7 @@ from wqmix_jax.config import RunConfig
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.evaluator import evaluate
 from wqmix_jax.exploration import linear_epsilon
-from wqmix_jax.learner import LearnerState, init_learner, learner_step
+from wqmix_jax.learner import LearnerState, copy_targets, init_learner, learner_step
 from wqmix_jax.replay import Replay, ReplayState, make_replay
 from wqmix_jax.rollout import rollout
 from wqmix_jax.types import Array, PRNGKey
@@ -243,21 +243,22 @@ def _learn_if_any(
 def _update(
     parts: _Parts, state: TrainState, learner: LearnerState, learner_steps: Array, episodes_before: Array
 ) -> tuple[LearnerState, dict[str, Array]]:
-    """Samples a batch per seed, cuts it to its longest episode, and takes one learner step."""
+    """Samples a batch per seed, cuts it to its longest episode, takes one learner step, and copies targets when due."""
     rows = jax.vmap(parts.replay.sample)(state.replay, _fold_in(state.keys.sample, learner_steps))
     loss_keys = _fold_in(state.keys.loss, learner_steps)
     ctx = _context(state)._replace(learner_steps=learner_steps)
     lengths = _static_lengths(parts.env.spec.episode_limit)
 
     def step_on(num_steps: int) -> Callable[[Array], tuple[LearnerState, dict[str, Array]]]:
-        def one_seed(learner, rows, hp, ctx, episodes, key):
-            return learner_step(parts.algo, learner, parts.replay.decode(rows, num_steps), hp, ctx, episodes, key)
+        def one_seed(learner, rows, hp, ctx, key):
+            return learner_step(parts.algo, learner, parts.replay.decode(rows, num_steps), hp, ctx, key)
 
-        return lambda rows: jax.vmap(one_seed)(learner, rows, state.hp, ctx, episodes_before, loss_keys)
+        return lambda rows: jax.vmap(one_seed)(learner, rows, state.hp, ctx, loss_keys)
 
     longest = jax.vmap(parts.replay.lengths)(rows).max()
     choice = (longest > jnp.asarray(lengths[:-1], jnp.int32)).sum()
-    return jax.lax.switch(choice, [step_on(length) for length in lengths], rows)
+    learner, losses = jax.lax.switch(choice, [step_on(length) for length in lengths], rows)
+    return copy_targets(learner, state.hp, episodes_before), losses
 
 
 def _static_lengths(episode_limit: int) -> list[int]:

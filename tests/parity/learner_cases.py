@@ -174,7 +174,7 @@ def compile_step(algo: Algorithm) -> Step:
     traced_once = SimpleNamespace(loss=jax.jit(algo.loss), sample_noise=algo.sample_noise)
 
     def step(learner: LearnerState, batch: Episode, hp: Hyperparams) -> tuple[Any, ...]:
-        stepped, metrics = learner_step(traced_once, learner, batch, hp, ctx, jnp.int32(0), key)
+        stepped, metrics = learner_step(traced_once, learner, batch, hp, ctx, key)
         noise = algo.sample_noise(key, batch)
         grads, aux = jax.grad(traced_once.loss, has_aux=True)(learner.params, learner.target, batch, hp, ctx, noise)
         utilities = [
@@ -335,6 +335,7 @@ def _values(ran: Run, expected: Arrays) -> dict[str, tuple[np.ndarray, np.ndarra
         "chosen_action_qvals": chosen,
         "chosen_action_qvals_agents": taken(values["agent_qs"][:, :-1], actions),
         "targets": y,
+        "target_max_qvals": per_step(values["next_value"]),
         "td_error": per_step(values["td_error"]),
         "masked_td_error": per_step(values["td_error"]) * mask[..., None],
         "is_max_action": (actions == greedy[:, :-1]).all(-1, keepdims=True),
@@ -348,8 +349,8 @@ def _values(ran: Run, expected: Arrays) -> dict[str, tuple[np.ndarray, np.ndarra
     if "weights" in values:
         steps |= {
             "ws": values["weights"][..., None],
-            "max_action_qtot": values["bootstrap_now"][..., None],
-            "qtot_larger": y > values["bootstrap_now"][..., None],
+            "max_action_qtot": values["greedy_value"][..., None],
+            "qtot_larger": y > values["greedy_value"][..., None],
         }
     if "q_star" in values:
         q_star = values["q_star"][..., None]

@@ -1,7 +1,8 @@
 """The contract of an algorithm: options, and pure functions of parameters.
 
-A new algorithm is one subclass of `Algorithm` (or of a family that exists) in one file and one yaml in ``configs/algo``.
-The learner owns what every algorithm needs once: the optimiser, the target copies, schedules and counters.
+A new algorithm is one subclass of `Algorithm` (or of a family that exists) in one file and one yaml in
+``configs/algo``. The learner owns what every algorithm needs once: the optimiser, the target copies, schedules and
+counters.
 """
 
 import abc
@@ -60,7 +61,7 @@ class Aux(NamedTuple):
 
     Attributes:
         metrics: scalars for the log.
-        values: the intermediate arrays, by their names in the glossary; dropped by the compiler where nobody reads them.
+        values: the intermediate arrays, by their names in the glossary; compiled away where nobody reads them.
     """
 
     metrics: dict[str, Array]
@@ -103,7 +104,8 @@ class Algorithm(abc.ABC):
     def _batch_fits(self) -> Self:
         if self.buffer_size < self.batch_size:
             raise ValueError(
-                f"algo.buffer_size={self.buffer_size} is not allowed: at least algo.batch_size={self.batch_size} is needed"
+                f"algo.buffer_size={self.buffer_size} is not allowed: "
+                f"at least algo.batch_size={self.batch_size} is needed"
             )
         return self
 

@@ -32,5 +32,6 @@ class IQL(QLearner):
             "chosen_q_mean": masked_mean(chosen_qs, mask),
             "td_target_mean": masked_mean(y, mask),
         }
-        values = {"agent_qs": agent_qs, "chosen_qs": chosen_qs, "td_target": y, "td_error": td_error}
+        values = {"agent_qs": agent_qs, "chosen_qs": chosen_qs}
+        values |= {"td_target": y, "next_value": next_qs, "td_error": td_error}
         return loss, Aux(metrics, values)

@@ -7,6 +7,7 @@ from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, Hyperparams
 from wqmix_jax.config import options
 from wqmix_jax.exploration import epsilon_greedy
 from wqmix_jax.networks.agent import RecurrentAgent, agent_inputs
+from wqmix_jax.networks.functional import apply_net, init_net
 from wqmix_jax.types import Array, EnvSpec, Episode, PRNGKey, PyTree
 
 UNAVAILABLE = -9999999.0
@@ -32,9 +33,8 @@ class QLearner(Algorithm):
         del hp
         num_actions = inputs.avail_actions.shape[-1]
         features = agent_inputs(inputs.obs, inputs.last_action, num_actions)
-        carry, agent_qs = RecurrentAgent(self.hidden_dim, num_actions).apply(
-            {"params": params["agent"]}, carry, features[None]
-        )
+        agent = RecurrentAgent(self.hidden_dim, num_actions)
+        carry, agent_qs = apply_net(agent, params["agent"], carry, features[None])
         return epsilon_greedy(key, agent_qs[0], inputs.avail_actions, ctx.epsilon), carry
 
     def unroll(self, agent_params: PyTree, batch: Episode) -> Array:
@@ -45,7 +45,7 @@ class QLearner(Algorithm):
         features = agent_inputs(batch.obs, last_action, num_actions).swapaxes(0, 1)
         carry = self.initial_carry(features.shape[1:3]).astype(features.dtype)
         agent = RecurrentAgent(self.hidden_dim, num_actions)
-        return agent.apply({"params": agent_params}, carry, features)[1].swapaxes(0, 1)
+        return apply_net(agent, agent_params, carry, features)[1].swapaxes(0, 1)
 
 
 def init_agent(key: PRNGKey, hidden_dim: int, env_spec: EnvSpec) -> PyTree:
@@ -53,7 +53,7 @@ def init_agent(key: PRNGKey, hidden_dim: int, env_spec: EnvSpec) -> PyTree:
     obs = jnp.zeros((1, env_spec.num_agents, env_spec.obs_dim))
     features = agent_inputs(obs, jnp.full(obs.shape[:-1], -1), env_spec.num_actions)
     carry = jnp.zeros((env_spec.num_agents, hidden_dim))
-    return RecurrentAgent(hidden_dim, env_spec.num_actions).init(key, carry, features)["params"]
+    return init_net(RecurrentAgent(hidden_dim, env_spec.num_actions), key, carry, features)
 
 
 def gather_actions(agent_qs: Array, joint_action: Array) -> Array:

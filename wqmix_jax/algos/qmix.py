@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from wqmix_jax.algos.base import Aux, Context, Hyperparams
 from wqmix_jax.algos.q_learning import QLearner, gather_actions, greedy_actions
 from wqmix_jax.config import PositiveInt, options
+from wqmix_jax.networks.functional import apply_net, init_net
 from wqmix_jax.networks.mixers import QMIXMixer, VDNMixer
 from wqmix_jax.td import masked_mean, masked_mean_square, td_target
 from wqmix_jax.types import Array, EnvSpec, Episode, PRNGKey, PyTree
@@ -40,7 +41,7 @@ class QMIX(QLearner):
 
     def mix(self, mixer_params: PyTree, chosen_qs: Array, state: Array) -> Array:
         """Q_tot, ``[B, T]``."""
-        return self.mixer_net.apply({"params": mixer_params}, chosen_qs, state)
+        return apply_net(self.mixer_net, mixer_params, chosen_qs, state)
 
     def loss(
         self, params: PyTree, target: PyTree, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree
@@ -59,11 +60,12 @@ class QMIX(QLearner):
             "q_tot_mean": masked_mean(q_tot, batch.mask),
             "td_target_mean": masked_mean(y, batch.mask),
         }
-        values = {"agent_qs": agent_qs, "greedy_actions": greedy, "q_tot": q_tot, "td_target": y, "td_error": q_tot - y}
+        values = {"agent_qs": agent_qs, "greedy_actions": greedy, "q_tot": q_tot}
+        values |= {"td_target": y, "next_value": next_q, "td_error": q_tot - y}
         return loss, Aux(metrics, values)
 
 
 def init_mixer(net: nn.Module, key: PRNGKey, env_spec: EnvSpec) -> PyTree:
-    """Draws the parameters of a net on chosen utilities and state; empty for one without parameters."""
+    """Draws the parameters of a net on chosen utilities and state."""
     chosen_qs, state = jnp.zeros((1, env_spec.num_agents)), jnp.zeros((1, env_spec.state_dim))
-    return net.init(key, chosen_qs, state).get("params", {})
+    return init_net(net, key, chosen_qs, state)

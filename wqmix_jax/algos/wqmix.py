@@ -16,6 +16,7 @@ from wqmix_jax.algos.base import TRACED, Aux, Context, Hyperparams
 from wqmix_jax.algos.q_learning import gather_actions, greedy_actions, init_agent
 from wqmix_jax.algos.qmix import QMIX, init_mixer
 from wqmix_jax.config import PositiveInt, options
+from wqmix_jax.networks.functional import apply_net
 from wqmix_jax.networks.q_star import FeedForwardQStar
 from wqmix_jax.td import masked_mean, masked_mean_square, td_target
 from wqmix_jax.types import Array, EnvSpec, Episode, PRNGKey, PyTree
@@ -84,7 +85,12 @@ class WQMIX(QMIX):
             "weight_mean": masked_mean(weights, batch.mask),
         }
         values = {"agent_qs": agent_qs, "greedy_actions": greedy, "q_tot": q_tot, "td_target": y}
-        values |= {"td_error": q_tot - y, "weights": weights, "bootstrap_now": bootstrap.now}
+        values |= {
+            "td_error": q_tot - y,
+            "weights": weights,
+            "next_value": bootstrap.next,
+            "greedy_value": bootstrap.now,
+        }
         if self.q_star == "none":
             return qmix_loss, Aux(metrics, values)
         q_star = self._q_star(params, batch)
@@ -97,7 +103,7 @@ class WQMIX(QMIX):
         """Q*(s, u) of the actions that were taken, ``[B, T]``."""
         agent_qs = self.unroll(params["q_star_agent"], batch)
         chosen_qs = gather_actions(agent_qs[:, :-1], batch.joint_action)
-        return self.q_star_net.apply({"params": params["q_star_mixer"]}, chosen_qs, batch.state[:, :-1])
+        return apply_net(self.q_star_net, params["q_star_mixer"], chosen_qs, batch.state[:, :-1])
 
     def _bootstrap(self, target: PyTree, batch: Episode, greedy: Array) -> Bootstrap:
         """The target estimate at the online agents' greedy actions.
@@ -108,7 +114,7 @@ class WQMIX(QMIX):
         if self.q_star != "none":
             agent, net, mixer = ("q_star_agent", self.q_star_net, "q_star_mixer")
         chosen_qs = gather_actions(self.unroll(target[agent], batch), greedy)
-        estimate = jax.lax.stop_gradient(net.apply({"params": target[mixer]}, chosen_qs, batch.state))
+        estimate = jax.lax.stop_gradient(apply_net(net, target[mixer], chosen_qs, batch.state))
         return Bootstrap(now=estimate[:, :-1], next=estimate[:, 1:])
 
     def _weights(

@@ -27,7 +27,7 @@ class GRUWeights(NamedTuple):
 
 
 class _Gates(NamedTuple):
-    """What one step computes on its way, each ``[R, H]``; ``hidden_new`` is the new gate's part from the hidden state."""
+    """What a step computes on its way, each ``[R, H]``; ``hidden_new`` is what the new gate has of the hidden state."""
 
     reset: Array
     update: Array

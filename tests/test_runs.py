@@ -1,0 +1,79 @@
+"""What is said before a run starts, and where it is kept."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from wqmix_jax import load_config, make_trainer, runs
+from wqmix_jax.runs import device_lines, new_run_dir, plan_lines
+
+
+def test_the_plan_of_the_default_run() -> None:
+    config = load_config("+algo=ow_qmix", "num_seeds=4", "seed=10")
+    lines = list(plan_lines(config, make_trainer(config)))
+    assert lines[0] == "seeds 10..13, 1,000,000 environment steps each"
+    per_seed, in_total = map(float, re.findall(r"([\d.]+) MB", lines[1]))
+    assert per_seed <= 64
+    assert in_total == pytest.approx(4 * per_seed, abs=0.3)
+    assert lines[2:] == [
+        "evaluation: every 50 iterations (10,000 environment steps of full episodes)",
+        "learner steps per environment step: 0.005 (1 per full episode of 200 steps)",
+    ]
+
+
+def test_the_ratio_of_learner_steps_follows_the_options() -> None:
+    config = load_config("+algo=ow_qmix", "num_envs=8", "updates_per_iteration=2", "eval_interval=1")
+    lines = list(plan_lines(config, make_trainer(config)))
+    assert lines[0] == "seed 0, 1,000,000 environment steps each"
+    assert lines[2:] == [
+        "evaluation: every 1 iteration (1,600 environment steps of full episodes)",
+        "learner steps per environment step: 0.00125 (2 per 8 full episodes of 200 steps)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("present", "told"),
+    [
+        ("nvidia", ['An NVIDIA GPU is present but unused: pip install "wqmix_jax[cuda]" makes JAX use it.']),
+        ("tpu", ['A TPU is present but unused: pip install "wqmix_jax[tpu]" makes JAX use it.']),
+        ("nothing", []),
+    ],
+)
+def test_an_idle_accelerator_is_told_with_what_to_install(
+    present: str, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs.shutil, "which", lambda _: "/usr/bin/nvidia-smi" if present == "nvidia" else None)
+    monkeypatch.setattr(runs.os.path, "exists", lambda _: False)
+    monkeypatch.setattr(runs.glob, "glob", lambda _: ["/dev/accel0"] if present == "tpu" else [])
+    monkeypatch.delenv("TPU_NAME", raising=False)
+    first, *rest = device_lines()
+    assert first.startswith("device: cpu (")
+    assert rest == told
+
+
+def test_a_used_accelerator_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Device:
+        platform, device_kind = "gpu", "NVIDIA H200"
+
+    devices: list[Any] = [Device(), Device()]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    assert list(device_lines()) == ["device: gpu (NVIDIA H200), one of 2"]
+
+
+def test_runs_without_a_folder_get_dated_ones_that_never_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen = set()
+    for _ in range(3):
+        run_dir = new_run_dir(None, algo="ow_qmix", env="predator_prey")
+        assert re.fullmatch(r"outputs/\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_ow_qmix_predator_prey(_\d)?", run_dir.as_posix())
+        assert not run_dir.exists()
+        run_dir.mkdir(parents=True)
+        seen.add(run_dir)
+    assert len(seen) == 3
+
+
+def test_an_empty_folder_can_be_used(tmp_path: Path) -> None:
+    assert new_run_dir(str(tmp_path), algo="iql", env="coin") == tmp_path
