@@ -14,7 +14,7 @@ from wandb.proto import wandb_internal_pb2
 from tests.running import TINY, main
 from wqmix_jax import load_metrics, logger
 from wqmix_jax.config import ConfigError, LoggerOptions
-from wqmix_jax.logger import METRICS_FILE, MetricsFile, WandbRuns, create_metrics, load_header
+from wqmix_jax.logger import HEADER_FILE, METRICS_FILE, MetricsFile, WandbRuns, create_metrics, load_header
 
 LINES = [
     {"kind": kind, "seed": seed, "env_steps": steps, "learner_steps": 0, "episodes": steps, "episode_return": value}
@@ -32,7 +32,7 @@ LINES = [
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     create_metrics(tmp_path, version="0", algo="iql", env="coin", seeds=[0, 1])
-    with MetricsFile(tmp_path, num_bytes=None) as metrics:
+    with MetricsFile(tmp_path, num_bytes=0) as metrics:
         metrics.write(LINES[:2])
         metrics.write(LINES[2:])
     return tmp_path
@@ -78,25 +78,25 @@ def test_a_damaged_file_is_named(run_dir: Path) -> None:
 
 
 def test_another_schema_is_refused(run_dir: Path) -> None:
-    path = run_dir / METRICS_FILE
+    path = run_dir / HEADER_FILE
     path.write_text(path.read_text().replace('"schema": 1', '"schema": 2'))
-    with pytest.raises(ValueError, match=r"metrics\.jsonl has schema=2; this version of wqmix_jax reads schema 1"):
+    with pytest.raises(ValueError, match=r"run\.json has schema=2; this version of wqmix_jax reads schema 1"):
         load_metrics(run_dir)
     path.write_text("")
-    with pytest.raises(ValueError, match="schema=None"):
+    with pytest.raises(ValueError, match=r"run\.json is damaged"):
         load_metrics(run_dir)
 
 
 def test_the_file_is_cut_where_a_checkpoint_says(run_dir: Path) -> None:
     data = (run_dir / METRICS_FILE).read_bytes()
-    length = sum(map(len, data.splitlines(keepends=True)[:3]))
+    length = sum(map(len, data.splitlines(keepends=True)[:2]))
     with MetricsFile(run_dir, num_bytes=length) as metrics:
         assert metrics.num_bytes == length
         metrics.write(LINES[2:])
         metrics.sync()
         assert metrics.num_bytes == len(data)
     assert (run_dir / METRICS_FILE).read_bytes() == data
-    with MetricsFile(run_dir, num_bytes=None):
+    with MetricsFile(run_dir, num_bytes=0):
         assert load_metrics(run_dir) == []
     with pytest.raises(ConfigError, match="it has lost lines that the checkpoint knows of"):
         MetricsFile(run_dir, num_bytes=length)
@@ -133,7 +133,7 @@ def test_nothing_is_made_where_wandb_is_disabled(run_dir: Path, monkeypatch: pyt
     monkeypatch.setattr(wandb, "init", None)
     with WandbRuns(run_dir, options("disabled"), {}, num_bytes=0) as runs:
         runs.sync()
-    assert [path.name for path in run_dir.iterdir()] == [METRICS_FILE]
+    assert sorted(path.name for path in run_dir.iterdir()) == sorted([HEADER_FILE, METRICS_FILE])
 
 
 @pytest.mark.parametrize("broken", ["init", "log", "finish"])

@@ -41,9 +41,9 @@ def test_a_win_rate_gets_a_panel_of_its_own(num_seeds: int, tmp_path: Path) -> N
         run_dir = tmp_path / str(len(more))
         run_dir.mkdir()
         create_metrics(run_dir, version="0", algo="iql", env="coin", seeds=range(num_seeds))
-        with MetricsFile(run_dir, num_bytes=None) as metrics:
+        with MetricsFile(run_dir, num_bytes=0) as metrics:
             for seed in range(num_seeds):
                 metrics.write(evaluated(seed, {0: 0.0, 10: seed, 20: float("nan")}, **more))
         heights.append(matplotlib.image.imread(plot_run(run_dir)).shape[0])
-        assert sorted(path.name for path in run_dir.iterdir()) == ["learning_curve.png", "metrics.jsonl"]
+        assert sorted(path.name for path in run_dir.iterdir()) == ["learning_curve.png", "metrics.jsonl", "run.json"]
     assert heights[1] > 1.8 * heights[0]

@@ -164,7 +164,7 @@ def test_a_run_says_what_it_does(run_dir: Path) -> None:
 
 def test_a_run_leaves_these_files(run_dir: Path) -> None:
     found = sorted(path.name for path in run_dir.iterdir())
-    assert found == ["checkpoints", "config.yaml", "learning_curve.png", "metrics.jsonl", "summary.json"]
+    assert found == ["checkpoints", "config.yaml", "learning_curve.png", "metrics.jsonl", "run.json", "summary.json"]
 
 
 def test_config_yaml_holds_every_option(run_dir: Path) -> None:
@@ -177,8 +177,7 @@ def test_config_yaml_holds_every_option(run_dir: Path) -> None:
 
 def test_metrics_have_their_schema(run_dir: Path) -> None:
     header = load_header(run_dir)
-    assert {key: header[key] for key in ("kind", "schema", "version", "algo", "env", "seeds")} == {
-        "kind": "header",
+    assert {key: header[key] for key in ("schema", "version", "algo", "env", "seeds")} == {
         "schema": 1,
         "version": wqmix_jax.__version__,
         "algo": "huber_iql",

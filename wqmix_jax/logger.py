@@ -1,15 +1,15 @@
 """Where a run's records go: ``metrics.jsonl``, and from there Weights & Biases.
 
-The schema of ``metrics.jsonl``, version 1. One JSON object per line; the first is a header, every other one a record of
-one seed. A value that isn't finite stands as ``null``, which `load_metrics` reads as nan.
+The schema, version 1. ``run.json`` says what the run is:
 
-header:
-    ``kind``            ``"header"``
     ``schema``          1
     ``version``         of wqmix_jax
     ``algo``, ``env``   names of their yamls
     ``seeds``           all seeds of the run
     ``run``             a random name that this run keeps when it is moved or resumed
+
+``metrics.jsonl`` holds one JSON object per line, each a record of one seed. A value that is not finite is ``null``,
+which `load_metrics` reads as nan.
 
 eval, one per seed and evaluation, the first before any learning:
     ``kind``                    ``"eval"``
@@ -49,7 +49,7 @@ from wqmix_jax.config import ConfigError, LoggerOptions
 SCHEMA = 1
 """Version of the lines' keys and meanings; raised when one of them changes."""
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, HEADER_FILE = "metrics.jsonl", "run.json"
 
 Line = dict[str, Any]
 
@@ -63,10 +63,10 @@ class MetricsFile:
         num_bytes: how long the file is.
     """
 
-    def __init__(self, run_dir: Path, *, num_bytes: int | None) -> None:
-        """Opens the file to append to it, cut to its first ``num_bytes`` or, where None, to its header."""
+    def __init__(self, run_dir: Path, *, num_bytes: int) -> None:
+        """Opens the file to append to it, cut to its first ``num_bytes``."""
         path = run_dir / METRICS_FILE
-        self.num_bytes = len(path.read_bytes().split(b"\n")[0]) + 1 if num_bytes is None else num_bytes
+        self.num_bytes = num_bytes
         if path.stat().st_size < self.num_bytes:
             raise ConfigError(f"{path} is damaged: it has lost lines that the checkpoint knows of")
         os.truncate(path, self.num_bytes)
@@ -94,20 +94,32 @@ class MetricsFile:
 
 
 def create_metrics(run_dir: Path, *, version: str, algo: str, env: str, seeds: Sequence[int]) -> None:
-    """Starts ``metrics.jsonl`` with its header."""
-    line = {"kind": "header", "schema": SCHEMA, "version": version, "algo": algo, "env": env, "seeds": list(seeds)}
-    (run_dir / METRICS_FILE).write_text(_to_json(line | {"run": uuid.uuid4().hex[:8]}) + "\n")
+    """Writes ``run.json`` and starts an empty ``metrics.jsonl``."""
+    header = {"schema": SCHEMA, "version": version, "algo": algo, "env": env, "seeds": list(seeds)}
+    (run_dir / HEADER_FILE).write_text(_to_json(header | {"run": uuid.uuid4().hex[:8]}) + "\n")
+    (run_dir / METRICS_FILE).touch()
 
 
 def load_header(run_dir: str | os.PathLike[str]) -> Line:
-    """The first line of a run's ``metrics.jsonl``."""
-    return _read(Path(run_dir))[0]
+    """What ``run.json`` says of a run.
+
+    Raises:
+        ValueError: if it is of another schema or damaged.
+    """
+    path = Path(run_dir) / HEADER_FILE
+    try:
+        header = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if header.get("schema") != SCHEMA:
+        raise ValueError(f"{path} has schema={header.get('schema')}; this version of wqmix_jax reads schema {SCHEMA}")
+    return header
 
 
 def load_metrics(
     run_dir: str | os.PathLike[str], *, kind: str | None = None, seed: int | None = None
 ) -> list[dict[str, Any]]:
-    """Reads the records of a run, in the order they were written; the header is left out.
+    """Reads the records of a run, in the order they were written.
 
     Args:
         run_dir: the run's folder.
@@ -123,23 +135,20 @@ def load_metrics(
     """
     return [
         line
-        for line in _read(Path(run_dir))[1:]
+        for line in _read(Path(run_dir))
         if (kind is None or line["kind"] == kind) and (seed is None or line["seed"] == seed)
     ]
 
 
 def _read(run_dir: Path) -> list[Line]:
     """All whole lines; a last one without its end is still being written, or was torn when the run was killed."""
+    load_header(run_dir)
     path = run_dir / METRICS_FILE
     *texts, _ = path.read_text().split("\n")
     try:
-        lines = [_from_json(text) for text in texts]
+        return [_from_json(text) for text in texts]
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
-    schema = lines[0].get("schema") if lines else None
-    if schema != SCHEMA:
-        raise ValueError(f"{path} has {schema=}; this version of wqmix_jax reads schema {SCHEMA}")
-    return lines
 
 
 def _to_json(line: Mapping[str, Any]) -> str:
@@ -231,9 +240,8 @@ class WandbRuns:
             data = file.read()
         self._num_bytes += len(data)
         for line in map(_from_json, data.decode().splitlines()):
-            if line["kind"] != "header":
-                values = {f"{line['kind']}/{name}": value for name, value in line.items() if name not in _COUNTERS}
-                self._runs[line["seed"]].log({name: line[name] for name in _COUNTERS[2:]} | values)
+            values = {f"{line['kind']}/{name}": value for name, value in line.items() if name not in _COUNTERS}
+            self._runs[line["seed"]].log({name: line[name] for name in _COUNTERS[2:]} | values)
 
 
 def refuse_missing_wandb(options: LoggerOptions) -> None:

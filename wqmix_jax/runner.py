@@ -87,7 +87,7 @@ def _train(config: RunConfig, values: Mapping[str, Any], run_dir: Path, trainer:
     checkpoints = Checkpoints(run_dir / CHECKPOINT_DIR, trainer, _seeds(config), keep=config.checkpoint.keep)
     restored = checkpoints.restore(config.total_env_steps)
     save_config(run_dir, values)  # what a resumed run may have changed
-    num_bytes = restored.metrics_bytes if restored else None
+    num_bytes = restored.metrics_bytes if restored else 0
     with (
         checkpoints,
         MetricsFile(run_dir, num_bytes=num_bytes) as metrics,
