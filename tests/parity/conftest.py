@@ -23,7 +23,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def ran(request: pytest.FixtureRequest) -> Iterator[Callable[[Path, str], Report]]:
     """The report of a case file. All that are selected start at once: nearly all the time goes into compiling them."""
-    selected = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    here = [item for item in request.session.items if Path(__file__).parent in item.path.parents]
+    selected = [item.callspec.params for item in here if hasattr(item, "callspec")]
     recordings = [params["recording"] for params in selected if "recording" in params]
     workers = min(os.cpu_count() or 1, 8, len(recordings))
     spawned = multiprocessing.get_context("spawn")
