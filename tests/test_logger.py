@@ -111,6 +111,7 @@ def test_offline_runs_hold_what_metrics_hold(run_dir: Path) -> None:
         runs.sync()
         with MetricsFile(run_dir, num_bytes=(run_dir / METRICS_FILE).stat().st_size) as metrics:
             metrics.write([LINES[0] | {"env_steps": 9}])
+    wandb.teardown()  # as at a process's end: its service has written everything once this returns
     token = load_header(run_dir)["run"]
     for seed in (0, 1):
         [run] = (record.run for record in wandb_records(run_dir, seed) if record.HasField("run"))
