@@ -1,5 +1,6 @@
 """One optimiser step, and the target copy, for any algorithm."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -79,12 +80,9 @@ def copy_targets(learner: LearnerState, hp: Hyperparams, episodes: Array) -> Lea
     due = episodes - learner.target_episodes >= hp.target_update_interval
 
     def copy(learner: LearnerState) -> LearnerState:
-        def chosen(new: Array, old: Array) -> Array:
-            return jnp.where(due.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
-
         return learner._replace(
-            target=jax.tree.map(chosen, learner.params, learner.target),
-            target_episodes=chosen(episodes, learner.target_episodes),
+            target=jax.tree.map(functools.partial(jax.vmap(jnp.where), due), learner.params, learner.target),
+            target_episodes=jax.vmap(jnp.where)(due, episodes, learner.target_episodes),
         )
 
     return jax.lax.cond(due.any(), copy, lambda learner: learner, learner)

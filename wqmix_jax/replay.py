@@ -119,7 +119,8 @@ def _unpack(env: Environment, stored: StoredEpisode, num_steps: int) -> Episode:
     """``StoredEpisode`` leaves ``[B, ..]`` to the `Episode` of their first ``num_steps`` steps, padding all zero."""
     steps = jnp.arange(num_steps + 1)[None, :]
     seen = jax.vmap(jax.vmap(env.unpack))(jax.tree.map(lambda leaf: leaf[:, : num_steps + 1], stored.steps))
-    seen = jax.tree.map(lambda leaf: _zero_unless(steps <= stored.length[:, None], leaf), seen)
+    real = steps <= stored.length[:, None]
+    seen = jax.tree.map(lambda leaf: jax.vmap(jax.vmap(jnp.where))(real, leaf, jnp.zeros_like(leaf)), seen)
     mask = steps[:, :-1] < stored.length[:, None]
     ends = stored.terminated[:, None] & (steps[:, :-1] == stored.length[:, None] - 1)
     return Episode(
@@ -131,10 +132,6 @@ def _unpack(env: Environment, stored: StoredEpisode, num_steps: int) -> Episode:
         discount=1.0 - ends.astype(jnp.float32),
         mask=mask.astype(jnp.float32),
     )
-
-
-def _zero_unless(keep: Array, leaf: Array) -> Array:
-    return jnp.where(keep.reshape(keep.shape + (1,) * (leaf.ndim - keep.ndim)), leaf, jnp.zeros_like(leaf))
 
 
 def _num_bytes(leaf: Any) -> int:

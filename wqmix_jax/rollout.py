@@ -1,5 +1,6 @@
 """Plays whole episodes: seeds and environments side by side, until the last of them has ended."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -82,7 +83,7 @@ def rollout(
         joint_action = flat(joint_action)
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(play_keys.env, play.step)
         env_state, outcome = env.step_batch(play.env_state, joint_action, step_keys)
-        env_state = jax.tree.map(lambda old, new: _where(play.done, old, new), play.env_state, env_state)
+        env_state = jax.tree.map(functools.partial(jax.vmap(jnp.where), play.done), play.env_state, env_state)
         record = _write(env, play, env_state, joint_action, outcome.reward, outcome.terminated)
         done = play.done | outcome.terminated | outcome.truncated
         return _Play(play.step + 1, env_state, carry, joint_action, done, record)
@@ -134,7 +135,7 @@ def _write(
     record, step, done = play.record, play.step, play.done
 
     def put(all_: Array, index: Array, new: Array) -> Array:
-        return all_.at[index].set(_where(done, jnp.zeros_like(all_[0]), new.astype(all_.dtype)))
+        return all_.at[index].set(jax.vmap(jnp.where)(done, jnp.zeros_like(all_[0]), new.astype(all_.dtype)))
 
     packed = jax.vmap(env.pack)(env_state)
     return StoredEpisode(
@@ -144,8 +145,3 @@ def _write(
         length=record.length + ~done,
         terminated=record.terminated | (terminated & ~done),
     )
-
-
-def _where(condition: Array, if_true: Array, if_false: Array) -> Array:
-    """Selects along the leading axis."""
-    return jnp.where(condition.reshape(-1, *(1,) * (if_true.ndim - 1)), if_true, if_false)

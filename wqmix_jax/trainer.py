@@ -4,6 +4,7 @@
 seeds, so "has learning started" and "how long is the longest episode of this batch" are real branches, not selects.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -229,7 +230,7 @@ def _learn_if_any(
             return _update(parts, state, learner, state.counters.learner_steps + index, episodes_before)
 
         learner, losses = jax.lax.scan(update, state.learner, jnp.arange(parts.updates_per_iteration))
-        learner = jax.tree.map(lambda new, old: _where_seed(ready, new, old), learner, state.learner)
+        learner = jax.tree.map(functools.partial(jax.vmap(jnp.where), ready), learner, state.learner)
         return learner, jax.tree.map(lambda loss: jnp.where(ready, loss.mean(0), 0.0), losses)
 
     _, losses = jax.eval_shape(learn, state)
@@ -283,7 +284,3 @@ def _context(state: TrainState) -> Context:
 
 def _fold_in(keys: PRNGKey, counts: Array) -> PRNGKey:
     return jax.vmap(jax.random.fold_in)(keys, counts)
-
-
-def _where_seed(condition: Array, if_true: Array, if_false: Array) -> Array:
-    return jnp.where(condition.reshape(-1, *(1,) * (if_true.ndim - 1)), if_true, if_false)
