@@ -11,8 +11,9 @@ from wqmix_jax.rollout import rollout
 CLOCK = Clock(episode_limit=7, ends_from=4)
 
 
-def play(env, algo, *, num_envs=1, epsilon=0.0, num_seeds=1):
+def play(env, algo, *, num_envs=1, epsilon=0.0, num_seeds=1, scale=1.0):
     params = jax.vmap(lambda key: algo.init(key, env.spec))(jax.random.split(jax.random.key(0), num_seeds))
+    params = jax.tree.map(lambda leaf: leaf * scale, params)
     each = lambda value: jnp.full(num_seeds, value)  # noqa: E731
     ctx = Context(each(jnp.float32(epsilon)), each(jnp.int32(0)), each(jnp.int32(0)))
     hp = jax.tree.map(each, hyperparams(algo))
@@ -62,14 +63,18 @@ def test_the_learner_sees_exactly_what_the_agents_saw():
     """
     env = build("env", load_group("env", "predator_prey") | {"episode_limit": 30, "world_shape": [5, 5]})
     algo = tiny_wqmix()
-    params, played = play(env, algo, num_envs=8)
+    params, played = play(env, algo, num_envs=8, scale=5.0)  # large weights: choices that follow every input
     batch = decoded(env, played)
     one = jax.tree.map(lambda leaf: leaf[0], params)
-    agent_qs = np.array(algo.unroll(one["agent"], batch))[:, :-1]
-    best = np.where(batch.avail_actions[:, :-1], agent_qs, -np.inf).argmax(-1)
-    real = np.array(batch.mask) > 0
-    assert len(np.unique(best[real])) > 2
-    np.testing.assert_array_equal(best[real], np.array(batch.joint_action)[real])
+
+    def best(batch):
+        agent_qs = np.array(algo.unroll(one["agent"], batch))[:, :-1]
+        return np.where(batch.avail_actions[:, :-1], agent_qs, -np.inf).argmax(-1)[np.array(batch.mask) > 0]
+
+    chosen = np.array(batch.joint_action)[np.array(batch.mask) > 0]
+    np.testing.assert_array_equal(best(batch), chosen)
+    for late in ({"joint_action": jnp.roll(batch.joint_action, 1, 1)}, {"obs": jnp.roll(batch.obs, 1, 1)}):
+        assert (best(batch._replace(**late)) != chosen).mean() > 0.01  # or a slip would not show
 
 
 def test_exploring_agents_never_choose_what_is_unavailable():
