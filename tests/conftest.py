@@ -32,6 +32,7 @@ import hypothesis
 import jax
 
 jax.config.update("jax_disable_most_optimizations", True)  # nearly all of a small test's time is compilation
+jax.config.update("jax_num_cpu_devices", 2)  # so that seeds are spread on any machine
 jax.config.update("jax_numpy_rank_promotion", "raise")  # a missing axis is an error, never a silent broadcast
 
 # A first call compiles, so no example has a deadline.

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from tests.running import TINY, last_checkpoint, main, timeless
 from wqmix_jax import load_metrics, runner
@@ -63,6 +65,17 @@ def test_a_killed_run_goes_on_to_the_bit(cut: Callable[..., Path], straight: Pat
     assert last_checkpoint(run_dir)["metrics_bytes"] < (run_dir / METRICS_FILE).stat().st_size - len(TORN)
     assert main(f"resume={run_dir}") == 0
     assert_same_run(run_dir, straight)
+
+
+def test_a_run_goes_on_with_its_seeds_on_another_number_of_devices(
+    cut: Callable[..., Path], straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = cut(7)
+    monkeypatch.setattr(runner, "seed_sharding", lambda num_seeds: SingleDeviceSharding(jax.local_devices()[1]))
+    assert main(f"resume={run_dir}") == 0
+    saved, expected = last_checkpoint(run_dir), last_checkpoint(straight)
+    for name in saved.keys() - CLOCKS:
+        np.testing.assert_allclose(saved[name], expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def test_a_run_without_a_checkpoint_starts_over(tmp_path: Path, straight: Path) -> None:

@@ -10,6 +10,8 @@ import pytest
 from wqmix_jax import load_config, make_trainer, runs
 from wqmix_jax.runs import device_lines, new_run_dir, plan_lines
 
+TRAINER = make_trainer(load_config("+algo=ow_qmix"))
+
 
 def test_the_plan_of_the_default_run() -> None:
     config = load_config("+algo=ow_qmix", "num_seeds=4", "seed=10")
@@ -49,7 +51,7 @@ def test_an_idle_accelerator_is_told_with_what_to_install(
     monkeypatch.setattr(runs.os.path, "exists", lambda _: False)
     monkeypatch.setattr(runs.glob, "glob", lambda _: ["/dev/accel0"] if present == "tpu" else [])
     monkeypatch.delenv("TPU_NAME", raising=False)
-    first, *rest = device_lines()
+    first, *rest = device_lines(TRAINER)
     assert first.startswith("device: cpu (")
     assert rest == told
 
@@ -59,8 +61,8 @@ def test_a_used_accelerator_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         platform, device_kind = "gpu", "NVIDIA H200"
 
     devices: list[Any] = [Device(), Device()]
-    monkeypatch.setattr(jax, "devices", lambda: devices)
-    assert list(device_lines()) == ["device: gpu (NVIDIA H200), one of 2"]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert list(device_lines(TRAINER)) == ["device: gpu (NVIDIA H200), seeds spread over 1 of 2 devices"]
 
 
 def test_runs_without_a_folder_get_dated_ones_that_never_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,15 @@ import pytest
 from tests.environments import TINY, Clock, tiny_run, tiny_wqmix
 from wqmix_jax import trainer as trainer_module
 from wqmix_jax.config import build
+from wqmix_jax.devices import seed_sharding
 from wqmix_jax.trainer import _static_lengths, make_trainer
 
 ENV = Clock(episode_limit=4, ends_from=1)
 
 
-def trained(config, seeds, num_chunks):
+def trained(config, seeds, num_chunks, sharding=None):
     """The last state and all records, leaves ``[iterations, S]``."""
-    trainer = make_trainer(config)
+    trainer = make_trainer(config, sharding=sharding)
     state, records = trainer.init(seeds), []
     for _ in range(num_chunks):
         state, record = trainer.train_chunk(state)
@@ -23,12 +24,12 @@ def trained(config, seeds, num_chunks):
     return state, jax.tree.map(lambda *leaves: np.concatenate(leaves), *records)
 
 
-def same(one, two, where=slice(None)):
+def same(one, two, where=slice(None), where_two=None):
     leaves = zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
     for a, b in leaves:
         if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
             a, b = jax.random.key_data(a), jax.random.key_data(b)
-        np.testing.assert_array_equal(a[where], b[where])
+        np.testing.assert_array_equal(a[where], b[where if where_two is None else where_two])
 
 
 def test_steps_are_counted_as_they_happen_and_learning_starts_with_a_full_batch():
@@ -83,6 +84,18 @@ def test_a_seed_in_company_gives_its_solo_numbers(num_envs):
     for many, one in zip(jax.tree.leaves(together.learner), jax.tree.leaves(alone.learner), strict=True):
         np.testing.assert_allclose(many[1], one[0], rtol=2e-4, atol=1e-6)
     assert len({tuple(row) for row in records.episode_length.T}) == 3
+
+
+def test_seeds_spread_over_devices_give_the_solo_numbers_to_the_bit():
+    """A device's shapes are those of a solo run, and so is its program: its branches go by its own seeds alone."""
+    config = tiny_run(tiny_wqmix(), ENV, total_env_steps=12)
+    together, records = trained(config, [3, 4], 8, seed_sharding(2))
+    assert len(together.learner.target_episodes.sharding.device_set) == 2
+    for index, seed in enumerate((3, 4)):
+        alone, record = trained(config, [seed], 8)
+        same(together, alone, index, 0)
+        same(records, record, (slice(None), index), (slice(None), 0))
+    assert records.active[:, 0].sum() != records.active[:, 1].sum()
 
 
 def test_chunk_sizes_never_change_the_numbers():

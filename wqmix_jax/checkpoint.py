@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from wqmix_jax.config import ConfigError
 from wqmix_jax.loop import Loop, abstract_interval, abstract_state, env_steps, join, num_pending
@@ -41,6 +42,7 @@ class Checkpoints:
     def __init__(self, directory: Path, trainer: Trainer, seeds: Sequence[int], *, keep: int) -> None:
         """Opens the folder, made where absent, for runs of ``trainer`` with ``seeds``; the latest ``keep`` are kept."""
         self._seeds = tuple(seeds)
+        self._sharding = trainer.sharding
         self._state = abstract_state(trainer, seeds)
         self._interval = abstract_interval(trainer, seeds)
         self._manager = ocp.CheckpointManager(
@@ -113,11 +115,11 @@ class Checkpoints:
         return host
 
     def _read(self, step: int, host: dict[str, Any], total_env_steps: int) -> Restored:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = {**_flat("state", jax.eval_shape(_raw_keys, self._state)), **_flat("pending", self._interval)}
         self._check_fits(step, abstract)
         on_device = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device) for name, leaf in abstract.items()
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharding_of(name))
+            for name, leaf in abstract.items()
         }
         arrays = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(on_device)))[
             "arrays"
@@ -133,6 +135,10 @@ class Checkpoints:
             seconds=host["seconds"],
         )
         return Restored(loop, host["metrics_bytes"], host["wall_seconds"])
+
+    def _sharding_of(self, name: str) -> Sharding:
+        """The pending records, whose seeds are the second axis, are only on their way to the host."""
+        return self._sharding if name.startswith("state.") else SingleDeviceSharding(jax.local_devices()[0])
 
     def _check_fits(self, step: int, abstract: dict[str, jax.ShapeDtypeStruct]) -> None:
         saved = self._manager.item_metadata(step)["arrays"]

@@ -67,8 +67,11 @@ def _as_array(seeds: Sequence[int]) -> jax.Array:
 
 
 def abstract_state(trainer: Trainer, seeds: Sequence[int]) -> TrainState:
-    """Shapes and dtypes of the train state."""
-    return jax.eval_shape(lambda: trainer.init(seeds))
+    """Shapes, dtypes and devices of the train state."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=trainer.sharding),
+        jax.eval_shape(lambda: trainer.init(seeds)),
+    )
 
 
 def abstract_interval(trainer: Trainer, seeds: Sequence[int]) -> TrainRecord:

@@ -11,6 +11,7 @@ import numpy as np
 import wqmix_jax
 from wqmix_jax.checkpoint import Checkpoints, Restored
 from wqmix_jax.config import ConfigError, RunConfig, run_config
+from wqmix_jax.devices import seed_sharding
 from wqmix_jax.logger import MetricsFile, WandbRuns, create_metrics, load_header, load_metrics, refuse_missing_wandb
 from wqmix_jax.loop import Line, Loop, advance, begin, compile_trainer, env_steps, is_finished
 from wqmix_jax.plotting import plot_run
@@ -46,7 +47,7 @@ def start(values: Mapping[str, Any], *, algo: str, env: str) -> Path:
     config = run_config(values)
     refuse_missing_wandb(config.logger)
     run_dir = new_run_dir(config.run_dir, algo=algo, env=env)
-    trainer = make_trainer(config)
+    trainer = make_trainer(config, sharding=seed_sharding(config.num_seeds))
     make_run_dir(run_dir)
     create_metrics(run_dir, version=wqmix_jax.__version__, algo=algo, env=env, seeds=_seeds(config))
     values = {**values, "run_dir": str(run_dir)}
@@ -76,13 +77,13 @@ def resume(run_dir: Path, changes: Mapping[str, Any]) -> Path:
     if config.total_env_steps < old["total_env_steps"]:
         longer = f"at least {old['total_env_steps']}, what the run was started with, is needed"
         raise ConfigError(f"total_env_steps={config.total_env_steps} is not allowed with resume: {longer}")
-    _train(config, values, run_dir, make_trainer(config))
+    _train(config, values, run_dir, make_trainer(config, sharding=seed_sharding(config.num_seeds)))
     return run_dir
 
 
 def _train(config: RunConfig, values: Mapping[str, Any], run_dir: Path, trainer: Trainer) -> None:
     print(f"run: {run_dir}")
-    for line in (*device_lines(), *plan_lines(config, trainer)):
+    for line in (*device_lines(trainer), *plan_lines(config, trainer)):
         print(line, flush=True)
     checkpoints = Checkpoints(run_dir / CHECKPOINT_DIR, trainer, _seeds(config), keep=config.checkpoint.keep)
     restored = checkpoints.restore(config.total_env_steps)

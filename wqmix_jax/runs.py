@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 import wqmix_jax
 from wqmix_jax.config import ConfigError, RunConfig
+from wqmix_jax.devices import num_cores
 from wqmix_jax.logger import load_metrics
 from wqmix_jax.trainer import Trainer
 
@@ -77,11 +78,13 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[return-value]
 
 
-def device_lines() -> Iterator[str]:
-    """Names the device that trains, and what to install where one lies idle."""
-    devices = jax.devices()
-    kind = f"{os.cpu_count()} cores" if devices[0].platform == "cpu" else devices[0].device_kind
-    yield f"device: {devices[0].platform} ({kind})" + (f", one of {len(devices)}" if len(devices) > 1 else "")
+def device_lines(trainer: Trainer) -> Iterator[str]:
+    """Names the devices that train, and what to install where one lies idle."""
+    devices = jax.local_devices()
+    kind = f"{num_cores()} cores" if devices[0].platform == "cpu" else devices[0].device_kind
+    used = len(trainer.sharding.device_set)
+    spread = f", seeds spread over {used} of {len(devices)} devices" if len(devices) > 1 else ""
+    yield f"device: {devices[0].platform} ({kind}){spread}"
     if devices[0].platform != "cpu":
         return
     if shutil.which("nvidia-smi") or os.path.exists("/dev/nvidiactl"):
@@ -127,7 +130,7 @@ def save_summary(run_dir: Path, config: RunConfig, trainer: Trainer, **facts: An
         "device": {
             "platform": jax.default_backend(),
             "kind": jax.devices()[0].device_kind,
-            "count": jax.device_count(),
+            "count": len(trainer.sharding.device_set),
             "cpu_cores": os.cpu_count(),
         },
         "versions": versions(),

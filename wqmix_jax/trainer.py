@@ -6,10 +6,11 @@ seeds, so "has learning started" and "how long is the longest episode of this ba
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from wqmix_jax.algos.base import Algorithm, Context, Hyperparams, hyperparams
 from wqmix_jax.config import RunConfig
@@ -122,6 +123,7 @@ class Trainer(NamedTuple):
         chunk_iterations: iterations of one `train_chunk`.
         eval_iterations: iterations between two evaluations, a multiple of `chunk_iterations`.
         replay_bytes: bytes of replay per seed.
+        sharding: where the leaves of a `TrainState` lie.
     """
 
     init: Callable[[Sequence[int]], TrainState]
@@ -130,6 +132,7 @@ class Trainer(NamedTuple):
     chunk_iterations: int
     eval_iterations: int
     replay_bytes: int
+    sharding: Sharding
 
 
 class _Parts(NamedTuple):
@@ -142,8 +145,14 @@ class _Parts(NamedTuple):
     updates_per_iteration: int
 
 
-def make_trainer(config: RunConfig) -> Trainer:
-    """Binds a run's options; nothing is compiled before the returned functions are called."""
+def make_trainer(config: RunConfig, *, sharding: Sharding | None = None) -> Trainer:
+    """Binds a run's options; nothing is compiled before the returned functions are called.
+
+    Args:
+        config: the options.
+        sharding: over which devices the seeds are spread, see `wqmix_jax.devices.seed_sharding`; each runs a loop of
+            its own, whose branches go by its own seeds. The first device alone when absent.
+    """
     env, algo = config.env, config.algo
     replay = make_replay(env, buffer_size=algo.buffer_size, batch_size=algo.batch_size)
     parts = _Parts(env, algo, replay, config.num_envs, config.updates_per_iteration)
@@ -161,15 +170,26 @@ def make_trainer(config: RunConfig) -> Trainer:
         with jax.default_matmul_precision(config.matmul_precision):
             return _evaluate(parts, state, config.eval_episodes)
 
-    jitted_init = jax.jit(init)
+    sharding = SingleDeviceSharding(jax.local_devices()[0]) if sharding is None else sharding
+    jitted_init = jax.jit(_spread(init, sharding), out_shardings=sharding)
     return Trainer(
         init=lambda seeds: jitted_init(jnp.asarray(seeds, jnp.uint32)),
-        train_chunk=jax.jit(train_chunk, donate_argnums=0),
-        evaluate=jax.jit(evaluation),
+        train_chunk=jax.jit(_spread(train_chunk, sharding, with_records=True), donate_argnums=0),
+        evaluate=jax.jit(_spread(evaluation, sharding)),
         chunk_iterations=chunk_iterations,
         eval_iterations=eval_iterations,
         replay_bytes=replay.num_bytes,
+        sharding=sharding,
     )
+
+
+def _spread(function: Callable[..., Any], sharding: Sharding, *, with_records: bool = False) -> Callable[..., Any]:
+    """``function`` of leaves ``[S, ..]``, run by each device on its own seeds; records have their axis second."""
+    if not isinstance(sharding, NamedSharding):
+        return function
+    out_specs = (sharding.spec, PartitionSpec(None, *sharding.spec)) if with_records else sharding.spec
+    # Nothing is replicated, so there is nothing for the check of replication to find.
+    return jax.shard_map(function, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=out_specs, check_vma=False)
 
 
 def _init(parts: _Parts, hp: Hyperparams, total_env_steps: int, seeds: Array) -> TrainState:
