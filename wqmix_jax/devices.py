@@ -27,7 +27,7 @@ def seed_sharding(num_seeds: int) -> Sharding:
 
 def _claim_cores(num_seeds: int) -> None:
     """Makes the CPU as many devices as seeds go evenly on its cores; leaves alone what the user has set."""
-    if jax.config.jax_num_cpu_devices > 0 or "device_count" in os.environ.get("XLA_FLAGS", ""):
+    if jax.config.values["jax_num_cpu_devices"] > 0 or "device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     with contextlib.suppress(RuntimeError):  # the backend runs already
         jax.config.update("jax_num_cpu_devices", _most_equal_parts(num_seeds, num_cores()))
