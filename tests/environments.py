@@ -131,6 +131,15 @@ class EpsilonTeller(Counting):
         return jnp.full(inputs.last_action.shape, same), carry
 
 
+@options
+class ContextTeller(Counting):
+    """Reports what its loss is told of training."""
+
+    def loss(self, params: Any, target: Any, batch: Any, hp: Any, ctx: Context, noise: Any) -> tuple[Array, Aux]:
+        loss, _ = super().loss(params, target, batch, hp, ctx, noise)
+        return loss, Aux({"loss": loss, **ctx._asdict()}, {})
+
+
 def by_seed(tree: Any) -> Any:
     """Adds a seed axis of one."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tree)

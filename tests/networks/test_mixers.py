@@ -32,6 +32,18 @@ def test_q_star_is_not_bound_to_be_monotonic():
     assert (slopes < 0).any()
 
 
+def test_a_deviation_is_the_estimate_with_one_utility_replaced():
+    key, qs, state, other_key = inputs(2, rows=7)
+    net, agent_qs = FeedForwardQStar(hidden_dim=16), jax.random.normal(other_key, (7, 3, 4))
+    params = net.init(key, qs, state)
+    deviations = net.apply(params, agent_qs, qs, state, method="deviations")
+    assert deviations.shape == (7, 3, 4)
+    for agent in range(3):
+        for action in range(4):
+            expected = net.apply(params, qs.at[:, agent].set(agent_qs[:, agent, action]), state)
+            np.testing.assert_allclose(deviations[:, agent, action], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_qmix_by_hand():
     """One agent, one mixing unit: elu(q |w1| + b1) |w2| + v, negative weights made positive."""
     mixer = QMIXMixer(embed_dim=1, hypernet_dim=1)

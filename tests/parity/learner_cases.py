@@ -3,17 +3,20 @@
 import dataclasses
 import functools
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 
 from tests.parity.comparison import EXACT, Report, Tolerance
 from wqmix_jax import load_config
+from wqmix_jax.algos import masac
 from wqmix_jax.algos.base import Algorithm, Context, Hyperparams, hyperparams
+from wqmix_jax.algos.q_learning import UNAVAILABLE
 from wqmix_jax.config import CONFIG_DIR
 from wqmix_jax.interop import pymarl
 from wqmix_jax.learner import LearnerState, init_learner, learner_step
@@ -21,7 +24,7 @@ from wqmix_jax.types import EnvSpec, Episode, PyTree
 
 Arrays = Mapping[str, np.ndarray]
 
-Step = Callable[[LearnerState, Episode], tuple[Any, ...]]
+Step = Callable[[LearnerState, Episode, Context, PyTree], tuple[Any, ...]]
 
 NUM_STEPS = 5
 """Optimiser steps of a recording, all on the same batch."""
@@ -68,11 +71,23 @@ SIZES = {
     "hypernet_embed": "hypernet_dim",
     "central_mixing_embed_dim": "q_star_dim",
     "w": "alpha",
+    "policy_temp": "gumbel_temperature",
+    "entropy_temp": "alpha_ent",
+    "epsilon_target": "epsilon_start",
 }
 """The recordings' options with a counterpart of ours."""
 
-LOSSES = {"loss": "loss", "qmix_loss": "qmix_loss", "central_loss": "q_star_loss", "grad_norm": "grad_norm"}
-"""The recordings' scalars by our names."""
+LOSSES = {
+    "loss": "loss",
+    "qmix_loss": "qmix_loss",
+    "central_loss": "q_star_loss",
+    "grad_norm": "grad_norm",
+    "actor_loss": "actor_loss",
+    "qmix_actor_loss": "-actor_loss",
+    "agent_policy_loss": "last_objective",
+    "logit_entropy": "logit_entropy",
+}
+"""The recordings' scalars by our names; a minus says that theirs is maximised."""
 
 AGENTS = {name: pymarl.NETS[name].ours for name in ("agent", "central_agent")}
 """PyMARL's recurrent agents and their names here."""
@@ -84,7 +99,7 @@ FLOAT64 = Tolerance(absolute=1e-11, relative=1e-9)
 STORED_FLOAT32 = Tolerance(absolute=1e-11, relative=float(np.finfo(np.float32).eps))
 FLOAT32_VALUE = Tolerance(of_largest=1e-5)
 FLOAT32_PARAMETER = Tolerance(absolute=1e-5)
-FLOAT32_SCALAR = Tolerance(relative=1e-5)
+FLOAT32_OF_LARGEST_STEP = 1e-5
 
 
 class NotYetCovered(Exception):
@@ -151,14 +166,19 @@ def run(case: str, arrays: Arrays, config: Mapping[str, Any], precision: str, st
     """
     check_covered(case)
     algo = build_algorithm(case, config)
+    like = _shapes(algo, config)
+    tensors = _without_nets(arrays, _idle_nets(arrays, config, like))
     with jax.enable_x64(precision == "float64"), jax.default_matmul_precision("float32"):
         batch = _batch(arrays, precision)
-        params, target = (_params(group, algo, arrays, config, precision) for group in ("params", "target"))
+        params, target = (_params(group, like, tensors, precision) for group in ("params", "target"))
         step = step or compile_step(algo)
         learner = jax.jit(init_learner)(params)._replace(target=target)
+        epsilon = jnp.asarray(config.get("epsilon_online", 0.0))
+        ctx = Context(epsilon, env_steps=jnp.int32(0), learner_steps=jnp.int32(0))
         taken, metrics, first = [], [], None
-        for _ in range(NUM_STEPS):
-            learner, metric, *seen = step(learner, batch)
+        for count in range(1, NUM_STEPS + 1):
+            noise = _noise(_group(arrays, f"noise/step{count}"), batch, precision)
+            learner, metric, *seen = step(learner, batch, ctx, noise)
             taken.append(jax.device_get(learner.params))
             metrics.append(metric)
             first = first or jax.device_get(seen)
@@ -169,14 +189,14 @@ def run(case: str, arrays: Arrays, config: Mapping[str, Any], precision: str, st
 
 def compile_step(algo: Algorithm) -> Step:
     """The learner's step, and what it went through: gradients, intermediate values, utilities."""
-    ctx = Context(epsilon=jnp.float32(0), env_steps=jnp.int32(0), learner_steps=jnp.int32(0))
-    key = jax.random.key(0)
-    traced_once = SimpleNamespace(loss=jax.jit(algo.loss), sample_noise=algo.sample_noise)
+    loss, key = jax.jit(algo.loss), jax.random.key(0)
 
-    def step(learner: LearnerState, batch: Episode, hp: Hyperparams) -> tuple[Any, ...]:
-        stepped, metrics = learner_step(traced_once, learner, batch, hp, ctx, key)
-        noise = algo.sample_noise(key, batch)
-        grads, aux = jax.grad(traced_once.loss, has_aux=True)(learner.params, learner.target, batch, hp, ctx, noise)
+    def step(learner: LearnerState, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree) -> tuple[Any, ...]:
+        recorded = SimpleNamespace(loss=loss, sample_noise=lambda key, batch: noise)
+        stepped, metrics = learner_step(recorded, learner, batch, hp, ctx, key)
+        grads, aux = jax.grad(loss, has_aux=True)(learner.params, learner.target, batch, hp, ctx, noise)
+        if "objectives" in aux.values:
+            metrics |= {"last_objective": aux.values["objectives"][-1]}
         utilities = [
             {name: algo.unroll(tree[ours], batch) for name, ours in AGENTS.items() if ours in tree}
             for tree in (learner.params, learner.target)
@@ -184,7 +204,9 @@ def compile_step(algo: Algorithm) -> Step:
         return stepped, metrics, grads, aux.values, *utilities
 
     jitted = jax.jit(step, compiler_options=QUICK_TO_COMPILE if jax.default_backend() == "cpu" else None)
-    return lambda learner, batch: jitted(learner, batch, jax.tree.map(jnp.asarray, hyperparams(algo)))
+    return lambda learner, batch, ctx, noise: jitted(
+        learner, batch, jax.tree.map(jnp.asarray, hyperparams(algo)), ctx, noise
+    )
 
 
 def build_algorithm(case: str, config: Mapping[str, Any]) -> Algorithm:
@@ -200,7 +222,8 @@ def compare_run(ran: Run, arrays: Arrays, config: Mapping[str, Any], precision: 
     """Compares what came of a case with what was recorded."""
     if not _group(arrays, "expected"):
         raise CannotRun("there are no expected/ values in it")
-    report = Report()
+    report, idle = Report(), _idle_nets(arrays, config, ran.target)
+    arrays = _without_nets(arrays, idle)
     _compare_values(report, ran, arrays, precision)
     _compare_losses(report, ran, arrays, precision)
     _compare_tensors(report, "grads", ran.grads, arrays, precision, unreached=config.get("params_without_grad", ()))
@@ -209,6 +232,7 @@ def compare_run(ran: Run, arrays: Arrays, config: Mapping[str, Any], precision: 
     _compare_tensors(report, "target", ran.target, arrays, precision)
     recorded = [name for name in arrays if name.startswith(("expected/", "trace/"))]
     report.other = [name for name in recorded if name not in report.compared]
+    report.other += [f"the net {net}" for net in idle]
     return report
 
 
@@ -223,11 +247,15 @@ def _compare_values(report: Report, ran: Run, arrays: Arrays, precision: str) ->
 
 
 def _compare_losses(report: Report, ran: Run, arrays: Arrays, precision: str) -> None:
+    """Compares the scalars; an actor's loss may pass zero, so what rounding may do is told by all five steps."""
     for theirs, ours in LOSSES.items():
         for name, steps in ((f"expected/{theirs}", 0), (f"trace/{theirs}", slice(None))):
             if name in arrays:
-                got = ran.metrics.get(ours, np.full(NUM_STEPS, np.nan))[steps]
-                report.compare(name, got, arrays[name], _tolerance(arrays[name], precision, FLOAT32_SCALAR))
+                got = ran.metrics.get(ours.removeprefix("-"), np.full(NUM_STEPS, np.nan))[steps]
+                got = -got if ours.startswith("-") else got
+                steps_of_it = arrays.get(f"trace/{theirs}", arrays[name])
+                in_float32 = Tolerance(absolute=FLOAT32_OF_LARGEST_STEP * float(np.abs(steps_of_it).max()))
+                report.compare(name, got, arrays[name], _tolerance(arrays[name], precision, in_float32))
 
 
 def _compare_tensors(
@@ -277,10 +305,42 @@ def _batch(arrays: Arrays, dtype: str) -> Episode:
     )
 
 
-def _params(group: str, algo: Algorithm, arrays: Arrays, config: Mapping[str, Any], dtype: str) -> PyTree:
-    """The recorded parameters in our tree, which they must fill."""
+def _noise(recorded: Arrays, batch: Episode, dtype: str) -> PyTree:
+    """What a step's loss drew, as the algorithm's `sample_noise` would give it."""
+    if "gumbel" in recorded:
+        return recorded["gumbel"].astype(dtype)
+    if "sampled_actions" in recorded:
+        num_actions = batch.avail_actions.shape[-1]
+        draws = (recorded["sampled_actions"], recorded["sampled_target_actions"])
+        return masac.Noise(*(1e6 * np.eye(num_actions, dtype=dtype)[actions] for actions in draws))
+    return ()
+
+
+def _shapes(algo: Algorithm, config: Mapping[str, Any]) -> PyTree:
+    """The algorithm's parameters as they would be drawn for the recording's task."""
     sizes = EnvSpec(*(config[key] for key in ("n_agents", "n_actions", "obs_shape", "state_shape", "T")))
-    like = jax.eval_shape(lambda: algo.init(jax.random.key(0), sizes))
+    return jax.eval_shape(lambda: algo.init(jax.random.key(0), sizes))
+
+
+def _idle_nets(arrays: Arrays, config: Mapping[str, Any], ours: PyTree) -> set[str]:
+    """The recorded nets without a counterpart that the authors' loss reaches in no tensor: a mixer beside a critic."""
+    unreached = set(config.get("params_without_grad", ()))
+    nets: dict[str, set[str]] = {}
+    for name in _group(arrays, "params"):
+        nets.setdefault(name.partition("/")[0], set()).add(name)
+    known = {name for name, net in pymarl.NETS.items() if net.ours in ours}
+    return {net for net, names in nets.items() if net not in known and names <= unreached}
+
+
+def _without_nets(arrays: Arrays, nets: Set[str]) -> dict[str, np.ndarray]:
+    """The recording without these nets' tensors."""
+    groups = ("params", "target", "grads", "after1", f"after{NUM_STEPS}")
+    left_out = tuple(f"{group}/{net}/" for group in groups for net in nets)
+    return {name: array for name, array in arrays.items() if not name.startswith(left_out)}
+
+
+def _params(group: str, like: PyTree, arrays: Arrays, dtype: str) -> PyTree:
+    """The recorded parameters in our tree, which they must fill."""
     tensors: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in _group(arrays, group).items():
         net, _, rest = name.partition("/")
@@ -319,33 +379,30 @@ def _values(ran: Run, expected: Arrays) -> dict[str, tuple[np.ndarray, np.ndarra
     real = mask > 0
     seen = np.pad(real, ((0, 0), (0, 1))) | np.pad(real, ((0, 0), (1, 0)))  # the states before and after a real step
     decided = seen[..., None] & avail.any(-1)
-    allowed = seen[..., None, None] & avail
-    greedy = np.where(avail, values["agent_qs"], -np.inf).argmax(-1)
+    whole = np.broadcast_to(seen[..., None, None], avail.shape)
+    agent_qs, target_qs = (each["agent"] for each in (ran.utilities, ran.target_utilities))
+    greedy, target_greedy = (np.where(avail, each, -np.inf).argmax(-1) for each in (agent_qs, target_qs))
     greedy = values.get("greedy_actions", greedy)
-
-    def taken(utilities: np.ndarray, joint_action: np.ndarray) -> np.ndarray:
-        return np.take_along_axis(utilities, joint_action[..., None], axis=-1)[..., 0]
-
-    def per_step(value: np.ndarray) -> np.ndarray:
-        return value if value.ndim == 3 else value[..., None]
-
-    chosen, y = (per_step(values[name]) for name in (("chosen_qs" if "chosen_qs" in values else "q_tot"), "td_target"))
+    chosen = values.get("chosen_qs", values.get("q_tot", _taken(agent_qs[:, :-1], actions)))
+    y = _per_step(values["td_target"])
     steps = {
         "mask": np.broadcast_to(mask[..., None], y.shape),
-        "chosen_action_qvals": chosen,
-        "chosen_action_qvals_agents": taken(values["agent_qs"][:, :-1], actions),
+        "chosen_action_qvals": _per_step(chosen),
+        "chosen_action_qvals_agents": _taken(agent_qs[:, :-1], actions),
         "targets": y,
-        "target_max_qvals": per_step(values["next_value"]),
-        "td_error": per_step(values["td_error"]),
-        "masked_td_error": per_step(values["td_error"]) * mask[..., None],
+        "target_max_qvals": _per_step(values["next_value"]),
         "is_max_action": (actions == greedy[:, :-1]).all(-1, keepdims=True),
     }
     states = {
-        "mac_out": (values["agent_qs"], np.broadcast_to(seen[..., None, None], avail.shape)),
+        "mac_out": (agent_qs, whole),
         "cur_max_actions": (greedy[..., None], decided[..., None]),
-        "target_mac_out": (ran.target_utilities["agent"], allowed),
-        "target_max_agent_qvals": (taken(ran.target_utilities["agent"], greedy), decided),
+        "tar_max_actions": (target_greedy[..., None], decided[..., None]),
+        "target_mac_out": (target_qs, whole),
+        "target_max_agent_qvals": (_taken(target_qs, greedy), decided),
     }
+    if "td_error" in values:
+        td_error = _per_step(values["td_error"])
+        steps |= {"td_error": td_error, "masked_td_error": td_error * mask[..., None]}
     if "weights" in values:
         steps |= {
             "ws": values["weights"][..., None],
@@ -357,24 +414,72 @@ def _values(ran: Run, expected: Arrays) -> dict[str, tuple[np.ndarray, np.ndarra
         central, central_target = (each["central_agent"] for each in (ran.utilities, ran.target_utilities))
         steps |= {
             "central_chosen_action_qvals": q_star,
-            "central_chosen_action_qvals_agents": taken(central[:, :-1], actions)[..., None],
+            "central_chosen_action_qvals_agents": _taken(central[:, :-1], actions)[..., None],
             "central_td_error": q_star - y,
             "central_masked_td_error": (q_star - y) * mask[..., None],
+            "target_chosen_qvals": _taken(central_target, greedy)[:, :-1, :, None],
         }
         states |= {
-            "central_mac_out": (central[..., None], np.broadcast_to(seen[..., None, None], avail.shape)),
-            "central_target_mac_out": (central_target[..., None], allowed),
-            "central_target_max_agent_qvals": (taken(central_target, greedy)[..., None], decided),
+            "central_mac_out": (central[..., None], whole),
+            "central_target_mac_out": (central_target[..., None], whole),
+            "central_target_max_agent_qvals": (_taken(central_target, greedy)[..., None], decided),
         }
+    if "objectives" in values:
+        steps |= _logit_values(agent_qs[:, :-1], avail[:, :-1])
+    if "policy" in values:
+        more_steps, more_states = _policy_values(ran, whole)
+        steps, states = steps | more_steps, states | more_states
     everywhere = {"mask", "masked_td_error", "central_masked_td_error"}  # zero in the padding, in the recordings too
     found = {name: (value, np.ones_like(real) if name in everywhere else real) for name, value in steps.items()}
     found |= {name: _cut(name, *pair, expected[name]) for name, pair in states.items() if name in expected}
     return {name: pair for name, pair in found.items() if name in expected}
 
 
+def _logit_values(logits: np.ndarray, avail: np.ndarray) -> dict[str, np.ndarray]:
+    """MADDPG's policy as it is only logged: the softmax over all actions, zero where unavailable."""
+    log_probs = scipy.special.log_softmax(logits, axis=-1)
+    return {"ps": np.exp(log_probs) * avail, "log_ps": log_probs * avail}
+
+
+def _policy_values(ran: Run, whole: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, tuple[np.ndarray, ...]]]:
+    """MASAC's policies and what was drawn from them: per step, and per state with the entries that count."""
+    values, drawn, target_drawn = (ran.values, ran.values["drawn"], ran.values["target_drawn"])
+    central, central_target = (each["central_agent"] for each in (ran.utilities, ran.target_utilities))
+    num_agents, seen = drawn.shape[-1], whole[..., 0]
+    steps = {
+        "central_sampled_action_qvals_agents": _taken(central, drawn)[:, :-1, :, None],
+        "central_sampled_action_qvals": np.repeat(values["drawn_q_star"][..., None], num_agents, axis=-1),
+        "critic_bootstrap_qvals": values["next_value"][..., None],
+        "policy_logs": values["log_probs"],
+    }
+    states = {
+        "mac_out": (values["policy"], whole),
+        "target_mac_out": (values["target_policy"], whole),
+        "sampled_actions": (drawn, seen),
+        "sampled_target_actions": (target_drawn, seen),
+        "sampled_action_probs": (_taken(values["policy"], drawn), seen),
+        "target_chosen_action_probs": (_taken(values["target_policy"], target_drawn), seen),
+        "target_policy_logs": (values["target_log_probs"][..., None], seen[..., :1]),
+        "central_target_action_qvals_agents": (_taken(central_target, target_drawn)[..., None], seen),
+    }
+    return steps, states
+
+
+def _taken(utilities: np.ndarray, joint_action: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(utilities, joint_action[..., None], axis=-1)[..., 0]
+
+
+def _per_step(value: np.ndarray) -> np.ndarray:
+    return value if value.ndim == 3 else value[..., None]
+
+
 def _cut(name: str, value: np.ndarray, where: np.ndarray, recorded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A value at all states cut to those that were recorded: all, those after a step, or those before one."""
-    if recorded.shape[1] == value.shape[1]:
-        return value, where
-    kept = slice(None, -1) if name == "target_max_agent_qvals" else slice(1, None)
-    return value[:, kept], where[:, kept]
+    """A value at all states cut to those that were recorded: all, those after a step, or those before one.
+
+    Where the recording has put a number in the place of an unavailable action, there is nothing to compare.
+    """
+    kept = slice(None)
+    if recorded.shape[1] < value.shape[1]:
+        kept = slice(None, -1) if name == "target_max_agent_qvals" else slice(1, None)
+    value, where = value[:, kept], where[:, kept]
+    return value, where & (recorded != UNAVAILABLE).reshape(*where.shape, -1).all(-1)

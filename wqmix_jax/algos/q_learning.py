@@ -31,11 +31,16 @@ class QLearner(Algorithm):
     ) -> tuple[Array, Array]:
         """Epsilon-greedy over the available actions; see `Algorithm.act`."""
         del hp
+        carry, agent_qs = self.step(params["agent"], carry, inputs)
+        return epsilon_greedy(key, agent_qs, inputs.avail_actions, ctx.epsilon), carry
+
+    def step(self, agent_params: PyTree, carry: Array, inputs: AgentInputs) -> tuple[Array, Array]:
+        """The recurrent state after one step and the utilities at it, ``[.., N, H]`` and ``[.., N, A]``."""
         num_actions = inputs.avail_actions.shape[-1]
         features = agent_inputs(inputs.obs, inputs.last_action, num_actions)
         agent = RecurrentAgent(self.hidden_dim, num_actions)
-        carry, agent_qs = apply_net(agent, params["agent"], carry, features[None])
-        return epsilon_greedy(key, agent_qs[0], inputs.avail_actions, ctx.epsilon), carry
+        carry, agent_qs = apply_net(agent, agent_params, carry, features[None])
+        return carry, agent_qs[0]
 
     def unroll(self, agent_params: PyTree, batch: Episode) -> Array:
         """Utilities of whole episodes from a fresh recurrent state: ``[B, T+1, N, A]``."""
