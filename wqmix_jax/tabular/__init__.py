@@ -4,7 +4,7 @@ On the host, with numpy and scipy alone. ``python -m wqmix_jax.tabular table2`` 
 """
 
 from wqmix_jax.tabular.projection import NoProofWarning, Projection, project
-from wqmix_jax.tabular.weightings import QTRAN, EpsilonGreedy, GreedyWeighting, PracticalCentral, Weights
+from wqmix_jax.tabular.weightings import QTRAN, EpsilonGreedy, GreedyWeighting, PracticalCentral, Weighting, Weights
 
 __all__ = [
     "QTRAN",
@@ -13,6 +13,7 @@ __all__ = [
     "NoProofWarning",
     "PracticalCentral",
     "Projection",
+    "Weighting",
     "Weights",
     "project",
 ]

@@ -112,23 +112,28 @@ def _parser() -> _Parser:
 
 def _from_file(path: Path) -> np.ndarray:
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"{path} is too large: at most {MAX_BYTES:,} bytes are read")
-        payoff = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} is not there: name {', '.join(PRESETS)} or a JSON file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} can't be read: {error}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        payoff = json.loads(_text(path))
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply: one level per agent is needed") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
     if isinstance(payoff, str):
         raise ValueError(f"{path} is not allowed: a nested list of numbers is needed")
     try:
         return payoff_tensor(payoff)
     except ValueError as error:
         raise ValueError(f"{path} is not allowed: {error}") from None
+
+
+def _text(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"{path} is too large: at most {MAX_BYTES:,} bytes are read")
+        return path.read_text()
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not there: name {', '.join(PRESETS)} or a JSON file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} can't be read: {error}") from None
 
 
 def _side_by_side(names: Sequence[str], tables: Sequence[np.ndarray]) -> list[str]:

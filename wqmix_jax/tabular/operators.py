@@ -79,15 +79,6 @@ def checked(mmdp: MMDP) -> MMDP:
     return MMDP(reward, transition, mmdp.discount)
 
 
-def matrix_game(payoff: np.ndarray, discount: float = 0.0) -> MMDP:
-    """A game of one step: state 0 pays, state 1 is the end.
-
-    With a state before it, see `two_steps`, the values of the game are bootstrapped from.
-    """
-    reward = np.stack([payoff, np.zeros_like(payoff)])
-    return MMDP(reward, _to_states(reward.shape, [1, 1]), discount)
-
-
 def two_steps(payoff: np.ndarray, discount: float) -> MMDP:
     """State 0 pays nothing and leads to state 1, which pays ``payoff`` and leads to the end, state 2."""
     reward = np.stack([np.zeros_like(payoff), payoff, np.zeros_like(payoff)])
