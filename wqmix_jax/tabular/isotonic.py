@@ -25,6 +25,9 @@ _MAX_BASE = 3000
 _MAX_SUMS = 1_000_000
 """Sums over upper sets that are held in memory at once."""
 
+_PROGRAMMES = 64
+"""Linear programmes that are solved in one."""
+
 _NO_GAIN = 1e-12
 """A pull this small beside the block's is rounding."""
 
@@ -132,15 +135,21 @@ def by_linear_programme(shape: tuple[int, ...]) -> BestUpperSet:
     falls = scipy.sparse.csr_matrix(entries, shape=(len(low), int(np.prod(shape))))
 
     def best(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        inside = np.array([_highest_vertex(row, falls) for row in values])
+        inside = np.empty(values.shape, bool)
+        for start in range(0, len(values), _PROGRAMMES):
+            rows = slice(start, start + _PROGRAMMES)
+            inside[rows] = _highest_vertices(values[rows], falls)
         return inside, (values * inside).sum(1)
 
     return best
 
 
-def _highest_vertex(values: np.ndarray, falls: "scipy.sparse.csr_matrix") -> np.ndarray:
-    solved = scipy.optimize.linprog(-values, A_ub=falls, b_ub=np.zeros(falls.shape[0]), bounds=(0, 1), method="highs")
-    return solved.x > 0.5
+def _highest_vertices(values: np.ndarray, falls: "scipy.sparse.csr_matrix") -> np.ndarray:
+    """All rows as one programme, since a call costs more than a small programme does."""
+    all_falls = scipy.sparse.kron(scipy.sparse.eye(len(values)), falls, format="csr")
+    aim, limits = -values.ravel(), np.zeros(all_falls.shape[0])
+    solved = scipy.optimize.linprog(aim, A_ub=all_falls, b_ub=limits, bounds=(0, 1), method="highs")
+    return solved.x.reshape(values.shape) > 0.5
 
 
 def covers(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
