@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.tabular.brute_force import least_loss
-from wqmix_jax.tabular import QTRAN, EpsilonGreedy, NoProofWarning, PracticalCentral, project
+from wqmix_jax.tabular import QTRAN, EpsilonGreedy, NoProofWarning, PracticalCentral, project, search
 from wqmix_jax.tabular.claims import with_zero_actions
 from wqmix_jax.tabular.isotonic import by_linear_programme, enumerated, fit, upper_sets
 from wqmix_jax.tabular.search import best_monotonic, search_monotonic
@@ -124,6 +124,19 @@ def test_losses_and_minimisers_are_those_of_brute_force(shape: tuple[int, ...], 
         assert projection.loss == pytest.approx(loss, rel=1e-6, abs=1e-9)
         assert len(projection.minimisers) == len(tables)
         assert all(min(np.abs(each - other).max() for other in tables) < 1e-5 for each in projection.minimisers)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "central", "optimistic", PracticalCentral(0.1)])
+def test_bounds_rule_out_no_optimum(weighting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small games are fitted in one chunk, all orderings; one by one, the bounds decide."""
+    rng = np.random.default_rng(0)
+    games = rng.integers(-9, 10, size=(20, 3, 3)).astype(float)
+    fitted_all = [project(q, weighting=weighting, alpha=0.1) for q in games]
+    monkeypatch.setattr(search, "_CHUNKS", (1, 1))
+    for q, every in zip(games, fitted_all, strict=True):
+        bounded = project(q, weighting=weighting, alpha=0.1)
+        assert bounded.loss == pytest.approx(every.loss, rel=1e-12)
+        np.testing.assert_allclose(bounded.minimisers, every.minimisers, atol=1e-9)
 
 
 @hypothesis.given(payoffs(), st.sampled_from([0.01, 0.1, 0.5]))
