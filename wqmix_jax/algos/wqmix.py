@@ -17,7 +17,7 @@ from wqmix_jax.algos.q_learning import gather_actions, greedy_actions, init_agen
 from wqmix_jax.algos.qmix import QMIX, init_mixer
 from wqmix_jax.config import PositiveInt, options
 from wqmix_jax.networks.functional import apply_net
-from wqmix_jax.networks.q_star import FeedForwardQStar
+from wqmix_jax.networks.q_star import AttentionQStar, FeedForwardQStar
 from wqmix_jax.td import masked_mean, masked_mean_square, td_target
 from wqmix_jax.types import Array, EnvSpec, Episode, PRNGKey, PyTree
 
@@ -41,18 +41,21 @@ class WQMIX(QMIX):
     Attributes:
         weighting: ``optimistic`` (OW, eq. 5), ``central`` (CW, eq. 10) or ``uniform`` (none).
         alpha: the weight of the other joint actions.
-        q_star: the central estimate that targets and CW read; ``none`` takes the target Q_tot.
+        q_star: the central estimate that targets and CW read: ``feedforward`` (figure 1), ``attention`` (figure 6) or
+            ``none``, which takes the target Q_tot.
         q_star_dim: width of Q*'s mixing layers.
     """
 
     weighting: Literal["optimistic", "central", "uniform"]
     alpha: Annotated[float, Field(gt=0, le=1), TRACED]
-    q_star: Literal["feedforward", "none"]
+    q_star: Literal["feedforward", "attention", "none"]
     q_star_dim: PositiveInt
 
     @property
     def q_star_net(self) -> nn.Module:
         """Q*'s mixer as a flax module."""
+        if self.q_star == "attention":
+            return AttentionQStar(self.q_star_dim, self.hypernet_dim)
         return FeedForwardQStar(self.q_star_dim)
 
     def init(self, key: PRNGKey, env_spec: EnvSpec) -> PyTree:

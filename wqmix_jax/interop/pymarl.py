@@ -61,7 +61,14 @@ _MIXER = _V | _linear(
     hyper_w_final__out="hyper_w_final.2",
     hyper_b_1="hyper_b_1",
 )
-_CENTRAL_MIXER = _V | _linear(net_0="net.0", net_1="net.2", net_2="net.4", net_3="net.6")
+_CENTRAL_MIXER = _V | _linear(
+    attention__hidden="atten_layer.0",
+    attention__out="atten_layer.2",
+    net_0="net.0",
+    net_1="net.2",
+    net_2="net.4",
+    net_3="net.6",
+)
 
 NETS: Mapping[str, Net] = {
     "agent": Net("agent", _AGENT, optional=False),
