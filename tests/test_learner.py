@@ -218,8 +218,11 @@ def test_lambda_targets_of_padded_episodes(name, returns):
     algo = dataclasses.replace(every_algorithm()[name], returns=returns, td_lambda=0.5)
     params, target = params_and_target(algo)
     batch = batch_of([2, 3], [False, True])
+    agent_qs = algo.unroll(params["agent"], batch)
+    greedy = greedy_actions(agent_qs, batch.avail_actions)[:, 1:]
+    not_greedy = (greedy[0, 1] + 1) % ENV.spec.num_actions  # in the padding: were it read as taken, it would show
+    batch = batch._replace(joint_action=batch.joint_action.at[0, 2].set(not_greedy))
     _, aux = loss_of(algo, params, target, batch)
-    greedy = greedy_actions(aux.values["agent_qs"], batch.avail_actions)[:, 1:]
     following = greedy
     if returns == "sarsa_lambda":  # what was taken next, where anything was
         following = greedy.at[0, 0].set(batch.joint_action[0, 1]).at[1, :2].set(batch.joint_action[1, 1:3])
