@@ -16,7 +16,6 @@ from tests.parity.comparison import EXACT, Report, Tolerance
 from wqmix_jax import load_config
 from wqmix_jax.algos import masac
 from wqmix_jax.algos.base import Algorithm, Context, Hyperparams, hyperparams
-from wqmix_jax.algos.q_learning import UNAVAILABLE
 from wqmix_jax.config import CONFIG_DIR
 from wqmix_jax.interop import pymarl
 from wqmix_jax.learner import LearnerState, init_learner, learner_step
@@ -70,6 +69,11 @@ SIZES = {
     "mixing_embed_dim": "mixer_embed_dim",
     "hypernet_embed": "hypernet_dim",
     "central_mixing_embed_dim": "q_star_dim",
+    "adv_hypernet_embed": "attention_dim",
+    "num_kernel": "num_heads",
+    "network_size": "mixer_layers",
+    "opt_loss": "lambda_opt",
+    "nopt_min_loss": "lambda_nopt",
     "w": "alpha",
     "policy_temp": "gumbel_temperature",
     "entropy_temp": "alpha_ent",
@@ -77,10 +81,17 @@ SIZES = {
 }
 """The recordings' options with a counterpart of ours."""
 
+WORDS = {"small": 2, "big": 3}
+"""What the recordings' options call otherwise: hidden layers of QTRAN's networks."""
+
 LOSSES = {
     "loss": "loss",
     "qmix_loss": "qmix_loss",
     "central_loss": "q_star_loss",
+    "td_loss": "td_loss",
+    "opt_loss": "opt_loss",
+    "nopt_loss": "nopt_loss",
+    "hit_prob": "greedy_mean",
     "grad_norm": "grad_norm",
     "actor_loss": "actor_loss",
     "qmix_actor_loss": "-actor_loss",
@@ -88,6 +99,23 @@ LOSSES = {
     "logit_entropy": "logit_entropy",
 }
 """The recordings' scalars by our names; a minus says that theirs is maximised."""
+
+STEP_VALUES = {
+    "ws": "weights",
+    "max_action_qtot": "greedy_value",
+    "central_chosen_action_qvals": "q_star",
+    "joint_qs": "q_star",
+    "max_joint_qs": "greedy_q_star",
+    "vs": "v",
+    "target_vs": "next_v",
+    "opt_error": "opt_error",
+    "nopt_values": "nopt_error",
+    "ans_chosen": "q_value",
+    "ans_adv": "q_advantage",
+    "target_chosen": "next_q_value",
+    "target_adv": "next_q_advantage",
+}
+"""The recordings' values of single steps that not every algorithm has, by our names."""
 
 AGENTS = {name: pymarl.NETS[name].ours for name in ("agent", "central_agent")}
 """PyMARL's recurrent agents and their names here."""
@@ -214,7 +242,7 @@ def build_algorithm(case: str, config: Mapping[str, Any]) -> Algorithm:
     base = _base(CASES[case].algo)
     own = {field.name for field in dataclasses.fields(base)}
     recorded = {ours: config[theirs] for theirs, ours in SIZES.items() if theirs in config and ours in own}
-    sizes = {option: type(getattr(base, option))(value) for option, value in recorded.items()}
+    sizes = {option: type(getattr(base, option))(WORDS.get(value, value)) for option, value in recorded.items()}
     return dataclasses.replace(base, **CASES[case].options, **sizes)
 
 
@@ -374,65 +402,109 @@ def _values(ran: Run, expected: Arrays) -> dict[str, tuple[np.ndarray, np.ndarra
 
     What goes beyond the loss's own values follows from them by a look-up, a mask or a comparison.
     """
-    values = ran.values
-    mask, actions, avail = (ran.batch.mask, ran.batch.joint_action, ran.batch.avail_actions)
-    real = mask > 0
+    real = ran.batch.mask > 0
     seen = np.pad(real, ((0, 0), (0, 1))) | np.pad(real, ((0, 0), (1, 0)))  # the states before and after a real step
-    decided = seen[..., None] & avail.any(-1)
-    whole = np.broadcast_to(seen[..., None, None], avail.shape)
-    agent_qs, target_qs = (each["agent"] for each in (ran.utilities, ran.target_utilities))
-    greedy, target_greedy = (np.where(avail, each, -np.inf).argmax(-1) for each in (agent_qs, target_qs))
-    greedy = values.get("greedy_actions", greedy)
-    chosen = values.get("chosen_qs", values.get("q_tot", _taken(agent_qs[:, :-1], actions)))
-    y = _per_step(values["td_target"])
+    avail = ran.batch.avail_actions
+    where = {"seen": seen, "allowed": seen[..., None, None] & avail, "decided": seen[..., None] & avail.any(-1)}
+    found = {}
+    for name, value in _step_values(ran, expected).items():
+        everywhere = name.startswith(("mask", "central_masked"))  # zero in the padding, in the recordings too
+        found[name] = value, np.ones_like(real) if everywhere else real
+    for name, (value, kind) in _state_values(ran).items():
+        if name in expected:
+            found[name] = _cut(name, value, where[kind], expected[name])
+    return {name: _flat(*pair, expected[name]) for name, pair in found.items() if name in expected}
+
+
+def _step_values(ran: Run, expected: Arrays) -> dict[str, np.ndarray]:
+    """Values of steps, ``[B, T, 1]`` or more, by their recorded names."""
+    values, mask, actions = ran.values, ran.batch.mask[..., None], ran.batch.joint_action
+    is_greedy = actions == _greedy(ran)[:, :-1]
+
+    def per_step(name: str) -> np.ndarray:
+        return values[name] if values[name].ndim == 3 else values[name][..., None]
+
+    y, chosen = per_step("td_target"), _taken(ran.utilities["agent"][:, :-1], actions)
     steps = {
-        "mask": np.broadcast_to(mask[..., None], y.shape),
-        "chosen_action_qvals": _per_step(chosen),
-        "chosen_action_qvals_agents": _taken(agent_qs[:, :-1], actions),
+        "mask": np.broadcast_to(mask, y.shape),
+        "chosen_action_qvals": per_step("q_tot") if "q_tot" in values else chosen,
+        "chosen_action_qvals_agents": chosen,
         "targets": y,
-        "target_max_qvals": _per_step(values["next_value"]),
-        "is_max_action": (actions == greedy[:, :-1]).all(-1, keepdims=True),
+        "td_targets": y,
+        "target_max_qvals": per_step("next_value"),
+        "target_joint_qs": per_step("next_value"),
+        "critic_bootstrap_qvals": per_step("next_value"),
+        "is_max_action": is_greedy.all(-1, keepdims=True),
+        "masked_hit_prob": is_greedy.mean(-1, keepdims=True) * mask,
     }
-    states = {
-        "mac_out": (agent_qs, whole),
-        "cur_max_actions": (greedy[..., None], decided[..., None]),
-        "tar_max_actions": (target_greedy[..., None], decided[..., None]),
-        "target_mac_out": (target_qs, whole),
-        "target_max_agent_qvals": (_taken(target_qs, greedy), decided),
-    }
+    if "is_max_action" in expected and expected["is_max_action"].ndim == 4:  # QPLEX's is each agent's
+        steps["is_max_action"] = is_greedy[..., None]
+    steps |= {theirs: per_step(ours) for theirs, ours in STEP_VALUES.items() if ours in values}
     if "td_error" in values:
-        td_error = _per_step(values["td_error"])
-        steps |= {"td_error": td_error, "masked_td_error": td_error * mask[..., None]}
-    if "weights" in values:
-        steps |= {
-            "ws": values["weights"][..., None],
-            "max_action_qtot": values["greedy_value"][..., None],
-            "qtot_larger": y > values["greedy_value"][..., None],
-        }
+        steps |= {"td_error": per_step("td_error"), "masked_td_error": per_step("td_error") * mask}
+    if "greedy_value" in values:
+        steps["qtot_larger"] = y > per_step("greedy_value")
     if "q_star" in values:
-        q_star = values["q_star"][..., None]
-        central, central_target = (each["central_agent"] for each in (ran.utilities, ran.target_utilities))
-        steps |= {
-            "central_chosen_action_qvals": q_star,
-            "central_chosen_action_qvals_agents": _taken(central[:, :-1], actions)[..., None],
-            "central_td_error": q_star - y,
-            "central_masked_td_error": (q_star - y) * mask[..., None],
-            "target_chosen_qvals": _taken(central_target, greedy)[:, :-1, :, None],
-        }
-        states |= {
-            "central_mac_out": (central[..., None], whole),
-            "central_target_mac_out": (central_target[..., None], whole),
-            "central_target_max_agent_qvals": (_taken(central_target, greedy)[..., None], decided),
-        }
+        error = per_step("q_star") - y
+        steps |= {"central_td_error": error, "central_masked_td_error": error * mask}
+    if "nopt_error" in values:
+        negative = np.minimum(per_step("nopt_error"), 0)
+        steps |= {"masked_opt_error": per_step("opt_error") * mask}
+        steps |= {"nopt_error": negative, "masked_nopt_error": negative * mask}
+    if "central_agent" in ran.utilities:
+        central = ran.utilities["central_agent"][:, :-1]
+        steps["central_chosen_action_qvals_agents"] = _taken(central, actions)[..., None]
     if "objectives" in values:
-        steps |= _logit_values(agent_qs[:, :-1], avail[:, :-1])
-    if "policy" in values:
-        more_steps, more_states = _policy_values(ran, whole)
-        steps, states = steps | more_steps, states | more_states
-    everywhere = {"mask", "masked_td_error", "central_masked_td_error"}  # zero in the padding, in the recordings too
-    found = {name: (value, np.ones_like(real) if name in everywhere else real) for name, value in steps.items()}
-    found |= {name: _cut(name, *pair, expected[name]) for name, pair in states.items() if name in expected}
-    return {name: pair for name, pair in found.items() if name in expected}
+        steps |= _logit_values(ran.utilities["agent"][:, :-1], ran.batch.avail_actions[:, :-1])
+        steps["target_chosen_qvals"] = _taken(ran.target_utilities["central_agent"], _greedy(ran))[:, :-1, :, None]
+    return steps | (_policy_step_values(ran) if "policy" in values else {})
+
+
+def _state_values(ran: Run) -> dict[str, tuple[np.ndarray, str]]:
+    """Values at all states, ``[B, T+1, N, ..]``, by their recorded names, and where they count: see `_values`."""
+    values, greedy, avail = ran.values, _greedy(ran), ran.batch.avail_actions
+    agent_qs, target_qs = ran.utilities["agent"], ran.target_utilities["agent"]
+    one_hot = np.eye(avail.shape[-1])[greedy]
+    best, target_best = (np.where(avail, qs, -np.inf) for qs in (agent_qs, target_qs))
+    states = {
+        "mac_out": (agent_qs, "seen"),
+        "cur_max_actions": (greedy[..., None], "decided"),
+        "cur_max_actions_onehot": (one_hot, "decided"),
+        "target_next_actions": (greedy[..., None], "decided"),
+        "target_mac_out": (target_qs, "allowed"),
+        "target_max_agent_qvals": (_taken(target_qs, greedy), "decided"),
+        "target_chosen_qvals": (_taken(target_qs, greedy), "decided"),
+        "target_max_actions": (target_best.argmax(-1)[..., None], "decided"),
+        "max_action_qvals": (best.max(-1), "decided"),
+        "max_action_index": (greedy[..., None], "decided"),
+        "max_actions_qvals": (best.max(-1)[..., None], "decided"),
+        "max_actions_current": (greedy[..., None], "decided"),
+        "max_actions_current_onehot": (one_hot, "decided"),
+        "max_actions_onehot": (one_hot, "decided"),
+    }
+    if "hidden" in values:
+        states |= {"mac_hidden_states": (values["hidden"], "seen")}
+        states |= {"target_mac_hidden_states": (values["target_hidden"], "seen")}
+    if "central_agent" in ran.utilities:
+        central, central_target = (each["central_agent"] for each in (ran.utilities, ran.target_utilities))
+        states |= {
+            "central_mac_out": (central[..., None], "seen"),
+            "central_target_mac_out": (central_target[..., None], "allowed"),
+            "central_target_max_agent_qvals": (_taken(central_target, greedy)[..., None], "decided"),
+        }
+    if "objectives" in values:  # MADDPG's are the critic's, of steps
+        del states["target_chosen_qvals"]
+    return states | (_policy_state_values(ran) if "policy" in values else {})
+
+
+def _greedy(ran: Run) -> np.ndarray:
+    """The online agents' greedy actions at all states, ``[B, T+1, N]``."""
+    best = np.where(ran.batch.avail_actions, ran.utilities["agent"], -np.inf).argmax(-1)
+    return ran.values.get("greedy_actions", best)
+
+
+def _taken(utilities: np.ndarray, joint_action: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(utilities, joint_action[..., None], axis=-1)[..., 0]
 
 
 def _logit_values(logits: np.ndarray, avail: np.ndarray) -> dict[str, np.ndarray]:
@@ -441,45 +513,44 @@ def _logit_values(logits: np.ndarray, avail: np.ndarray) -> dict[str, np.ndarray
     return {"ps": np.exp(log_probs) * avail, "log_ps": log_probs * avail}
 
 
-def _policy_values(ran: Run, whole: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, tuple[np.ndarray, ...]]]:
-    """MASAC's policies and what was drawn from them: per step, and per state with the entries that count."""
-    values, drawn, target_drawn = (ran.values, ran.values["drawn"], ran.values["target_drawn"])
-    central, central_target = (each["central_agent"] for each in (ran.utilities, ran.target_utilities))
-    num_agents, seen = drawn.shape[-1], whole[..., 0]
-    steps = {
-        "central_sampled_action_qvals_agents": _taken(central, drawn)[:, :-1, :, None],
-        "central_sampled_action_qvals": np.repeat(values["drawn_q_star"][..., None], num_agents, axis=-1),
-        "critic_bootstrap_qvals": values["next_value"][..., None],
+def _policy_step_values(ran: Run) -> dict[str, np.ndarray]:
+    """What MASAC drew at each step."""
+    values, drawn = ran.values, ran.values["drawn"]
+    return {
+        "central_sampled_action_qvals_agents": _taken(ran.utilities["central_agent"], drawn)[:, :-1, :, None],
+        "central_sampled_action_qvals": np.repeat(values["drawn_q_star"][..., None], drawn.shape[-1], axis=-1),
         "policy_logs": values["log_probs"],
     }
+
+
+def _policy_state_values(ran: Run) -> dict[str, tuple[np.ndarray, str]]:
+    """MASAC's policies, where others have utilities, and what was drawn from them."""
+    values, drawn, target_drawn = (ran.values, ran.values["drawn"], ran.values["target_drawn"])
+    central_target = ran.target_utilities["central_agent"]
     states = {
-        "mac_out": (values["policy"], whole),
-        "target_mac_out": (values["target_policy"], whole),
-        "sampled_actions": (drawn, seen),
-        "sampled_target_actions": (target_drawn, seen),
-        "sampled_action_probs": (_taken(values["policy"], drawn), seen),
-        "target_chosen_action_probs": (_taken(values["target_policy"], target_drawn), seen),
-        "target_policy_logs": (values["target_log_probs"][..., None], seen[..., :1]),
-        "central_target_action_qvals_agents": (_taken(central_target, target_drawn)[..., None], seen),
+        "mac_out": values["policy"],
+        "target_mac_out": values["target_policy"],
+        "sampled_actions": drawn,
+        "sampled_target_actions": target_drawn,
+        "sampled_action_probs": _taken(values["policy"], drawn),
+        "target_chosen_action_probs": _taken(values["target_policy"], target_drawn),
+        "target_policy_logs": values["target_log_probs"][..., None],
+        "central_target_action_qvals_agents": _taken(central_target, target_drawn)[..., None],
     }
-    return steps, states
-
-
-def _taken(utilities: np.ndarray, joint_action: np.ndarray) -> np.ndarray:
-    return np.take_along_axis(utilities, joint_action[..., None], axis=-1)[..., 0]
-
-
-def _per_step(value: np.ndarray) -> np.ndarray:
-    return value if value.ndim == 3 else value[..., None]
+    return {name: (value, "seen") for name, value in states.items()}
 
 
 def _cut(name: str, value: np.ndarray, where: np.ndarray, recorded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A value at all states cut to those that were recorded: all, those after a step, or those before one.
+    """A value at all states cut to those that were recorded: all, those after a step, or those before one."""
+    if recorded.shape[1] == value.shape[1]:
+        return value, where
+    before = ("target_max_agent_qvals", "max_action_qvals", "max_action_index")
+    kept = slice(None, -1) if name in before else slice(1, None)
+    return value[:, kept], where[:, kept]
 
-    Where the recording has put a number in the place of an unavailable action, there is nothing to compare.
-    """
-    kept = slice(None)
-    if recorded.shape[1] < value.shape[1]:
-        kept = slice(None, -1) if name == "target_max_agent_qvals" else slice(1, None)
-    value, where = value[:, kept], where[:, kept]
-    return value, where & (recorded != UNAVAILABLE).reshape(*where.shape, -1).all(-1)
+
+def _flat(value: np.ndarray, where: np.ndarray, recorded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """QTRAN's values of steps are recorded one after the other, ``[B * T, 1]``."""
+    if recorded.ndim != 2 or value.ndim != 3:
+        return value, where
+    return value.reshape(-1, value.shape[-1]), where.reshape(-1)
