@@ -427,7 +427,7 @@ def _step_values(ran: Run, expected: Arrays) -> dict[str, np.ndarray]:
     y, chosen = per_step("td_target"), _taken(ran.utilities["agent"][:, :-1], actions)
     steps = {
         "mask": np.broadcast_to(mask, y.shape),
-        "chosen_action_qvals": per_step("q_tot") if "q_tot" in values else chosen,
+        "chosen_action_qvals": next((per_step(name) for name in ("chosen_qs", "q_tot") if name in values), chosen),
         "chosen_action_qvals_agents": chosen,
         "targets": y,
         "td_targets": y,
@@ -474,6 +474,7 @@ def _state_values(ran: Run) -> dict[str, tuple[np.ndarray, str]]:
         "target_mac_out": (target_qs, "allowed"),
         "target_max_agent_qvals": (_taken(target_qs, greedy), "decided"),
         "target_chosen_qvals": (_taken(target_qs, greedy), "decided"),
+        "tar_max_actions": (target_best.argmax(-1)[..., None], "decided"),
         "target_max_actions": (target_best.argmax(-1)[..., None], "decided"),
         "max_action_qvals": (best.max(-1), "decided"),
         "max_action_index": (greedy[..., None], "decided"),

@@ -3,8 +3,7 @@
 import flax.linen as nn
 import jax
 
-from wqmix_jax.algos.q_learning import QLearner, gather_actions, init_agent
-from wqmix_jax.algos.qmix import init_mixer
+from wqmix_jax.algos.q_learning import QLearner, gather_actions, init_agent, init_central
 from wqmix_jax.config import PositiveInt, options
 from wqmix_jax.networks.functional import apply_net
 from wqmix_jax.networks.q_star import FeedForwardQStar
@@ -34,7 +33,7 @@ class ActorCritic(QLearner):
         actor_key, agent_key, mixer_key = jax.random.split(key, 3)
         return super().init(actor_key, env_spec) | {
             "q_star_agent": init_agent(agent_key, self.hidden_dim, env_spec),
-            "q_star_mixer": init_mixer(self.q_star_net, mixer_key, env_spec),
+            "q_star_mixer": init_central(self.q_star_net, mixer_key, env_spec),
         }
 
     def critic_values(self, mixer_params: PyTree, critic_qs: Array, joint_action: Array, state: Array) -> Array:

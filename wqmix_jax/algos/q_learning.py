@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -125,6 +126,11 @@ def init_agent(key: PRNGKey, hidden_dim: int, env_spec: EnvSpec) -> PyTree:
     features = agent_inputs(obs, jnp.full(obs.shape[:-1], -1), env_spec.num_actions)
     carry = jnp.zeros((env_spec.num_agents, hidden_dim))
     return init_net(RecurrentAgent(hidden_dim, env_spec.num_actions), key, carry, features)
+
+
+def init_central(net: nn.Module, key: PRNGKey, env_spec: EnvSpec) -> PyTree:
+    """Draws the parameters of a net on the chosen utilities and the state: a Q*, or a critic built as one."""
+    return init_net(net, key, jnp.zeros((1, env_spec.num_agents)), jnp.zeros((1, env_spec.state_dim)))
 
 
 def gather_actions(agent_qs: Array, joint_action: Array) -> Array:

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 from wqmix_jax import weighting
 from wqmix_jax.algos.base import Aux, Context, Hyperparams, PositiveFraction
-from wqmix_jax.algos.q_learning import gather_actions, greedy_actions, init_agent, seen_after, seen_before
+from wqmix_jax.algos.q_learning import gather_actions, greedy_actions, init_agent, init_central, seen_after, seen_before
 from wqmix_jax.algos.qmix import QMIX
 from wqmix_jax.config import PositiveInt, options
-from wqmix_jax.networks.functional import apply_net, init_net
+from wqmix_jax.networks.functional import apply_net
 from wqmix_jax.networks.q_star import AttentionQStar, FeedForwardQStar
 from wqmix_jax.td import masked_mean, masked_mean_square
 from wqmix_jax.types import Array, EnvSpec, Episode, Observation, PRNGKey, PyTree
@@ -63,10 +63,9 @@ class WQMIX(QMIX):
         params = super().init(qmix_key, env_spec)
         if self.q_star == "none":
             return params
-        chosen_qs, state = jnp.zeros((1, env_spec.num_agents)), jnp.zeros((1, env_spec.state_dim))
         return params | {
             "q_star_agent": init_agent(agent_key, self.hidden_dim, env_spec),
-            "q_star_mixer": init_net(self.q_star_net, mixer_key, chosen_qs, state),
+            "q_star_mixer": init_central(self.q_star_net, mixer_key, env_spec),
         }
 
     def loss(
