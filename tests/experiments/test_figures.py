@@ -19,7 +19,7 @@ SUPER_HARD = {
     "QMIX, 1M": {},
 }
 ABLATIONS = ("CW-QMIX", "OW-QMIX", "QMIX + CW", "QMIX + OW")
-QTRAN = {"lambda_opt": 1, "mixer_embed_dim": 64}
+QTRAN = {"lambda_opt": 1, "mixer_embed_dim": 64, "mixer_layers": 3}
 
 
 def with_alpha(alpha, *lines):
