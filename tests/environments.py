@@ -50,6 +50,42 @@ class Clock(Environment):
         return Observation(obs, jnp.stack([time, time * time, jnp.float32(1)]), avail)
 
 
+class RecallState(NamedTuple):
+    """``steps`` and each agent's ``cue``, ``[N]`` int32, 0 or 1."""
+
+    steps: Array
+    cue: Array
+
+
+@options
+class Recall(Environment):
+    """Two steps; the right action of the second is what was seen at the first, where there is nothing to choose.
+
+    Pays the share of agents that play their own cue. Who recalls it gets 1, who doesn't 1/2 on average, whatever the
+    policy. The state shows the cues at both steps, the observations at the first alone.
+    """
+
+    @property
+    def spec(self) -> EnvSpec:
+        return EnvSpec(num_agents=2, num_actions=2, obs_dim=2, state_dim=3, episode_limit=2)
+
+    def reset(self, key: Any) -> RecallState:
+        return RecallState(jnp.int32(0), jax.random.bernoulli(key, 0.5, (2,)).astype(jnp.int32))
+
+    def step(self, env_state: RecallState, joint_action: Array, key: Any) -> tuple[RecallState, StepOutcome]:
+        following = env_state._replace(steps=env_state.steps + 1)
+        ends = following.steps == 2
+        reward = jnp.where(ends, (joint_action == env_state.cue).mean(), 0.0)
+        return following, StepOutcome(reward, ends, jnp.bool_(False))
+
+    def observe(self, env_state: RecallState) -> Observation:
+        first, sign = env_state.steps == 0, 2.0 * env_state.cue - 1.0
+        obs = jnp.stack([jnp.where(first, sign, 0.0), jnp.full(2, first, jnp.float32)], axis=-1)
+        state = jnp.concatenate([sign, first.astype(jnp.float32)[None]])
+        avail = jnp.stack([jnp.ones(2, bool), jnp.full(2, ~first)], axis=-1)
+        return Observation(obs, state, avail)
+
+
 TINY = {
     "gamma": 0.9,
     "lr": 0.01,
@@ -64,7 +100,8 @@ TINY = {
     "epsilon_anneal_steps": 40,
     "hidden_dim": 5,
 }
-QMIX = TINY | {"mixer": "qmix", "mixer_embed_dim": 4, "hypernet_dim": 3}
+TD = TINY | {"returns": "one_step", "td_lambda": 0.8}
+QMIX = TD | {"mixer": "qmix", "mixer_embed_dim": 4, "hypernet_dim": 3, "num_heads": 2}
 WQMIX = QMIX | {"weighting": "central", "alpha": 0.1, "q_star": "feedforward", "q_star_dim": 6}
 
 
@@ -129,6 +166,15 @@ class EpsilonTeller(Counting):
     ) -> tuple[Array, Array]:
         same = (ctx.epsilon == hp.epsilon_start).astype(jnp.int32)
         return jnp.full(inputs.last_action.shape, same), carry
+
+
+@options
+class ContextTeller(Counting):
+    """Reports what its loss is told of training."""
+
+    def loss(self, params: Any, target: Any, batch: Any, hp: Any, ctx: Context, noise: Any) -> tuple[Array, Aux]:
+        loss, _ = super().loss(params, target, batch, hp, ctx, noise)
+        return loss, Aux({"loss": loss, **ctx._asdict()}, {})
 
 
 def by_seed(tree: Any) -> Any:

@@ -16,7 +16,7 @@ def plain(**changes: Any) -> dict[str, Any]:
     values = yaml.safe_load((CONFIG_DIR / "train.yaml").read_text())
     del values["hydra"], values["defaults"]
     algo: dict[str, Any] = {}
-    for name in ("_base", "qmix", "ow_qmix"):
+    for name in ("_base", "_td", "_q_star", "qmix", "ow_qmix"):
         algo |= yaml.safe_load((CONFIG_DIR / "algo" / f"{name}.yaml").read_text())
     del algo["defaults"]
     values |= {"algo": algo, "env": env}
@@ -57,6 +57,10 @@ def test_every_yaml_is_a_run(algo: str, env: str) -> None:
         ("algo._target_", "wqmix_jax.algos.iql.IQLL", "algo._target_='wqmix_jax.algos.iql.IQLL' can't be imported: "),
         ("env.world_shape", [3, 3], "env.world_shape=(3, 3) is not allowed: its 9 cells must hold"),
         ("env", 3, "env=3 is not allowed: a group of options is needed"),
+        ("algo.returns", "n_step", "algo.returns='n_step' is not allowed: input should be 'one_step', 'td_lambda' or "),
+        ("algo.td_lambda", 1.1, "algo.td_lambda=1.1 is not allowed: input should be less than or equal to 1"),
+        ("algo.q_star", "ff", "algo.q_star='ff' is not allowed: input should be 'feedforward', 'attention' or 'none'"),
+        ("algo.mixer", "dmaq", "algo.mixer='dmaq' is not allowed: input should be 'qmix', 'vdn' or 'qatten'"),
         ("num_seeds", 0, "num_seeds=0 is not allowed: input should be greater than 0"),
         ("num_envs", 5001, "num_envs=5001 is not allowed: at most algo.buffer_size=5000 episodes fit"),
         ("seed", 2**31, f"seed={2**31} is not allowed: input should be less than or equal to {2**31 - 1}"),

@@ -18,7 +18,7 @@ from wqmix_jax.config import ConfigError, RunConfig
 from wqmix_jax.logger import load_header
 
 ROOT = Path(__file__).parent.parent
-ALGORITHMS = "cw_qmix, huber_iql, iql, ow_qmix, qmix, qmix_cw, qmix_ow, qmix_qstar, vdn"
+ALGORITHMS = ", ".join(sorted(["huber_iql", *train.names("algo").split(", ")]))
 
 REFUSED = [
     ([], f"an algorithm is missing: write +algo=NAME, NAME one of {train.names('algo')}"),

@@ -49,6 +49,17 @@ def test_epsilon_is_that_of_the_episodes_first_step():
     np.testing.assert_allclose(records.epsilon[:, 0], np.maximum(1.0 - 0.9 * before / 40, 0.1), rtol=1e-5)
 
 
+def test_a_loss_sees_the_epsilon_of_the_episodes_just_played():
+    """As in PyMARL; the steps and the learner steps that it sees are those so far."""
+    algo = build("algo", {"_target_": "tests.environments.ContextTeller", **TINY})
+    _, records = trained(tiny_run(algo, ENV), [0, 1], 12)
+    learnt = records.updates > 0
+    assert (np.diff(records.epsilon[:8], axis=0) < 0).all()
+    np.testing.assert_array_equal(records.losses["epsilon"][learnt], records.epsilon[learnt])
+    np.testing.assert_array_equal(records.losses["env_steps"][learnt], records.counters.env_steps[learnt])
+    np.testing.assert_array_equal(records.losses["learner_steps"][learnt], records.counters.learner_steps[learnt] - 1)
+
+
 def test_epsilon_stays_within_an_episode():
     """The agents tell in their actions whether epsilon still has its first value: all through episode 0, then never."""
     env = Clock(episode_limit=4, ends_from=4)

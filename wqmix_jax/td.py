@@ -1,5 +1,7 @@
-"""Temporal-difference targets and masked losses, as tiny elementwise functions."""
+"""Temporal-difference targets and masked losses, as tiny functions."""
 
+import chex
+import jax
 import jax.numpy as jnp
 
 from wqmix_jax.types import Array
@@ -11,6 +13,34 @@ def td_target(reward: Array, discount: Array, gamma: Array, next_value: Array) -
     All arguments broadcast; ``discount`` is 0 where the task terminated and 1 elsewhere.
     """
     return reward + gamma * discount * next_value
+
+
+def lambda_return(reward: Array, discount: Array, gamma: Array, next_value: Array, td_lambda: Array) -> Array:
+    """y_t = r_t + gamma * discount_t * ((1 - lambda_t) * V_t+1 + lambda_t * y_t+1) of one episode, from its end.
+
+    With the greedy joint actions' values it is TD(lambda), Peng's Q(lambda); with those of the actions taken,
+    SARSA(lambda) without importance weights, as in SMIX(lambda) (Wen et al., arXiv 1911.04094).
+
+    Args:
+        reward: ``[T]``.
+        discount: ``[T]``, 0 where the task terminated and 1 elsewhere.
+        gamma: scalar.
+        next_value: ``[T, ..]``, V of the state after each step.
+        td_lambda: ``[T]``, 0 at each step that no step follows (an episode's last one, padding): there the target is
+            `td_target`, which bootstraps past a time limit.
+
+    Returns:
+        ``[T, ..]``.
+    """
+    chex.assert_equal_shape_prefix([reward, discount, next_value, td_lambda], 1)
+
+    def backwards(later: Array, step: tuple[Array, ...]) -> tuple[Array, Array]:
+        r, d, value, weight = step
+        y = td_target(r, d, gamma, (1 - weight) * value + weight * later)
+        return y, y
+
+    steps = (reward, discount, next_value, td_lambda)
+    return jax.lax.scan(backwards, jnp.zeros_like(next_value[0]), steps, reverse=True)[1]
 
 
 def masked_mean_square(error: Array, mask: Array, weights: Array | None = None) -> Array:

@@ -225,7 +225,7 @@ def _iteration(parts: _Parts, state: TrainState) -> tuple[TrainState, TrainRecor
     )
     ready = active & (played_counters.episodes >= parts.algo.batch_size)
     state = state._replace(replay=replay, counters=played_counters)
-    learner, losses = _learn_if_any(parts, state, ready, counters.episodes)
+    learner, losses = _learn_if_any(parts, state, ready, counters.episodes, ctx.epsilon)
     updates = jnp.where(ready, parts.updates_per_iteration, 0)
     counters = played_counters._replace(learner_steps=played_counters.learner_steps + updates)
     record = TrainRecord(
@@ -241,13 +241,18 @@ def _iteration(parts: _Parts, state: TrainState) -> tuple[TrainState, TrainRecor
 
 
 def _learn_if_any(
-    parts: _Parts, state: TrainState, ready: Array, episodes_before: Array
+    parts: _Parts, state: TrainState, ready: Array, episodes_before: Array, epsilon: Array
 ) -> tuple[LearnerState, dict[str, Array]]:
-    """The learner steps of one iteration where any seed is ready; the others' learners stay as they are."""
+    """The learner steps of one iteration where any seed is ready; the others' learners stay as they are.
+
+    A loss sees the epsilon of the episodes that were just played, as in PyMARL, where it moves on when an agent acts.
+    """
 
     def learn(state: TrainState) -> tuple[LearnerState, dict[str, Array]]:
         def update(learner: LearnerState, index: Array) -> tuple[LearnerState, dict[str, Array]]:
-            return _update(parts, state, learner, state.counters.learner_steps + index, episodes_before)
+            learner_steps = state.counters.learner_steps + index
+            ctx = Context(epsilon, state.counters.env_steps, learner_steps)
+            return _update(parts, state, learner, ctx, episodes_before)
 
         learner, losses = jax.lax.scan(update, state.learner, jnp.arange(parts.updates_per_iteration))
         learner = jax.tree.map(functools.partial(jax.vmap(jnp.where), ready), learner, state.learner)
@@ -262,12 +267,11 @@ def _learn_if_any(
 
 
 def _update(
-    parts: _Parts, state: TrainState, learner: LearnerState, learner_steps: Array, episodes_before: Array
+    parts: _Parts, state: TrainState, learner: LearnerState, ctx: Context, episodes_before: Array
 ) -> tuple[LearnerState, dict[str, Array]]:
     """Samples a batch per seed, cuts it to its longest episode, takes one learner step, and copies targets when due."""
-    rows = jax.vmap(parts.replay.sample)(state.replay, _fold_in(state.keys.sample, learner_steps))
-    loss_keys = _fold_in(state.keys.loss, learner_steps)
-    ctx = _context(state)._replace(learner_steps=learner_steps)
+    rows = jax.vmap(parts.replay.sample)(state.replay, _fold_in(state.keys.sample, ctx.learner_steps))
+    loss_keys = _fold_in(state.keys.loss, ctx.learner_steps)
     lengths = _static_lengths(parts.env.spec.episode_limit)
 
     def step_on(num_steps: int) -> Callable[[Array], tuple[LearnerState, dict[str, Array]]]:

@@ -25,3 +25,15 @@ def central(is_greedy: Array, td_target: Array, greedy_value: Array, alpha: Arra
         alpha: scalar in (0, 1].
     """
     return jnp.where(is_greedy | (td_target > greedy_value), jnp.ones_like(td_target), alpha)
+
+
+def qtran(is_greedy: Array, td_error: Array, lambda_opt: Array, lambda_nopt: Array) -> Array:
+    """What QTRAN weighs joint actions with, seen as a Weighted QMIX: eq. 11.
+
+    Args:
+        is_greedy: bool, every agent took the argmax of its own utility.
+        td_error: ``Q_tot - Q*``, same shape: what is overestimated and not greedy gets no weight at all.
+        lambda_opt: scalar, the weight of greedy joint actions.
+        lambda_nopt: scalar, the weight of the others.
+    """
+    return jnp.where(is_greedy, lambda_opt, jnp.where(td_error < 0, lambda_nopt, jnp.zeros_like(td_error)))

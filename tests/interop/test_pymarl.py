@@ -53,18 +53,58 @@ class TorchCentralMixer(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        sizes = (SPEC.num_agents + SPEC.state_dim, 20, 20, 20, 1)
-        linear = [torch.nn.Linear(*pair) for pair in itertools.pairwise(sizes)]
-        relu = torch.nn.ReLU()
-        self.net = torch.nn.Sequential(linear[0], relu, linear[1], relu, linear[2], relu, linear[3])
+        self.net = layers(SPEC.num_agents + SPEC.state_dim, 20, 20, 20, 1)
         self.V = two_layers(SPEC.state_dim, 20, 1)
+
+
+class TorchAttention(torch.nn.Module):
+    """The authors' attention mixer of Q* likewise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.atten_layer = two_layers(SPEC.state_dim, 12, 20 * SPEC.num_agents)
+        self.net = layers(20, 20, 20, 1)
+        self.V = two_layers(SPEC.state_dim, 20, 1)
+
+
+class TorchQTRAN(torch.nn.Module):
+    """QTRAN-base's joint network likewise."""
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__()
+        pair = 16 + SPEC.num_actions
+        self.Q = layers(SPEC.state_dim + pair, *[8] * num_layers, 1)
+        self.V = layers(SPEC.state_dim, *[8] * num_layers, 1)
+        self.action_encoding = two_layers(pair, pair, pair)
+
+
+class TorchQPLEX(torch.nn.Module):
+    """QPLEX's mixer likewise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        agents, actions = SPEC.num_agents, SPEC.num_agents * SPEC.num_actions
+        self.hyper_w_final = two_layers(SPEC.state_dim, 12, agents)
+        self.V = two_layers(SPEC.state_dim, 12, agents)
+        self.si_weight = torch.nn.Module()
+        inputs = {"key": (SPEC.state_dim, 1), "agents": (SPEC.state_dim, agents)}
+        inputs["action"] = (SPEC.state_dim + actions, agents)
+        for name, (features, outputs) in inputs.items():
+            heads = torch.nn.ModuleList(layers(features, 10, 10, outputs) for _ in range(11))
+            self.si_weight.add_module(f"{name}_extractors", heads)
 
 
 TORCH = {"agent": TorchAgent, "mixer": TorchMixer, "central_agent": TorchAgent, "central_mixer": TorchCentralMixer}
 
 
 def two_layers(inputs: int, hidden: int, outputs: int) -> torch.nn.Sequential:
-    return torch.nn.Sequential(torch.nn.Linear(inputs, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, outputs))
+    return layers(inputs, hidden, outputs)
+
+
+def layers(*sizes: int) -> torch.nn.Sequential:
+    """Linear layers with ReLUs between them."""
+    each = [(torch.nn.Linear(*pair), torch.nn.ReLU()) for pair in itertools.pairwise(sizes)]
+    return torch.nn.Sequential(*itertools.chain.from_iterable(each))[:-1]
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +153,53 @@ def test_what_torch_wrote_comes_back_bit_for_bit(tmp_path: Path, params: PyTree)
             assert torch.equal(again[name].view(torch.int32), tensor.view(torch.int32))
         make = TORCH[net]()
         make.load_state_dict(again)  # as PyMARL does; strict
+
+
+@pytest.mark.parametrize(
+    ("options", "net", "make"),
+    [
+        (["+algo=cw_qmix", *SIZES, "algo.q_star=attention"], "central_mixer", TorchAttention),
+        (["+algo=qtran", "algo.mixer_embed_dim=8"], "mixer", lambda: TorchQTRAN(2)),
+        (["+algo=qtran", "algo.mixer_embed_dim=8", "algo.mixer_layers=3"], "mixer", lambda: TorchQTRAN(3)),
+        (
+            ["+algo=qplex", "algo.hypernet_dim=12", "algo.attention_dim=10", "algo.num_heads=11"],
+            "mixer",
+            TorchQPLEX,
+        ),
+    ],
+    ids=["attention", "qtran", "big qtran", "qplex"],
+)
+def test_every_mixer_comes_back_bit_for_bit(tmp_path: Path, options: list[str], net: str, make: Any) -> None:
+    first, second, module = tmp_path / "first", tmp_path / "second", make()
+    first.mkdir()
+    write(first, net, module.state_dict())
+    params = shapes(load_config(*options, "algo.hidden_dim=16").algo)
+    loaded = load_checkpoint(first, params, nets=[net])
+    [ours] = loaded
+    assert jax.tree.structure(loaded[ours]) == jax.tree.structure(params[ours])
+    save_checkpoint(second, loaded)
+    again = read(second, net)
+    assert again.keys() == module.state_dict().keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in module.state_dict().items())
+
+
+def test_heads_are_stacked_in_torchs_order(tmp_path: Path) -> None:
+    """The eleventh is after the tenth, not after the first; one missing or of another shape is named."""
+    sizes = ("algo.hypernet_dim=12", "algo.attention_dim=10", "algo.num_heads=11")
+    params = shapes(load_config("+algo=qplex", *sizes).algo)
+    tensors = TorchQPLEX().state_dict()
+    write(tmp_path, "mixer", tensors)
+    loaded = load_checkpoint(tmp_path, params, nets=["mixer"])["mixer"]
+    stacked = loaded["si_weight"]["action_extractors"]["layer_1"]["kernel"]
+    for head in range(11):
+        np.testing.assert_array_equal(stacked[head], tensors[f"si_weight.action_extractors.{head}.2.weight"].T)
+    name = "si_weight.key_extractors.7.4.bias"
+    write(tmp_path, "mixer", tensors | {name: torch.zeros(2)})
+    with pytest.raises(PyMARLError, match=r"key_extractors\.7\.4\.bias has shape \(2,\), expected is \(1,\)"):
+        load_checkpoint(tmp_path, params, nets=["mixer"])
+    write(tmp_path, "mixer", {key: tensor for key, tensor in tensors.items() if key != name})
+    with pytest.raises(PyMARLError, match=r"key_extractors\.7\.4\.bias is missing"):
+        load_checkpoint(tmp_path, params, nets=["mixer"])
 
 
 def test_what_we_wrote_comes_back_bit_for_bit(tmp_path: Path, params: PyTree) -> None:

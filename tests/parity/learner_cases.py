@@ -3,16 +3,18 @@
 import dataclasses
 import functools
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 
 from tests.parity.comparison import EXACT, Report, Tolerance
 from wqmix_jax import load_config
+from wqmix_jax.algos import masac
 from wqmix_jax.algos.base import Algorithm, Context, Hyperparams, hyperparams
 from wqmix_jax.config import CONFIG_DIR
 from wqmix_jax.interop import pymarl
@@ -21,7 +23,7 @@ from wqmix_jax.types import EnvSpec, Episode, PyTree
 
 Arrays = Mapping[str, np.ndarray]
 
-Step = Callable[[LearnerState, Episode], tuple[Any, ...]]
+Step = Callable[[LearnerState, Episode, Context, PyTree], tuple[Any, ...]]
 
 NUM_STEPS = 5
 """Optimiser steps of a recording, all on the same batch."""
@@ -67,12 +69,53 @@ SIZES = {
     "mixing_embed_dim": "mixer_embed_dim",
     "hypernet_embed": "hypernet_dim",
     "central_mixing_embed_dim": "q_star_dim",
+    "adv_hypernet_embed": "attention_dim",
+    "num_kernel": "num_heads",
+    "network_size": "mixer_layers",
+    "opt_loss": "lambda_opt",
+    "nopt_min_loss": "lambda_nopt",
     "w": "alpha",
+    "policy_temp": "gumbel_temperature",
+    "entropy_temp": "alpha_ent",
+    "epsilon_target": "epsilon_start",
 }
 """The recordings' options with a counterpart of ours."""
 
-LOSSES = {"loss": "loss", "qmix_loss": "qmix_loss", "central_loss": "q_star_loss", "grad_norm": "grad_norm"}
-"""The recordings' scalars by our names."""
+WORDS = {"small": 2, "big": 3}
+"""What the recordings' options call otherwise: hidden layers of QTRAN's networks."""
+
+LOSSES = {
+    "loss": "loss",
+    "qmix_loss": "qmix_loss",
+    "central_loss": "q_star_loss",
+    "td_loss": "td_loss",
+    "opt_loss": "opt_loss",
+    "nopt_loss": "nopt_loss",
+    "hit_prob": "greedy_mean",
+    "grad_norm": "grad_norm",
+    "actor_loss": "actor_loss",
+    "qmix_actor_loss": "-actor_loss",
+    "agent_policy_loss": "last_objective",
+    "logit_entropy": "logit_entropy",
+}
+"""The recordings' scalars by our names; a minus says that theirs is maximised."""
+
+STEP_VALUES = {
+    "ws": "weights",
+    "max_action_qtot": "greedy_value",
+    "central_chosen_action_qvals": "q_star",
+    "joint_qs": "q_star",
+    "max_joint_qs": "greedy_q_star",
+    "vs": "v",
+    "target_vs": "next_v",
+    "opt_error": "opt_error",
+    "nopt_values": "nopt_error",
+    "ans_chosen": "q_value",
+    "ans_adv": "q_advantage",
+    "target_chosen": "next_q_value",
+    "target_adv": "next_q_advantage",
+}
+"""The recordings' values of single steps that not every algorithm has, by our names."""
 
 AGENTS = {name: pymarl.NETS[name].ours for name in ("agent", "central_agent")}
 """PyMARL's recurrent agents and their names here."""
@@ -84,7 +127,7 @@ FLOAT64 = Tolerance(absolute=1e-11, relative=1e-9)
 STORED_FLOAT32 = Tolerance(absolute=1e-11, relative=float(np.finfo(np.float32).eps))
 FLOAT32_VALUE = Tolerance(of_largest=1e-5)
 FLOAT32_PARAMETER = Tolerance(absolute=1e-5)
-FLOAT32_SCALAR = Tolerance(relative=1e-5)
+FLOAT32_OF_LARGEST_STEP = 1e-5
 
 
 class NotYetCovered(Exception):
@@ -151,14 +194,19 @@ def run(case: str, arrays: Arrays, config: Mapping[str, Any], precision: str, st
     """
     check_covered(case)
     algo = build_algorithm(case, config)
+    like = _shapes(algo, config)
+    tensors = _without_nets(arrays, _idle_nets(arrays, config, like))
     with jax.enable_x64(precision == "float64"), jax.default_matmul_precision("float32"):
         batch = _batch(arrays, precision)
-        params, target = (_params(group, algo, arrays, config, precision) for group in ("params", "target"))
+        params, target = (_params(group, like, tensors, precision) for group in ("params", "target"))
         step = step or compile_step(algo)
         learner = jax.jit(init_learner)(params)._replace(target=target)
+        epsilon = jnp.asarray(config.get("epsilon_online", 0.0))
+        ctx = Context(epsilon, env_steps=jnp.int32(0), learner_steps=jnp.int32(0))
         taken, metrics, first = [], [], None
-        for _ in range(NUM_STEPS):
-            learner, metric, *seen = step(learner, batch)
+        for count in range(1, NUM_STEPS + 1):
+            noise = _noise(_group(arrays, f"noise/step{count}"), batch, precision)
+            learner, metric, *seen = step(learner, batch, ctx, noise)
             taken.append(jax.device_get(learner.params))
             metrics.append(metric)
             first = first or jax.device_get(seen)
@@ -169,14 +217,14 @@ def run(case: str, arrays: Arrays, config: Mapping[str, Any], precision: str, st
 
 def compile_step(algo: Algorithm) -> Step:
     """The learner's step, and what it went through: gradients, intermediate values, utilities."""
-    ctx = Context(epsilon=jnp.float32(0), env_steps=jnp.int32(0), learner_steps=jnp.int32(0))
-    key = jax.random.key(0)
-    traced_once = SimpleNamespace(loss=jax.jit(algo.loss), sample_noise=algo.sample_noise)
+    loss, key = jax.jit(algo.loss), jax.random.key(0)
 
-    def step(learner: LearnerState, batch: Episode, hp: Hyperparams) -> tuple[Any, ...]:
-        stepped, metrics = learner_step(traced_once, learner, batch, hp, ctx, key)
-        noise = algo.sample_noise(key, batch)
-        grads, aux = jax.grad(traced_once.loss, has_aux=True)(learner.params, learner.target, batch, hp, ctx, noise)
+    def step(learner: LearnerState, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree) -> tuple[Any, ...]:
+        recorded = SimpleNamespace(loss=loss, sample_noise=lambda key, batch: noise)
+        stepped, metrics = learner_step(recorded, learner, batch, hp, ctx, key)
+        grads, aux = jax.grad(loss, has_aux=True)(learner.params, learner.target, batch, hp, ctx, noise)
+        if "objectives" in aux.values:
+            metrics |= {"last_objective": aux.values["objectives"][-1]}
         utilities = [
             {name: algo.unroll(tree[ours], batch) for name, ours in AGENTS.items() if ours in tree}
             for tree in (learner.params, learner.target)
@@ -184,7 +232,9 @@ def compile_step(algo: Algorithm) -> Step:
         return stepped, metrics, grads, aux.values, *utilities
 
     jitted = jax.jit(step, compiler_options=QUICK_TO_COMPILE if jax.default_backend() == "cpu" else None)
-    return lambda learner, batch: jitted(learner, batch, jax.tree.map(jnp.asarray, hyperparams(algo)))
+    return lambda learner, batch, ctx, noise: jitted(
+        learner, batch, jax.tree.map(jnp.asarray, hyperparams(algo)), ctx, noise
+    )
 
 
 def build_algorithm(case: str, config: Mapping[str, Any]) -> Algorithm:
@@ -192,7 +242,7 @@ def build_algorithm(case: str, config: Mapping[str, Any]) -> Algorithm:
     base = _base(CASES[case].algo)
     own = {field.name for field in dataclasses.fields(base)}
     recorded = {ours: config[theirs] for theirs, ours in SIZES.items() if theirs in config and ours in own}
-    sizes = {option: type(getattr(base, option))(value) for option, value in recorded.items()}
+    sizes = {option: type(getattr(base, option))(WORDS.get(value, value)) for option, value in recorded.items()}
     return dataclasses.replace(base, **CASES[case].options, **sizes)
 
 
@@ -200,7 +250,8 @@ def compare_run(ran: Run, arrays: Arrays, config: Mapping[str, Any], precision: 
     """Compares what came of a case with what was recorded."""
     if not _group(arrays, "expected"):
         raise CannotRun("there are no expected/ values in it")
-    report = Report()
+    report, idle = Report(), _idle_nets(arrays, config, ran.target)
+    arrays = _without_nets(arrays, idle)
     _compare_values(report, ran, arrays, precision)
     _compare_losses(report, ran, arrays, precision)
     _compare_tensors(report, "grads", ran.grads, arrays, precision, unreached=config.get("params_without_grad", ()))
@@ -209,6 +260,7 @@ def compare_run(ran: Run, arrays: Arrays, config: Mapping[str, Any], precision: 
     _compare_tensors(report, "target", ran.target, arrays, precision)
     recorded = [name for name in arrays if name.startswith(("expected/", "trace/"))]
     report.other = [name for name in recorded if name not in report.compared]
+    report.other += [f"the net {net}" for net in idle]
     return report
 
 
@@ -223,11 +275,15 @@ def _compare_values(report: Report, ran: Run, arrays: Arrays, precision: str) ->
 
 
 def _compare_losses(report: Report, ran: Run, arrays: Arrays, precision: str) -> None:
+    """Compares the scalars; an actor's loss may pass zero, so what rounding may do is told by all five steps."""
     for theirs, ours in LOSSES.items():
         for name, steps in ((f"expected/{theirs}", 0), (f"trace/{theirs}", slice(None))):
             if name in arrays:
-                got = ran.metrics.get(ours, np.full(NUM_STEPS, np.nan))[steps]
-                report.compare(name, got, arrays[name], _tolerance(arrays[name], precision, FLOAT32_SCALAR))
+                got = ran.metrics.get(ours.removeprefix("-"), np.full(NUM_STEPS, np.nan))[steps]
+                got = -got if ours.startswith("-") else got
+                steps_of_it = arrays.get(f"trace/{theirs}", arrays[name])
+                in_float32 = Tolerance(absolute=FLOAT32_OF_LARGEST_STEP * float(np.abs(steps_of_it).max()))
+                report.compare(name, got, arrays[name], _tolerance(arrays[name], precision, in_float32))
 
 
 def _compare_tensors(
@@ -277,10 +333,42 @@ def _batch(arrays: Arrays, dtype: str) -> Episode:
     )
 
 
-def _params(group: str, algo: Algorithm, arrays: Arrays, config: Mapping[str, Any], dtype: str) -> PyTree:
-    """The recorded parameters in our tree, which they must fill."""
+def _noise(recorded: Arrays, batch: Episode, dtype: str) -> PyTree:
+    """What a step's loss drew, as the algorithm's `sample_noise` would give it."""
+    if "gumbel" in recorded:
+        return recorded["gumbel"].astype(dtype)
+    if "sampled_actions" in recorded:
+        num_actions = batch.avail_actions.shape[-1]
+        draws = (recorded["sampled_actions"], recorded["sampled_target_actions"])
+        return masac.Noise(*(1e6 * np.eye(num_actions, dtype=dtype)[actions] for actions in draws))
+    return ()
+
+
+def _shapes(algo: Algorithm, config: Mapping[str, Any]) -> PyTree:
+    """The algorithm's parameters as they would be drawn for the recording's task."""
     sizes = EnvSpec(*(config[key] for key in ("n_agents", "n_actions", "obs_shape", "state_shape", "T")))
-    like = jax.eval_shape(lambda: algo.init(jax.random.key(0), sizes))
+    return jax.eval_shape(lambda: algo.init(jax.random.key(0), sizes))
+
+
+def _idle_nets(arrays: Arrays, config: Mapping[str, Any], ours: PyTree) -> set[str]:
+    """The recorded nets without a counterpart that the authors' loss reaches in no tensor: a mixer beside a critic."""
+    unreached = set(config.get("params_without_grad", ()))
+    nets: dict[str, set[str]] = {}
+    for name in _group(arrays, "params"):
+        nets.setdefault(name.partition("/")[0], set()).add(name)
+    known = {name for name, net in pymarl.NETS.items() if net.ours in ours}
+    return {net for net, names in nets.items() if net not in known and names <= unreached}
+
+
+def _without_nets(arrays: Arrays, nets: Set[str]) -> dict[str, np.ndarray]:
+    """The recording without these nets' tensors."""
+    groups = ("params", "target", "grads", "after1", f"after{NUM_STEPS}")
+    left_out = tuple(f"{group}/{net}/" for group in groups for net in nets)
+    return {name: array for name, array in arrays.items() if not name.startswith(left_out)}
+
+
+def _params(group: str, like: PyTree, arrays: Arrays, dtype: str) -> PyTree:
+    """The recorded parameters in our tree, which they must fill."""
     tensors: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in _group(arrays, group).items():
         net, _, rest = name.partition("/")
@@ -314,67 +402,156 @@ def _values(ran: Run, expected: Arrays) -> dict[str, tuple[np.ndarray, np.ndarra
 
     What goes beyond the loss's own values follows from them by a look-up, a mask or a comparison.
     """
-    values = ran.values
-    mask, actions, avail = (ran.batch.mask, ran.batch.joint_action, ran.batch.avail_actions)
-    real = mask > 0
+    real = ran.batch.mask > 0
     seen = np.pad(real, ((0, 0), (0, 1))) | np.pad(real, ((0, 0), (1, 0)))  # the states before and after a real step
-    decided = seen[..., None] & avail.any(-1)
-    allowed = seen[..., None, None] & avail
-    greedy = np.where(avail, values["agent_qs"], -np.inf).argmax(-1)
-    greedy = values.get("greedy_actions", greedy)
+    avail = ran.batch.avail_actions
+    where = {"seen": seen, "allowed": seen[..., None, None] & avail, "decided": seen[..., None] & avail.any(-1)}
+    found = {}
+    for name, value in _step_values(ran, expected).items():
+        everywhere = name.startswith(("mask", "central_masked"))  # zero in the padding, in the recordings too
+        found[name] = value, np.ones_like(real) if everywhere else real
+    for name, (value, kind) in _state_values(ran).items():
+        if name in expected:
+            found[name] = _cut(name, value, where[kind], expected[name])
+    return {name: _flat(*pair, expected[name]) for name, pair in found.items() if name in expected}
 
-    def taken(utilities: np.ndarray, joint_action: np.ndarray) -> np.ndarray:
-        return np.take_along_axis(utilities, joint_action[..., None], axis=-1)[..., 0]
 
-    def per_step(value: np.ndarray) -> np.ndarray:
-        return value if value.ndim == 3 else value[..., None]
+def _step_values(ran: Run, expected: Arrays) -> dict[str, np.ndarray]:
+    """Values of steps, ``[B, T, 1]`` or more, by their recorded names."""
+    values, mask, actions = ran.values, ran.batch.mask[..., None], ran.batch.joint_action
+    is_greedy = actions == _greedy(ran)[:, :-1]
 
-    chosen, y = (per_step(values[name]) for name in (("chosen_qs" if "chosen_qs" in values else "q_tot"), "td_target"))
+    def per_step(name: str) -> np.ndarray:
+        return values[name] if values[name].ndim == 3 else values[name][..., None]
+
+    y, chosen = per_step("td_target"), _taken(ran.utilities["agent"][:, :-1], actions)
     steps = {
-        "mask": np.broadcast_to(mask[..., None], y.shape),
-        "chosen_action_qvals": chosen,
-        "chosen_action_qvals_agents": taken(values["agent_qs"][:, :-1], actions),
+        "mask": np.broadcast_to(mask, y.shape),
+        "chosen_action_qvals": next((per_step(name) for name in ("chosen_qs", "q_tot") if name in values), chosen),
+        "chosen_action_qvals_agents": chosen,
         "targets": y,
-        "target_max_qvals": per_step(values["next_value"]),
-        "td_error": per_step(values["td_error"]),
-        "masked_td_error": per_step(values["td_error"]) * mask[..., None],
-        "is_max_action": (actions == greedy[:, :-1]).all(-1, keepdims=True),
+        "td_targets": y,
+        "target_max_qvals": per_step("next_value"),
+        "target_joint_qs": per_step("next_value"),
+        "critic_bootstrap_qvals": per_step("next_value"),
+        "is_max_action": is_greedy.all(-1, keepdims=True),
+        "masked_hit_prob": is_greedy.mean(-1, keepdims=True) * mask,
     }
-    states = {
-        "mac_out": (values["agent_qs"], np.broadcast_to(seen[..., None, None], avail.shape)),
-        "cur_max_actions": (greedy[..., None], decided[..., None]),
-        "target_mac_out": (ran.target_utilities["agent"], allowed),
-        "target_max_agent_qvals": (taken(ran.target_utilities["agent"], greedy), decided),
-    }
-    if "weights" in values:
-        steps |= {
-            "ws": values["weights"][..., None],
-            "max_action_qtot": values["greedy_value"][..., None],
-            "qtot_larger": y > values["greedy_value"][..., None],
-        }
+    if "is_max_action" in expected and expected["is_max_action"].ndim == 4:  # QPLEX's is each agent's
+        steps["is_max_action"] = is_greedy[..., None]
+    steps |= {theirs: per_step(ours) for theirs, ours in STEP_VALUES.items() if ours in values}
+    if "td_error" in values:
+        steps |= {"td_error": per_step("td_error"), "masked_td_error": per_step("td_error") * mask}
+    if "greedy_value" in values:
+        steps["qtot_larger"] = y > per_step("greedy_value")
     if "q_star" in values:
-        q_star = values["q_star"][..., None]
+        error = per_step("q_star") - y
+        steps |= {"central_td_error": error, "central_masked_td_error": error * mask}
+    if "nopt_error" in values:
+        negative = np.minimum(per_step("nopt_error"), 0)
+        steps |= {"masked_opt_error": per_step("opt_error") * mask}
+        steps |= {"nopt_error": negative, "masked_nopt_error": negative * mask}
+    if "central_agent" in ran.utilities:
+        central = ran.utilities["central_agent"][:, :-1]
+        steps["central_chosen_action_qvals_agents"] = _taken(central, actions)[..., None]
+    if "objectives" in values:
+        steps |= _logit_values(ran.utilities["agent"][:, :-1], ran.batch.avail_actions[:, :-1])
+        steps["target_chosen_qvals"] = _taken(ran.target_utilities["central_agent"], _greedy(ran))[:, :-1, :, None]
+    return steps | (_policy_step_values(ran) if "policy" in values else {})
+
+
+def _state_values(ran: Run) -> dict[str, tuple[np.ndarray, str]]:
+    """Values at all states, ``[B, T+1, N, ..]``, by their recorded names, and where they count: see `_values`."""
+    values, greedy, avail = ran.values, _greedy(ran), ran.batch.avail_actions
+    agent_qs, target_qs = ran.utilities["agent"], ran.target_utilities["agent"]
+    one_hot = np.eye(avail.shape[-1])[greedy]
+    best, target_best = (np.where(avail, qs, -np.inf) for qs in (agent_qs, target_qs))
+    states = {
+        "mac_out": (agent_qs, "seen"),
+        "cur_max_actions": (greedy[..., None], "decided"),
+        "cur_max_actions_onehot": (one_hot, "decided"),
+        "target_next_actions": (greedy[..., None], "decided"),
+        "target_mac_out": (target_qs, "allowed"),
+        "target_max_agent_qvals": (_taken(target_qs, greedy), "decided"),
+        "target_chosen_qvals": (_taken(target_qs, greedy), "decided"),
+        "tar_max_actions": (target_best.argmax(-1)[..., None], "decided"),
+        "target_max_actions": (target_best.argmax(-1)[..., None], "decided"),
+        "max_action_qvals": (best.max(-1), "decided"),
+        "max_action_index": (greedy[..., None], "decided"),
+        "max_actions_qvals": (best.max(-1)[..., None], "decided"),
+        "max_actions_current": (greedy[..., None], "decided"),
+        "max_actions_current_onehot": (one_hot, "decided"),
+        "max_actions_onehot": (one_hot, "decided"),
+    }
+    if "hidden" in values:
+        states |= {"mac_hidden_states": (values["hidden"], "seen")}
+        states |= {"target_mac_hidden_states": (values["target_hidden"], "seen")}
+    if "central_agent" in ran.utilities:
         central, central_target = (each["central_agent"] for each in (ran.utilities, ran.target_utilities))
-        steps |= {
-            "central_chosen_action_qvals": q_star,
-            "central_chosen_action_qvals_agents": taken(central[:, :-1], actions)[..., None],
-            "central_td_error": q_star - y,
-            "central_masked_td_error": (q_star - y) * mask[..., None],
-        }
         states |= {
-            "central_mac_out": (central[..., None], np.broadcast_to(seen[..., None, None], avail.shape)),
-            "central_target_mac_out": (central_target[..., None], allowed),
-            "central_target_max_agent_qvals": (taken(central_target, greedy)[..., None], decided),
+            "central_mac_out": (central[..., None], "seen"),
+            "central_target_mac_out": (central_target[..., None], "allowed"),
+            "central_target_max_agent_qvals": (_taken(central_target, greedy)[..., None], "decided"),
         }
-    everywhere = {"mask", "masked_td_error", "central_masked_td_error"}  # zero in the padding, in the recordings too
-    found = {name: (value, np.ones_like(real) if name in everywhere else real) for name, value in steps.items()}
-    found |= {name: _cut(name, *pair, expected[name]) for name, pair in states.items() if name in expected}
-    return {name: pair for name, pair in found.items() if name in expected}
+    if "objectives" in values:  # MADDPG's are the critic's, of steps
+        del states["target_chosen_qvals"]
+    return states | (_policy_state_values(ran) if "policy" in values else {})
+
+
+def _greedy(ran: Run) -> np.ndarray:
+    """The online agents' greedy actions at all states, ``[B, T+1, N]``."""
+    best = np.where(ran.batch.avail_actions, ran.utilities["agent"], -np.inf).argmax(-1)
+    return ran.values.get("greedy_actions", best)
+
+
+def _taken(utilities: np.ndarray, joint_action: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(utilities, joint_action[..., None], axis=-1)[..., 0]
+
+
+def _logit_values(logits: np.ndarray, avail: np.ndarray) -> dict[str, np.ndarray]:
+    """MADDPG's policy as it is only logged: the softmax over all actions, zero where unavailable."""
+    log_probs = scipy.special.log_softmax(logits, axis=-1)
+    return {"ps": np.exp(log_probs) * avail, "log_ps": log_probs * avail}
+
+
+def _policy_step_values(ran: Run) -> dict[str, np.ndarray]:
+    """What MASAC drew at each step."""
+    values, drawn = ran.values, ran.values["drawn"]
+    return {
+        "central_sampled_action_qvals_agents": _taken(ran.utilities["central_agent"], drawn)[:, :-1, :, None],
+        "central_sampled_action_qvals": np.repeat(values["drawn_q_star"][..., None], drawn.shape[-1], axis=-1),
+        "policy_logs": values["log_probs"],
+    }
+
+
+def _policy_state_values(ran: Run) -> dict[str, tuple[np.ndarray, str]]:
+    """MASAC's policies, where others have utilities, and what was drawn from them."""
+    values, drawn, target_drawn = (ran.values, ran.values["drawn"], ran.values["target_drawn"])
+    central_target = ran.target_utilities["central_agent"]
+    states = {
+        "mac_out": values["policy"],
+        "target_mac_out": values["target_policy"],
+        "sampled_actions": drawn,
+        "sampled_target_actions": target_drawn,
+        "sampled_action_probs": _taken(values["policy"], drawn),
+        "target_chosen_action_probs": _taken(values["target_policy"], target_drawn),
+        "target_policy_logs": values["target_log_probs"][..., None],
+        "central_target_action_qvals_agents": _taken(central_target, target_drawn)[..., None],
+    }
+    return {name: (value, "seen") for name, value in states.items()}
 
 
 def _cut(name: str, value: np.ndarray, where: np.ndarray, recorded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A value at all states cut to those that were recorded: all, those after a step, or those before one."""
     if recorded.shape[1] == value.shape[1]:
         return value, where
-    kept = slice(None, -1) if name == "target_max_agent_qvals" else slice(1, None)
+    before = ("target_max_agent_qvals", "max_action_qvals", "max_action_index")
+    kept = slice(None, -1) if name in before else slice(1, None)
     return value[:, kept], where[:, kept]
+
+
+def _flat(value: np.ndarray, where: np.ndarray, recorded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """QTRAN's values of steps are recorded one after the other, ``[B * T, 1]``."""
+    if recorded.ndim != 2 or value.ndim != 3:
+        return value, where
+    return value.reshape(-1, value.shape[-1]), where.reshape(-1)

@@ -22,6 +22,7 @@ TRACED = "traced"
 """Marks an option that the compiled loop takes as a traced scalar, so that changing it doesn't recompile."""
 
 Fraction = Annotated[float, Field(ge=0, le=1), TRACED]
+PositiveFraction = Annotated[float, Field(gt=0, le=1), TRACED]
 PositiveFloat = Annotated[float, Field(gt=0), TRACED]
 
 Hyperparams = Any

@@ -1,14 +1,18 @@
 """What all algorithms with a recurrent utility network share: unrolling it, acting with it, reading values off it."""
 
+from typing import Literal
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, Hyperparams
+from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, Fraction, Hyperparams
 from wqmix_jax.config import options
 from wqmix_jax.exploration import epsilon_greedy
 from wqmix_jax.networks.agent import RecurrentAgent, agent_inputs
 from wqmix_jax.networks.functional import apply_net, init_net
-from wqmix_jax.types import Array, EnvSpec, Episode, PRNGKey, PyTree
+from wqmix_jax.td import lambda_return, td_target
+from wqmix_jax.types import Array, EnvSpec, Episode, Observation, PRNGKey, PyTree
 
 UNAVAILABLE = -9999999.0
 """The value that stands where an action is unavailable before a maximum is taken (as in the authors' code)."""
@@ -31,21 +35,89 @@ class QLearner(Algorithm):
     ) -> tuple[Array, Array]:
         """Epsilon-greedy over the available actions; see `Algorithm.act`."""
         del hp
+        carry, agent_qs = self.step(params["agent"], carry, inputs)
+        return epsilon_greedy(key, agent_qs, inputs.avail_actions, ctx.epsilon), carry
+
+    def step(self, agent_params: PyTree, carry: Array, inputs: AgentInputs) -> tuple[Array, Array]:
+        """The recurrent state after one step and the utilities at it, ``[.., N, H]`` and ``[.., N, A]``."""
         num_actions = inputs.avail_actions.shape[-1]
         features = agent_inputs(inputs.obs, inputs.last_action, num_actions)
         agent = RecurrentAgent(self.hidden_dim, num_actions)
-        carry, agent_qs = apply_net(agent, params["agent"], carry, features[None])
-        return epsilon_greedy(key, agent_qs[0], inputs.avail_actions, ctx.epsilon), carry
+        carry, agent_qs = apply_net(agent, agent_params, carry, features[None])
+        return carry, agent_qs[0]
 
     def unroll(self, agent_params: PyTree, batch: Episode) -> Array:
         """Utilities of whole episodes from a fresh recurrent state: ``[B, T+1, N, A]``."""
+        return self.unroll_hidden(agent_params, batch)[1]
+
+    def unroll_hidden(self, agent_params: PyTree, batch: Episode) -> tuple[Array, Array]:
+        """Hidden states ``[B, T+1, N, H]``, after each observation, and utilities ``[B, T+1, N, A]``."""
         num_actions = batch.avail_actions.shape[-1]
         first = jnp.full_like(batch.joint_action[:, :1], -1)
         last_action = jnp.concatenate([first, batch.joint_action], axis=1)
         features = agent_inputs(batch.obs, last_action, num_actions).swapaxes(0, 1)
         carry = self.initial_carry(features.shape[1:3]).astype(features.dtype)
         agent = RecurrentAgent(self.hidden_dim, num_actions)
-        return apply_net(agent, agent_params, carry, features)[1].swapaxes(0, 1)
+        hiddens, agent_qs = apply_net(agent, agent_params, carry, features, method="unroll")
+        return hiddens.swapaxes(0, 1), agent_qs.swapaxes(0, 1)
+
+
+@options
+class TDLearner(QLearner):
+    """A Q-learner whose targets bootstrap from the value of the next joint action; the defaults are in ``_td.yaml``.
+
+    Attributes:
+        returns: ``one_step`` (double Q-learning); ``td_lambda``, lambda-returns over the greedy joint actions' values;
+            or ``sarsa_lambda``, over those of the joint actions taken (SMIX(lambda), Wen et al., arXiv 1911.04094).
+        td_lambda: the weight of longer returns, unless they are of one step.
+    """
+
+    returns: Literal["one_step", "td_lambda", "sarsa_lambda"]
+    td_lambda: Fraction
+
+    def next_actions(self, greedy: Array, batch: Episode) -> Array:
+        """The joint actions after each step whose values the targets bootstrap from, ``[B, T, N]``.
+
+        Args:
+            greedy: ``[B, T+1, N]``, the online agents' greedy actions. After an episode's last step nothing was taken,
+                so that SARSA, too, bootstraps from these.
+            batch: the episodes.
+        """
+        if self.returns != "sarsa_lambda":
+            return greedy[:, 1:]
+        taken = jnp.concatenate([batch.joint_action[:, 1:], greedy[:, -1:]], axis=1)
+        return jnp.where(_is_followed(batch)[..., None] > 0, taken, greedy[:, 1:])
+
+    def td_targets(self, batch: Episode, hp: Hyperparams, next_value: Array) -> Array:
+        """y, a constant to the gradient.
+
+        Args:
+            batch: the episodes.
+            hp: the traced options.
+            next_value: ``[B, T]`` or, one for each agent, ``[B, T, N]``: the target nets' value of `next_actions`.
+        """
+        if self.returns == "one_step":
+            per_agent = (1,) * (next_value.ndim - batch.reward.ndim)
+            reward, discount = (array.reshape(*array.shape, *per_agent) for array in (batch.reward, batch.discount))
+            return jax.lax.stop_gradient(td_target(reward, discount, hp.gamma, next_value))
+        each_episode = jax.vmap(lambda_return, in_axes=(0, 0, None, 0, 0))
+        weights = hp.td_lambda * _is_followed(batch)
+        return jax.lax.stop_gradient(each_episode(batch.reward, batch.discount, hp.gamma, next_value, weights))
+
+
+def _is_followed(batch: Episode) -> Array:
+    """1 where a real step comes next, ``[B, T]``."""
+    return jnp.pad(batch.mask[:, 1:], ((0, 0), (0, 1)))
+
+
+def seen_before(batch: Episode) -> Observation:
+    """What was seen before each step, leaves ``[B, T, ..]``."""
+    return Observation(batch.obs[:, :-1], batch.state[:, :-1], batch.avail_actions[:, :-1])
+
+
+def seen_after(batch: Episode) -> Observation:
+    """What was seen after each step, leaves ``[B, T, ..]``."""
+    return Observation(batch.obs[:, 1:], batch.state[:, 1:], batch.avail_actions[:, 1:])
 
 
 def init_agent(key: PRNGKey, hidden_dim: int, env_spec: EnvSpec) -> PyTree:
@@ -54,6 +126,11 @@ def init_agent(key: PRNGKey, hidden_dim: int, env_spec: EnvSpec) -> PyTree:
     features = agent_inputs(obs, jnp.full(obs.shape[:-1], -1), env_spec.num_actions)
     carry = jnp.zeros((env_spec.num_agents, hidden_dim))
     return init_net(RecurrentAgent(hidden_dim, env_spec.num_actions), key, carry, features)
+
+
+def init_central(net: nn.Module, key: PRNGKey, env_spec: EnvSpec) -> PyTree:
+    """Draws the parameters of a net on the chosen utilities and the state: a Q*, or a critic built as one."""
+    return init_net(net, key, jnp.zeros((1, env_spec.num_agents)), jnp.zeros((1, env_spec.state_dim)))
 
 
 def gather_actions(agent_qs: Array, joint_action: Array) -> Array:
@@ -66,3 +143,8 @@ def gather_actions(agent_qs: Array, joint_action: Array) -> Array:
 def greedy_actions(agent_qs: Array, avail_actions: Array) -> Array:
     """Each agent's best available action, ``[.., N]``; action 0 where none is (padding)."""
     return jnp.argmax(jax.lax.stop_gradient(jnp.where(avail_actions, agent_qs, UNAVAILABLE)), axis=-1)
+
+
+def greedy_values(agent_qs: Array, avail_actions: Array) -> Array:
+    """The utility of each agent's best available action, ``[.., N]``, a constant to the gradient."""
+    return jax.lax.stop_gradient(jnp.where(avail_actions, agent_qs, UNAVAILABLE)).max(-1)

@@ -4,30 +4,29 @@ OW- and CW-QMIX have both; the paper's ablations (appendix C) leave one out. ``s
 without Q*, ``src/learners/w_q_learner.py`` of the authors' code.
 """
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from pydantic import Field
 
 from wqmix_jax import weighting
-from wqmix_jax.algos.base import TRACED, Aux, Context, Hyperparams
-from wqmix_jax.algos.q_learning import gather_actions, greedy_actions, init_agent
-from wqmix_jax.algos.qmix import QMIX, init_mixer
+from wqmix_jax.algos.base import Aux, Context, Hyperparams, PositiveFraction
+from wqmix_jax.algos.q_learning import gather_actions, greedy_actions, init_agent, init_central, seen_after, seen_before
+from wqmix_jax.algos.qmix import QMIX
 from wqmix_jax.config import PositiveInt, options
 from wqmix_jax.networks.functional import apply_net
-from wqmix_jax.networks.q_star import FeedForwardQStar
-from wqmix_jax.td import masked_mean, masked_mean_square, td_target
-from wqmix_jax.types import Array, EnvSpec, Episode, PRNGKey, PyTree
+from wqmix_jax.networks.q_star import AttentionQStar, FeedForwardQStar
+from wqmix_jax.td import masked_mean, masked_mean_square
+from wqmix_jax.types import Array, EnvSpec, Episode, Observation, PRNGKey, PyTree
 
 
 class Bootstrap(NamedTuple):
-    """The central estimate of the greedy joint action under the target nets.
+    """The central estimate under the target nets.
 
     Attributes:
-        now: ``[B, T]``, at the state that the action was taken in.
-        next: ``[B, T]``, at the state after it.
+        now: ``[B, T]``, of the greedy joint action at the state that the action was taken in.
+        next: ``[B, T]``, of `TDLearner.next_actions` at the state after it.
     """
 
     now: Array
@@ -41,18 +40,21 @@ class WQMIX(QMIX):
     Attributes:
         weighting: ``optimistic`` (OW, eq. 5), ``central`` (CW, eq. 10) or ``uniform`` (none).
         alpha: the weight of the other joint actions.
-        q_star: the central estimate that targets and CW read; ``none`` takes the target Q_tot.
+        q_star: the central estimate that targets and CW read: ``feedforward`` (figure 1), ``attention`` (figure 6) or
+            ``none``, which takes the target Q_tot.
         q_star_dim: width of Q*'s mixing layers.
     """
 
     weighting: Literal["optimistic", "central", "uniform"]
-    alpha: Annotated[float, Field(gt=0, le=1), TRACED]
-    q_star: Literal["feedforward", "none"]
+    alpha: PositiveFraction
+    q_star: Literal["feedforward", "attention", "none"]
     q_star_dim: PositiveInt
 
     @property
     def q_star_net(self) -> nn.Module:
         """Q*'s mixer as a flax module."""
+        if self.q_star == "attention":
+            return AttentionQStar(self.q_star_dim, self.hypernet_dim)
         return FeedForwardQStar(self.q_star_dim)
 
     def init(self, key: PRNGKey, env_spec: EnvSpec) -> PyTree:
@@ -63,7 +65,7 @@ class WQMIX(QMIX):
             return params
         return params | {
             "q_star_agent": init_agent(agent_key, self.hidden_dim, env_spec),
-            "q_star_mixer": init_mixer(self.q_star_net, mixer_key, env_spec),
+            "q_star_mixer": init_central(self.q_star_net, mixer_key, env_spec),
         }
 
     def loss(
@@ -73,9 +75,9 @@ class WQMIX(QMIX):
         del ctx, noise
         agent_qs = self.unroll(params["agent"], batch)
         greedy = greedy_actions(agent_qs, batch.avail_actions)
-        q_tot = self.mix(params["mixer"], gather_actions(agent_qs[:, :-1], batch.joint_action), batch.state[:, :-1])
+        q_tot, _ = self.mix(params["mixer"], agent_qs[:, :-1], batch.joint_action, seen_before(batch))
         bootstrap = self._bootstrap(target, batch, greedy)
-        y = jax.lax.stop_gradient(td_target(batch.reward, batch.discount, hp.gamma, bootstrap.next))
+        y = self.td_targets(batch, hp, bootstrap.next)
         weights = self._weights(q_tot - y, y, greedy, bootstrap, batch, hp)
         qmix_loss = masked_mean_square(q_tot - y, batch.mask, weights)
         metrics = {
@@ -93,29 +95,34 @@ class WQMIX(QMIX):
         }
         if self.q_star == "none":
             return qmix_loss, Aux(metrics, values)
-        q_star = self._q_star(params, batch)
+        central_qs = self.unroll(params["q_star_agent"], batch)
+        q_star = self.central_estimate(params, central_qs[:, :-1], batch.joint_action, seen_before(batch))
         q_star_loss = masked_mean_square(q_star - y, batch.mask)
         loss = qmix_loss + q_star_loss
         metrics |= {"loss": loss, "qmix_loss": qmix_loss, "q_star_loss": q_star_loss}
         return loss, Aux(metrics, values | {"q_star": q_star})
 
-    def _q_star(self, params: PyTree, batch: Episode) -> Array:
-        """Q*(s, u) of the actions that were taken, ``[B, T]``."""
-        agent_qs = self.unroll(params["q_star_agent"], batch)
-        chosen_qs = gather_actions(agent_qs[:, :-1], batch.joint_action)
-        return apply_net(self.q_star_net, params["q_star_mixer"], chosen_qs, batch.state[:, :-1])
+    def central_estimate(self, params: PyTree, agent_qs: Array, joint_action: Array, seen: Observation) -> Array:
+        """Q*(s, u), or Q_tot where there is no Q*, ``[..]``; arguments as in `FactoredQLearner.mixer_inputs`."""
+        if self.q_star == "none":
+            return self.mix(params["mixer"], agent_qs, joint_action, seen)[0]
+        chosen_qs = gather_actions(agent_qs, joint_action)
+        return apply_net(self.q_star_net, params["q_star_mixer"], chosen_qs, seen.state)
 
     def _bootstrap(self, target: PyTree, batch: Episode, greedy: Array) -> Bootstrap:
-        """The target estimate at the online agents' greedy actions.
+        """The target estimate at the online agents' greedy actions, or after a step at those taken.
 
         With a Q* the target copies of the agent and the mixer never enter the loss.
         """
-        agent, net, mixer = ("agent", self.mixer_net, "mixer")
-        if self.q_star != "none":
-            agent, net, mixer = ("q_star_agent", self.q_star_net, "q_star_mixer")
-        chosen_qs = gather_actions(self.unroll(target[agent], batch), greedy)
-        estimate = jax.lax.stop_gradient(apply_net(net, target[mixer], chosen_qs, batch.state))
-        return Bootstrap(now=estimate[:, :-1], next=estimate[:, 1:])
+        agent_qs = self.unroll(target["agent" if self.q_star == "none" else "q_star_agent"], batch)
+        seen = Observation(batch.obs, batch.state, batch.avail_actions)
+        estimate = jax.lax.stop_gradient(self.central_estimate(target, agent_qs, greedy, seen))
+        following = estimate[:, 1:]
+        if self.returns == "sarsa_lambda":
+            following = self.central_estimate(
+                target, agent_qs[:, 1:], self.next_actions(greedy, batch), seen_after(batch)
+            )
+        return Bootstrap(now=estimate[:, :-1], next=following)
 
     def _weights(
         self, td_error: Array, y: Array, greedy: Array, bootstrap: Bootstrap, batch: Episode, hp: Hyperparams

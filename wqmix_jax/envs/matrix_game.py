@@ -8,13 +8,8 @@ from pydantic import PlainValidator
 
 from wqmix_jax.config import options
 from wqmix_jax.envs.base import Environment
+from wqmix_jax.envs.payoffs import payoff_tensor
 from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, StepOutcome
-
-PRESETS = {
-    "table1": ((1.0, 0.0), (0.0, 1.0)),
-    "table2": ((8.0, -12.0, -12.0), (-12.0, 0.0, 0.0), (-12.0, 0.0, 0.0)),
-}
-"""The left tables of the paper: the first has two optima, the second misleads a monotonic mix (Son et al. 2019)."""
 
 
 class EnvState(NamedTuple):
@@ -29,23 +24,10 @@ class EnvState(NamedTuple):
 
 def _checked(payoff: Any) -> Any:
     """The payoff as nested tuples, so that the options stay hashable."""
-    if isinstance(payoff, str):
-        if payoff not in PRESETS:
-            raise ValueError(f"a preset is one of {', '.join(PRESETS)}, anything else a nested list of numbers")
-        return PRESETS[payoff]
-    try:
-        table = np.asarray(payoff)
-    except ValueError:
-        raise ValueError("lists on the same level must be equally long") from None
-    if table.dtype.kind not in "iuf":
-        raise ValueError("a payoff is a preset's name or a nested list of numbers")
-    if table.ndim == 0 or table.size == 0:
-        raise ValueError("at least one agent and one action are needed")
+    table = payoff_tensor(payoff)
     if len(set(table.shape)) > 1:
         raise ValueError(f"each of the {table.ndim} agents needs the same number of actions, got {table.shape}")
-    if not (np.abs(table) <= np.finfo(np.float32).max).all():
-        raise ValueError("each payoff must be finite in float32")
-    return _as_tuples(table.astype(float).tolist())
+    return _as_tuples(table.tolist())
 
 
 def _as_tuples(nested: Any) -> Any:

@@ -28,13 +28,21 @@ class Net(NamedTuple):
 
     Attributes:
         ours: its key in our parameters.
-        paths: torch's name of each tensor to the path of our leaf. Matrices are transposed.
+        layouts: for each architecture that it may have, torch's name of each tensor to the path of our leaf. Matrices
+            are transposed. A ``*`` stands for the index in a list of layers, whose tensors are stacked in our leaf.
         optional: whether a checkpoint may come without it.
     """
 
     ours: str
-    paths: Mapping[str, str]
+    layouts: tuple[Mapping[str, str], ...]
     optional: bool
+
+
+class _Place(NamedTuple):
+    """Where one of torch's tensors lies in our leaves: ``stacked`` is empty, or the index in a stack."""
+
+    path: str
+    stacked: tuple[int, ...]
 
 
 def _linear(**layers: str) -> dict[str, str]:
@@ -45,6 +53,11 @@ def _linear(**layers: str) -> dict[str, str]:
         for path, name in ours.items()
         for theirs, leaf in (("weight", "kernel"), ("bias", "bias"))
     }
+
+
+def _layers(ours: str, theirs: str, count: int) -> dict[str, str]:
+    """Linear layers with ReLUs between them, which torch counts as well."""
+    return _linear(**{f"{ours}/layer_{layer}": f"{theirs}.{2 * layer}" for layer in range(count)})
 
 
 _V = _linear(v__hidden="V.0", v__out="V.2")
@@ -61,13 +74,32 @@ _MIXER = _V | _linear(
     hyper_w_final__out="hyper_w_final.2",
     hyper_b_1="hyper_b_1",
 )
-_CENTRAL_MIXER = _V | _linear(net_0="net.0", net_1="net.2", net_2="net.4", net_3="net.6")
+_QTRAN = (
+    _layers("q", "Q", 4)
+    | _layers("v", "V", 4)
+    | _linear(action_encoding__hidden="action_encoding.0", action_encoding__out="action_encoding.2")
+)
+_QPLEX = (
+    _V
+    | _linear(hyper_w_final__hidden="hyper_w_final.0", hyper_w_final__out="hyper_w_final.2")
+    | _layers("si_weight/key_extractors", "si_weight.key_extractors.*", 3)
+    | _layers("si_weight/agents_extractors", "si_weight.agents_extractors.*", 3)
+    | _layers("si_weight/action_extractors", "si_weight.action_extractors.*", 3)
+)
+_CENTRAL_MIXER = _V | _linear(
+    attention__hidden="atten_layer.0",
+    attention__out="atten_layer.2",
+    net_0="net.0",
+    net_1="net.2",
+    net_2="net.4",
+    net_3="net.6",
+)
 
 NETS: Mapping[str, Net] = {
-    "agent": Net("agent", _AGENT, optional=False),
-    "mixer": Net("mixer", _MIXER, optional=False),
-    "central_agent": Net("q_star_agent", _AGENT, optional=True),
-    "central_mixer": Net("q_star_mixer", _CENTRAL_MIXER, optional=True),
+    "agent": Net("agent", (_AGENT,), optional=False),
+    "mixer": Net("mixer", (_MIXER, _QTRAN, _QPLEX), optional=False),
+    "central_agent": Net("q_star_agent", (_AGENT,), optional=True),
+    "central_mixer": Net("q_star_mixer", (_CENTRAL_MIXER,), optional=True),
 }
 """By PyMARL's names, which are also those of the files (with ``.th``)."""
 
@@ -88,35 +120,36 @@ def from_pymarl(net: str, tensors: Mapping[str, np.ndarray], like: PyTree, *, so
         PyMARLError: at the first tensor that is missing, too many or of another shape.
     """
     source = source or net
-    names = {path: name for name, path in NETS[net].paths.items()}
     leaves = _flatten(like)
-    expected = {names.get(path, path): (path, tuple(leaf.shape)) for path, leaf in leaves.items()}
+    expected = _places(net, leaves)
     for name in expected:
         if name not in tensors:
             raise PyMARLError(f"{source}: {name} is missing")
-    params = {}
+    found: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
     for name, tensor in tensors.items():
         if name not in expected:
             raise PyMARLError(f"{source}: {name} is not expected (expected are {', '.join(expected) or 'no tensors'})")
-        path, shape = expected[name]
+        path, index = expected[name]
+        shape = tuple(leaves[path].shape[len(index) :])
         if tensor.T.shape != shape:
             raise PyMARLError(f"{source}: {name} has shape {tensor.shape}, expected is {shape[::-1]}")
-        params[path] = tensor.T
-    return unflatten_dict(params, sep="/")
+        found.setdefault(path, {})[index] = tensor.T
+    return unflatten_dict({path: _stacked(tensors) for path, tensors in found.items()}, sep="/")
 
 
 def to_pymarl(net: str, params: PyTree) -> dict[str, np.ndarray]:
-    """The inverse of `from_pymarl`, in torch's order of names.
+    """The inverse of `from_pymarl`.
 
     Raises:
         PyMARLError: if a leaf has no name in PyMARL.
     """
     leaves = {path: np.asarray(leaf) for path, leaf in _flatten(params).items()}
-    paths = NETS[net].paths
+    named = _layout(net, leaves).values()
     for path in leaves:
-        if path not in paths.values():
+        if path not in named:
             raise PyMARLError(f"{NETS[net].ours}/{path} has no name in PyMARL's {net}")
-    return {name: np.ascontiguousarray(leaves[path].T) for name, path in paths.items() if path in leaves}
+    places = _places(net, leaves)
+    return {name: np.ascontiguousarray(leaves[path][index].T) for name, (path, index) in places.items()}
 
 
 def load_checkpoint(
@@ -193,6 +226,30 @@ def hidden_dim(folder: str | Path) -> int:
     if "rnn.weight_hh" not in tensors:
         raise PyMARLError(f"{Path(folder) / 'agent.th'}: rnn.weight_hh is missing")
     return tensors["rnn.weight_hh"].shape[-1]
+
+
+def _layout(net: str, leaves: Collection[str]) -> Mapping[str, str]:
+    """The one that names most of the leaves."""
+    return max(NETS[net].layouts, key=lambda layout: len(set(layout.values()) & set(leaves)))
+
+
+def _places(net: str, leaves: Mapping[str, Any]) -> dict[str, _Place]:
+    """All of torch's names for our leaves; a leaf without one keeps its path."""
+    layout, places = _layout(net, leaves), {}
+    for name, path in layout.items():
+        if path not in leaves:
+            continue
+        if "*" in name:
+            indices = range(leaves[path].shape[0])
+            places |= {name.replace("*", str(index)): _Place(path, (index,)) for index in indices}
+        else:
+            places[name] = _Place(path, ())
+    return places | {path: _Place(path, ()) for path in leaves if path not in layout.values()}
+
+
+def _stacked(tensors: Mapping[tuple[int, ...], np.ndarray]) -> np.ndarray:
+    """A leaf of the tensors by their index in it."""
+    return tensors[()] if () in tensors else np.stack([tensors[index] for index in sorted(tensors)])
 
 
 def _flatten(params: PyTree) -> dict[str, Any]:

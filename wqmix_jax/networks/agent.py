@@ -22,10 +22,15 @@ def agent_inputs(obs: Array, last_action: Array, num_actions: int) -> Array:
         ``[.., N, O + A + N]`` in the dtype of ``obs``.
     """
     chex.assert_equal_shape_prefix([obs, last_action], obs.ndim - 1)
-    num_agents = obs.shape[-2]
     last = jax.nn.one_hot(last_action, num_actions, dtype=obs.dtype)
-    ids = jnp.broadcast_to(jnp.eye(num_agents, dtype=obs.dtype), (*obs.shape[:-1], num_agents))
-    return jnp.concatenate([obs, last, ids], axis=-1)
+    return with_ids(jnp.concatenate([obs, last], axis=-1))
+
+
+def with_ids(features: Array) -> Array:
+    """Each agent's one-hot id beside its features: ``[.., N, F]`` -> ``[.., N, F + N]``."""
+    num_agents = features.shape[-2]
+    ids = jnp.broadcast_to(jnp.eye(num_agents, dtype=features.dtype), (*features.shape[:-1], num_agents))
+    return jnp.concatenate([features, ids], axis=-1)
 
 
 class RecurrentAgent(nn.Module):
@@ -50,5 +55,10 @@ class RecurrentAgent(nn.Module):
         Returns:
             The hidden state after the last step ``[.., H]`` and the utilities ``[T, .., A]``.
         """
+        hiddens, utilities = self.unroll(carry, inputs)
+        return hiddens[-1], utilities
+
+    def unroll(self, carry: Array, inputs: Array) -> tuple[Array, Array]:
+        """As a call, but with the hidden states after every step, ``[T, .., H]``."""
         hiddens = self.gru(carry, nn.relu(self.encoder(inputs)))
-        return hiddens[-1], self.head(hiddens)
+        return hiddens, self.head(hiddens)

@@ -12,6 +12,6 @@ def init_net(net: nn.Module, key: PRNGKey, *inputs: Any) -> PyTree:
     return net.init(key, *inputs).get("params", {})
 
 
-def apply_net(net: nn.Module, params: PyTree, *inputs: Any) -> Any:
-    """What the net makes of its inputs."""
-    return net.apply({"params": params}, *inputs)
+def apply_net(net: nn.Module, params: PyTree, *inputs: Any, method: str = "__call__") -> Any:
+    """What the net, or another method of it, makes of its inputs."""
+    return net.apply({"params": params}, *inputs, method=method)

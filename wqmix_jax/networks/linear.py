@@ -42,3 +42,17 @@ class TwoLayer(nn.Module):
     def __call__(self, inputs: Array) -> Array:
         """Applies both layers."""
         return self.out(nn.relu(self.hidden(inputs)))
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLUs between them, ``[.., F] -> [.., features[-1]]``."""
+
+    features: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, inputs: Array) -> Array:
+        """Applies all layers."""
+        outputs = Linear(self.features[0], name="layer_0")(inputs)
+        for layer, width in enumerate(self.features[1:], start=1):
+            outputs = Linear(width, name=f"layer_{layer}")(nn.relu(outputs))
+        return outputs

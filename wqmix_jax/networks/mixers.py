@@ -2,6 +2,7 @@
 
 import chex
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from wqmix_jax.networks.linear import Linear, TwoLayer
@@ -40,3 +41,34 @@ class QMIXMixer(nn.Module):
         v = TwoLayer(self.embed_dim, 1, name="v")(state)
         hidden = nn.elu((chosen_qs[..., None] * w_1).sum(-2) + b_1)
         return (hidden * w_final).sum(-1) + v[..., 0]
+
+
+class QattenMixer(nn.Module):
+    """Heads of attention over agents, weighed by the state, plus c(s) (Qatten, Yang et al., arXiv 2002.03939).
+
+    A head's query comes from the state and its keys from the agents. The paper makes keys of the units' features, cut
+    from SMAC's state; here each agent's features are given, since other environments' states can't be cut.
+
+    Attributes:
+        embed_dim: width of queries and keys, hidden width of c(s).
+        hypernet_dim: hidden width of the queries' and the heads' weights.
+        num_heads: heads.
+    """
+
+    embed_dim: int
+    hypernet_dim: int
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, chosen_qs: Array, state: Array, features: Array) -> Array:
+        """``[.., N]``, ``[.., D]``, ``[.., N, F]`` -> ``[..]``, non-decreasing in every utility."""
+        chex.assert_equal_shape_prefix([chosen_qs, state, features], chosen_qs.ndim - 1)
+        heads = (self.num_heads, self.embed_dim)
+        query = TwoLayer(self.hypernet_dim, self.num_heads * self.embed_dim, name="query")(state)
+        keys = Linear(self.num_heads * self.embed_dim, name="key")(features)
+        query, keys = query.reshape(*state.shape[:-1], *heads), keys.reshape(*features.shape[:-1], *heads)
+        logits = jnp.einsum("...he,...nhe->...hn", query, keys) / self.embed_dim**0.5
+        head_qs = (jax.nn.softmax(logits) * chosen_qs[..., None, :]).sum(-1)
+        weights = jnp.abs(TwoLayer(self.hypernet_dim, self.num_heads, name="head")(state))
+        c = TwoLayer(self.embed_dim, 1, name="c")(state)
+        return (weights * head_qs).sum(-1) + c[..., 0]

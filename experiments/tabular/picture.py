@@ -1,0 +1,75 @@
+"""Draws ``shares.png`` from what `exact` and `deep` wrote: ``python -m experiments.tabular.picture``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from experiments.tabular.games import FOLDER, Share, read
+
+# The Okabe-Ito palette and markers of their own: told apart with any colour vision, and in grey.
+STYLES = {
+    "uniform": ("QMIX (alpha = 1)", "#000000", ""),
+    "central": ("idealised central (eq. 4)", "#0072B2", "o"),
+    "optimistic": ("optimistic (eq. 5)", "#D55E00", "s"),
+    "practical_central": ("central as trained (eq. 10)", "#009E73", "^"),
+    "qmix": ("QMIX (alpha = 1)", "#000000", ""),
+    "cw_qmix": ("CW-QMIX", "#009E73", "^"),
+    "ow_qmix": ("OW-QMIX", "#D55E00", "s"),
+}
+TRAINED_AS = {"qmix": "uniform", "ow_qmix": "optimistic", "cw_qmix": "practical_central"}
+"""What each algorithm's loss is, exactly."""
+
+RIGHT = {"argmax": "the optimum is in the argmax set", "greedy": "the agents play the optimum"}
+
+
+def main() -> None:
+    print(draw(FOLDER / "shares.png"))
+
+
+def draw(picture: Path) -> Path:
+    """Exact projections above, trained networks below, there with the exact ones of the same games as thin lines."""
+    exact, deep, same_games = (read(FOLDER / f"{name}.jsonl") for name in ("exact", "deep", "exact_same_games"))
+    figure = Figure(figsize=(10, 7.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, len(RIGHT), sharex=True, sharey=True)
+    for row, shares, source in zip(panels, (exact, deep), ("exact projections", "trained networks"), strict=True):
+        for axes, (field, title) in zip(row, RIGHT.items(), strict=True):
+            _decorate(axes)
+            _curves(axes, shares, field)
+            axes.set_title(f"{source}, {shares[0].games} games: {title}", fontsize=10)
+        row[0].set_ylabel("share of random games")
+    for axes, field in zip(panels[1], RIGHT, strict=True):
+        _curves(axes, [share for share in same_games if share.name in TRAINED_AS.values()], field, is_reference=True)
+        axes.set_xlabel("alpha")
+    for row in panels:
+        row[0].legend(frameon=False, fontsize=9, loc="lower left")
+    figure.savefig(picture, dpi=110)
+    return picture
+
+
+def _curves(axes: Any, shares: Sequence[Share], field: str, *, is_reference: bool = False) -> None:
+    for name in dict.fromkeys(share.name for share in shares):
+        label, colour, marker = STYLES[name]
+        mine = sorted((share for share in shares if share.name == name), key=lambda share: share.alpha)
+        heights = [getattr(share, field) for share in mine]
+        line = {"color": colour, "linewidth": 1.6, "label": label}
+        if is_reference:
+            line |= {"linewidth": 1.2, "linestyle": ":", "label": "exact, same games" if len(mine) == 1 else None}
+        if len(mine) == 1:
+            axes.axhline(heights[0], **{"linestyle": "--"} | line)
+        else:
+            axes.plot([share.alpha for share in mine], heights, marker="" if is_reference else marker, **line)
+
+
+def _decorate(axes: Any) -> None:
+    axes.set_xscale("log")
+    axes.set_ylim(0, 1.03)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""What MADDPG and MASAC share: recurrent decentralised actors, and one central critic built as Q* is (appendix B)."""
+
+import flax.linen as nn
+import jax
+
+from wqmix_jax.algos.q_learning import QLearner, gather_actions, init_agent, init_central
+from wqmix_jax.config import PositiveInt, options
+from wqmix_jax.networks.functional import apply_net
+from wqmix_jax.networks.q_star import FeedForwardQStar
+from wqmix_jax.types import Array, EnvSpec, PRNGKey, PyTree
+
+
+@options
+class ActorCritic(QLearner):
+    """Parameters ``{"agent", "q_star_agent", "q_star_mixer"}``: the actors, the critic's utilities and their mixer.
+
+    One loss is the sum of the actors' and the critic's. Each leaves the other's parameters alone, so that the sum's
+    gradient holds both, and one optimiser with one joint clip moves them, as in the authors' code.
+
+    Attributes:
+        q_star_dim: width of the critic's mixing layers.
+    """
+
+    q_star_dim: PositiveInt
+
+    @property
+    def q_star_net(self) -> nn.Module:
+        """The critic's mixer as a flax module."""
+        return FeedForwardQStar(self.q_star_dim)
+
+    def init(self, key: PRNGKey, env_spec: EnvSpec) -> PyTree:
+        """Actors and critic."""
+        actor_key, agent_key, mixer_key = jax.random.split(key, 3)
+        return super().init(actor_key, env_spec) | {
+            "q_star_agent": init_agent(agent_key, self.hidden_dim, env_spec),
+            "q_star_mixer": init_central(self.q_star_net, mixer_key, env_spec),
+        }
+
+    def critic_values(self, mixer_params: PyTree, critic_qs: Array, joint_action: Array, state: Array) -> Array:
+        """The critic's value of joint actions: ``[B, T, N, A]``, ``[B, T, N]``, ``[B, T, D]`` -> ``[B, T]``."""
+        return apply_net(self.q_star_net, mixer_params, gather_actions(critic_qs, joint_action), state)
+
+    def deviations(self, mixer_params: PyTree, critic_qs: Array, joint_action: Array, state: Array) -> Array:
+        """The critic's values when one agent alone plays another action: as `critic_values` -> ``[B, T, N, A]``."""
+
+        def at_one_time(step: tuple[Array, Array, Array]) -> Array:
+            return apply_net(self.q_star_net, mixer_params, *step, method="deviations")
+
+        # One time step after another: N * A values per state in wide layers would fill the memory rather than a cache.
+        chosen_qs = gather_actions(critic_qs, joint_action)
+        by_time = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), (critic_qs, chosen_qs, state))
+        return jax.lax.map(at_one_time, by_time).swapaxes(0, 1)

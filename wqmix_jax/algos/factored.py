@@ -1,0 +1,76 @@
+"""Value factorisation: a mixer makes Q_tot of the utilities (``src/learners/q_learner.py`` of the authors' code)."""
+
+import abc
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from wqmix_jax.algos.base import Aux, Context, Hyperparams
+from wqmix_jax.algos.q_learning import TDLearner, greedy_actions, seen_after, seen_before
+from wqmix_jax.config import options
+from wqmix_jax.networks.functional import apply_net, init_net
+from wqmix_jax.td import masked_mean, masked_mean_square
+from wqmix_jax.types import Array, EnvSpec, Episode, Observation, PRNGKey, PyTree
+
+
+@options
+class FactoredQLearner(TDLearner):
+    """Parameters ``{"agent", "mixer"}``; Q_tot learns the double-Q target of eq. 3 in the paper's section 2.1."""
+
+    @property
+    @abc.abstractmethod
+    def mixer_net(self) -> nn.Module:
+        """The mixer as a flax module."""
+
+    @abc.abstractmethod
+    def mixer_inputs(self, agent_qs: Array, joint_action: Array, seen: Observation) -> tuple[Array, ...]:
+        """What the mixer is given.
+
+        Args:
+            agent_qs: ``[.., N, A]``.
+            joint_action: ``[.., N]``, whose value is asked for.
+            seen: leaves ``[.., ..]``, what was seen when the utilities were.
+        """
+
+    def init(self, key: PRNGKey, env_spec: EnvSpec) -> PyTree:
+        """Agent and mixer."""
+        agent_key, mixer_key = jax.random.split(key)
+        num_agents, num_actions = env_spec.num_agents, env_spec.num_actions
+        seen = Observation(
+            obs=jnp.zeros((1, num_agents, env_spec.obs_dim)),
+            state=jnp.zeros((1, env_spec.state_dim)),
+            avail_actions=jnp.ones((1, num_agents, num_actions), bool),
+        )
+        agent_qs, joint_action = jnp.zeros((1, num_agents, num_actions)), jnp.zeros((1, num_agents), jnp.int32)
+        mixer = init_net(self.mixer_net, mixer_key, *self.mixer_inputs(agent_qs, joint_action, seen))
+        return super().init(agent_key, env_spec) | {"mixer": mixer}
+
+    def mix(
+        self, mixer_params: PyTree, agent_qs: Array, joint_action: Array, seen: Observation
+    ) -> tuple[Array, dict[str, Array]]:
+        """Q_tot of a joint action, ``[..]``, and what it is made of, by name; arguments as in `mixer_inputs`."""
+        return apply_net(self.mixer_net, mixer_params, *self.mixer_inputs(agent_qs, joint_action, seen)), {}
+
+    def loss(
+        self, params: PyTree, target: PyTree, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree
+    ) -> tuple[Array, Aux]:
+        """Mean square TD error of Q_tot."""
+        del ctx, noise
+        agent_qs = self.unroll(params["agent"], batch)
+        greedy = greedy_actions(agent_qs, batch.avail_actions)
+        q_tot, parts = self.mix(params["mixer"], agent_qs[:, :-1], batch.joint_action, seen_before(batch))
+        target_qs = self.unroll(target["agent"], batch)[:, 1:]
+        next_actions = self.next_actions(greedy, batch)
+        next_q, next_parts = self.mix(target["mixer"], target_qs, next_actions, seen_after(batch))
+        y = self.td_targets(batch, hp, next_q)
+        loss = masked_mean_square(q_tot - y, batch.mask)
+        metrics = {
+            "loss": loss,
+            "q_tot_mean": masked_mean(q_tot, batch.mask),
+            "td_target_mean": masked_mean(y, batch.mask),
+        }
+        values = {"agent_qs": agent_qs, "greedy_actions": greedy, "q_tot": q_tot}
+        values |= {"td_target": y, "next_value": next_q, "td_error": q_tot - y}
+        values |= parts | {f"next_{name}": part for name, part in next_parts.items()}
+        return loss, Aux(metrics, values)

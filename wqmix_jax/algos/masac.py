@@ -1,0 +1,117 @@
+"""Multi-agent soft actor-critic for discrete actions (``src/learners/max_q_learner_sac.py`` of the authors' code).
+
+Soft actor-critic (Haarnoja et al., arXiv 1801.01290) with the central critic of Iqbal and Sha (arXiv 1810.02912) built
+as Q* is; appendix B of the paper.
+"""
+
+from typing import Annotated, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import entr
+from pydantic import Field
+
+from wqmix_jax.algos.actor_critic import ActorCritic
+from wqmix_jax.algos.base import TRACED, AgentInputs, Aux, Context, Hyperparams
+from wqmix_jax.algos.q_learning import gather_actions
+from wqmix_jax.config import options
+from wqmix_jax.exploration import masked_argmax
+from wqmix_jax.policies import draw, epsilon_floor
+from wqmix_jax.td import masked_mean, masked_mean_square, td_target
+from wqmix_jax.types import Array, Episode, PRNGKey, PyTree
+
+Floor = Annotated[float, Field(gt=0, le=1), TRACED]
+"""Never 0, which is how evaluation is told."""
+
+
+class Noise(NamedTuple):
+    """Standard Gumbel noise of the draws from two policies.
+
+    Attributes:
+        online: ``[B, T+1, N, A]``, of the actors'.
+        target: ``[B, T+1, N, A]``, of their target copies'.
+    """
+
+    online: Array
+    target: Array
+
+
+@options
+class MASAC(ActorCritic):
+    """The actors' outputs are logits of a policy with an epsilon floor; epsilon is that floor, not a chance to explore.
+
+    Attributes:
+        alpha_ent: the entropy's weight against the reward (the authors' ``entropy_temp``).
+        epsilon_start: the actors' floor at the start, and the target policy's for ever.
+        epsilon_finish: the actors' floor after ``epsilon_anneal_steps``.
+    """
+
+    alpha_ent: Annotated[float, Field(ge=0), TRACED]
+    epsilon_start: Floor
+    epsilon_finish: Floor
+
+    def act(
+        self, params: PyTree, carry: Array, inputs: AgentInputs, hp: Hyperparams, ctx: Context, key: PRNGKey
+    ) -> tuple[Array, Array]:
+        """A draw from the policy; in evaluation, as the authors do, the likeliest available action without a floor."""
+        carry, logits = self.step(params["agent"], carry, inputs)
+        policy = epsilon_floor(logits, inputs.avail_actions, ctx.epsilon)
+        drawn = draw(policy, jax.random.gumbel(key, policy.shape, policy.dtype))
+        return jnp.where(ctx.epsilon > 0, drawn, masked_argmax(logits, inputs.avail_actions)), carry
+
+    def sample_noise(self, key: PRNGKey, batch: Episode) -> Noise:
+        """Gumbel noise of both policies' draws."""
+        online_key, target_key = jax.random.split(key)
+        shape = batch.avail_actions.shape
+        return Noise(jax.random.gumbel(online_key, shape), jax.random.gumbel(target_key, shape))
+
+    def loss(
+        self, params: PyTree, target: PyTree, batch: Episode, hp: Hyperparams, ctx: Context, noise: Noise
+    ) -> tuple[Array, Aux]:
+        """The critic's mean square error against the soft target, plus the actors' divergence from its exponential.
+
+        The target's policy keeps the first floor: in the authors' code its copy of the schedule is never moved on.
+        """
+        policy = epsilon_floor(self.unroll(params["agent"], batch), batch.avail_actions, ctx.epsilon)
+        target_policy = epsilon_floor(self.unroll(target["agent"], batch), batch.avail_actions, hp.epsilon_start)
+        drawn, target_drawn = draw(policy, noise.online), draw(target_policy, noise.target)
+        target_qs = self.unroll(target["q_star_agent"], batch)
+        next_q = self.critic_values(target["q_star_mixer"], target_qs[:, 1:], target_drawn[:, 1:], batch.state[:, 1:])
+        target_log_probs = jnp.log(gather_actions(target_policy, target_drawn)).sum(-1)
+        next_value = next_q - hp.alpha_ent * target_log_probs[:, 1:]
+        y = jax.lax.stop_gradient(td_target(batch.reward, batch.discount, hp.gamma, next_value))
+        critic_qs, state = self.unroll(params["q_star_agent"], batch)[:, :-1], batch.state[:, :-1]
+        q_star, drawn_q = (
+            self.critic_values(params["q_star_mixer"], critic_qs, joint_action, state)
+            for joint_action in (batch.joint_action, drawn[:, :-1])
+        )
+        q_star_loss = masked_mean_square(q_star - y, batch.mask)
+        log_probs = jnp.log(gather_actions(policy, drawn))[:, :-1]
+        actor_loss = _divergence(log_probs, drawn_q, batch.mask, hp.alpha_ent)
+        loss = q_star_loss + actor_loss
+        metrics = {
+            "loss": loss,
+            "actor_loss": actor_loss,
+            "q_star_loss": q_star_loss,
+            "q_star_mean": masked_mean(q_star, batch.mask),
+            "td_target_mean": masked_mean(y, batch.mask),
+            "policy_entropy": masked_mean(entr(policy).sum((-2, -1))[:, :-1], batch.mask),
+        }
+        values = {"policy": policy, "target_policy": target_policy, "drawn": drawn, "target_drawn": target_drawn}
+        values |= {"q_star": q_star, "td_target": y, "next_value": next_q, "target_log_probs": target_log_probs}
+        return loss, Aux(metrics, values | {"drawn_q_star": drawn_q, "log_probs": log_probs})
+
+
+def _divergence(log_probs: Array, drawn_q: Array, mask: Array, alpha_ent: Array) -> Array:
+    """What falls as each policy nears exp(Q / alpha_ent), up to a constant: the mean over real steps and agents.
+
+    Its gradient is the score function's, from one draw of all agents: that of sum_u pi(u) (alpha_ent log pi(u) - Q).
+
+    Args:
+        log_probs: ``[B, T, N]``, of each agent's drawn action.
+        drawn_q: ``[B, T]``, the critic's value of the drawn joint action, a constant here.
+        mask: ``[B, T]``.
+        alpha_ent: scalar.
+    """
+    cost = jax.lax.stop_gradient(alpha_ent * (log_probs + 1) - drawn_q[..., None])
+    return masked_mean(log_probs * cost, jnp.broadcast_to(mask[..., None], log_probs.shape))
