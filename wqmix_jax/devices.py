@@ -17,7 +17,7 @@ def seed_sharding(num_seeds: int) -> Sharding:
     On a CPU that is a device per core where the count allows it: XLA runs the body of a loop on one core, so seeds side
     by side use the machine better. It can only be arranged before JAX starts its backend; later, one device trains all.
     """
-    _claim_cores(num_seeds)
+    claim_cores(num_seeds)
     devices = jax.local_devices()
     count = _most_equal_parts(num_seeds, len(devices))
     if count == 1:
@@ -25,8 +25,11 @@ def seed_sharding(num_seeds: int) -> Sharding:
     return NamedSharding(jax.sharding.Mesh(np.array(devices[:count]), SEED_AXIS), PartitionSpec(SEED_AXIS))
 
 
-def _claim_cores(num_seeds: int) -> None:
-    """Makes the CPU as many devices as seeds go evenly on its cores; leaves alone what the user has set."""
+def claim_cores(num_seeds: int) -> None:
+    """Makes the CPU as many devices as seeds go evenly on its cores; leaves alone what the user has set.
+
+    It has no effect once JAX's backend runs, which the import of some environments starts.
+    """
     if jax.config.values["jax_num_cpu_devices"] > 0 or "device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     with contextlib.suppress(RuntimeError):  # the backend runs already

@@ -11,7 +11,7 @@ import numpy as np
 import wqmix_jax
 from wqmix_jax.checkpoint import Checkpoints, Restored
 from wqmix_jax.config import ConfigError, RunConfig, run_config
-from wqmix_jax.devices import seed_sharding
+from wqmix_jax.devices import claim_cores, seed_sharding
 from wqmix_jax.logger import MetricsFile, WandbRuns, create_metrics, load_header, load_metrics, refuse_missing_wandb
 from wqmix_jax.loop import Line, Loop, advance, begin, compile_trainer, env_steps, is_finished
 from wqmix_jax.plotting import plot_run
@@ -72,6 +72,7 @@ def resume(run_dir: Path, changes: Mapping[str, Any]) -> Path:
     """
     old = read_config(run_dir)
     values = _merged(old, changes)
+    claim_cores(old["num_seeds"])  # before an environment's library starts the backend
     config = run_config(values)
     refuse_missing_wandb(config.logger)
     if config.total_env_steps < old["total_env_steps"]:

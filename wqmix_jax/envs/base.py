@@ -76,3 +76,12 @@ class Environment(abc.ABC):
     def step_batch(self, env_state: EnvState, joint_action: Array, keys: PRNGKey) -> tuple[EnvState, StepOutcome]:
         """`step` over a leading axis."""
         return jax.vmap(self.step)(env_state, joint_action, keys)
+
+
+def without_weak_types(tree: PyTree) -> PyTree:
+    """The same values with strong dtypes.
+
+    Some libraries reset to Python scalars, whose weak types would make another loop state, and another compilation,
+    after the first step.
+    """
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), tree)
