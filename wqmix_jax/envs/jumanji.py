@@ -128,13 +128,13 @@ class JumanjiEnvironment(Environment):
 @functools.cache
 def _made(name: str, time_limit: int, generator: str) -> Any:
     """One object per set of options, as jumanji's caches are its own."""
-    import jumanji
+    from jumanji.registration import make
 
     arguments = json.loads(generator)
     if not arguments:
-        return jumanji.make(name, time_limit=time_limit)
-    default = jumanji.make(name)
-    return jumanji.make(name, time_limit=time_limit, generator=type(default._generator)(**arguments))
+        return make(name, time_limit=time_limit)
+    default: Any = make(name)
+    return make(name, time_limit=time_limit, generator=type(default._generator)(**arguments))
 
 
 def _env_state(state: Any, timestep: Any) -> EnvState:
