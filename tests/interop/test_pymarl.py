@@ -159,7 +159,7 @@ def test_what_torch_wrote_comes_back_bit_for_bit(tmp_path: Path, params: PyTree)
     ("options", "net", "make"),
     [
         (["+algo=cw_qmix", *SIZES, "algo.q_star=attention"], "central_mixer", TorchAttention),
-        (["+algo=qtran", "algo.mixer_embed_dim=8"], "mixer", lambda: TorchQTRAN(2)),
+        (["+algo=qtran", "algo.mixer_embed_dim=8", "algo.mixer_layers=2"], "mixer", lambda: TorchQTRAN(2)),
         (["+algo=qtran", "algo.mixer_embed_dim=8", "algo.mixer_layers=3"], "mixer", lambda: TorchQTRAN(3)),
         (
             ["+algo=qplex", "algo.hypernet_dim=12", "algo.attention_dim=10", "algo.num_heads=11"],

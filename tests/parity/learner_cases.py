@@ -16,6 +16,7 @@ from tests.parity.comparison import EXACT, Report, Tolerance
 from wqmix_jax import load_config
 from wqmix_jax.algos import masac
 from wqmix_jax.algos.base import Algorithm, Context, Hyperparams, hyperparams
+from wqmix_jax.algos.q_learning import UNAVAILABLE
 from wqmix_jax.config import CONFIG_DIR
 from wqmix_jax.interop import pymarl
 from wqmix_jax.learner import LearnerState, init_learner, learner_step
@@ -404,8 +405,7 @@ def _values(ran: Run, expected: Arrays) -> dict[str, tuple[np.ndarray, np.ndarra
     """
     real = ran.batch.mask > 0
     seen = np.pad(real, ((0, 0), (0, 1))) | np.pad(real, ((0, 0), (1, 0)))  # the states before and after a real step
-    avail = ran.batch.avail_actions
-    where = {"seen": seen, "allowed": seen[..., None, None] & avail, "decided": seen[..., None] & avail.any(-1)}
+    where = {"seen": seen, "decided": seen[..., None] & ran.batch.avail_actions.any(-1)}
     found = {}
     for name, value in _step_values(ran, expected).items():
         everywhere = name.startswith(("mask", "central_masked"))  # zero in the padding, in the recordings too
@@ -471,7 +471,7 @@ def _state_values(ran: Run) -> dict[str, tuple[np.ndarray, str]]:
         "cur_max_actions": (greedy[..., None], "decided"),
         "cur_max_actions_onehot": (one_hot, "decided"),
         "target_next_actions": (greedy[..., None], "decided"),
-        "target_mac_out": (target_qs, "allowed"),
+        "target_mac_out": (target_qs, "seen"),
         "target_max_agent_qvals": (_taken(target_qs, greedy), "decided"),
         "target_chosen_qvals": (_taken(target_qs, greedy), "decided"),
         "tar_max_actions": (target_best.argmax(-1)[..., None], "decided"),
@@ -490,7 +490,7 @@ def _state_values(ran: Run) -> dict[str, tuple[np.ndarray, str]]:
         central, central_target = (each["central_agent"] for each in (ran.utilities, ran.target_utilities))
         states |= {
             "central_mac_out": (central[..., None], "seen"),
-            "central_target_mac_out": (central_target[..., None], "allowed"),
+            "central_target_mac_out": (central_target[..., None], "seen"),
             "central_target_max_agent_qvals": (_taken(central_target, greedy)[..., None], "decided"),
         }
     if "objectives" in values:  # MADDPG's are the critic's, of steps
@@ -542,12 +542,17 @@ def _policy_state_values(ran: Run) -> dict[str, tuple[np.ndarray, str]]:
 
 
 def _cut(name: str, value: np.ndarray, where: np.ndarray, recorded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A value at all states cut to those that were recorded: all, those after a step, or those before one."""
-    if recorded.shape[1] == value.shape[1]:
-        return value, where
-    before = ("target_max_agent_qvals", "max_action_qvals", "max_action_index")
-    kept = slice(None, -1) if name in before else slice(1, None)
-    return value[:, kept], where[:, kept]
+    """A value at all states cut to those that were recorded: all, those after a step, or those before one.
+
+    Where the recording has put a number in the place of an unavailable action, there is nothing to compare.
+    """
+    if recorded.shape[1] < value.shape[1]:
+        before = ("target_max_agent_qvals", "max_action_qvals", "max_action_index")
+        kept = slice(None, -1) if name in before else slice(1, None)
+        value, where = value[:, kept], where[:, kept]
+    if recorded.shape == value.shape:
+        where = where.reshape(where.shape + (1,) * (value.ndim - where.ndim)) & (recorded != UNAVAILABLE)
+    return value, where
 
 
 def _flat(value: np.ndarray, where: np.ndarray, recorded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
