@@ -128,7 +128,7 @@ def test_load_config_reads_what_the_command_line_reads(tmp_path: Path) -> None:
         1e-3,
         "central",
     )
-    for overrides in (["algo=iql"], ["+algo=iql", "algo.alpha=0.1"], ["+algo=iql", "num_seeds="]):
+    for overrides in (["algo=iql"], ["+algo=iql", "algo.q_star_dim=8"], ["+algo=iql", "num_seeds="]):
         with pytest.raises(ConfigError):
             load_config(*overrides)
 
