@@ -2,8 +2,10 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from wqmix_jax import loop as loop_module
 from wqmix_jax.loop import Line, Loop, advance, begin, env_steps, is_finished
@@ -56,7 +58,8 @@ def known_trainer(*, chunk_iterations: int, eval_iterations: int, total_env_step
         metrics = {"captures": figures / 10, "episode_length": figures + 1, "episode_return": figures * 2}
         return EvalRecord(state.counters, metrics)
 
-    return Trainer(init, train_chunk, evaluate, chunk_iterations, eval_iterations, replay_bytes=0)
+    sharding = SingleDeviceSharding(jax.local_devices()[0])
+    return Trainer(init, train_chunk, evaluate, chunk_iterations, eval_iterations, replay_bytes=0, sharding=sharding)
 
 
 def run(trainer: Trainer) -> tuple[Loop, list[list[Line]]]:

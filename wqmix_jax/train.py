@@ -22,7 +22,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wqmix_jax.config import CONFIG_DIR, ConfigError, RunConfig, run_config
-from wqmix_jax.devices import claim_cores
 
 RESUMABLE = ("total_env_steps", "checkpoint", "logger")
 """Options that may differ when a run is resumed."""
@@ -106,6 +105,8 @@ def _run(cfg: DictConfig) -> None:
         values = _plain(cfg)
         hydra_config = HydraConfig.get()
         if values["resume"] is None:
+            from wqmix_jax.devices import claim_cores
+
             if isinstance(values["num_seeds"], int) and values["num_seeds"] > 0:
                 claim_cores(values["num_seeds"])  # before an environment's library starts the backend
             run_config(values)  # refuses before the slow imports
