@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.environments import QMIX, TD, TINY, Clock, tiny_wqmix
+from wqmix_jax.algos.actor_critic import ActorCritic
 from wqmix_jax.algos.base import Context, hyperparams
 from wqmix_jax.algos.iql import IQL
 from wqmix_jax.algos.masac import MASAC
@@ -70,6 +71,9 @@ def value_of(algo, params, batch, joint_action):
         return algo.joint_value(params["mixer"], hidden[:, 1:], joint_action, seen).q
     if isinstance(algo, IQL):
         return gather_actions(algo.unroll(params["agent"], batch)[:, 1:], joint_action)
+    if isinstance(algo, ActorCritic):
+        critic_qs = algo.unroll(params["q_star_agent"], batch)[:, 1:]
+        return algo.critic_values(params["q_star_mixer"], critic_qs, joint_action, seen.state)
     if isinstance(algo, WQMIX):
         net = "agent" if algo.q_star == "none" else "q_star_agent"
         return algo.central_estimate(params, algo.unroll(params[net], batch)[:, 1:], joint_action, seen)
