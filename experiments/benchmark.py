@@ -20,10 +20,11 @@ from rich.table import Table
 from wqmix_jax import load_config, make_trainer
 from wqmix_jax.algos.base import Context, hyperparams
 from wqmix_jax.config import RunConfig
-from wqmix_jax.devices import claim_cores, seed_sharding
+from wqmix_jax.devices import claim_cores
 from wqmix_jax.learner import init_learner, learner_step
 from wqmix_jax.replay import make_replay
 from wqmix_jax.rollout import rollout
+from wqmix_jax.trainer import train_sharding
 from wqmix_jax.types import Episode
 
 REPETITIONS = 5
@@ -45,7 +46,7 @@ def main() -> None:
     args = parser.parse_args()
     chosen = any(override.startswith("+algo=") for override in args.overrides)
     config = load_config(*args.overrides, *([] if chosen else ["+algo=ow_qmix"]))
-    claim_cores(config.num_seeds)
+    claim_cores()
     rows = [*learner_rows(config), *rollout_rows(config), *loop_rows(config)]
     show(rows, config)
     if args.out is not None:
@@ -99,7 +100,7 @@ def rollout_rows(config: RunConfig) -> list[Row]:
 
 def loop_rows(config: RunConfig) -> list[Row]:
     """The compiled loop as a run uses it, from the first chunk in which every iteration learns."""
-    trainer = make_trainer(config, sharding=seed_sharding(config.num_seeds))
+    trainer = make_trainer(config, sharding=train_sharding(config, config.num_seeds))
     state = trainer.init(range(config.seed, config.seed + config.num_seeds))
     started = time.perf_counter()
     train_chunk = trainer.train_chunk.lower(state).compile()  # type: ignore[attr-defined]

@@ -4,9 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from wqmix_jax.config import MAX_SEED, ConfigError, RunConfig, run_config
-from wqmix_jax.devices import seed_sharding
 from wqmix_jax.loop import advance, begin, compile_trainer, is_finished
-from wqmix_jax.trainer import TrainState, make_trainer
+from wqmix_jax.trainer import TrainState, make_trainer, train_sharding
 
 
 def train_seeds(
@@ -32,7 +31,7 @@ def train_seeds(
     """
     config = config if isinstance(config, RunConfig) else run_config(config)
     seeds = _checked(seeds)
-    trainer, _ = compile_trainer(make_trainer(config, sharding=seed_sharding(len(seeds))), seeds)
+    trainer, _ = compile_trainer(make_trainer(config, sharding=train_sharding(config, len(seeds))), seeds)
     records: list[dict[str, Any]] = []
 
     def take(lines: list[dict[str, Any]]) -> None:

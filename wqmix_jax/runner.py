@@ -11,7 +11,7 @@ import numpy as np
 import wqmix_jax
 from wqmix_jax.checkpoint import Checkpoints, Restored
 from wqmix_jax.config import ConfigError, RunConfig, run_config
-from wqmix_jax.devices import claim_cores, seed_sharding
+from wqmix_jax.devices import claim_cores
 from wqmix_jax.logger import MetricsFile, WandbRuns, create_metrics, load_header, load_metrics, refuse_missing_wandb
 from wqmix_jax.loop import Line, Loop, advance, begin, compile_trainer, env_steps, is_finished
 from wqmix_jax.plotting import plot_run
@@ -27,7 +27,7 @@ from wqmix_jax.runs import (
     save_summary,
     steps_per_iteration,
 )
-from wqmix_jax.trainer import Trainer, make_trainer
+from wqmix_jax.trainer import Trainer, make_trainer, train_sharding
 
 
 def start(values: Mapping[str, Any], *, algo: str, env: str) -> Path:
@@ -47,7 +47,7 @@ def start(values: Mapping[str, Any], *, algo: str, env: str) -> Path:
     config = run_config(values)
     refuse_missing_wandb(config.logger)
     run_dir = new_run_dir(config.run_dir, algo=algo, env=env)
-    trainer = make_trainer(config, sharding=seed_sharding(config.num_seeds))
+    trainer = make_trainer(config, sharding=train_sharding(config, config.num_seeds))
     make_run_dir(run_dir)
     create_metrics(run_dir, version=wqmix_jax.__version__, algo=algo, env=env, seeds=_seeds(config))
     values = {**values, "run_dir": str(run_dir)}
@@ -72,13 +72,13 @@ def resume(run_dir: Path, changes: Mapping[str, Any]) -> Path:
     """
     old = read_config(run_dir)
     values = _merged(old, changes)
-    claim_cores(old["num_seeds"])  # before an environment's library starts the backend
+    claim_cores()  # before an environment's library starts the backend
     config = run_config(values)
     refuse_missing_wandb(config.logger)
     if config.total_env_steps < old["total_env_steps"]:
         longer = f"at least {old['total_env_steps']}, what the run was started with, is needed"
         raise ConfigError(f"total_env_steps={config.total_env_steps} is not allowed with resume: {longer}")
-    _train(config, values, run_dir, make_trainer(config, sharding=seed_sharding(config.num_seeds)))
+    _train(config, values, run_dir, make_trainer(config, sharding=train_sharding(config, config.num_seeds)))
     return run_dir
 
 

@@ -83,7 +83,7 @@ def device_lines(trainer: Trainer) -> Iterator[str]:
     devices = jax.local_devices()
     kind = f"{num_cores()} cores" if devices[0].platform == "cpu" else devices[0].device_kind
     used = len(trainer.sharding.device_set)
-    spread = f", seeds spread over {used} of {len(devices)} devices" if len(devices) > 1 else ""
+    spread = f", training on {used} of {len(devices)} devices" if len(devices) > 1 else ""
     yield f"device: {devices[0].platform} ({kind}){spread}"
     if devices[0].platform != "cpu":
         return

@@ -107,8 +107,7 @@ def _run(cfg: DictConfig) -> None:
         if values["resume"] is None:
             from wqmix_jax.devices import claim_cores
 
-            if isinstance(values["num_seeds"], int) and values["num_seeds"] > 0:
-                claim_cores(values["num_seeds"])  # before an environment's library starts the backend
+            claim_cores()  # before an environment's library starts the backend
             run_config(values)  # refuses before the slow imports
             from wqmix_jax import runner
 
