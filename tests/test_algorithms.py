@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.table2 import exploration
 from tests.environments import Clock, Recall
 from tests.running import main
 from wqmix_jax import load_config, load_metrics, train_seeds
@@ -114,8 +115,8 @@ def test_a_batchs_gradient_is_the_mean_of_its_parts_by_their_steps(algo: str) ->
 
 def small_run(algo: str, env: Any, total_env_steps: int) -> RunConfig:
     """The algorithm's own options with narrow nets and fast learning, on what is played at random."""
-    options = ("algo.lr=0.005", "algo.epsilon_finish=1", "algo.batch_size=64", "algo.buffer_size=512")
-    config = load_config(f"+algo={algo}", *options)
+    options = ("algo.lr=0.005", "algo.batch_size=64", "algo.buffer_size=512")
+    config = load_config(f"+algo={algo}", *options, *exploration(algo))
     widths = {field.name: 16 for field in dataclasses.fields(config.algo) if field.name.endswith("_dim")}
     return dataclasses.replace(
         config,
