@@ -1,7 +1,7 @@
 """A plain JAX loop in JaxMARL's shape: QMIX on SMAX as a stopwatch's counterpart, not an algorithm of this package.
 
-Per iteration it does the work of JaxMARL's recurrent QMIX, with the same parts (JaxMARL's environment and its
-`CTRolloutManager`, flax's GRU cell in a scan that resets at an episode's start, a flashbax buffer of float32 sequences,
+Per iteration it does the work of JaxMARL's recurrent QMIX, with the same parts (JaxMARL's environment with its
+automatic resets, flax's GRU cell in a scan that resets at an episode's start, a flashbax buffer of float32 sequences,
 optax's RAdam, autodiff) and the sizes of its configuration for SMAX. It is written anew: JaxMARL's own script may be
 faster or slower.
 """
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from wqmix_jax.envs.base import without_weak_types
 from wqmix_jax.types import Array, PRNGKey, PyTree
 
 NUM_ENVS, NUM_STEPS, LEARNER_CALLS, BATCH_SIZE = 16, 128, 8, 32
@@ -88,11 +89,7 @@ class _Mixer(nn.Module):
 
 def make_plain_qmix(game: Any) -> PlainQmix:
     """Binds the loop to JaxMARL's environment."""
-    from jaxmarl.wrappers.baselines import CTRolloutManager, SMAXLogWrapper
-
-    logged: Any = SMAXLogWrapper(game)
-    envs: Any = CTRolloutManager(logged, batch_size=NUM_ENVS)
-    agent, mixer = _Agent(envs.max_action_space), _Mixer()
+    agent, mixer, num_agents = _Agent(game.num_ally_actions), _Mixer(), len(game.agents)
     optimiser = optax.chain(optax.clip_by_global_norm(MAX_GRAD_NORM), optax.radam(LEARNING_RATE))
     buffer = flashbax.make_trajectory_buffer(
         add_batch_size=NUM_ENVS,
@@ -111,19 +108,17 @@ def make_plain_qmix(game: Any) -> PlainQmix:
 
     def init(key: PRNGKey) -> PlainState:
         agent_key, mixer_key, play_key, key = jax.random.split(key, 4)
-        example = jax.eval_shape(lambda: _observe(envs, *envs.batch_reset(jax.random.key(0))))
-        obs = jnp.zeros((1, 1, example.obs.shape[-1]))
-        num_agents = len(game.agents)
+        obs, state = jnp.zeros((1, 1, game.obs_size + num_agents)), jnp.zeros((1, 1, game.state_size))
         params = {
             "agent": agent.init(agent_key, jnp.zeros((1, HIDDEN_DIM)), obs, jnp.zeros((1, 1), bool)),
-            "mixer": mixer.init(mixer_key, jnp.zeros((1, 1, num_agents)), jnp.zeros((1, 1, example.state.shape[-1]))),
+            "mixer": mixer.init(mixer_key, jnp.zeros((1, 1, num_agents)), state),
         }
-        template = jax.eval_shape(lambda: _play(envs, utilities, params, play_key))
+        template = jax.eval_shape(lambda: _play(game, utilities, params, play_key))
         one = jax.tree.map(lambda leaf: jnp.zeros((leaf.shape[0], *leaf.shape[2:]), leaf.dtype), template)
         return PlainState(params, params, optimiser.init(params), buffer.init(one), jnp.int32(0), key)
 
     def loss(params: PyTree, target: PyTree, steps: Steps) -> Array:
-        carry = jnp.zeros((BATCH_SIZE * len(game.agents), HIDDEN_DIM))
+        carry = jnp.zeros((BATCH_SIZE * num_agents, HIDDEN_DIM))
         online, old = (utilities(p, carry, steps)[1] for p in (params, target))
         best = jnp.where(steps.avail_actions, online, -jnp.inf).argmax(-1)
         chosen, following = (_pick(qs, actions) for qs, actions in ((online, steps.joint_action), (old, best)))
@@ -135,7 +130,7 @@ def make_plain_qmix(game: Any) -> PlainQmix:
     def iterate(state: PlainState) -> tuple[PlainState, Array]:
         key, play_key, learn_key = jax.random.split(state.key, 3)
         played = jax.tree.map(
-            lambda leaf: jnp.swapaxes(leaf, 0, 1)[:, None], _play(envs, utilities, state.params, play_key)
+            lambda leaf: jnp.swapaxes(leaf, 0, 1)[:, None], _play(game, utilities, state.params, play_key)
         )
         stored = buffer.add(state.buffer, played)
 
@@ -156,38 +151,45 @@ def make_plain_qmix(game: Any) -> PlainQmix:
     return PlainQmix(init, iterate)
 
 
-def _play(envs: Any, utilities: Callable[..., Any], params: PyTree, key: PRNGKey) -> Steps:
+def _play(game: Any, utilities: Callable[..., Any], params: PyTree, key: PRNGKey) -> Steps:
     """Epsilon-greedy steps of all environments from a reset on, leaves ``[T, E, ..]``."""
 
     def advance(carry: tuple[Any, ...], key: PRNGKey) -> tuple[tuple[Any, ...], Steps]:
-        hidden, obs, env_state, first = carry
-        seen = _observe(envs, obs, env_state, first=first)
+        hidden, obs, dones, env_state = carry
+        seen = _observe(game, obs, dones, env_state)
         hidden, qs = utilities(params, hidden, jax.tree.map(lambda leaf: leaf[None], seen))
         greedy_key, random_key, step_key = jax.random.split(key, 3)
         best = jnp.where(seen.avail_actions, qs[0], -jnp.inf).argmax(-1)
         drawn = jax.random.categorical(random_key, jnp.where(seen.avail_actions, 0.0, -jnp.inf))
         joint_action = jnp.where(jax.random.uniform(greedy_key, best.shape) < EPSILON, drawn, best)
-        actions = {name: joint_action[:, index] for index, name in enumerate(envs.agents)}
-        obs, env_state, reward, dones, _ = envs.batch_step(step_key, env_state, actions)
-        steps = seen._replace(joint_action=joint_action, reward=reward["__all__"])
-        return (hidden, obs, env_state, dones["__all__"]), steps
+        actions = {name: joint_action[:, index] for index, name in enumerate(game.agents)}
+        step_keys = jax.random.split(step_key, NUM_ENVS)
+        obs, env_state, rewards, dones, _ = jax.vmap(game.step)(step_keys, env_state, actions)
+        steps = seen._replace(joint_action=joint_action, reward=rewards[game.agents[0]])
+        return (hidden, obs, dones, without_weak_types(env_state)), steps
 
     reset_key, key = jax.random.split(key)
-    hidden = jnp.zeros((NUM_ENVS * len(envs.agents), HIDDEN_DIM))
-    start = (hidden, *envs.batch_reset(reset_key), jnp.zeros(NUM_ENVS, bool))
+    obs, env_state = jax.vmap(game.reset)(jax.random.split(reset_key, NUM_ENVS))
+    dones = {name: jnp.zeros(NUM_ENVS, bool) for name in (*game.agents, "__all__")}
+    hidden = jnp.zeros((NUM_ENVS * len(game.agents), HIDDEN_DIM))
+    start = (hidden, obs, dones, without_weak_types(env_state))
     return jax.lax.scan(advance, start, jax.random.split(key, NUM_STEPS))[1]
 
 
-def _observe(envs: Any, obs: dict[str, Array], env_state: Any, first: Array | None = None) -> Steps:
-    """What is seen of all environments, leaves ``[E, ..]``; actions and rewards are still to come."""
-    avail = envs.get_valid_actions(env_state.env_state)
+def _observe(game: Any, obs: dict[str, Array], dones: dict[str, Array], env_state: Any) -> Steps:
+    """What is seen of all environments, leaves ``[E, ..]``; the action and the reward are still to come."""
+    num_agents, avail = len(game.agents), jax.vmap(game.get_avail_actions)(env_state)
+    features, dead, avail_actions = (
+        jnp.stack([by_agent[name] for name in game.agents], axis=1) for by_agent in (obs, dones, avail)
+    )
+    ids = jnp.broadcast_to(jnp.eye(num_agents), (NUM_ENVS, num_agents, num_agents))
     return Steps(
-        obs=jnp.stack([obs[name] for name in envs.agents], axis=1),
-        state=obs["__all__"],
-        avail_actions=jnp.stack([avail[name] for name in envs.agents], axis=1) > 0,
-        joint_action=jnp.zeros((NUM_ENVS, len(envs.agents)), jnp.int32),
+        obs=jnp.where(dead[..., None], 0.0, jnp.concatenate([features, ids], axis=-1)),
+        state=obs["world_state"],
+        avail_actions=avail_actions > 0,
+        joint_action=jnp.zeros((NUM_ENVS, num_agents), jnp.int32),
         reward=jnp.zeros(NUM_ENVS),
-        first=jnp.zeros(NUM_ENVS, bool) if first is None else first,
+        first=dones["__all__"],
     )
 
 
