@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from wqmix_jax.logger import MetricsFile, create_metrics
 from wqmix_jax.plotting import learning_curve, plot_run
@@ -47,3 +48,19 @@ def test_a_win_rate_gets_a_panel_of_its_own(num_seeds: int, tmp_path: Path) -> N
         heights.append(matplotlib.image.imread(plot_run(run_dir)).shape[0])
         assert sorted(path.name for path in run_dir.iterdir()) == ["learning_curve.png", "metrics.jsonl", "run.json"]
     assert heights[1] > 1.8 * heights[0]
+
+
+def test_a_win_rate_stands_on_an_axis_from_0_to_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **kw: figures.append(figure) or save(figure, *args, **kw)
+    )
+    create_metrics(tmp_path, version="0", algo="iql", env="coin", seeds=[0])
+    with MetricsFile(tmp_path, num_bytes=0) as metrics:
+        metrics.write(evaluated(0, {0: 3.0, 10: 4.0}, win_rate=0.25))
+    plot_run(tmp_path)
+    returns, win_rate = figures[0].axes
+    assert win_rate.get_ylim() == (-0.02, 1.02)
+    assert returns.get_ylim()[0] > 2.5
+    assert win_rate.lines[0].get_ydata().tolist() == [0.25, 0.25]

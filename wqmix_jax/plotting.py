@@ -15,7 +15,11 @@ from wqmix_jax.logger import load_header, load_metrics
 CURVE_FILE = "learning_curve.png"
 
 _BLUE, _ORANGE = "#0072B2", "#D55E00"  # of the Okabe-Ito palette, told apart with any colour vision
-_PANELS = {"episode_return": ("evaluation return", _BLUE), "win_rate": ("win rate", _ORANGE)}
+# Label, colour and limits; a win rate's are all that it can be, so that the pictures of two runs can be compared.
+_PANELS = {
+    "episode_return": ("evaluation return", _BLUE, (None, None)),
+    "win_rate": ("win rate", _ORANGE, (-0.02, 1.02)),
+}
 
 
 class Curve(NamedTuple):
@@ -71,13 +75,14 @@ def _series(records: Sequence[dict[str, Any]], seed: int, name: str) -> tuple[np
     return steps, figures
 
 
-def _draw(axes: Any, curve: Curve, name: str, colour: str, *, num_seeds: int) -> None:
+def _draw(axes: Any, curve: Curve, name: str, colour: str, limits: tuple[Any, Any], *, num_seeds: int) -> None:
     label = f"median of {num_seeds} seeds" if num_seeds > 1 else "1 seed"
     axes.plot(curve.env_steps, curve.median, color=colour, linewidth=1.8, label=label)
     if num_seeds > 1:
         shade = {"color": colour, "alpha": 0.25, "linewidth": 0}
         axes.fill_between(curve.env_steps, curve.low, curve.high, label="25-75% quartiles", **shade)
     axes.set_ylabel(name)
+    axes.set_ylim(*limits)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.margins(x=0.01)
     axes.grid(alpha=0.3)

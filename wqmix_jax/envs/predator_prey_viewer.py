@@ -1,18 +1,15 @@
 """Draws predator-prey states with matplotlib."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
-from jumanji.viewer import MatplotlibViewer
-from matplotlib.animation import FuncAnimation
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from wqmix_jax.envs.predator_prey import EnvState, PredatorPrey
+from wqmix_jax.envs.viewer import StateViewer
 
 if TYPE_CHECKING:
     from wqmix_jax.envs.predator_prey_jumanji import State
@@ -28,7 +25,7 @@ _FIGURE_SIZE = 6.0  # inches, along the grid's longer side
 _MARKER_SHARE = 0.62  # of a cell's side
 
 
-class PredatorPreyViewer(MatplotlibViewer["State"]):
+class PredatorPreyViewer(StateViewer["State"]):
     """Agents as numbered discs (hollow once frozen), stags as squares and hares as triangles."""
 
     def __init__(self, task: PredatorPrey, name: str = "PredatorPrey", render_mode: str = "rgb_array") -> None:
@@ -42,37 +39,11 @@ class PredatorPreyViewer(MatplotlibViewer["State"]):
         rows, columns = task.world_shape
         self._task = task
         self._cell_inches = _FIGURE_SIZE / max(rows, columns)
-        self._shows = render_mode == "human"
         size = (max(columns * self._cell_inches, 4.5) + 0.6, rows * self._cell_inches + 1.2)
         super().__init__(name, render_mode, size)
 
-    def render(self, state: "State", save_path: str | None = None) -> NDArray | None:
-        """Draws one state; see `MatplotlibViewer.render`."""
-        self._clear_display()
-        fig, ax = self._get_fig_ax(show=self._shows)
-        self._draw(ax, state.env_state)
-        if save_path:
-            fig.savefig(save_path)
-        shown = self._display(fig)
-        return None if shown is None else shown.copy()  # the figure's own buffer is drawn over by the next state
-
-    def animate(self, states: Sequence["State"], interval: int = 200, save_path: str | None = None) -> FuncAnimation:
-        """Draws one frame per state; see `MatplotlibViewer.animate`."""
-        fig, ax = self._get_fig_ax(name_suffix="_animation", show=False)
-        plt.close(fig)
-
-        def draw_frame(state: "State") -> Sequence[Artist]:
-            self._draw(ax, state.env_state)
-            return (ax,)
-
-        animation = FuncAnimation(fig, draw_frame, frames=states, interval=interval)
-        self._animation = animation
-        if save_path:
-            animation.save(save_path, writer="pillow" if save_path.endswith(".gif") else None)
-        return animation
-
-    def _draw(self, ax: Axes, env_state: EnvState) -> None:
-        ax.clear()
+    def _draw(self, ax: Axes, state: "State") -> None:
+        env_state = state.env_state
         self._draw_grid(ax)
         for kind, label, (row, column) in self._entities(env_state):
             size = self._cell_inches * 72 * _MARKER_SHARE

@@ -1,0 +1,161 @@
+"""SMAX's speed, beside JaxMARL's: ``python -m experiments.smax_benchmark [--map NAME] [--out FILE]``.
+
+Two comparisons in one process on one machine. First the environment alone: random available actions, observations
+included. Then training QMIX with as much work per environment step as JaxMARL's script does: where that plays 16
+environments for 128 steps and then calls the learner 8 times on 32 such sequences, ours plays 16 battles and calls the
+learner 8 times on 32 battles, so both replay every environment step 16 times on average. JaxMARL's script is not in its
+package; a plain loop in its shape stands for it, see `experiments.plain_qmix`.
+
+Times are medians after a call that is not counted; compile time is left out. Nothing else should run meanwhile.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from experiments import plain_qmix
+from experiments.benchmark import REPETITIONS, Row, loop_rows, timed
+from experiments.plain_qmix import make_plain_qmix
+from wqmix_jax import load_config
+from wqmix_jax.config import RunConfig
+from wqmix_jax.envs.base import without_weak_types
+from wqmix_jax.envs.smax import SMAX
+from wqmix_jax.types import Array, PRNGKey
+
+NUM_ENVS, NUM_STEPS = 32, 128
+"""Of the comparison of the environment alone."""
+
+PACKAGES = ("jax", "jaxlib", "jaxmarl", "flax", "flashbax")
+
+
+def main() -> None:
+    """Measures, prints the table and writes it."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--map", default="3s5z")
+    parser.add_argument("--out", type=Path, help="where the rows go as JSON, with the machine and the versions")
+    args = parser.parse_args()
+    config = load_config(*training_options(args.map))
+    rows = [*environment_rows(config.env), *plain_rows(config.env), *our_rows(config)]
+    table = Table("measurement", "value", "unit", title=f"SMAX {args.map}, jax {jax.__version__}")
+    for row in rows:
+        table.add_row(row.name, f"{row.value:,.3f}" if row.value < 1000 else f"{row.value:,.0f}", row.unit)
+    Console().print(table)
+    if args.out is not None:
+        report = {"map": args.map, **machine(), "rows": [row._asdict() for row in rows]}
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def training_options(name: str) -> list[str]:
+    """QMIX with the sizes of JaxMARL's on SMAX, its hidden layer at 64."""
+    sizes = ["algo.hidden_dim=64", "algo.mixer_embed_dim=64", "algo.hypernet_dim=256"]
+    work = ["num_envs=16", "updates_per_iteration=8", "algo.batch_size=32", "chunk_iterations=5"]
+    return ["+algo=qmix", "env=smax", f"env.map={name}", *sizes, *work]
+
+
+def environment_rows(env: SMAX) -> list[Row]:
+    """Environments side by side for a fixed number of steps."""
+    plays = {"ours": our_play(env), "jaxmarl_step_env": native_play(env, resets=False)}
+    plays["jaxmarl_step"] = native_play(env, resets=True)
+    steps = NUM_ENVS * NUM_STEPS
+    return [
+        Row(f"{name}_env_steps_per_second", steps / timed(jax.jit(play), jax.random.key(0))[0], "1/s")
+        for name, play in plays.items()
+    ]
+
+
+def our_play(env: SMAX) -> Callable[[PRNGKey], Array]:
+    """Our protocol: battles that are over stay over."""
+
+    def play(key: PRNGKey) -> Array:
+        def advance(carry: tuple[Any, Array], key: PRNGKey) -> tuple[tuple[Any, Array], None]:
+            env_state, total = carry
+            seen = jax.vmap(env.observe)(env_state)
+            joint_action = at_random(key, seen.avail_actions)
+            env_state, outcome = env.step_batch(env_state, joint_action, jax.random.split(key, NUM_ENVS))
+            return (env_state, total + seen.obs.sum() + seen.state.sum() + outcome.reward.sum()), None
+
+        start = env.reset_batch(jax.random.split(key, NUM_ENVS))
+        return jax.lax.scan(advance, (start, jnp.float32(0)), jax.random.split(key, NUM_STEPS))[0][1]
+
+    return play
+
+
+def native_play(env: SMAX, *, resets: bool) -> Callable[[PRNGKey], Array]:
+    """JaxMARL's own functions, with its ``step``, which computes a reset after every step, or without."""
+    game = env.game
+    step = game.step if resets else game.step_env
+
+    def play(key: PRNGKey) -> Array:
+        def advance(carry: tuple[Any, Any, Array], key: PRNGKey) -> tuple[tuple[Any, Any, Array], None]:
+            obs, env_state, total = carry
+            avail = jax.vmap(game.get_avail_actions)(env_state)
+            joint_action = at_random(key, jnp.stack([avail[name] for name in game.agents], axis=1) > 0)
+            actions = {name: joint_action[:, index] for index, name in enumerate(game.agents)}
+            obs, env_state, rewards, _, _ = jax.vmap(step)(jax.random.split(key, NUM_ENVS), env_state, actions)
+            total += sum(seen.sum() for seen in obs.values()) + rewards[game.agents[0]].sum()
+            return (obs, without_weak_types(env_state), total), None
+
+        obs, env_state = jax.vmap(game.reset)(jax.random.split(key, NUM_ENVS))
+        start = (obs, without_weak_types(env_state), jnp.float32(0))
+        return jax.lax.scan(advance, start, jax.random.split(key, NUM_STEPS))[0][2]
+
+    return play
+
+
+def at_random(key: PRNGKey, avail_actions: Array) -> Array:
+    """An available action of every agent."""
+    return jax.random.categorical(key, jnp.where(avail_actions, 0.0, -jnp.inf))
+
+
+def plain_rows(env: SMAX) -> list[Row]:
+    """The plain loop, from the second iteration on, each of which plays and learns."""
+    plain = make_plain_qmix(env.game)
+    state = jax.jit(plain.init)(jax.random.key(0))
+    iterate = jax.jit(plain.iterate, donate_argnums=0)
+    times = []
+    for _ in range(REPETITIONS + 1):
+        started = time.perf_counter()
+        state, _ = jax.block_until_ready(iterate(state))
+        times.append(time.perf_counter() - started)
+    steps = plain_qmix.NUM_ENVS * plain_qmix.NUM_STEPS
+    return [Row("plain_loop_env_steps_per_second", steps / statistics.median(times[1:]), "1/s")]
+
+
+def our_rows(config: RunConfig) -> list[Row]:
+    """Our compiled loop as a run uses it."""
+    return [row._replace(name=f"ours_{row.name}") for row in loop_rows(config)]
+
+
+def machine() -> dict[str, Any]:
+    """On what the numbers were made."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+if __name__ == "__main__":
+    main()
