@@ -33,6 +33,10 @@ class ConfigError(ValueError):
     """A refused configuration; the message is one line that names the key, the value and what is allowed."""
 
 
+class RunError(RuntimeError):
+    """A run that can't go on, through no fault of its configuration; the message is one line."""
+
+
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def options(cls: type[T]) -> type[T]:
     """Declares a class of options: a frozen, keyword-only dataclass, strictly typed, unknown keys refused."""

@@ -93,9 +93,18 @@ class MetricsFile:
         self.close()
 
 
-def create_metrics(run_dir: Path, *, version: str, algo: str, env: str, seeds: Sequence[int]) -> None:
+def create_metrics(
+    run_dir: Path,
+    *,
+    version: str,
+    algo: str,
+    env: str,
+    seeds: Sequence[int],
+    simulator: Mapping[str, str] | None = None,
+) -> None:
     """Writes ``run.json`` and starts an empty ``metrics.jsonl``."""
     header = {"schema": SCHEMA, "version": version, "algo": algo, "env": env, "seeds": list(seeds)}
+    header |= {"simulator": simulator} if simulator else {}
     (run_dir / HEADER_FILE).write_text(_to_json(header | {"run": uuid.uuid4().hex[:8]}) + "\n")
     (run_dir / METRICS_FILE).touch()
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Sharding
 
 import wqmix_jax
 from wqmix_jax.checkpoint import Checkpoints, Restored
-from wqmix_jax.config import ConfigError, RunConfig, run_config
+from wqmix_jax.config import ConfigError, RunConfig, RunError, run_config
 from wqmix_jax.devices import claim_cores, seed_sharding
 from wqmix_jax.logger import MetricsFile, WandbRuns, create_metrics, load_header, load_metrics, refuse_missing_wandb
 from wqmix_jax.loop import Line, Loop, advance, begin, compile_trainer, env_steps, is_finished
@@ -47,9 +48,12 @@ def start(values: Mapping[str, Any], *, algo: str, env: str) -> Path:
     config = run_config(values)
     refuse_missing_wandb(config.logger)
     run_dir = new_run_dir(config.run_dir, algo=algo, env=env)
-    trainer = make_trainer(config, sharding=seed_sharding(config.num_seeds))
+    trainer = make_trainer(config, sharding=_sharding(config))
     make_run_dir(run_dir)
-    create_metrics(run_dir, version=wqmix_jax.__version__, algo=algo, env=env, seeds=_seeds(config))
+    simulator = config.env.host.versions()
+    create_metrics(
+        run_dir, version=wqmix_jax.__version__, algo=algo, env=env, seeds=_seeds(config), simulator=simulator
+    )
     values = {**values, "run_dir": str(run_dir)}
     save_config(run_dir, values)
     _train(config, values, run_dir, trainer)
@@ -78,7 +82,7 @@ def resume(run_dir: Path, changes: Mapping[str, Any]) -> Path:
     if config.total_env_steps < old["total_env_steps"]:
         longer = f"at least {old['total_env_steps']}, what the run was started with, is needed"
         raise ConfigError(f"total_env_steps={config.total_env_steps} is not allowed with resume: {longer}")
-    _train(config, values, run_dir, make_trainer(config, sharding=seed_sharding(config.num_seeds)))
+    _train(config, values, run_dir, make_trainer(config, sharding=_sharding(config)))
     return run_dir
 
 
@@ -91,6 +95,7 @@ def _train(config: RunConfig, values: Mapping[str, Any], run_dir: Path, trainer:
     save_config(run_dir, values)  # what a resumed run may have changed
     num_bytes = restored.metrics_bytes if restored else 0
     with (
+        config.env.host.running(_seeds(config)),
         checkpoints,
         MetricsFile(run_dir, num_bytes=num_bytes) as metrics,
         WandbRuns(run_dir, config.logger, values, num_bytes=metrics.num_bytes if restored else 0) as wandb_runs,
@@ -128,12 +133,14 @@ class _Session:
         config = self._config
         with make_display(config.total_env_steps, live=config.logger.progress) as display:
             loop, lines = self._open(restored)
+            self._end_if_failed(None)
             self._record(lines)
             display.update(env_steps(loop), lines)
             self._save_if_due(loop, None)
             while not is_finished(loop):
                 before = env_steps(loop)
                 loop, lines = advance(self._trainer, loop)
+                self._end_if_failed(loop)
                 self._record(lines)
                 display.update(env_steps(loop), lines)
                 self._save_if_due(loop, before)
@@ -174,6 +181,21 @@ class _Session:
             self._metrics.write(lines)
             self._wandb_runs.sync()
 
+    def _end_if_failed(self, loop: Loop | None) -> None:
+        """Saves what was trained and ends the run where the environment can't go on.
+
+        Raises:
+            RunError: what ended it, or ``KeyboardInterrupt``.
+        """
+        failure = self._trainer.failure()
+        if failure is None:
+            return
+        if loop is not None and not is_finished(loop):  # its last evaluation must still be made
+            self._save(loop)
+        if isinstance(failure, RunError):
+            self.report("failed")
+        raise failure
+
     def _save_if_due(self, loop: Loop, before: np.ndarray | None) -> None:
         """Saves after every ``checkpoint.every`` steps, at the end, and when a seed may end in the next chunk.
 
@@ -184,10 +206,13 @@ class _Session:
         last_moment = self._may_end_soon(now) and (before is None or not self._may_end_soon(before))
         if not (due or last_moment or is_finished(loop)):
             return
-        self._metrics.sync()
-        self._checkpoints.save(loop, metrics_bytes=self._metrics.num_bytes, wall_seconds=self._wall_seconds())
+        self._save(loop)
         if not is_finished(loop):
             self.report("running")
+
+    def _save(self, loop: Loop) -> None:
+        self._metrics.sync()
+        self._checkpoints.save(loop, metrics_bytes=self._metrics.num_bytes, wall_seconds=self._wall_seconds())
 
     def _may_end_soon(self, steps: np.ndarray) -> bool:
         """Whether some seed may reach its total in the next chunk."""
@@ -196,6 +221,10 @@ class _Session:
 
     def _wall_seconds(self) -> float:
         return self._seconds_before + time.perf_counter() - self._started
+
+
+def _sharding(config: RunConfig) -> Sharding:
+    return config.env.host.sharding() or seed_sharding(config.num_seeds)
 
 
 def _seeds(config: RunConfig) -> list[int]:
