@@ -60,6 +60,4 @@ def _in_turns(play: Callable[[PRNGKey, int], _Figures], keys: PRNGKey, num_episo
         return play(jax.vmap(jax.random.fold_in, (0, None))(keys, index), at_once)
 
     figures = jax.lax.map(turn, jnp.arange(-(-num_episodes // at_once)))
-    return jax.tree.map(
-        lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(leaf.shape[1], -1)[:, :num_episodes], figures
-    )
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(leaf.shape[1], -1)[:, :num_episodes], figures)

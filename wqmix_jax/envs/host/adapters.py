@@ -38,30 +38,27 @@ class SMAC:
     def check_package(self):
         """Refuses where the package is absent, or another one has its name."""
         name, python = self.package, sys.executable
-        advice = "pip install git+{}".format(self.repository)
+        advice = f"pip install git+{self.repository}"
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise SetupError("{} can't be imported by {} ({}): {}".format(name, python, error, advice))
+            raise SetupError(f"{name} can't be imported by {python} ({error}): {advice}") from error
         try:
             importlib.import_module(name + ".env")
         except ImportError as error:
             if getattr(error, "name", None) == name + ".env":
-                other = "{} in {} is another package ({}): pip uninstall {}, then {}"
-                raise SetupError(other.format(name, python, self.namesake, name, advice))
-            needs = "{}.env can't be imported by {} ({}); it needs pysc2 and protobuf below 3.21"
-            raise SetupError(needs.format(name, python, " ".join(str(error).split())))
-        except TypeError as error:  # what protobuf 4 raises for older generated code
-            needs = "{}.env can't be imported by {}: pip install 'protobuf<3.21' ({})"
-            raise SetupError(needs.format(name, python, str(error).split("\n")[0]))
+                other = f"{name} in {python} is another package ({self.namesake})"
+                raise SetupError(f"{other}: pip uninstall {name}, then {advice}") from error
+            raise SetupError(f"{name}.env can't be imported by {python} ({one_line(error)})") from error
+        except TypeError as error:  # from a newer protobuf, for code that an older one generated
+            needs = f"{name}.env can't be imported by {python}: pip install 'protobuf<3.21'"
+            raise SetupError(f"{needs} ({one_line(error)})") from error
 
     def make(self, **options):
         """The environment itself."""
-        from smac.env import StarCraft2Env
-        from smac.env.starcraft2.maps import smac_maps
-
-        refuse_unknown(options["map_name"], smac_maps.get_smac_map_registry())
-        return StarCraft2Env(**options)
+        maps = importlib.import_module("smac.env.starcraft2.maps.smac_maps")
+        refuse_unknown(options["map_name"], maps.get_smac_map_registry())
+        return importlib.import_module("smac.env").StarCraft2Env(**options)
 
     def versions(self):
         """Of the package and of the game; numbers of different games are not comparable."""
@@ -123,11 +120,9 @@ class SMACv2(SMAC):
 
     def make(self, **options):
         """The environment with its distributions of teams and positions."""
-        from smacv2.env.starcraft2.maps import smac_maps
-        from smacv2.env.starcraft2.wrapper import StarCraftCapabilityEnvWrapper
-
-        refuse_unknown(options["map_name"], smac_maps.get_smac_map_registry())
-        return StarCraftCapabilityEnvWrapper(**options)
+        maps = importlib.import_module("smacv2.env.starcraft2.maps.smac_maps")
+        refuse_unknown(options["map_name"], maps.get_smac_map_registry())
+        return importlib.import_module("smacv2.env.starcraft2.wrapper").StarCraftCapabilityEnvWrapper(**options)
 
     def reset(self, seed):
         """The next battle, whose teams and positions are drawn from the seed."""
@@ -142,16 +137,16 @@ class SMAClite:
     def __init__(self, seed, map_name, episode_limit, **options):
         """Makes the environment of a map; ``options`` are those of ``gymnasium.make``."""
         try:
-            import gymnasium
-            import smaclite  # noqa: F401 (registers its maps)
+            gymnasium = importlib.import_module("gymnasium")
+            importlib.import_module("smaclite")  # registers its maps
         except ImportError as error:
             advice = "pip install git+https://github.com/uoe-agents/smaclite.git"
-            raise SetupError("smaclite can't be imported by {} ({}): {}".format(sys.executable, error, advice))
+            raise SetupError(f"smaclite can't be imported by {sys.executable} ({error}): {advice}") from error
         maps = {name[9:-3] for name in gymnasium.registry if name.startswith("smaclite/")}
         refuse_unknown(map_name, maps - {"custom"})
-        self.env = gymnasium.make("smaclite/{}-v0".format(map_name), disable_env_checker=True, **options).unwrapped
+        self.env = gymnasium.make(f"smaclite/{map_name}-v0", disable_env_checker=True, **options).unwrapped
         self.episode_limit = episode_limit
-        self.obs = None
+        self.obs = ()
 
     def versions(self):
         """Of the package."""
@@ -187,7 +182,7 @@ class SMAClite:
         """Whether the battle was won, and how many died: units leave its dicts when they do."""
         allies, enemies = len(self.env.agents), len(self.env.enemies)
         dead = self.env.n_agents - allies, self.env.n_enemies - enemies
-        return dict(zip(METRICS, (allies > 0 and enemies == 0,) + dead))
+        return dict(zip(METRICS, (allies > 0 and enemies == 0, *dead)))
 
     def close(self):
         """Closes its window, if there is one."""
@@ -197,7 +192,7 @@ class SMAClite:
 def refuse_unknown(name, names):
     """Refuses a map that the package doesn't have."""
     if name not in names:
-        raise SetupError("map={} is not allowed: choose one of {}".format(name, ", ".join(sorted(names))))
+        raise SetupError(f"map={name} is not allowed: choose one of {', '.join(sorted(names))}")
 
 
 def find_game(map_name, game_version):
@@ -206,20 +201,19 @@ def find_game(map_name, game_version):
     Raises:
         SetupError: where the game or the map's file is missing.
     """
-    from pysc2 import maps, run_configs
-
+    maps, run_configs = importlib.import_module("pysc2.maps"), importlib.import_module("pysc2.run_configs")
     advice = "install it and set SC2PATH to its folder"
     try:
         config = run_configs.get(version=game_version)
     except Exception as error:  # pysc2's own class has moved between its versions
-        raise SetupError("StarCraft II is not found ({}): {}".format(" ".join(str(error).split()), advice))
+        raise SetupError(f"StarCraft II is not found ({one_line(error)}): {advice}") from error
     if not os.path.isdir(config.data_dir):
-        raise SetupError("StarCraft II is not found at {}: {}".format(config.data_dir, advice))
+        raise SetupError(f"StarCraft II is not found at {config.data_dir}: {advice}")
     try:
         config.map_data(maps.get(map_name).path)
     except Exception as error:
-        copy = "copy SMAC_Maps into {}".format(os.path.join(config.data_dir, "Maps"))
-        raise SetupError("the file of map={} is not found ({}): {}".format(map_name, " ".join(str(error).split()), copy))
+        copy = f"copy SMAC_Maps into {os.path.join(config.data_dir, 'Maps')}"
+        raise SetupError(f"the file of map={map_name} is not found ({one_line(error)}): {copy}") from error
     return {"StarCraft II": describe(config)}
 
 
@@ -232,7 +226,7 @@ def describe(config):
         builds = [name[4:] for name in os.listdir(folder) if name.startswith("Base")] if os.path.isdir(folder) else []
         build = max(map(int, builds)) if builds else build
         game_version = None if game_version == "latest" else game_version
-    return "{} (build {})".format(game_version, build) if game_version else "build {}".format(build)
+    return f"{game_version} (build {build})" if game_version else f"build {build}"
 
 
 def reseed(distributions, sequence):
@@ -247,12 +241,13 @@ def reseed(distributions, sequence):
 
 
 def version_of(package):
-    """As installed; None where it was not installed but only put on the path."""
+    """As installed."""
     try:
-        import importlib.metadata as metadata
-    except ImportError:  # Python 3.7
+        return importlib.import_module("importlib.metadata").version(package)
+    except ImportError:  # Python 3.7 has no such module; or the package was only put on the path
         return "unknown"
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "unknown"
+
+
+def one_line(error):
+    """An error's text."""
+    return " ".join(str(error).split())

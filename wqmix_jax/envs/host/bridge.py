@@ -105,9 +105,13 @@ class BridgedEnvironment(Environment):
         """What the simulator says of its sizes."""
         return _ask(self.program, self.launch_timeout)["info"]
 
-    @functools.cached_property
+    @property
     def host(self) -> "Workers":
         """The worker processes."""
+        return self._workers
+
+    @functools.cached_property
+    def _workers(self) -> "Workers":
         limits = Limits(
             self.launch_timeout, self.reset_timeout, self.step_timeout, self.max_restarts, self.restart_window
         )
@@ -163,8 +167,7 @@ class BridgedEnvironment(Environment):
     def for_evaluation(self) -> Self:
         """The same environment, played by the games of evaluation."""
         twin = copy.copy(self)
-        twin.__dict__["host"] = self.host
-        object.__setattr__(twin, "_role", "evaluation")
+        vars(twin).update(_workers=self._workers, _role="evaluation")
         return twin
 
     def episodes_at_once(self, num_episodes: int) -> int:

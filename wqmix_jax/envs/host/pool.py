@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -84,13 +85,14 @@ class Interrupt:
     """Ctrl-C, seen from any thread.
 
     Python's own handler runs in the main thread alone, which waits inside a compiled program: only the C handler's byte
-    on a socket (`signal.set_wakeup_fd`) arrives at once.
+    in a pipe (`signal.set_wakeup_fd`) arrives at once.
     """
 
     def __init__(self) -> None:
-        self._read, self._write = socket.socketpair()
-        self._read.setblocking(False)
-        self._write.setblocking(False)
+        self._read, self._write = os.pipe()
+        for fd in (self._read, self._write):
+            os.set_blocking(fd, False)
+            weakref.finalize(self, os.close, fd)
         self._happened = False
 
     @contextlib.contextmanager
@@ -99,7 +101,7 @@ class Interrupt:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         try:
             yield
         finally:
@@ -109,17 +111,17 @@ class Interrupt:
         """Makes it happen."""
         self._happened = True
         with contextlib.suppress(BlockingIOError):
-            self._write.send(bytes([signal.SIGINT]))
+            os.write(self._write, bytes([signal.SIGINT]))
 
     def happened(self) -> bool:
         """Whether it has happened, since this was made."""
         with contextlib.suppress(BlockingIOError):
-            self._happened |= signal.SIGINT in self._read.recv(4096)
+            self._happened |= signal.SIGINT in os.read(self._read, 4096)
         return self._happened
 
     def fileno(self) -> int:
         """Readable when something has happened."""
-        return self._read.fileno()
+        return self._read
 
 
 class Worker:

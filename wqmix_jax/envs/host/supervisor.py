@@ -55,7 +55,8 @@ class Supervisor:
         self.interrupt = Interrupt()
         self.restarts, self.calls = 0, collections.Counter[tuple[str, str]]()
         self.failure: BaseException | None = None
-        self.supervised, self.seeds = False, ()
+        self.supervised = False
+        self.seeds: tuple[int, ...] = ()
         weakref.finalize(self, _close_all, self._pools)  # at the latest when the process ends
 
     def reset(self, role: str, seeds: Any) -> tuple[np.ndarray, ...]:

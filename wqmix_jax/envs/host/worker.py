@@ -7,7 +7,6 @@ answers alone. It ends when the socket does.
 
 import contextlib
 import importlib
-import importlib.util
 import json
 import mmap
 import os
@@ -15,6 +14,7 @@ import random
 import socket
 import struct
 import sys
+import types
 
 import numpy as np
 
@@ -40,8 +40,7 @@ def main():
         with contextlib.suppress(OSError):  # the parent may be gone
             answer(channel, FAILED, told(error))
     finally:
-        if hasattr(simulator, "close"):
-            simulator.close()
+        getattr(simulator, "close", lambda: None)()
 
 
 def make(described):
@@ -57,9 +56,11 @@ def load(target):
     if not where.endswith(".py"):
         return getattr(importlib.import_module(where), name)
     sys.path.insert(0, os.path.dirname(os.path.abspath(where)))  # a user's file may import its neighbours
-    spec = importlib.util.spec_from_file_location(os.path.basename(where)[:-3], where)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = types.ModuleType("__simulator__")
+    module.__file__ = where
+    sys.modules[module.__name__] = module  # for what looks classes up by their module, as pickle does
+    with open(where, "rb") as source:
+        exec(compile(source.read(), where, "exec"), module.__dict__)
     return getattr(module, name)
 
 
@@ -103,9 +104,9 @@ def put(arrays, name, value):
     target = arrays[name]
     found = np.asarray(value)
     if found.shape != target.shape:
-        raise ValueError("{} has shape {}, but {} is needed".format(name, found.shape, target.shape))
+        raise ValueError(f"{name} has shape {found.shape}, but {target.shape} is needed")
     if not np.isfinite(found).all():
-        raise ValueError("{} holds a value that is not finite".format(name))
+        raise ValueError(f"{name} holds a value that is not finite")
     target[...] = found
 
 
@@ -113,12 +114,12 @@ def told(error):
     """One line: what went wrong, and where."""
     where, trace = "", error.__traceback__
     while trace is not None:
-        where = "{}:{}".format(os.path.basename(trace.tb_frame.f_code.co_filename), trace.tb_lineno)
+        where = f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}"
         trace = trace.tb_next
     text = " ".join(str(error).split())
     if type(error).__name__ == "SetupError":  # its sentence is complete
         return text
-    return "{}: {} ({})".format(type(error).__name__, text, where)
+    return f"{type(error).__name__}: {text} ({where})"
 
 
 def answer(channel, status, text):
