@@ -72,11 +72,7 @@ def evaluate_pymarl(env: Environment, algo: Algorithm, chosen: EvaluateOptions) 
             return evaluate(env, algo, params, hp, ctx, keys, num_episodes=chosen.episodes)
 
     with env.host.running([chosen.seed]):
-        played = jax.jit(play)(*one_seed)
-        measured = {name: value.item() for name, value in played.items()}
-        if (failure := env.host.failure()) is not None:
-            raise failure
-    return measured
+        return {name: value.item() for name, value in jax.jit(play)(*one_seed).items()}
 
 
 def _evaluate(values: dict[str, Any]) -> dict[str, float]:

@@ -95,14 +95,14 @@ def _train(config: RunConfig, values: Mapping[str, Any], run_dir: Path, trainer:
     save_config(run_dir, values)  # what a resumed run may have changed
     num_bytes = restored.metrics_bytes if restored else 0
     with (
-        config.env.host.running(_seeds(config)),
         checkpoints,
         MetricsFile(run_dir, num_bytes=num_bytes) as metrics,
         WandbRuns(run_dir, config.logger, values, num_bytes=metrics.num_bytes if restored else 0) as wandb_runs,
     ):
         session = _Session(config, run_dir, trainer, metrics, checkpoints, wandb_runs)
         try:
-            session.run(restored)
+            with config.env.host.running(_seeds(config)):
+                session.run(restored)
         except KeyboardInterrupt:
             session.report("interrupted")
             print(f"interrupted; to go on: python -m wqmix_jax.train resume={run_dir}", file=sys.stderr)

@@ -40,7 +40,7 @@ class Host:
         return {}
 
     def running(self, seeds: Sequence[int]) -> contextlib.AbstractContextManager[None]:
-        """A context around a run of ``seeds``, which looks at `failure` after its compiled calls."""
+        """A context around a run of ``seeds``, which looks at `failure` after its compiled calls and raises it."""
         del seeds
         return contextlib.nullcontext()
 

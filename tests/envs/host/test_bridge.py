@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.environments import Counting, tiny_run, tiny_wqmix
+from tests.environments import by_seed, tiny_run, tiny_wqmix
 from tests.envs.host.linear import linear
 from tests.envs.host.native import Native
 from tests.envs.host.running import toy
-from wqmix_jax.algos.base import Algorithm
+from wqmix_jax.algos.base import Algorithm, Context, hyperparams
 from wqmix_jax.envs.base import Environment
+from wqmix_jax.evaluator import evaluate
+from wqmix_jax.replay import make_replay
 from wqmix_jax.trainer import make_trainer
 
 CHUNKS, EVAL_EPISODES = 3, 3
@@ -39,12 +41,16 @@ def same(one: Any, other: Any) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("seeds", [[3], [3, 4, 5]])
+@pytest.mark.parametrize("seeds", [pytest.param([3], marks=pytest.mark.slow), [3, 4, 5]])
 def test_a_bridged_run_is_the_native_one_bit_for_bit(seeds: list[int]) -> None:
     bridged, native = toy(), Native(episode_limit=5, eval_envs=2)
-    ours, theirs = run(bridged, linear(), seeds), run(native, linear(), seeds)
+    algo = linear(buffer_size=4 * CHUNKS)
+    ours, theirs = run(bridged, algo, seeds), run(native, algo, seeds)
     same(ours, theirs)
-    assert_one_call_per_step(bridged, ours)
+    replay = make_replay(native, buffer_size=algo.buffer_size, batch_size=algo.batch_size)
+    lengths = jax.vmap(replay.lengths)(ours[0].replay.experience[:, 0]).reshape(len(seeds), -1, 2)
+    assert bridged.host.supervisor.calls["training", "step"] == lengths.max((0, 2)).sum()
+    assert bridged.host.supervisor.calls["training", "reset"] == lengths.shape[1] == 2 * CHUNKS
     (evaluated, record), *_ = ours[1]
     assert len(np.unique(record.episode_length)) > 1
     assert (evaluated.metrics["hits"] > 0).any()
@@ -56,16 +62,47 @@ def test_an_algorithm_of_the_paper_is_the_native_one_bit_for_bit() -> None:
     same(run(toy(), tiny_wqmix(), [3, 4]), run(Native(episode_limit=5, eval_envs=2), tiny_wqmix(), [3, 4]))
 
 
-def assert_one_call_per_step(env: Any, played: Any) -> None:
-    """As many calls as the longest episode of each rollout has steps, and one reset each."""
-    state, records = played
-    calls = env.host.supervisor.calls
-    assert calls["training", "reset"] == 2 * CHUNKS
-    assert calls["evaluation", "reset"] == 2 * CHUNKS  # three episodes in two turns
-    num_seeds = len(state.counters.episodes)
-    stored = state.replay.experience.shape
-    assert stored[0] == num_seeds
-    assert 2 * CHUNKS <= calls["training", "step"] <= 2 * CHUNKS * env.spec.episode_limit
+def greedy(env: Environment, num_episodes: int) -> dict[str, Any]:
+    """What an evaluation of one seed finds."""
+    algo, keys = linear(), jax.random.split(jax.random.key(5), 1)
+    params = jax.vmap(lambda key: algo.init(key, env.spec))(keys)
+    hp, ctx = by_seed((hyperparams(algo), Context(jnp.float32(0), jnp.int32(0), jnp.int32(0))))
+    return jax.jit(lambda: evaluate(env, algo, params, hp, ctx, keys, num_episodes=num_episodes))()
+
+
+def test_evaluation_plays_in_turns_on_few_games_of_its_own() -> None:
+    env = toy(workers={"eval_envs": 1})
+    with env.host.running([7]):
+        found = jax.device_get(greedy(env, 3))
+        assert len(env.host.supervisor.pids("evaluation")) == 1
+        assert env.host.supervisor.pids("training") == []
+    assert env.host.supervisor.calls == {
+        ("evaluation", "reset"): 3,
+        ("evaluation", "step"): round(3 * found["episode_length"].item()),
+    }
+    same(found, greedy(Native(episode_limit=5, eval_envs=1), 3))
+
+
+@pytest.mark.parametrize(("num_episodes", "at_once"), [(32, 8), (8, 8), (3, 3), (9, 5), (1, 1), (31, 8)])
+def test_turns_are_as_few_and_as_even_as_can_be(num_episodes: int, at_once: int) -> None:
+    assert toy(workers={"eval_envs": 8}).episodes_at_once(num_episodes) == at_once
+
+
+def test_evaluation_never_changes_the_games_of_training() -> None:
+    """Not even those of a simulator that draws from generators of its own, as StarCraft II does."""
+
+    def train_twice(num_episodes: int) -> Any:
+        env = toy(forgets_seeds=True)
+        keys = jax.random.split(jax.random.key(1), 2)
+        with env.host.running([0, 1]):
+            first = jax.device_get(env.reset_batch(keys))
+            if num_episodes:
+                greedy(env, num_episodes)
+            return first, jax.device_get(env.reset_batch(keys))
+
+    first, second = train_twice(0)
+    assert (first.seen.state != second.seen.state).any()
+    same((first, second), train_twice(2))
 
 
 def test_calls_come_once_a_step_and_in_order() -> None:

@@ -19,15 +19,13 @@ class Toy:
             misbehave, each once.
     """
 
-    def __init__(self, seed, episode_limit, faults=(), fault_step=2, launches=None, child=False):
+    launched = False
+
+    def __init__(self, seed, episode_limit, faults=(), fault_step=2, launches=None, child=False, forgets_seeds=False):
         self.episode_limit, self.faults, self.fault_step = episode_limit, faults, fault_step
         self.x = self.steps = self.hits = 0
-        if launches is not None:
-            Path(launches, f"{os.getpid()}").write_text(str(seed))
-        if child:  # as SMAC starts the game
-            self.child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
-            Path(launches, f"child-{self.child.pid}").touch()
-        self.misbehave("launch")
+        self.draws = np.random.default_rng(seed) if forgets_seeds else None
+        self.seed, self.launches, self.child = seed, launches, child
 
     def info(self):
         return {
@@ -42,8 +40,21 @@ class Toy:
     def versions(self):
         return {"toy": "1.2"}
 
+    def launch(self):
+        """As SMAC, which starts the game in its first reset."""
+        self.launched = True
+        if self.launches is not None:
+            Path(self.launches, f"{os.getpid()}").write_text(str(self.seed))
+        if self.child:
+            child = subprocess.Popen(["sleep", "1000"])
+            Path(self.launches, f"child-{child.pid}").touch()
+        self.misbehave("launch")
+
     def reset(self, seed):
-        self.x, self.steps, self.hits = seed % 97, 0, 0
+        if not self.launched:
+            self.launch()
+        seed = seed if self.draws is None else self.draws.integers(1000)
+        self.x, self.steps, self.hits = int(seed % 97), 0, 0
         self.misbehave("reset")
 
     def step(self, joint_action):
@@ -68,7 +79,8 @@ class Toy:
 
     def misbehave(self, during):
         for fault in self.faults:
-            if fault["during"] == during and self.takes(fault):
+            comes_later = "after" in fault and not Path(fault["marks"], fault["after"]).exists()
+            if fault["during"] == during and not comes_later and self.takes(fault):
                 getattr(self, fault["kind"])()
 
     def misbehaves(self, kind):

@@ -233,12 +233,22 @@ class Workers(Host):
 
     @contextlib.contextmanager
     def running(self, seeds: Sequence[int]) -> Iterator[None]:
-        """See `Host.running`: afterwards all workers have ended, however the run did."""
+        """See `Host.running`: afterwards all workers have ended, however the run did.
+
+        Raises:
+            RunError: what ended the games, unless the run has ended by an exception anyway; or ``KeyboardInterrupt``.
+        """
         supervisor = self.supervisor
         supervisor.seeds, supervisor.supervised, supervisor.restarts = tuple(seeds), True, 0
         try:
             with supervisor.interrupt.watching():
                 yield
+            if supervisor.failure is not None:
+                raise supervisor.failure
+        except jax.errors.JaxRuntimeError:
+            if supervisor.interrupt.happened():  # in jax's own Python code around a callback
+                raise KeyboardInterrupt from None
+            raise
         finally:
             supervisor.stop()
             with contextlib.suppress(Exception):

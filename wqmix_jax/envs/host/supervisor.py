@@ -93,7 +93,7 @@ class Supervisor:
             if self.failure is None:
                 rows = list(obey(pool))
                 failed = np.isin(np.arange(len(idle)), rows)
-        except (Exception, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt) as error:  # jax may call in the main thread, where Ctrl-C arrives
             self.failure = error
         if self.failure is None and self.interrupt.happened():
             self.failure = KeyboardInterrupt()
@@ -137,7 +137,7 @@ class Supervisor:
         Raises:
             RunError: where these are more than the window holds.
         """
-        for row, cause in causes.items():
+        for row, cause in sorted(causes.items()):
             where = self._name(pool, role, row)
             now = time.monotonic()
             while self._times and now - self._times[0] > self._limits.window:
