@@ -160,7 +160,7 @@ def build(name: str, values: Mapping[str, Any]) -> Any:
 
 
 def load_group(group: str, option: str) -> dict[str, Any]:
-    """The plain values of ``configs/GROUP/OPTION.yaml``, for a group whose yamls inherit nothing (``env``)."""
+    """The plain values of ``configs/GROUP/OPTION.yaml``, for one that inherits nothing."""
     return _plain(OmegaConf.load(CONFIG_DIR / group / f"{option}.yaml"))
 
 

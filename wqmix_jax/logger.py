@@ -6,6 +6,7 @@ The schema, version 1. ``run.json`` says what the run is:
     ``version``         of wqmix_jax
     ``algo``, ``env``   names of their yamls
     ``seeds``           all seeds of the run
+    ``simulator``       versions of a game outside of JAX, where there is one
     ``run``             a random name that this run keeps when it is moved or resumed
 
 ``metrics.jsonl`` holds one JSON object per line, each a record of one seed. A value that is not finite is ``null``,

@@ -6,8 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from wqmix_jax.config import build
 from wqmix_jax.envs.host.bridge import HostEnvironment
+from wqmix_jax.envs.host.supervisor import Supervisor
 
 HERE = Path(__file__).parent
 
@@ -27,6 +30,20 @@ def toy(*, episode_limit: int = 5, workers: dict[str, Any] | None = None, **chan
     simulator = {"simulator": f"{HERE / 'toy.py'}:Toy", "options": {"episode_limit": episode_limit, **changes}}
     target = "wqmix_jax.envs.host.bridge.HostEnvironment"
     return build("env", {"_target_": target, **WORKERS, **(workers or {}), **simulator})
+
+
+ARRAYS = ("obs", "state", "avail_actions", "metrics", "reward", "terminated", "truncated", "failed")
+
+
+def called(supervisor: Supervisor, command: str, *args: Any) -> tuple[np.ndarray, ...]:
+    """Copies of the `ARRAYS` after a call to the pool of training."""
+    getattr(supervisor, command)("training", *args)
+    return tuple(supervisor.arrays("training")[name].copy() for name in ARRAYS)
+
+
+def idle_where(ended: np.ndarray, joint_action: Any) -> np.ndarray:
+    """The joint actions, negative where an episode has ended."""
+    return np.where(ended[:, None], -1, joint_action)
 
 
 def launched(folder: Path) -> list[int]:

@@ -111,9 +111,9 @@ def test_calls_come_once_a_step_and_in_order() -> None:
     supervisor, seen = env.host.supervisor, []
     step = supervisor.step
 
-    def noted(role: str, idle: Any, joint_action: Any) -> Any:
+    def noted(role: str, joint_action: Any) -> Any:
         seen.append(np.array(joint_action)[0, 0])
-        return step(role, np.ones_like(idle), joint_action)
+        return step(role, np.full_like(joint_action, -1))
 
     supervisor.step = noted  # type: ignore[method-assign]
 

@@ -18,7 +18,7 @@ import pytest
 from tests.environments import tiny_run
 from tests.envs.host.linear import linear
 from tests.envs.host.native import Native
-from tests.envs.host.running import await_gone, launched, toy
+from tests.envs.host.running import await_gone, called, idle_where, launched, toy
 from tests.envs.host.toy import Toy
 from wqmix_jax.config import RunError
 from wqmix_jax.envs.host.supervisor import Supervisor
@@ -52,11 +52,11 @@ def fault(kind: str, during: str, marks: Path, **more: Any) -> dict[str, Any]:
 
 def play(supervisor: Supervisor, seeds: Any, num_steps: int) -> list[tuple[np.ndarray, ...]]:
     """Copies of what the calls of one episode of each row returned."""
-    calls = [tuple(map(np.copy, supervisor.reset("training", seeds)))]
+    calls = [called(supervisor, "reset", seeds)]
     ended = calls[0][-1].copy()
     for _ in range(num_steps):
         joint_action = [ACTION[int(x) % 3] for x in calls[-1][1][:, 0]]
-        calls.append(tuple(map(np.copy, supervisor.step("training", ended, joint_action))))
+        calls.append(called(supervisor, "step", idle_where(ended, joint_action)))
         ended |= calls[-1][5] | calls[-1][6] | calls[-1][7]
     return calls
 

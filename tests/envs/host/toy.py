@@ -23,7 +23,7 @@ class Toy:
 
     def __init__(self, seed, episode_limit, faults=(), fault_step=2, launches=None, child=False, forgets_seeds=False):
         self.episode_limit, self.faults, self.fault_step = episode_limit, faults, fault_step
-        self.x = self.steps = self.hits = 0
+        self.x = self.steps = self.hits = self.resets = 0
         self.draws = np.random.default_rng(seed) if forgets_seeds else None
         self.seed, self.launches, self.child = seed, launches, child
 
@@ -51,6 +51,7 @@ class Toy:
         self.misbehave("launch")
 
     def reset(self, seed):
+        self.resets += 1
         if not self.launched:
             self.launch()
         seed = seed if self.draws is None else self.draws.integers(1000)
@@ -80,6 +81,7 @@ class Toy:
     def misbehave(self, during):
         for fault in self.faults:
             comes_later = "after" in fault and not Path(fault["marks"], fault["after"]).exists()
+            comes_later |= self.resets < fault.get("from_reset", 0)
             if fault["during"] == during and not comes_later and self.takes(fault):
                 getattr(self, fault["kind"])()
 

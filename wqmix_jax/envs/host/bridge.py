@@ -8,10 +8,11 @@ import abc
 import contextlib
 import copy
 import functools
+import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
@@ -26,7 +27,7 @@ from pydantic import Field
 from wqmix_jax.config import ConfigError, PositiveInt, options
 from wqmix_jax.envs.base import Environment, EnvState, Host
 from wqmix_jax.envs.host.pool import Program, WorkerError, ask
-from wqmix_jax.envs.host.supervisor import Limits, Supervisor
+from wqmix_jax.envs.host.supervisor import Limits, Returned, Supervisor
 from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, StepOutcome
 
 Seconds = Annotated[float, Field(gt=0, strict=False)]
@@ -100,10 +101,14 @@ class BridgedEnvironment(Environment):
         """What a worker runs."""
         return Program(self.worker_python or sys.executable, *self.played)
 
+    @functools.cached_property
+    def _answer(self) -> Mapping[str, Any]:
+        return _ask(self.program, self.launch_timeout)
+
     @property
     def info(self) -> dict[str, Any]:
         """What the simulator says of its sizes."""
-        return _ask(self.program, self.launch_timeout)["info"]
+        return self._answer["info"]
 
     @property
     def host(self) -> "Workers":
@@ -116,7 +121,7 @@ class BridgedEnvironment(Environment):
             self.launch_timeout, self.reset_timeout, self.step_timeout, self.max_restarts, self.restart_window
         )
         supervisor = Supervisor(self.program, self.spec, self._metrics, limits)
-        return Workers(supervisor, self.eval_envs, _ask(self.program, self.launch_timeout)["versions"])
+        return Workers(supervisor, self.eval_envs, self._answer["versions"])
 
     @property
     def spec(self) -> EnvSpec:
@@ -145,8 +150,9 @@ class BridgedEnvironment(Environment):
     def step_batch(self, env_state: HostState, joint_action: Array, keys: PRNGKey) -> tuple[EnvState, StepOutcome]:
         """A step of every row whose episode goes on; a row that fails keeps the state it was in."""
         idle = env_state.ended | env_state.failed
+        asked = jax.vmap(jnp.where)(idle, jnp.full_like(joint_action, -1), joint_action)
         serve = functools.partial(self.host.supervisor.step, self._role)
-        following, outcome = self._call(serve, idle, joint_action.astype(jnp.int32))
+        following, outcome = self._call(serve, asked.astype(jnp.int32))
         stays = idle | following.failed
         kept = jax.tree.map(functools.partial(jax.vmap(jnp.where), stays), env_state, following)
         kept = kept._replace(failed=env_state.failed | following.failed)
@@ -175,21 +181,19 @@ class BridgedEnvironment(Environment):
         turns = -(-num_episodes // self.eval_envs)
         return -(-num_episodes // turns)
 
-    def _call(self, serve: Any, *args: Array) -> tuple[HostState, StepOutcome]:
-        """The one host callback; its arguments and results have the batch first."""
-        spec, num_rows = self.spec, args[0].shape[0]
-        shapes = {
-            "obs": ((spec.num_agents, spec.obs_dim), np.float32),
-            "state": ((spec.state_dim,), np.float32),
-            "avail_actions": ((spec.num_agents, spec.num_actions), np.bool_),
-            "metrics": ((len(self._metrics),), np.float32),
-            "reward": ((), np.float32),
-            "terminated": ((), np.bool_),
-            "truncated": ((), np.bool_),
-            "failed": ((), np.bool_),
-        }
-        results = [jax.ShapeDtypeStruct((num_rows, *shape), dtype) for shape, dtype in shapes.values()]
-        sent = dict(zip(shapes, io_callback(serve, tuple(results), *args, ordered=True), strict=True))
+    def _call(self, serve: Callable[[Any], Returned], argument: Array) -> tuple[HostState, StepOutcome]:
+        """The one host callback; its argument and what it sends have the batch first."""
+        supervisor, num_rows = self.host.supervisor, argument.shape[0]
+        kinds = ((np.float32, supervisor.floats), (np.bool_, supervisor.flags))
+        shapes = [(num_rows * sum(math.prod(shape) for shape in held.values()), dtype) for dtype, held in kinds]
+        flat = io_callback(
+            serve, tuple(jax.ShapeDtypeStruct((n,), dtype) for n, dtype in shapes), argument, ordered=True
+        )
+        sent: dict[str, Array] = {}
+        for (_, held), values in zip(kinds, flat, strict=True):
+            ends = np.cumsum([num_rows * math.prod(shape) for shape in held.values()])
+            parts = jnp.split(values, ends[:-1].tolist())
+            sent |= {n: part.reshape(num_rows, *held[n]) for n, part in zip(held, parts, strict=True)}
         outcome = StepOutcome(sent["reward"], sent["terminated"], sent["truncated"])
         seen = Observation(sent["obs"], sent["state"], sent["avail_actions"])
         return HostState(seen, sent["metrics"], outcome.terminated | outcome.truncated, sent["failed"]), outcome

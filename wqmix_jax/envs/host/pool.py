@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -26,7 +26,6 @@ import numpy as np
 from wqmix_jax.envs.host import worker
 
 PROGRAM = Path(worker.__file__)
-ALIGNMENT = 64
 SECONDS_TO_CLOSE = 5.0
 LOG_BYTES = 1 << 20
 
@@ -114,13 +113,16 @@ class Interrupt:
             os.write(self._write, bytes([signal.SIGINT]))
 
     def happened(self) -> bool:
-        """Whether it has happened, since this was made."""
-        with contextlib.suppress(BlockingIOError):
-            self._happened |= signal.SIGINT in os.read(self._read, 4096)
+        """Whether it has happened, since this was made, as far as `read` has seen."""
         return self._happened
 
+    def read(self) -> None:
+        """Looks which signals have come."""
+        with contextlib.suppress(BlockingIOError):
+            self._happened |= signal.SIGINT in os.read(self._read, 4096)
+
     def fileno(self) -> int:
-        """Readable when something has happened."""
+        """Readable when a signal has come."""
         return self._read
 
 
@@ -130,7 +132,6 @@ class Worker:
     def __init__(self, program: Program, described: Mapping[str, Any]) -> None:
         """Starts it; it makes its simulator at once and waits."""
         self.channel, theirs = socket.socketpair()
-        self.channel.settimeout(SECONDS_TO_CLOSE)  # an answer that has begun comes at once
         self._log: IO[bytes] = tempfile.TemporaryFile("a+b")  # noqa: SIM115 (`end` closes it)
         argument = {**program._asdict(), **described, "socket": theirs.fileno()}
         passed = [fd for fd in (theirs.fileno(), described["memory"]) if fd is not None]
@@ -163,6 +164,7 @@ class Worker:
 
     def receive_text(self) -> str:
         """The text that follows a status."""
+        self.channel.settimeout(SECONDS_TO_CLOSE)  # an answer that has begun comes at once
         with self.channel.makefile("rb") as stream:
             length = int.from_bytes(stream.read(4), "little")
             return stream.read(length).decode(errors="replace") or self._death()
@@ -213,15 +215,16 @@ class Pool:
 
         Args:
             program: what they run.
-            fields: dtype and shape of each array, its first axis the rows.
+            fields: dtype and shape of each array, its first axis the rows; the widest dtypes come first.
             metrics: what the simulator measures.
         """
         self._program, self._metrics = program, metrics
         self._layout, num_bytes = _layout(fields)
         self._memory = _unnamed_memory(num_bytes)
-        block = mmap.mmap(self._memory, num_bytes)
+        self._block = mmap.mmap(self._memory, num_bytes)
         self.arrays = {
-            name: np.ndarray(shape, dtype, buffer=block, offset=offset) for name, dtype, shape, offset in self._layout
+            name: np.ndarray(shape, dtype, buffer=self._block, offset=offset)
+            for name, dtype, shape, offset in self._layout
         }
         self._reaper = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", REAPER],
@@ -230,6 +233,13 @@ class Pool:
             start_new_session=True,
         )
         self._workers: dict[int, Worker] = {}
+
+    def flat(self, names: Sequence[str]) -> np.ndarray:
+        """Arrays of one dtype that lie one after another, as one."""
+        first = self.arrays[names[0]]
+        size = sum(self.arrays[name].size for name in names)
+        offset = next(offset for name, _, _, offset in self._layout if name == names[0])
+        return np.ndarray(size, first.dtype, buffer=self._block, offset=offset)
 
     def __contains__(self, row: int) -> bool:
         return row in self._workers
@@ -281,6 +291,8 @@ class Pool:
         while waiting:
             left = started + min(deadlines[row] for row in waiting) - time.monotonic()
             ready = [fd for fd, _ in poller.poll(max(0.0, left) * 1000)]
+            if interrupt.fileno() in ready:
+                interrupt.read()
             if interrupt.happened():
                 return causes | dict.fromkeys(waiting, "interrupted")
             for row in [row_of[fd] for fd in ready if fd in row_of]:
@@ -331,8 +343,7 @@ def _layout(fields: Mapping[str, tuple[Any, tuple[int, ...]]]) -> tuple[list[tup
     placed, end = [], 0
     for name, (dtype, shape) in fields.items():
         placed.append((name, np.dtype(dtype).str, list(shape), end))
-        num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        end += -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        end += int(np.prod(shape)) * np.dtype(dtype).itemsize
     return placed, end
 
 

@@ -14,8 +14,13 @@ from wqmix_jax.envs.host import worker
 from wqmix_jax.envs.host.pool import Interrupt, Pool, Program
 from wqmix_jax.types import EnvSpec
 
-RETURNED = ("obs", "state", "avail_actions", "metrics", "reward", "terminated", "truncated")
-"""The arrays that a call returns, before ``failed``."""
+Shapes = dict[str, tuple[int, ...]]
+
+Returned = tuple[np.ndarray, np.ndarray]
+"""All floats and all flags of a call, each flat, as `Supervisor.floats` and `Supervisor.flags` say.
+
+Each array that a callback returns costs as much as a worker's whole step.
+"""
 
 
 class Limits(NamedTuple):
@@ -40,6 +45,7 @@ class Supervisor:
     """Serves the resets and steps of any number of pools, one by role: training never shares a game with evaluation.
 
     Attributes:
+        floats, flags: what a call returns of each row: names and shapes.
         restarts: how many workers were replaced.
         calls: how many calls were served, by role and command.
         failure: what ended it, if something has. From then on every episode ends at once, as failed, so that the
@@ -50,6 +56,18 @@ class Supervisor:
 
     def __init__(self, program: Program, spec: EnvSpec, metrics: Sequence[str], limits: Limits) -> None:
         self._program, self._spec, self._metrics, self._limits = program, spec, list(metrics), limits
+        self.floats: Shapes = {
+            "obs": (spec.num_agents, spec.obs_dim),
+            "state": (spec.state_dim,),
+            "metrics": (len(metrics),),
+            "reward": (),
+        }
+        self.flags: Shapes = {
+            "avail_actions": (spec.num_agents, spec.num_actions),
+            "terminated": (),
+            "truncated": (),
+            "failed": (),
+        }
         self._pools: dict[str, Pool] = {}
         self._times: collections.deque[float] = collections.deque()
         self.interrupt = Interrupt()
@@ -59,15 +77,23 @@ class Supervisor:
         self.seeds: tuple[int, ...] = ()
         weakref.finalize(self, _close_all, self._pools)  # at the latest when the process ends
 
-    def reset(self, role: str, seeds: Any) -> tuple[np.ndarray, ...]:
-        """Begins an episode in every row, whose randomness is ``seeds`` ``[F]``; returns `RETURNED` and failed."""
+    def reset(self, role: str, seeds: Any) -> Returned:
+        """Begins an episode in every row, whose randomness is ``seeds`` ``[F]``."""
         seeds = np.array(seeds, np.int64)
-        return self._serve(role, "reset", np.zeros(len(seeds), bool), lambda pool: self._reset(pool, role, seeds))
+        rows = np.arange(len(seeds))
+        return self._serve(role, "reset", len(seeds), rows, lambda pool: self._reset(pool, role, seeds))
 
-    def step(self, role: str, idle: Any, joint_action: Any) -> tuple[np.ndarray, ...]:
-        """Plays ``joint_action`` ``[F, N]`` in the rows that are not ``idle`` ``[F]``; returns as `reset`."""
-        idle, joint_action = np.array(idle), np.array(joint_action)  # jax lends its arguments for this call alone
-        return self._serve(role, "step", idle, lambda pool: self._step(pool, role, idle, joint_action))
+    def step(self, role: str, joint_action: Any) -> Returned:
+        """Plays ``joint_action`` ``[F, N]``; a row of negative ones stays as it is."""
+        joint_action = np.array(joint_action)  # jax lends its arguments for this call alone
+        rows = np.flatnonzero(joint_action[:, 0] >= 0)
+        return self._serve(
+            role, "step", len(joint_action), rows, lambda pool: self._step(pool, role, rows, joint_action)
+        )
+
+    def arrays(self, role: str) -> Mapping[str, np.ndarray]:
+        """What `Returned` consists of, by name ``[F, ..]``, as the last call left it."""
+        return self._pools[role].arrays
 
     def pids(self, role: str) -> list[int]:
         """Of the workers, in the order of their rows."""
@@ -83,25 +109,25 @@ class Supervisor:
         self.failure, self.interrupt = None, Interrupt()
 
     def _serve(
-        self, role: str, command: str, idle: np.ndarray, obey: Callable[[Pool], Iterable[int]]
-    ) -> tuple[np.ndarray, ...]:
-        """The arrays after ``obey``, which returns the rows that failed."""
+        self, role: str, command: str, num_rows: int, rows: np.ndarray, obey: Callable[[Pool], Iterable[int]]
+    ) -> Returned:
+        """What is returned after ``obey``, which says whom of the ``rows`` that it calls failed."""
         self.calls[role, command] += 1
-        failed = ~idle
-        pool = self._pool(role, len(idle))
+        pool = self._pool(role, num_rows)
+        failed = pool.arrays["failed"]
+        failed[:] = False
         try:
             if self.failure is None:
-                rows = list(obey(pool))
-                failed = np.isin(np.arange(len(idle)), rows)
+                failed[list(obey(pool))] = True
         except (Exception, KeyboardInterrupt) as error:  # jax may call in the main thread, where Ctrl-C arrives
             self.failure = error
         if self.failure is None and self.interrupt.happened():
             self.failure = KeyboardInterrupt()
         if self.failure is not None:
-            failed = ~idle
+            failed[rows] = True
             if not self.supervised:
                 raise self.failure
-        return *(pool.arrays[name] for name in RETURNED), failed
+        return pool.flat(list(self.floats)), pool.flat(list(self.flags))
 
     def _reset(self, pool: Pool, role: str, seeds: np.ndarray) -> Iterable[int]:
         pool.arrays["seed"][:] = seeds
@@ -119,9 +145,9 @@ class Supervisor:
             causes = self._command(pool, worker.RESET, causes)
         return causes
 
-    def _step(self, pool: Pool, role: str, idle: np.ndarray, joint_action: np.ndarray) -> Iterable[int]:
+    def _step(self, pool: Pool, role: str, rows: np.ndarray, joint_action: np.ndarray) -> Iterable[int]:
         pool.arrays["joint_action"][:] = joint_action
-        causes = self._command(pool, worker.STEP, np.flatnonzero(~idle).tolist())
+        causes = self._command(pool, worker.STEP, rows.tolist())
         if causes and not self.interrupt.happened():
             self._replace(pool, role, causes, during="a step")
         return causes
@@ -169,20 +195,10 @@ class Supervisor:
             return held
         if held is not None:
             held.close()
-        spec = self._spec
-        fields: dict[str, tuple[Any, tuple[int, ...]]] = {
-            "seed": (np.int64, ()),
-            "joint_action": (np.int32, (spec.num_agents,)),
-            "obs": (np.float32, (spec.num_agents, spec.obs_dim)),
-            "state": (np.float32, (spec.state_dim,)),
-            "avail_actions": (np.bool_, (spec.num_agents, spec.num_actions)),
-            "metrics": (np.float32, (len(self._metrics),)),
-            "reward": (np.float32, ()),
-            "terminated": (np.bool_, ()),
-            "truncated": (np.bool_, ()),
-        }
-        by_row = {name: (dtype, (num_rows, *shape)) for name, (dtype, shape) in fields.items()}
-        self._pools[role] = Pool(self._program, by_row, self._metrics)
+        told = {"seed": ()}, {"joint_action": (self._spec.num_agents,)}
+        kinds = zip((np.int64, np.int32, np.float32, np.bool_), (*told, self.floats, self.flags), strict=True)
+        fields = {name: (dtype, (num_rows, *shape)) for dtype, held in kinds for name, shape in held.items()}
+        self._pools[role] = Pool(self._program, fields, self._metrics)
         return self._pools[role]
 
 
