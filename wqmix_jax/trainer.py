@@ -125,6 +125,7 @@ class Trainer(NamedTuple):
         eval_iterations: iterations between two evaluations, a multiple of `chunk_iterations`.
         replay_bytes: bytes of replay per seed.
         sharding: where the leaves of a `TrainState` lie.
+        failure: what ended the environment, see `wqmix_jax.envs.base.Host.failure`.
     """
 
     init: Callable[[Sequence[int]], TrainState]
@@ -134,6 +135,7 @@ class Trainer(NamedTuple):
     eval_iterations: int
     replay_bytes: int
     sharding: Sharding
+    failure: Callable[[], BaseException | None] = lambda: None
 
 
 class _Parts(NamedTuple):
@@ -148,8 +150,9 @@ class _Parts(NamedTuple):
 
 
 def train_sharding(config: RunConfig, num_seeds: int) -> Sharding:
-    """The devices that train ``num_seeds``; see `seed_sharding`."""
-    return seed_sharding(num_seeds, batch_size=config.algo.batch_size if is_mean_over_steps(config.algo) else 1)
+    """The devices that train ``num_seeds``; see `seed_sharding`, and `Host.sharding` for what may forbid that."""
+    batch_size = config.algo.batch_size if is_mean_over_steps(config.algo) else 1
+    return config.env.host.sharding() or seed_sharding(num_seeds, batch_size=batch_size)
 
 
 def make_trainer(config: RunConfig, *, sharding: Sharding | None = None) -> Trainer:
@@ -189,6 +192,7 @@ def make_trainer(config: RunConfig, *, sharding: Sharding | None = None) -> Trai
         eval_iterations=eval_iterations,
         replay_bytes=replay.num_bytes,
         sharding=sharding,
+        failure=env.host.failure,
     )
 
 
@@ -220,13 +224,14 @@ def _init(parts: _Parts, hp: Hyperparams, total_env_steps: int, seeds: Array) ->
 def _iteration(parts: _Parts, state: TrainState) -> tuple[TrainState, TrainRecord]:
     """Plays one episode per environment, stores it, and learns once enough episodes are stored.
 
-    A seed that has reached its total keeps its state to the bit, whatever the others still do.
+    A seed that has reached its total keeps its state to the bit, whatever the others still do; so does one that could
+    play nothing.
     """
     counters = state.counters
-    active = counters.env_steps < state.total_env_steps
     ctx = _context(state)
     keys = _fold_in(state.keys.rollout, counters.episodes)
     played = rollout(parts.env, parts.algo, state.learner.params, state.hp, ctx, keys, num_envs=parts.num_envs)
+    active = (counters.env_steps < state.total_env_steps) & (played.episodes.length > 0).any(-1)
     replay = jax.vmap(parts.replay.add)(state.replay, played.episodes, active)
     played_counters = counters._replace(
         env_steps=counters.env_steps + jnp.where(active, played.episodes.length.sum(-1), 0),
