@@ -10,12 +10,12 @@ PACKAGE = Path(__file__).parent.parent / "wqmix_jax"
 
 # From the bottom to the top. A module or subpackage imports itself and the layers below, never others of its own layer.
 LAYERS = (
-    ("types", "config", "devices"),
+    ("types", "config", "devices", "exits"),
     ("td", "weighting", "exploration", "policies", "networks", "envs"),
     ("replay",),
     ("algos",),
-    ("rollout", "learner"),
-    ("evaluator",),
+    ("rollout", "learner", "members"),
+    ("evaluator", "policy"),
     ("trainer",),
     ("loop",),
     ("logger", "checkpoint", "tabular", "interop"),

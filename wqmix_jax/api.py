@@ -6,6 +6,7 @@ from typing import Any
 from wqmix_jax.config import MAX_SEED, ConfigError, RunConfig, run_config
 from wqmix_jax.devices import seed_sharding
 from wqmix_jax.loop import advance, begin, compile_trainer, is_finished
+from wqmix_jax.members import make_members
 from wqmix_jax.trainer import TrainState, make_trainer
 
 
@@ -19,20 +20,21 @@ def train_seeds(
 
     Args:
         config: what `wqmix_jax.load_config` returns, or nested mappings as in a run folder's ``config.yaml``. Its
-            ``seed`` and ``num_seeds`` are not used, nor is anything that concerns files.
+            ``seed``, ``num_seeds`` and ``host`` are not used, nor is anything that concerns files.
         seeds: different integers from 0 to 2**31 - 1; a seed trains the same in any company.
         callback: called with each record as it comes.
 
     Returns:
-        The final train state, leaves ``[S, ..]`` in the order of ``seeds``, and all records: the same dicts as the
-        lines of ``metrics.jsonl``, see `wqmix_jax.logger`.
+        The final train state, leaves ``[S, ..]`` in the order of ``seeds`` (with ``config.sweep`` all of them for its
+        first values, and so on), and all records: the same dicts as the lines of ``metrics.jsonl``, see
+        `wqmix_jax.logger`.
 
     Raises:
         ConfigError: if an option or a seed is not allowed.
     """
     config = config if isinstance(config, RunConfig) else run_config(config)
-    seeds = _checked(seeds)
-    trainer, _ = compile_trainer(make_trainer(config, sharding=seed_sharding(len(seeds))), seeds)
+    members = make_members(config.algo, _checked(seeds), config.sweep)
+    trainer, _ = compile_trainer(make_trainer(config, sharding=seed_sharding(len(members))), members)
     records: list[dict[str, Any]] = []
 
     def take(lines: list[dict[str, Any]]) -> None:
@@ -41,7 +43,7 @@ def train_seeds(
             if callback is not None:
                 callback(line)
 
-    loop, lines = begin(trainer, seeds)
+    loop, lines = begin(trainer, members)
     take(lines)
     while not is_finished(loop):
         loop, lines = advance(trainer, loop)

@@ -11,6 +11,8 @@ import importlib.util
 import json
 import os
 import platform
+import re
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,9 +22,10 @@ import jax
 from omegaconf import OmegaConf
 
 import wqmix_jax
-from wqmix_jax.config import ConfigError, RunConfig
+from wqmix_jax.config import RESUMABLE, ConfigError, RunConfig
 from wqmix_jax.devices import num_cores
 from wqmix_jax.logger import load_metrics
+from wqmix_jax.members import labels_of, member_name
 from wqmix_jax.trainer import Trainer
 
 CONFIG_FILE, SUMMARY_FILE, CHECKPOINT_DIR = "config.yaml", "summary.json", "checkpoints"
@@ -78,6 +81,54 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[return-value]
 
 
+def kept_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a run that can't be changed when it is resumed, by their dotted names."""
+    free = (*RESUMABLE, "run_dir", "resume", "chunk_iterations", "coordinator")
+    return _dotted({name: value for name, value in values.items() if name not in free})
+
+
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        inner = _dotted(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        flat |= inner
+    return flat
+
+
+def how_to_go_on(run_dir: Path) -> str:
+    """The command that continues a run, in words for a person."""
+    plain = re.fullmatch(r"[\w./-]+", str(run_dir))
+    quoted = str(run_dir) if plain else shlex.quote(f"'{run_dir}'")  # once for hydra, once for the shell
+    return f"to go on: python -m wqmix_jax.train resume={quoted}"
+
+
+def refuse_full_disk(run_dir: Path, checkpoint_bytes: int) -> None:
+    """Says before anything starts that not even one checkpoint would fit.
+
+    Raises:
+        ConfigError: if so.
+    """
+    free = _free_bytes(run_dir)
+    if free < checkpoint_bytes:
+        told = f"a checkpoint may take {_megabytes(checkpoint_bytes)}, and {_megabytes(free)} are free there"
+        raise ConfigError(f"run_dir={run_dir} is not allowed: {told}")
+
+
+def checkpoint_lines(config: RunConfig, run_dir: Path, checkpoint_bytes: int) -> Iterator[str]:
+    """How much will be written, and where that may be too much."""
+    free, kept = _free_bytes(run_dir), config.checkpoint.keep
+    size = f"every {config.checkpoint.every:,} steps, at most {_megabytes(checkpoint_bytes)} each, {kept} kept"
+    yield f"checkpoints: {size}; {_megabytes(free)} are free on the disk"
+    if free < (kept + 1) * checkpoint_bytes:
+        yield f"warning: {kept} checkpoints and the one in the making may not fit; checkpoint.keep={kept} can be less"
+
+
+def _free_bytes(run_dir: Path) -> int:
+    """On the disk where ``run_dir`` is or will be."""
+    path = run_dir.absolute()
+    return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.is_dir())).free
+
+
 def device_lines(trainer: Trainer) -> Iterator[str]:
     """Names the devices that train, and what to install where one lies idle."""
     devices = jax.local_devices()
@@ -121,10 +172,10 @@ def learner_steps_per_env_step(config: RunConfig) -> float:
 
 
 def save_summary(run_dir: Path, config: RunConfig, trainer: Trainer, **facts: Any) -> None:
-    """Writes ``summary.json``: ``facts``, versions, the device and each seed's last evaluation."""
+    """Writes ``summary.json``: ``facts``, versions, the device and each member's last evaluation."""
     summary = {
         **facts,
-        "final": {str(line["seed"]): line for line in load_metrics(run_dir, kind="eval")},
+        "final": {member_name(labels_of(line)): line for line in load_metrics(run_dir, kind="eval")},
         "replay_bytes_per_seed": trainer.replay_bytes,
         "learner_steps_per_env_step": learner_steps_per_env_step(config),
         "device": {

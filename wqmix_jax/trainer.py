@@ -20,7 +20,7 @@ from wqmix_jax.exploration import linear_epsilon
 from wqmix_jax.learner import LearnerState, copy_targets, init_learner, learner_step
 from wqmix_jax.replay import Replay, ReplayState, make_replay
 from wqmix_jax.rollout import rollout
-from wqmix_jax.types import Array, PRNGKey
+from wqmix_jax.types import Array, PRNGKey, PyTree
 
 MAX_LENGTHS, MIN_LENGTH = 4, 16
 """A batch is cut to the shortest of a few static lengths that holds its longest episode. Each costs compile time."""
@@ -68,6 +68,8 @@ class TrainState(NamedTuple):
         keys: see `Keys`.
         hp: the traced hyperparameters.
         total_env_steps: int32, where a seed stops: from then on nothing of it changes.
+        failed: bool, whether a loss or parameter was not finite: nothing changes from then on either, so the counters
+            tell when that was.
     """
 
     learner: LearnerState
@@ -76,6 +78,7 @@ class TrainState(NamedTuple):
     keys: Keys
     hp: Hyperparams
     total_env_steps: Array
+    failed: Array
 
 
 class TrainRecord(NamedTuple):
@@ -203,6 +206,7 @@ def _init(parts: _Parts, hp: Hyperparams, total_env_steps: int, seeds: Array) ->
             keys=keys,
             hp=jax.tree.map(jnp.asarray, hp),
             total_env_steps=jnp.int32(total_env_steps),
+            failed=jnp.bool_(False),
         )
 
     return jax.vmap(one_seed)(seeds)
@@ -211,10 +215,10 @@ def _init(parts: _Parts, hp: Hyperparams, total_env_steps: int, seeds: Array) ->
 def _iteration(parts: _Parts, state: TrainState) -> tuple[TrainState, TrainRecord]:
     """Plays one episode per environment, stores it, and learns once enough episodes are stored.
 
-    A seed that has reached its total keeps its state to the bit, whatever the others still do.
+    A seed that has reached its total or has failed keeps its state to the bit, whatever the others still do.
     """
     counters = state.counters
-    active = counters.env_steps < state.total_env_steps
+    active = (counters.env_steps < state.total_env_steps) & ~state.failed
     ctx = _context(state)
     keys = _fold_in(state.keys.rollout, counters.episodes)
     played = rollout(parts.env, parts.algo, state.learner.params, state.hp, ctx, keys, num_envs=parts.num_envs)
@@ -237,7 +241,14 @@ def _iteration(parts: _Parts, state: TrainState) -> tuple[TrainState, TrainRecor
         episode_length=played.episodes.length.mean(-1, dtype=jnp.float32),
         losses=losses,
     )
-    return state._replace(learner=learner, counters=counters), record
+    failed = state.failed | (ready & ~_is_finite((learner.params, losses.get("loss", ()))))
+    return state._replace(learner=learner, counters=counters, failed=failed), record
+
+
+def _is_finite(tree: PyTree) -> Array:
+    """Whether every number of a seed is finite: leaves ``[S, ..]`` -> ``[S]``."""
+    finite = [jnp.isfinite(leaf).all(tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(tree)]
+    return jnp.stack(finite).all(0)
 
 
 def _learn_if_any(
