@@ -48,7 +48,7 @@ def shared_programs() -> Iterator[None]:
     trainers, compiled = {}, {}
 
     def make(config: RunConfig, *, sharding: Any, real: Any = runner.make_trainer) -> Any:
-        files = {"run_dir": None, "resume": None, "checkpoint": None, "logger": None}
+        files = {"run_dir": None, "resume": None, "checkpoint": None, "logger": None, "sweep": None}
         options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | files
         key = repr((options, sharding))
         if key not in trainers:

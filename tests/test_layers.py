@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "wqmix_jax"
 # From the bottom to the top. A module or subpackage imports itself and the layers below, never others of its own layer.
 LAYERS = (
     ("types", "config", "devices", "exits"),
+    ("hosts",),
     ("td", "weighting", "exploration", "policies", "networks", "envs"),
     ("replay",),
     ("algos",),
@@ -20,7 +21,7 @@ LAYERS = (
     ("loop",),
     ("logger", "checkpoint", "tabular", "interop"),
     ("plotting", "progress", "runs"),
-    ("api", "runner"),
+    ("api", "runner", "merge", "table"),
     ("train", "evaluate"),
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}

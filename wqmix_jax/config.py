@@ -86,7 +86,6 @@ class RunConfig:
         sweep: values of traced options of ``algo`` by their names; all seeds train with every combination, in one call.
         hosts: over how many hosts the seeds are spread; SLURM's number of tasks, or 1, when absent.
         host: which of them this is, from 0; SLURM's when absent.
-        coordinator: where `jax.distributed` starts, ``ADDRESS:PORT`` of host 0 or ``auto``; nowhere when absent.
         num_envs: environments per seed that collect one episode each per iteration.
         updates_per_iteration: learner steps per iteration, once ``batch_size`` episodes are stored.
         total_env_steps: environment steps after which a seed is finished.
@@ -107,7 +106,6 @@ class RunConfig:
     sweep: dict[str, Annotated[list[Any], Field(min_length=1)]]
     hosts: PositiveInt | None
     host: Annotated[int, Field(ge=0)] | None
-    coordinator: str | None
     num_envs: PositiveInt
     updates_per_iteration: PositiveInt
     total_env_steps: Annotated[int, Field(gt=0, lt=2**31)]

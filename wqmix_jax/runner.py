@@ -75,7 +75,7 @@ def start(values: Mapping[str, Any], *, algo: str, env: str) -> Path:
     config = run_config(values)
     refuse_missing_wandb(config.logger)
     members = make_members(config.algo, config.seeds, config.sweep)
-    run_dir = new_run_dir(config.run_dir, algo=algo, env=env)
+    run_dir = new_run_dir(_folder_of_host(config), algo=algo, env=env)
     trainer = _make_trainer(config, members)
     refuse_full_disk(run_dir, checkpoint_bytes(trainer, members, _no_policy(config, trainer, members)))
     make_run_dir(run_dir)
@@ -103,6 +103,10 @@ def resume(run_dir: Path, changes: Mapping[str, Any]) -> Path:
         SystemExit: if a signal ended it.
     """
     old = read_config(run_dir)
+    if "merged" in load_header(run_dir):
+        raise ConfigError(
+            f"resume={run_dir} is not allowed: it was merged from {', '.join(load_header(run_dir)['merged'])}"
+        )
     values = _merged(old, changes)
     claim_cores(num_members(old))  # before an environment's library starts the backend
     config = run_config(values)
@@ -120,7 +124,7 @@ def _train(
 ) -> None:
     """Trains to the end or to a signal. Every way out of a run leads through here."""
     print(f"run: {run_dir}")
-    for line in (*device_lines(trainer), *plan_lines(config, trainer)):
+    for line in (*device_lines(trainer), *plan_lines(config, trainer, len(members))):
         print(line, flush=True)
     nothing = _no_policy(config, trainer, members)
     origin = Origin(load_header(run_dir)["run"], kept_options(values), _machine(trainer))
@@ -313,6 +317,15 @@ class _Session:
 
     def _wall_seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
+
+
+def _folder_of_host(config: RunConfig) -> str | None:
+    """The run's folder; where several hosts share a run, each has its own inside."""
+    if (config.hosts or 1) == 1:
+        return config.run_dir
+    if config.run_dir is None:
+        raise ConfigError(f"run_dir is missing: hosts={config.hosts} need one folder, in which each makes its own")
+    return str(Path(config.run_dir) / f"host_{config.host}")
 
 
 def _make_trainer(config: RunConfig, members: tuple[Member, ...]) -> Trainer:

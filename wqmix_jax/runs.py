@@ -14,7 +14,7 @@ import platform
 import re
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 import wqmix_jax
 from wqmix_jax.config import RESUMABLE, ConfigError, RunConfig
 from wqmix_jax.devices import num_cores
-from wqmix_jax.logger import load_metrics
+from wqmix_jax.logger import HEADER_FILE, load_metrics
 from wqmix_jax.members import labels_of, member_name
 from wqmix_jax.trainer import Trainer
 
@@ -81,9 +81,30 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[return-value]
 
 
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """What ``summary.json`` says so far; nothing where there is none yet."""
+    path = run_dir / SUMMARY_FILE
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def find_runs(folders: Iterable[Path]) -> list[Path]:
+    """The folders of runs among ``folders`` and inside them, in their order.
+
+    Raises:
+        ConfigError: if one holds none.
+    """
+    found: list[Path] = []
+    for folder in folders:
+        inside = sorted(path.parent for path in folder.rglob(HEADER_FILE))
+        if not inside:
+            raise ConfigError(f"{folder} is not allowed: there is no run in it ({HEADER_FILE})")
+        found += inside
+    return list(dict.fromkeys(found))
+
+
 def kept_options(values: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a run that can't be changed when it is resumed, by their dotted names."""
-    free = (*RESUMABLE, "run_dir", "resume", "chunk_iterations", "coordinator")
+    free = (*RESUMABLE, "run_dir", "resume", "chunk_iterations")
     return _dotted({name: value for name, value in values.items() if name not in free})
 
 
@@ -144,12 +165,16 @@ def device_lines(trainer: Trainer) -> Iterator[str]:
         yield 'A TPU is present but unused: pip install "wqmix_jax[tpu]" makes JAX use it.'
 
 
-def plan_lines(config: RunConfig, trainer: Trainer) -> Iterator[str]:
-    """What the run will do, from its options."""
-    last = config.seed + config.num_seeds - 1
-    seeds = f"seed {last}" if config.num_seeds == 1 else f"seeds {config.seed}..{last}"
+def plan_lines(config: RunConfig, trainer: Trainer, num_members: int) -> Iterator[str]:
+    """What the run will do, from its options and how many train side by side here."""
+    first, last = config.seeds[0], config.seeds[-1]
+    seeds = f"seed {first}" if first == last else f"seeds {first}..{last}"
     yield f"{seeds}, {config.total_env_steps:,} environment steps each"
-    total = trainer.replay_bytes * config.num_seeds
+    if (config.hosts or 1) > 1:
+        yield f"host {config.host} of {config.hosts}, {config.num_seeds} seeds in all; hosts=1 trains them all here"
+    for name, swept in config.sweep.items():
+        yield f"algo.{name}: every seed with each of {', '.join(map(str, swept))}"
+    total = trainer.replay_bytes * num_members
     yield f"replay: {_megabytes(trainer.replay_bytes)} per seed, {_megabytes(total)} in total"
     steps = trainer.eval_iterations * steps_per_iteration(config)
     iterations = "1 iteration" if trainer.eval_iterations == 1 else f"{trainer.eval_iterations:,} iterations"
