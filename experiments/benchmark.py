@@ -1,6 +1,6 @@
 """How fast this machine trains: ``python -m experiments.benchmark [algo=NAME|all] [key=value ..] [--out FILE]``.
 
-Prints one table, and with ``--out`` writes it as a JSON list of ``{"name", "algo", "value", "unit"}`` rows. Times are
+Prints one table, and with ``--out`` writes it as a JSON list of ``{"name", "value", "unit", "algo"}`` rows. Times are
 medians of several repetitions, after one that is not counted; compile time stands apart. ``algo=all`` times one learner
 call of every algorithm and no loop. Nothing else should run meanwhile.
 """
@@ -42,9 +42,9 @@ class Row(NamedTuple):
     """One measurement."""
 
     name: str
-    algo: str
     value: float
     unit: str
+    algo: str = ""
 
 
 def main() -> None:
@@ -83,8 +83,8 @@ def learner_rows(config: RunConfig, name: str) -> list[Row]:
 
     batch = full_episodes(config)
     seconds, _ = timed(jax.jit(call), learner, batch)
-    rows = [Row("learner_call_seconds", name, seconds, "s")]
-    return rows + [Row("learner_call_seconds_authors", name, AUTHORS[name], "s")] * (name in AUTHORS)
+    rows = [Row("learner_call_seconds", seconds, "s", name)]
+    return rows + [Row("learner_call_seconds_authors", AUTHORS[name], "s", name)] * (name in AUTHORS)
 
 
 def full_episodes(config: RunConfig) -> Episode:
@@ -116,7 +116,7 @@ def rollout_rows(config: RunConfig, name: str) -> list[Row]:
     hp, ctx = jax.tree.map(lambda leaf: jnp.full(num_seeds, leaf), (hyperparams(algo), at_random()))
     call = jax.jit(lambda params, keys: rollout(env, algo, params, hp, ctx, keys, num_envs=config.num_envs))
     seconds, played = timed(call, params, keys)
-    return [Row("rollout_env_steps_per_second", name, float(played.episodes.length.sum()) / seconds, "1/s")]
+    return [Row("rollout_env_steps_per_second", float(played.episodes.length.sum()) / seconds, "1/s", name)]
 
 
 def loop_rows(config: RunConfig, name: str) -> list[Row]:
@@ -137,10 +137,10 @@ def loop_rows(config: RunConfig, name: str) -> list[Row]:
         if (record.updates > 0).all():
             rates.append((int(state.counters.env_steps.sum()) - before) / seconds)
     return [
-        Row("end_to_end_env_steps_per_second", name, statistics.median(rates), "1/s"),
-        Row("compile_seconds", name, compile_seconds, "s"),
-        Row("evaluation_compile_seconds", name, evaluation_seconds, "s"),
-        Row("replay_bytes_per_seed", name, trainer.replay_bytes, "B"),
+        Row("end_to_end_env_steps_per_second", statistics.median(rates), "1/s", name),
+        Row("compile_seconds", compile_seconds, "s", name),
+        Row("evaluation_compile_seconds", evaluation_seconds, "s", name),
+        Row("replay_bytes_per_seed", trainer.replay_bytes, "B", name),
     ]
 
 

@@ -135,7 +135,7 @@ def plain_rows(env: SMAX) -> list[Row]:
 
 def our_rows(config: RunConfig) -> list[Row]:
     """Our compiled loop as a run uses it."""
-    return [row._replace(name=f"ours_{row.name}") for row in loop_rows(config)]
+    return [row._replace(name=f"ours_{row.name}") for row in loop_rows(config, "qmix")]
 
 
 def machine() -> dict[str, Any]:

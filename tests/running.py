@@ -1,16 +1,25 @@
 """Small runs of the command line in this process, on a user's own algorithm and environment."""
 
+import contextlib
+import dataclasses
 import json
+import os
 import shutil
+import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
+import pytest
 
-from wqmix_jax import train
+from wqmix_jax import runner, train
+from wqmix_jax.config import RunConfig
+
+ROOT = Path(__file__).parent.parent
 
 USER_FOLDER = Path(__file__).parent / "user_folder"
 
@@ -32,6 +41,32 @@ TINY = (
 )
 """Episodes of one or two steps, evaluated every six iterations and saved in between."""
 
+
+@contextlib.contextmanager
+def shared_programs() -> Iterator[None]:
+    """Runs of the same options share one trainer and its compiled programs: tracing takes most of a small run."""
+    trainers, compiled = {}, {}
+
+    def make(config: RunConfig, *, sharding: Any, real: Any = runner.make_trainer) -> Any:
+        files = {"run_dir": None, "resume": None, "checkpoint": None, "logger": None, "sweep": None}
+        options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | files
+        key = repr((options, sharding))
+        if key not in trainers:
+            trainers[key] = real(config, sharding=sharding)
+        return trainers[key]
+
+    def compile_once(trainer: Any, members: Any, *, fresh: bool, real: Any = runner.compile_trainer) -> Any:
+        del fresh
+        if id(trainer) not in compiled:
+            compiled[id(trainer)] = real(trainer, members)
+        return compiled[id(trainer)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "make_trainer", make)
+        patch.setattr(runner, "compile_trainer", compile_once)
+        yield
+
+
 WALL_CLOCK = "steps_per_second"
 
 
@@ -46,6 +81,22 @@ def main(*arguments: str, config_dir: Path = USER_FOLDER / "configs") -> int:
     finally:
         sys.argv, sys.path[:] = before
     return 0
+
+
+def popen(*arguments: str, first: str = "", **options: Any) -> subprocess.Popen[str]:
+    """Starts the command line in a process of its own, after the statement ``first``."""
+    code = f"{first}\nfrom wqmix_jax import train; train.main()"
+    command = [sys.executable, "-c", code, "--config-dir", str(USER_FOLDER / "configs"), *arguments]
+    as_here = {"JAX_DISABLE_MOST_OPTIMIZATIONS": str(jax.config.read("jax_disable_most_optimizations"))}
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | as_here
+    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def process(*arguments: str, first: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs the command line in a process of its own."""
+    running = popen(*arguments, first=first)
+    out, err = running.communicate(timeout=500)
+    return subprocess.CompletedProcess(running.args, running.returncode, out, err)
 
 
 def copy_user_folder(folder: Path) -> Path:

@@ -1,16 +1,22 @@
 """Checkpoints hold a whole run: what goes on from one gives the numbers of a run that was never cut."""
 
+import json
+import os
 import shutil
-from collections.abc import Callable
+import signal
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from tests.running import TINY, last_checkpoint, main, timeless
+from tests.running import TINY, last_checkpoint, main, process, shared_programs, timeless
 from wqmix_jax import load_metrics, runner
 from wqmix_jax.logger import METRICS_FILE
 from wqmix_jax.loop import Loop
@@ -18,7 +24,19 @@ from wqmix_jax.trainer import Trainer
 
 CLOCKS = {"seconds", "wall_seconds", "metrics_bytes"}  # the last: a clock's figures differ in length
 
+WORDS = {"run", "options", "machine", "members", "crc32"}
+
 TORN = '{"kind": "eval", "seed": 3, "env_st'
+
+
+class Killed(BaseException):
+    """Ends a run where it stands."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs() -> Iterator[None]:
+    with shared_programs():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +56,12 @@ def cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
 
         def advance(trainer: Trainer, loop: Loop, *, real: Any = runner.advance) -> Any:
             if next(left, None) is None:
-                raise KeyboardInterrupt
+                raise Killed
             return real(trainer, loop)
 
         monkeypatch.setattr(runner, "advance", advance)
-        assert main(*TINY, *changes, f"run_dir={tmp_path / 'run'}") == 130
+        with pytest.raises(Killed):
+            main(*TINY, *changes, f"run_dir={tmp_path / 'run'}")
         monkeypatch.undo()
         return tmp_path / "run"
 
@@ -53,7 +72,7 @@ def assert_same_run(run_dir: Path, other: Path) -> None:
     assert timeless(load_metrics(run_dir)) == timeless(load_metrics(other))
     saved, expected = last_checkpoint(run_dir), last_checkpoint(other)
     assert saved.keys() == expected.keys()
-    for name in saved.keys() - CLOCKS:
+    for name in saved.keys() - CLOCKS - {"run"}:
         np.testing.assert_array_equal(saved[name], expected[name], err_msg=name)
 
 
@@ -68,13 +87,15 @@ def test_a_killed_run_goes_on_to_the_bit(cut: Callable[..., Path], straight: Pat
 
 
 def test_a_run_goes_on_with_its_seeds_on_another_number_of_devices(
-    cut: Callable[..., Path], straight: Path, monkeypatch: pytest.MonkeyPatch
+    cut: Callable[..., Path], straight: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = cut(7)
     monkeypatch.setattr(runner, "train_sharding", lambda *_: SingleDeviceSharding(jax.local_devices()[1]))
     assert main(f"resume={run_dir}") == 0
+    told = "warning: device count is 1, and was 2 when the checkpoint was made; the numbers will not be equal"
+    assert told in capfd.readouterr().err
     saved, expected = last_checkpoint(run_dir), last_checkpoint(straight)
-    for name in saved.keys() - CLOCKS:
+    for name in saved.keys() - CLOCKS - WORDS:
         np.testing.assert_allclose(saved[name], expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
@@ -134,14 +155,128 @@ def test_a_run_can_only_be_made_longer(
     assert {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()} == before
 
 
-def test_another_shape_is_named(tmp_path: Path, straight: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def change_host(step: Path, **changes: Any) -> None:
+    """Changes what is beside a checkpoint's arrays."""
+    path = step / "host" / "metadata"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def truncate(step: Path) -> None:
+    """Cuts every file of a checkpoint's arrays in half."""
+    for path in (step / "arrays").glob("**/d/*"):
+        os.truncate(path, path.stat().st_size // 2)
+
+
+def replace_by_foreign_folder(step: Path) -> None:
+    shutil.rmtree(step)
+    step.mkdir()
+    (step / "thesis.txt").write_text("precious")
+
+
+UNUSABLE: list[tuple[Callable[[Path], None], str]] = [
+    (truncate, "OUT_OF_RANGE: "),
+    (lambda step: change_host(step, crc32=0), "its arrays are not those that were saved (crc32)"),
+    (lambda step: edit(step / "host" / "metadata", '"schema":', '"schema"'), "Expecting ':' delimiter"),
+    (lambda step: change_host(step, run="another1"), "it is of another run (another1, and this is "),
+    (replace_by_foreign_folder, 'Item "host" was not found'),
+]
+
+
+@pytest.mark.parametrize(("spoil", "told"), UNUSABLE, ids=["torn", "bits", "host", "run", "foreign"])
+def test_a_spoilt_checkpoint_is_named_and_the_one_before_it_used(
+    spoil: Callable[[Path], None],
+    told: str,
+    tmp_path: Path,
+    straight: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     run_dir = Path(shutil.copytree(straight, tmp_path / "run"))
-    config = run_dir / "config.yaml"
-    config.write_text(config.read_text().replace("hidden_dim: 4", "hidden_dim: 5"))
+    earlier, latest = sorted((run_dir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    spoil(latest)
+    assert main(f"resume={run_dir}") == 0
+    shown = capfd.readouterr()
+    assert f"warning: {latest} can't be used: " in shown.err
+    assert told in shown.err
+    assert f"resumed at {earlier.name} environment steps" in shown.out
+    assert (run_dir / f"unusable_checkpoint_{latest.name}").is_dir()
+    assert_same_run(run_dir, straight)
+
+
+def test_without_a_usable_checkpoint_everything_stays(
+    tmp_path: Path, straight: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = Path(shutil.copytree(straight, tmp_path / "run"))
+    for step in (run_dir / "checkpoints").iterdir():
+        truncate(step)
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     assert main(f"resume={run_dir}") == 2
     err = capfd.readouterr().err
-    assert "doesn't fit the run: state.learner.opt_state.nu.agent" in err
+    assert err.count("can't be used") == 2
+    assert err.endswith(f"without {run_dir / 'checkpoints'} the run would start over from its config.yaml\n")
     assert err.count("\n") == 1
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (
+            lambda run_dir: edit(run_dir / "config.yaml", "hidden_dim: 4", "hidden_dim: 5"),
+            "was made with algo.hidden_dim=4, but the run's config.yaml has 5",
+        ),
+        (
+            lambda run_dir: edit(
+                run_dir / "config.yaml", "huber_iql.HuberIQL", "wqmix_jax.algos.iql.IQL", "  delta: 1.0\n"
+            ),
+            "was made with algo._target_='huber_iql.HuberIQL', but the run's config.yaml has 'wqmix_jax.algos.iql.IQL'",
+        ),
+        (
+            lambda run_dir: [change_host(step, schema=1) for step in (run_dir / "checkpoints").iterdir()],
+            "has schema 1; this version of wqmix_jax reads schema 2",
+        ),
+    ],
+    ids=["option", "algorithm", "schema"],
+)
+def test_another_run_in_the_same_folder_is_refused(
+    spoil: Callable[[Path], Any], told: str, tmp_path: Path, straight: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = Path(shutil.copytree(straight, tmp_path / "run"))
+    spoil(run_dir)
+    assert main(f"resume={run_dir}") == 2
+    err = capfd.readouterr().err
+    assert told in err
+    assert err.count("\n") == 1
+
+
+def edit(path: Path, old: str, new: str, without: str = "") -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new).replace(without, ""))
+
+
+def test_another_shape_is_named(
+    tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The options are the same, the code has changed."""
+    run_dir = Path(shutil.copytree(straight, tmp_path / "run"))
+    monkeypatch.setattr(runner, "kept_options", lambda _: last_checkpoint(straight)["options"])
+    edit(run_dir / "config.yaml", "hidden_dim: 4", "hidden_dim: 5")
+    assert main(f"resume={run_dir}") == 2
+    err = capfd.readouterr().err
+    assert "doesn't fit the run: best.params.agent.encoder.bias is float32[2, 4] there, float32[2, 5] here" in err
+    assert err.count("\n") == 1
+
+
+def test_another_jax_is_told(tmp_path: Path, straight: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_dir = Path(shutil.copytree(straight, tmp_path / "run"))
+    for step in (run_dir / "checkpoints").iterdir():
+        change_host(step, machine={"jax": "0.0.1", "device kind": "TPU v9", "device count": 2})
+    assert main(f"resume={run_dir}") == 0
+    told = "was {} when the checkpoint was made; the numbers will not be equal to the last bit"
+    err = capfd.readouterr().err
+    assert f"warning: jax is {jax.__version__}, and {told.format('0.0.1')}\n" in err
+    assert f"warning: device kind is cpu, and {told.format('TPU v9')}\n" in err
+    assert "device count" not in err
 
 
 def test_lost_lines_are_noticed(tmp_path: Path, straight: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -150,3 +285,123 @@ def test_lost_lines_are_noticed(tmp_path: Path, straight: Path, capfd: pytest.Ca
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:3]))
     assert main(f"resume={run_dir}") == 2
     assert "metrics.jsonl is damaged: it has lost lines" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_at_the_end_of_the_chunk(
+    number: signal.Signals,
+    tmp_path: Path,
+    straight: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    chunks = iter(range(100))
+
+    def advance(trainer: Trainer, loop: Loop, *, real: Any = runner.advance) -> Any:
+        if next(chunks) == 2:
+            os.kill(os.getpid(), number)
+            time.sleep(0.2)  # the handler's thread has heard of it by then
+        return real(trainer, loop)
+
+    monkeypatch.setattr(runner, "advance", advance)
+    run_dir = tmp_path / "run"
+    assert main(*TINY, "checkpoint.every=1000", f"run_dir={run_dir}") == 128 + number
+    assert next(chunks) == 3, "nothing is trained after the chunk"
+    err = capfd.readouterr().err
+    assert f"{number.name}: saving at the end of this chunk" in err
+    assert err.endswith(f"interrupted; to go on: python -m wqmix_jax.train resume={run_dir}\n")
+    assert last_checkpoint(run_dir)["env_steps"] == [11, 12]
+    assert json.loads((run_dir / "summary.json").read_text())["status"] == "interrupted"
+    assert main(f"resume={run_dir}", "checkpoint.every=15") == 0
+    assert_same_run(run_dir, straight)
+
+
+def test_chunks_that_take_long_are_cut(
+    tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runner, "MAX_CHUNK_SECONDS", 0.0)
+    run_dir = tmp_path / "run"
+    assert main(*TINY, "checkpoint.every=6", f"run_dir={run_dir}") == 0
+    assert "now on 1 iterations each" in capfd.readouterr().out
+    assert last_checkpoint(run_dir)["chunk_iterations"] == 1
+    assert timeless(load_metrics(run_dir)) == timeless(load_metrics(straight))
+
+
+def test_a_run_that_could_not_save_even_once_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    assert main(*TINY, f"run_dir={tmp_path / 'run'}") == 2
+    err = capfd.readouterr().err
+    assert err.startswith(f"error: run_dir={tmp_path / 'run'} is not allowed: a checkpoint may take ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_for_the_next_checkpoint_stops_the_run(
+    tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    monkeypatch.setattr(
+        shutil,
+        "disk_usage",
+        lambda _: SimpleNamespace(free=100 if (run_dir / "checkpoints" / "15").exists() else 10**9),
+    )
+    assert main(*TINY, f"run_dir={run_dir}") == 1
+    err = capfd.readouterr().err.splitlines()[-1]
+    assert f"no checkpoint could be written to {run_dir / 'checkpoints'}: one may take " in err
+    assert err.endswith(
+        f"the last good one is {run_dir / 'checkpoints' / '15'}; to go on: python -m wqmix_jax.train resume={run_dir}"
+    )
+    monkeypatch.undo()
+    assert main(f"resume={run_dir}") == 0
+    assert_same_run(run_dir, straight)
+
+
+def test_a_save_that_fails_in_its_threads_stops_the_run(
+    tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: Any) -> None:
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']")
+
+    run_dir = tmp_path / "run"
+    monkeypatch.setattr(ocp.CheckpointManager, "check_for_errors", fail)
+    assert main(*TINY, f"run_dir={run_dir}") == 1
+    err = capfd.readouterr().err.splitlines()[-1]
+    assert err == (
+        f"error: no checkpoint could be written to {run_dir / 'checkpoints'}: No space left on device; there is none "
+        f"before it; to go on: python -m wqmix_jax.train resume={run_dir}"
+    )
+    monkeypatch.undo()
+    assert main(f"resume={run_dir}") == 0
+    assert_same_run(run_dir, straight)
+
+
+@pytest.mark.slow
+def test_files_that_may_not_grow_stop_the_run(tmp_path: Path, straight: Path) -> None:
+    """A real fault in the midst of a save, which needs no filesystem of its own."""
+    run_dir = tmp_path / "run"
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))"
+    done = process(*TINY, f"run_dir={run_dir}", first=limit)
+    assert done.returncode == 1
+    err = done.stderr.splitlines()[-1]
+    assert "File too large" in err
+    assert err.endswith(f"to go on: python -m wqmix_jax.train resume={run_dir}")
+    assert main(f"resume={run_dir}") == 0
+    assert_same_run(run_dir, straight)
+
+
+def test_the_best_policy_of_each_seed_is_kept(straight: Path) -> None:
+    with np.load(straight / "policies" / "best.npz") as best:
+        for index, seed in enumerate((3, 4)):
+            returns = [
+                (line["episode_return"], -line["env_steps"]) for line in load_metrics(straight, kind="eval", seed=seed)
+            ]
+            assert (best["episode_return"][index], -best["env_steps"][index]) == max(returns)
+            assert best["seed"][index] == seed
+
+
+def test_the_last_policy_is_the_checkpoints(straight: Path) -> None:
+    saved, name = last_checkpoint(straight), "params.agent.encoder.kernel"
+    with np.load(straight / "policies" / "last.npz") as last:
+        np.testing.assert_array_equal(last[name], saved[f"state.learner.{name}"])
+        assert not [name for name in last if "mixer" in name or "opt_state" in name]

@@ -10,17 +10,18 @@ PACKAGE = Path(__file__).parent.parent / "wqmix_jax"
 
 # From the bottom to the top. A module or subpackage imports itself and the layers below, never others of its own layer.
 LAYERS = (
-    ("types", "config", "devices"),
+    ("types", "config", "devices", "exits"),
+    ("hosts",),
     ("td", "weighting", "exploration", "policies", "networks", "envs"),
     ("replay",),
     ("algos",),
-    ("rollout", "learner"),
-    ("evaluator",),
+    ("rollout", "learner", "members"),
+    ("evaluator", "policy"),
     ("trainer",),
     ("loop",),
     ("logger", "checkpoint", "tabular", "interop"),
     ("plotting", "progress", "runs"),
-    ("api", "runner"),
+    ("api", "runner", "merge", "table"),
     ("train", "evaluate"),
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}

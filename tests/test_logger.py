@@ -31,7 +31,7 @@ LINES = [
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    create_metrics(tmp_path, version="0", algo="iql", env="coin", seeds=[0, 1])
+    create_metrics(tmp_path, version="0", algo="iql", env="coin", members=[{"seed": 0}, {"seed": 1}])
     with MetricsFile(tmp_path, num_bytes=0) as metrics:
         metrics.write(LINES[:2])
         metrics.write(LINES[2:])

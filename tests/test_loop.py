@@ -9,6 +9,7 @@ from jax.sharding import SingleDeviceSharding
 
 from wqmix_jax import loop as loop_module
 from wqmix_jax.loop import Line, Loop, advance, begin, env_steps, is_finished
+from wqmix_jax.members import Member
 from wqmix_jax.trainer import Counters, EvalRecord, Trainer, TrainRecord
 
 LENGTHS = {0: [3, 2, 3, 1, 3, 3, 2, 3], 1: [1, 1, 2, 1, 1, 2, 1, 1, 3, 1, 1, 1, 1, 1]}
@@ -18,11 +19,19 @@ WARM_UP = 2
 """Iterations before the first learner step; from then on one in each."""
 
 
+class Hyperparams(NamedTuple):
+    """What a sweep can set."""
+
+    alpha: np.ndarray
+
+
 class State(NamedTuple):
     """The part of a train state that the loop looks at."""
 
     counters: Counters
     total_env_steps: np.ndarray
+    failed: np.ndarray
+    hp: Hyperparams
 
 
 def known_trainer(*, chunk_iterations: int, eval_iterations: int, total_env_steps: int) -> Trainer:
@@ -30,7 +39,8 @@ def known_trainer(*, chunk_iterations: int, eval_iterations: int, total_env_step
 
     def init(seeds: Any) -> Any:
         zero = np.zeros(len(seeds), np.int32)
-        return State(Counters(zero, zero, zero), np.full(len(seeds), total_env_steps, np.int32))
+        totals = np.full(len(seeds), total_env_steps, np.int32)
+        return State(Counters(zero, zero, zero), totals, zero > 0, Hyperparams(np.zeros(len(seeds), np.float32)))
 
     def iteration(state: State) -> tuple[State, TrainRecord]:
         counters, active = state.counters, state.counters.env_steps < total_env_steps
@@ -41,7 +51,7 @@ def known_trainer(*, chunk_iterations: int, eval_iterations: int, total_env_step
         counters = Counters(counters.env_steps + lengths, episodes, counters.learner_steps + updates)
         losses = {"loss": np.where(updates > 0, number**2, np.float32(0))}
         record = TrainRecord(counters, active, updates, 1 / number, number, lengths.astype(np.float32), losses)
-        return State(counters, state.total_env_steps), record
+        return state._replace(counters=counters), record
 
     def train_chunk(state: Any) -> tuple[Any, TrainRecord]:
         records = []
@@ -64,7 +74,7 @@ def known_trainer(*, chunk_iterations: int, eval_iterations: int, total_env_step
 
 def run(trainer: Trainer) -> tuple[Loop, list[list[Line]]]:
     """The loop at its end, and the lines of each evaluation."""
-    loop, lines = begin(trainer, [5, 6])
+    loop, lines = begin(trainer, [Member(5), Member(6)])
     batches = [lines]
     while not is_finished(loop):
         loop, lines = advance(trainer, loop)

@@ -15,7 +15,7 @@ TRAINER = make_trainer(load_config("+algo=ow_qmix"))
 
 def test_the_plan_of_the_default_run() -> None:
     config = load_config("+algo=ow_qmix", "num_seeds=4", "seed=10")
-    lines = list(plan_lines(config, make_trainer(config)))
+    lines = list(plan_lines(config, make_trainer(config), config.num_seeds))
     assert lines[0] == "seeds 10..13, 1,000,000 environment steps each"
     per_seed, in_total = map(float, re.findall(r"([\d.]+) MB", lines[1]))
     assert per_seed <= 64
@@ -28,7 +28,7 @@ def test_the_plan_of_the_default_run() -> None:
 
 def test_the_ratio_of_learner_steps_follows_the_options() -> None:
     config = load_config("+algo=ow_qmix", "num_envs=8", "updates_per_iteration=2", "eval_interval=1")
-    lines = list(plan_lines(config, make_trainer(config)))
+    lines = list(plan_lines(config, make_trainer(config), config.num_seeds))
     assert lines[0] == "seed 0, 1,000,000 environment steps each"
     assert lines[2:] == [
         "evaluation: every 1 iteration (1,600 environment steps of full episodes)",

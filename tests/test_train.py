@@ -164,7 +164,9 @@ def test_a_run_says_what_it_does(run_dir: Path) -> None:
 
 def test_a_run_leaves_these_files(run_dir: Path) -> None:
     found = sorted(path.name for path in run_dir.iterdir())
-    assert found == ["checkpoints", "config.yaml", "learning_curve.png", "metrics.jsonl", "run.json", "summary.json"]
+    assert found == [
+        "checkpoints", "config.yaml", "learning_curve.png", "metrics.jsonl", "policies", "run.json", "summary.json"
+    ]  # fmt: skip
 
 
 def test_config_yaml_holds_every_option(run_dir: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from wqmix_jax.config import MAX_SEED, ConfigError, RunConfig, run_config
 from wqmix_jax.loop import advance, begin, compile_trainer, is_finished
+from wqmix_jax.members import make_members
 from wqmix_jax.trainer import TrainState, make_trainer, train_sharding
 
 
@@ -18,22 +19,22 @@ def train_seeds(
 
     Args:
         config: what `wqmix_jax.load_config` returns, or nested mappings as in a run folder's ``config.yaml``. Its
-            ``seed`` and ``num_seeds`` are not used, nor is anything that concerns files.
+            ``seed``, ``num_seeds`` and ``host`` are not used, nor is anything that concerns files.
         seeds: different integers from 0 to 2**31 - 1; a seed trains the same in any company.
         callback: called with each record as it comes.
 
     Returns:
-        The final train state, leaves ``[S, ..]`` in the order of ``seeds``, and all records: the same dicts as the
-        lines of ``metrics.jsonl``, see `wqmix_jax.logger`.
+        The final train state, leaves ``[S, ..]`` in the order of ``seeds`` (with ``config.sweep`` all of them for its
+        first values, and so on), and all records: the same dicts as the lines of ``metrics.jsonl``, see
+        `wqmix_jax.logger`.
 
     Raises:
         ConfigError: if an option or a seed is not allowed.
         RunError: if an environment outside of JAX fails too often.
     """
     config = config if isinstance(config, RunConfig) else run_config(config)
-    seeds = _checked(seeds)
-    host = config.env.host
-    trainer, _ = compile_trainer(make_trainer(config, sharding=train_sharding(config, len(seeds))), seeds)
+    members = make_members(config.algo, _checked(seeds), config.sweep)
+    trainer, _ = compile_trainer(make_trainer(config, sharding=train_sharding(config, len(members))), members)
     records: list[dict[str, Any]] = []
 
     def take(lines: list[dict[str, Any]]) -> None:
@@ -42,8 +43,8 @@ def train_seeds(
             if callback is not None:
                 callback(line)
 
-    with host.running(seeds):
-        loop, lines = begin(trainer, seeds)
+    with config.env.host.running([member.seed for member in members]):
+        loop, lines = begin(trainer, members)
         while True:
             if (failure := trainer.failure()) is not None:
                 raise failure

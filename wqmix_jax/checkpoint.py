@@ -1,9 +1,18 @@
-"""Checkpoints of a whole run through orbax: the train state, and how far the records were written.
+"""Checkpoints of a whole run through orbax: the train state, the best policies, and how far the records were written.
 
-A checkpoint is named by the slowest seed's environment steps and appears under that name only when it is complete.
+A checkpoint is named by `loop.slowest_steps` and appears under that name only when it is complete. It is copied off the
+device at once and written by other threads while training goes on.
 """
 
-from collections.abc import Sequence
+import contextlib
+import errno
+import logging
+import os
+import re
+import shutil
+import sys
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +23,32 @@ import orbax.checkpoint as ocp
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from wqmix_jax.config import ConfigError
-from wqmix_jax.loop import Loop, abstract_interval, abstract_state, env_steps, join, num_pending
+from wqmix_jax.exits import RunError
+from wqmix_jax.loop import Loop, abstract_interval, abstract_state, env_steps, join, num_pending, slowest_steps
+from wqmix_jax.members import Member
+from wqmix_jax.policy import Policy, flat
 from wqmix_jax.trainer import Trainer, TrainRecord, TrainState
 from wqmix_jax.types import PyTree
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of what a checkpoint holds."""
+
+MAX_REASON = 200
+"""Characters of another library's message."""
+
+
+class Origin(NamedTuple):
+    """Which run a checkpoint is of, and where it was made.
+
+    Attributes:
+        run: the run's random name, see `wqmix_jax.logger`.
+        options: the options that a run keeps for good, by their dotted names.
+        machine: what bit-equal numbers depend on: version of jax, kind and number of devices.
+    """
+
+    run: str
+    options: dict[str, Any]
+    machine: dict[str, Any]
 
 
 class Restored(NamedTuple):
@@ -27,126 +56,240 @@ class Restored(NamedTuple):
 
     Attributes:
         loop: where it stood.
+        best: the best policies until then.
+        chunk_iterations: of one chunk then; evaluations come at multiples of it.
         metrics_bytes: how long ``metrics.jsonl`` was then.
         wall_seconds: wall-clock seconds of the run until then.
     """
 
     loop: Loop
+    best: Policy
+    chunk_iterations: int
     metrics_bytes: int
     wall_seconds: float
 
 
 class Checkpoints:
-    """The checkpoints of one run: two items each, ``arrays`` (the train state and the pending records) and ``host``."""
+    """The checkpoints of one run: two items each, ``arrays`` (state, pending records, best policies) and ``host``.
 
-    def __init__(self, directory: Path, trainer: Trainer, seeds: Sequence[int], *, keep: int) -> None:
-        """Opens the folder, made where absent, for runs of ``trainer`` with ``seeds``; the latest ``keep`` are kept."""
-        self._seeds = tuple(seeds)
-        self._sharding = trainer.sharding
-        self._state = abstract_state(trainer, seeds)
-        self._interval = abstract_interval(trainer, seeds)
+    Attributes:
+        num_bytes: the most that the arrays of one take; on disk they are compressed.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        trainer: Trainer,
+        members: tuple[Member, ...],
+        best: Policy,
+        origin: Origin,
+        *,
+        keep: int,
+    ) -> None:
+        """Opens the folder, made where absent.
+
+        Args:
+            directory: the folder.
+            trainer: the run's.
+            members: who trains.
+            best: a policy of the run's shapes.
+            origin: what the run is.
+            keep: how many of the latest are kept.
+        """
+        self._members, self._origin, self._sharding = members, origin, trainer.sharding
+        self._state = abstract_state(trainer, members)
+        self._interval = abstract_interval(trainer, members)
+        self._best = best
+        self._abstract = _named(jax.eval_shape(_raw_keys, self._state), self._interval, best)
+        self.num_bytes = _num_bytes(self._abstract)
+        for noisy in ("absl", "asyncio"):  # orbax tells of each fault in hundreds of lines, and raises it as well
+            logging.getLogger(noisy).setLevel(logging.CRITICAL)
+        self._directory = directory.absolute()
+        self._directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
-            directory.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
-            ),
+            self._directory,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=False, cleanup_tmp_directories=True),
             item_handlers={"arrays": ocp.StandardCheckpointHandler(), "host": ocp.JsonCheckpointHandler()},
         )
+        self._latest = self._manager.latest_step()
 
-    def save(self, loop: Loop, *, metrics_bytes: int, wall_seconds: float) -> None:
-        """Writes a checkpoint and returns when it is complete; does nothing where the latest is of the same step."""
-        step = int(env_steps(loop).min())
-        if step == self._manager.latest_step():
+    def save(self, loop: Loop, best: Policy, *, chunk_iterations: int, metrics_bytes: int, wall_seconds: float) -> None:
+        """Begins to write a checkpoint; does nothing where the latest is of the same step.
+
+        Raises:
+            RunError: if there is no room for it, or the one before it could not be written.
+        """
+        step = slowest_steps(loop)
+        if step == self._latest:
             return
+        self.wait()
+        self._check_room()
+        named = _named(_raw_keys(loop.state), self._padded(loop), best)
+        arrays = {name: np.array(leaf) for name, leaf in named.items()}  # copies: the next chunk takes the buffers
         host = {
             "schema": SCHEMA,
-            "seeds": list(loop.seeds),
+            **self._origin._asdict(),
+            "members": [member.labels for member in loop.members],
             "env_steps": env_steps(loop).tolist(),
+            "failed": np.array(loop.state.failed).tolist(),
             "total_env_steps": np.array(loop.state.total_env_steps).tolist(),
             "evaluated_at": loop.evaluated_at.tolist(),
             "num_pending": num_pending(loop),
             "seconds": loop.seconds,
+            "chunk_iterations": chunk_iterations,
             "metrics_bytes": metrics_bytes,
             "wall_seconds": wall_seconds,
+            "crc32": _checksum(arrays),
         }
-        arrays = {**_flat("state", _raw_keys(loop.state)), **_flat("pending", self._padded(loop))}
-        self._manager.save(
-            step, args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), host=ocp.args.JsonSave(host))
-        )
+        with self._writing():
+            self._manager.save(
+                step, args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), host=ocp.args.JsonSave(host))
+            )
+        self._latest = step
+
+    def check(self) -> None:
+        """Notices a checkpoint that could not be written.
+
+        Raises:
+            RunError: if there is one.
+        """
+        with self._writing():
+            self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Returns when what was begun is on the disk.
+
+        Raises:
+            RunError: if it could not be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def restore(self, total_env_steps: int) -> Restored | None:
         """Reads the checkpoint from which a run to ``total_env_steps`` goes on, and removes those after it.
 
         That is the latest, unless a seed rests in it that a longer run would have trained on: then the latest before
-        any seed came to rest, where it is still there, for the numbers of a run that was never cut.
+        any seed came to rest, where it is still there, for the numbers of a run that was never cut. One that can't be
+        read, or is of another run, is named and moved aside, and another is taken.
 
         Returns:
             The run, with its new total, or None if there is no checkpoint.
+
+        Raises:
+            ConfigError: if a checkpoint was made with other options, or none can be used; all are still there then.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        if not steps:
-            return None
-        hosts = {step: self._host(step) for step in steps}
-        exact = (step for step in steps if not _rests(hosts[step], total_env_steps))
-        step = next(exact, steps[0])
-        restored = self._read(step, hosts[step], total_env_steps)
-        for later in steps[: steps.index(step)]:
-            self._manager.delete(later)
-        return restored
+        hosts: dict[int, dict[str, Any]] = {}
+        unusable: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            with _noting(unusable, step):
+                hosts[step] = self._host(step)
+        for step in sorted(hosts, key=lambda step: (_rests(hosts[step], total_env_steps), -step)):
+            with _noting(unusable, step):
+                restored = self._read(step, hosts[step], total_env_steps)
+            if step in unusable:
+                continue
+            self._move_aside(unusable)
+            for later in (later for later in hosts if later > step and later not in unusable):
+                self._manager.delete(later)
+            self._latest = step
+            self._warn_of_another_machine(hosts[step])
+            return restored
+        if unusable:
+            told = "; ".join(f"{self._directory / str(step)} can't be used: {why}" for step, why in unusable.items())
+            raise ConfigError(f"{told}; without {self._directory} the run would start over from its config.yaml")
+        return None
 
     def close(self) -> None:
-        """Releases the folder."""
-        self._manager.close()
+        """Waits for what was begun, and releases the folder.
 
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        Raises:
+            RunError: if it could not be written.
+        """
+        with self._writing():
+            self._manager.close()
 
     def _host(self, step: int) -> dict[str, Any]:
+        """What is beside the arrays, where this run can use it."""
         host = self._manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore()))["host"]
-        if host["schema"] != SCHEMA or host["seeds"] != list(self._seeds):
-            found = f"schema {host['schema']} and seeds {host['seeds']}"
-            raise ConfigError(
-                f"{self._manager.directory / str(step)} holds {found}, but schema {SCHEMA} and seeds "
-                f"{list(self._seeds)} are needed"
-            )
+        path = self._directory / str(step)
+        if host["schema"] != SCHEMA:
+            raise ConfigError(f"{path} has schema {host['schema']}; this version of wqmix_jax reads schema {SCHEMA}")
+        for name in sorted(host["options"].keys() | self._origin.options.keys()):
+            there, here = (options.get(name) for options in (host["options"], self._origin.options))
+            if there != here:
+                raise ConfigError(f"{path} was made with {name}={there!r}, but the run's config.yaml has {here!r}")
+        if host["run"] != self._origin.run:
+            raise ValueError(f"it is of another run ({host['run']}, and this is {self._origin.run})")
         return host
 
     def _read(self, step: int, host: dict[str, Any], total_env_steps: int) -> Restored:
-        abstract = {**_flat("state", jax.eval_shape(_raw_keys, self._state)), **_flat("pending", self._interval)}
-        self._check_fits(step, abstract)
+        self._check_fits(step)
         on_device = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharding_of(name))
-            for name, leaf in abstract.items()
+            for name, leaf in self._abstract.items()
         }
-        arrays = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(on_device)))[
-            "arrays"
-        ]
+        request = ocp.args.Composite(arrays=ocp.args.StandardRestore(on_device))
+        arrays = self._manager.restore(step, args=request)["arrays"]
+        if _checksum(arrays) != host["crc32"]:
+            raise ValueError("its arrays are not those that were saved (crc32)")
         state = _typed_keys(_unflat("state", arrays, self._state))
         padded = _unflat("pending", arrays, self._interval)
         pending = jax.tree.map(lambda leaf: np.array(leaf)[: host["num_pending"]], padded)
         loop = Loop(
             state=state._replace(total_env_steps=jnp.full_like(state.total_env_steps, total_env_steps)),
-            seeds=self._seeds,
+            members=self._members,
             pending=(pending,) if host["num_pending"] else (),
             evaluated_at=np.array(host["evaluated_at"]),
             seconds=host["seconds"],
         )
-        return Restored(loop, host["metrics_bytes"], host["wall_seconds"])
+        best = jax.tree.map(np.array, _unflat("best", arrays, self._best))
+        return Restored(loop, best, host["chunk_iterations"], host["metrics_bytes"], host["wall_seconds"])
 
     def _sharding_of(self, name: str) -> Sharding:
-        """The pending records, whose seeds are the second axis, are only on their way to the host."""
+        """All but the state is only on its way to the host."""
         return self._sharding if name.startswith("state.") else SingleDeviceSharding(jax.local_devices()[0])
 
-    def _check_fits(self, step: int, abstract: dict[str, jax.ShapeDtypeStruct]) -> None:
+    def _check_fits(self, step: int) -> None:
         saved = self._manager.item_metadata(step)["arrays"]
-        for name in sorted(abstract.keys() | saved.keys()):
-            here, there = abstract.get(name), saved.get(name)
+        for name in sorted(self._abstract.keys() | saved.keys()):
+            here, there = self._abstract.get(name), saved.get(name)
             if here is None or there is None or (here.shape, here.dtype) != (tuple(there.shape), there.dtype):
-                path = self._manager.directory / str(step)
+                path = self._directory / str(step)
                 raise ConfigError(f"{path} doesn't fit the run: {name} is {_shape(there)} there, {_shape(here)} here")
+
+    def _move_aside(self, unusable: Mapping[int, str]) -> None:
+        for step, reason in unusable.items():
+            aside = self._directory.with_name(f"unusable_checkpoint_{step}")
+            if aside.exists():
+                shutil.rmtree(aside)
+            (self._directory / str(step)).rename(aside)
+            print(f"warning: {self._directory / str(step)} can't be used: {reason}; it is {aside} now", file=sys.stderr)
+        if unusable:
+            self._manager.reload()
+
+    def _warn_of_another_machine(self, host: Mapping[str, Any]) -> None:
+        for name, here in self._origin.machine.items():
+            if (there := host["machine"].get(name)) != here:
+                told = f"{name} is {here}, and was {there} when the checkpoint was made"
+                print(f"warning: {told}; the numbers will not be equal to the last bit", file=sys.stderr)
+
+    def _check_room(self) -> None:
+        free = shutil.disk_usage(self._directory).free
+        if free < self.num_bytes:
+            raise RunError(self._told(f"one may take {self.num_bytes:,} bytes, and {free:,} are free"))
+
+    def _told(self, reason: str) -> str:
+        latest = self._manager.latest_step()
+        kept = "there is none before it" if latest is None else f"the last good one is {self._directory / str(latest)}"
+        return f"no checkpoint could be written to {self._directory}: {reason}; {kept}"
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Orbax reports what went wrong in its threads as any kind of exception, at any of its calls."""
+        try:
+            yield
+        except Exception as error:
+            raise RunError(self._told(_reason(error))) from error
 
     def _padded(self, loop: Loop) -> TrainRecord:
         """The pending records, zeros up to a whole interval, so that checkpoints of a run are alike in shape."""
@@ -157,10 +300,54 @@ class Checkpoints:
         return jax.tree.map(lambda rows, zeros: np.concatenate([rows, zeros[count:]]), join(loop.pending), empty)
 
 
+def checkpoint_bytes(trainer: Trainer, members: Sequence[Member], best: Policy) -> int:
+    """The most that the arrays of a checkpoint take, before there is a folder for them."""
+    state = jax.eval_shape(_raw_keys, abstract_state(trainer, members))
+    return _num_bytes(_named(state, abstract_interval(trainer, members), best))
+
+
+def _num_bytes(arrays: Mapping[str, Any]) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in arrays.values())
+
+
+def _named(state: TrainState, pending: TrainRecord, best: Policy) -> dict[str, Any]:
+    """All arrays of a checkpoint by their names there."""
+    return {**_flat("state", state), **_flat("pending", pending), **_flat("best", best)}
+
+
+@contextlib.contextmanager
+def _noting(unusable: dict[int, str], step: int) -> Iterator[None]:
+    """Notes why a checkpoint can't be read; a refusal, which says what to do, passes."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the readers make of damaged bytes
+        unusable[step] = _reason(error)
+
+
+def _reason(error: BaseException) -> str:
+    """An exception in one line of bearable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if os.strerror(code) in text:
+            return os.strerror(code)
+    text = re.sub(r" \[tensorstore_spec='.*?'\]", "", text)
+    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}.."
+
+
+def _checksum(arrays: Mapping[str, Any]) -> int:
+    """Over all bytes, in the order of the names."""
+    crc = 0
+    for name in sorted(arrays):
+        crc = zlib.crc32(np.ascontiguousarray(arrays[name]).data, crc)
+    return crc
+
+
 def _rests(host: dict[str, Any], total_env_steps: int) -> bool:
     """Whether some seed trains no more in this checkpoint although a run to ``total_env_steps`` would."""
-    ended = zip(host["env_steps"], host["total_env_steps"], strict=True)
-    return any(steps >= total and steps < total_env_steps for steps, total in ended)
+    ended = zip(host["env_steps"], host["total_env_steps"], host["failed"], strict=True)
+    return any(steps >= total and steps < total_env_steps and not failed for steps, total, failed in ended)
 
 
 def _raw_keys(state: TrainState) -> TrainState:
@@ -177,8 +364,7 @@ def _typed_keys(state: TrainState) -> TrainState:
 
 def _flat(prefix: str, tree: PyTree) -> dict[str, Any]:
     """Leaves by their paths: ``prefix.learner.params.agent..``."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {f"{prefix}.{jax.tree_util.keystr(path, simple=True, separator='.')}": leaf for path, leaf in leaves}
+    return {f"{prefix}.{name}": leaf for name, leaf in flat(tree).items()}
 
 
 def _unflat(prefix: str, leaves: dict[str, Any], like: PyTree) -> PyTree:

@@ -28,13 +28,12 @@ PositiveInt = Annotated[int, Field(gt=0)]
 
 MAX_SEED = 2**31 - 1
 
+RESUMABLE = ("total_env_steps", "checkpoint", "logger")
+"""Options that may differ when a run is resumed."""
+
 
 class ConfigError(ValueError):
     """A refused configuration; the message is one line that names the key, the value and what is allowed."""
-
-
-class RunError(RuntimeError):
-    """A run that can't go on, through no fault of its configuration; the message is one line."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -81,8 +80,11 @@ class RunConfig:
     Attributes:
         algo: the algorithm, built from its yaml.
         env: the environment, built from its yaml.
-        num_seeds: how many seeds train in one call, ``seed .. seed + num_seeds - 1``.
+        num_seeds: how many seeds train, ``seed .. seed + num_seeds - 1``, on all hosts together.
         seed: the first seed.
+        sweep: values of traced options of ``algo`` by their names; all seeds train with every combination, in one call.
+        hosts: over how many hosts the seeds are spread; SLURM's number of tasks, or 1, when absent.
+        host: which of them this is, from 0; SLURM's when absent.
         num_envs: environments per seed that collect one episode each per iteration.
         updates_per_iteration: learner steps per iteration, once ``batch_size`` episodes are stored.
         total_env_steps: environment steps after which a seed is finished.
@@ -100,6 +102,9 @@ class RunConfig:
     env: Any
     num_seeds: PositiveInt
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)]
+    sweep: dict[str, Annotated[list[Any], Field(min_length=1)]]
+    hosts: PositiveInt | None
+    host: Annotated[int, Field(ge=0)] | None
     num_envs: PositiveInt
     updates_per_iteration: PositiveInt
     total_env_steps: Annotated[int, Field(gt=0, lt=2**31)]
@@ -116,12 +121,21 @@ class RunConfig:
     def _fits(self) -> Self:
         if self.seed + self.num_seeds > MAX_SEED + 1:
             raise ValueError(f"seed={self.seed} is not allowed: {self.num_seeds} seeds from there pass {MAX_SEED}")
+        if (self.host or 0) >= (self.hosts or 1):
+            raise ValueError(f"host={self.host} is not allowed: hosts={self.hosts} are counted from 0")
+        if (self.hosts or 1) > self.num_seeds:
+            raise ValueError(f"hosts={self.hosts} is not allowed: there are only num_seeds={self.num_seeds}")
         buffer_size = getattr(self.algo, "buffer_size", self.num_envs)
         if self.num_envs > buffer_size:
             raise ValueError(
                 f"num_envs={self.num_envs} is not allowed: at most algo.buffer_size={buffer_size} episodes fit"
             )
         return self
+
+    @property
+    def seeds(self) -> range:
+        """The seeds that train here: those of this host."""
+        return range(self.seed, self.seed + self.num_seeds)[_slice_of_host(self.num_seeds, self.hosts, self.host)]
 
 
 def run_config(values: Mapping[str, Any]) -> RunConfig:
@@ -136,7 +150,18 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
         if not isinstance(plain.get(name), Mapping):
             raise ConfigError(f"{name}={plain.get(name)!r} is not allowed: a group of options is needed")
         plain[name] = make(name, plain[name])
-    return _validated(RunConfig, plain, prefix="")
+    config = _validated(RunConfig, plain, prefix="")
+    for name, swept in config.sweep.items():
+        if len(set(swept)) < len(swept):
+            raise ConfigError(f"sweep.{name}={swept} is not allowed: different values are needed")
+        for value in swept:
+            build("algo", {**values["algo"], name: value})
+    return config
+
+
+def _slice_of_host(num_seeds: int, hosts: int | None, host: int | None) -> slice:
+    hosts, host = hosts or 1, host or 0
+    return slice(num_seeds * host // hosts, num_seeds * (host + 1) // hosts)
 
 
 def build(name: str, values: Mapping[str, Any]) -> Any:

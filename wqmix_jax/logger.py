@@ -6,6 +6,7 @@ The schema, version 1. ``run.json`` says what the run is:
     ``version``         of wqmix_jax
     ``algo``, ``env``   names of their yamls
     ``seeds``           all seeds of the run
+    ``members``         of each that trains its ``seed``, and the values that a sweep gives it (``algo.alpha``, ..)
     ``simulator``       versions of a game outside of JAX, where there is one
     ``run``             a random name that this run keeps when it is moved or resumed
 
@@ -14,7 +15,7 @@ which `load_metrics` reads as nan.
 
 eval, one per seed and evaluation, the first before any learning:
     ``kind``                    ``"eval"``
-    ``seed``
+    ``seed``                    and in a sweep the swept options: ``algo.alpha``, ..
     ``env_steps``               training steps of the environment so far
     ``learner_steps``           optimiser steps so far
     ``episodes``                whole training episodes so far
@@ -46,6 +47,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from wqmix_jax.config import ConfigError, LoggerOptions
+from wqmix_jax.members import labels_of, member_name
 
 SCHEMA = 1
 """Version of the lines' keys and meanings; raised when one of them changes."""
@@ -76,7 +78,9 @@ class MetricsFile:
     def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Appends one line per record, all in one piece."""
         data = "".join(_to_json(line) + "\n" for line in lines).encode()
-        self._file.write(data)
+        written = self._file.write(data)
+        while written < len(data):  # a disk that is nearly full takes a part, and tells only of the rest
+            written += self._file.write(data[written:])
         self.num_bytes += len(data)
 
     def sync(self) -> None:
@@ -100,11 +104,12 @@ def create_metrics(
     version: str,
     algo: str,
     env: str,
-    seeds: Sequence[int],
+    members: Sequence[Line],
     simulator: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes ``run.json`` and starts an empty ``metrics.jsonl``."""
-    header = {"schema": SCHEMA, "version": version, "algo": algo, "env": env, "seeds": list(seeds)}
+    """Writes ``run.json`` and starts an empty ``metrics.jsonl``; ``members`` are the labels of those who train."""
+    seeds = sorted({member["seed"] for member in members})
+    header = {"schema": SCHEMA, "version": version, "algo": algo, "env": env, "seeds": seeds, "members": list(members)}
     header |= {"simulator": simulator} if simulator else {}
     (run_dir / HEADER_FILE).write_text(_to_json(header | {"run": uuid.uuid4().hex[:8]}) + "\n")
     (run_dir / METRICS_FILE).touch()
@@ -190,7 +195,7 @@ class WandbRuns:
         """
         self._run_dir, self._options, self._config = run_dir, options, config
         self._num_bytes = num_bytes
-        self._runs: dict[int, Any] = {}
+        self._runs: dict[str, Any] = {}
         self._active = options.wandb != "disabled"
         self._guarded(self._start)
 
@@ -226,23 +231,24 @@ class WandbRuns:
         header = load_header(self._run_dir)
         group = self._options.group or self._run_dir.resolve().name
         online = self._options.wandb == "online"
-        for seed in header["seeds"]:
+        for member in header["members"]:
+            name = member_name(member)
             settings = wandb.Settings(silent=True, console="off", x_disable_stats=bool(self._runs))
             run = wandb.init(
                 project=self._options.project,
                 group=group,
-                name=f"{group}_seed{seed}",
-                id=f"{header['run']}-{seed}",
+                name=f"{group}_seed{name}",
+                id=f"{header['run']}-{name}",
                 dir=self._run_dir,
                 mode=self._options.wandb,
                 resume="allow" if online else None,
-                config={**self._config, "seed": seed},
+                config={**self._config, **member},
                 reinit="create_new",
                 settings=settings,
             )
             run.define_metric("env_steps")
             run.define_metric("*", step_metric="env_steps")
-            self._runs[seed] = run
+            self._runs[name] = run
 
     def _hand_over(self) -> None:
         with open(self._run_dir / METRICS_FILE, "rb") as file:
@@ -250,8 +256,10 @@ class WandbRuns:
             data = file.read()
         self._num_bytes += len(data)
         for line in map(_from_json, data.decode().splitlines()):
-            values = {f"{line['kind']}/{name}": value for name, value in line.items() if name not in _COUNTERS}
-            self._runs[line["seed"]].log({name: line[name] for name in _COUNTERS[2:]} | values)
+            labels = labels_of(line)
+            measured = {name: value for name, value in line.items() if name not in (*_COUNTERS, *labels)}
+            values = {f"{line['kind']}/{name}": value for name, value in measured.items()}
+            self._runs[member_name(labels)].log({name: line[name] for name in _COUNTERS[2:]} | values)
 
 
 def refuse_missing_wandb(options: LoggerOptions) -> None:

@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
+from wqmix_jax.algos.base import Hyperparams
+from wqmix_jax.members import Member
 from wqmix_jax.trainer import Counters, EvalRecord, Trainer, TrainRecord, TrainState
 
 Line = dict[str, Any]
@@ -26,38 +29,38 @@ class Loop(NamedTuple):
 
     Attributes:
         state: the train state; the next `advance` donates its buffers.
-        seeds: the seeds, in the order of the state's leading axis ``S``.
+        members: who trains, in the order of the state's leading axis ``S``.
         pending: the chunks since the last evaluation, numpy leaves ``[K, S]``.
         evaluated_at: ``[S]`` environment steps at the last evaluation.
         seconds: wall-clock seconds of training since then.
     """
 
     state: TrainState
-    seeds: tuple[int, ...]
+    members: tuple[Member, ...]
     pending: tuple[TrainRecord, ...]
     evaluated_at: np.ndarray
     seconds: float
 
 
-def compile_trainer(trainer: Trainer, seeds: Sequence[int], *, fresh: bool = True) -> tuple[Trainer, float]:
+def compile_trainer(trainer: Trainer, members: Sequence[Member], *, fresh: bool = True) -> tuple[Trainer, float]:
     """Compiles a trainer's functions ahead of their first call.
 
     Args:
         trainer: the trainer.
-        seeds: as many as will train.
+        members: as many as will train.
         fresh: whether `Trainer.init` is compiled too; a resumed run doesn't need it.
 
     Returns:
-        The trainer with its functions compiled for this number of seeds, and the seconds that it took.
+        The trainer with its functions compiled for this number of members, and the seconds that it took.
     """
     started = time.perf_counter()
-    state = abstract_state(trainer, seeds)
+    state = abstract_state(trainer, members)
     compiled = trainer._replace(
         train_chunk=jax.jit(trainer.train_chunk, donate_argnums=0).lower(state).compile(),
         evaluate=jax.jit(trainer.evaluate).lower(state).compile(),
     )
     if fresh:
-        init = jax.jit(trainer.init).lower(_as_array(seeds)).compile()
+        init = jax.jit(trainer.init).lower(_as_array(_seeds(members))).compile()
         compiled = compiled._replace(init=lambda seeds: init(_as_array(seeds)))
     return compiled, time.perf_counter() - started
 
@@ -66,38 +69,51 @@ def _as_array(seeds: Sequence[int]) -> jax.Array:
     return jnp.asarray(seeds, jnp.uint32)
 
 
-def abstract_state(trainer: Trainer, seeds: Sequence[int]) -> TrainState:
+def _seeds(members: Sequence[Member]) -> list[int]:
+    return [member.seed for member in members]
+
+
+def abstract_state(trainer: Trainer, members: Sequence[Member]) -> TrainState:
     """Shapes, dtypes and devices of the train state."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=trainer.sharding),
-        jax.eval_shape(lambda: trainer.init(seeds)),
+        jax.eval_shape(lambda: trainer.init(_seeds(members))),
     )
 
 
-def abstract_interval(trainer: Trainer, seeds: Sequence[int]) -> TrainRecord:
+def abstract_interval(trainer: Trainer, members: Sequence[Member]) -> TrainRecord:
     """Shapes and dtypes of the iterations of one whole evaluation interval, leaves ``[eval_iterations, S]``."""
-    _, record = jax.eval_shape(trainer.train_chunk, abstract_state(trainer, seeds))
+    _, record = jax.eval_shape(trainer.train_chunk, abstract_state(trainer, members))
     length = trainer.eval_iterations
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((length, *leaf.shape[1:]), leaf.dtype), record)
 
 
-def begin(trainer: Trainer, seeds: Sequence[int]) -> tuple[Loop, list[Line]]:
+def begin(trainer: Trainer, members: Sequence[Member]) -> tuple[Loop, list[Line]]:
     """Draws the first state, and evaluates it before any learning.
 
     Returns:
-        The run at its start, and an eval line per seed.
+        The run at its start, and an eval line per member.
     """
-    state = trainer.init(seeds)
+    state = trainer.init(_seeds(members))
+    state = state._replace(hp=_with_swept(state.hp, members, trainer.sharding))
     evaluated = _evaluate(trainer, state)
-    lines = [_eval_line(seed, evaluated, index) for index, seed in enumerate(seeds)]
-    return Loop(state, tuple(seeds), (), np.array(evaluated.counters.env_steps), seconds=0.0), lines
+    lines = [_eval_line(member, evaluated, index) for index, member in enumerate(members)]
+    return Loop(state, tuple(members), (), np.array(evaluated.counters.env_steps), seconds=0.0), lines
+
+
+def _with_swept(hp: Hyperparams, members: Sequence[Member], sharding: Sharding) -> Hyperparams:
+    """Each member's own values in place of the options' (leaves ``[S]``)."""
+    swept = [dict(member.swept) for member in members]
+    values = {name: np.array([own[name] for own in swept], getattr(hp, name).dtype) for name in swept[0]}
+    return hp._replace(**{name: jax.device_put(value, sharding) for name, value in values.items()})
 
 
 def advance(trainer: Trainer, loop: Loop) -> tuple[Loop, list[Line]]:
     """Trains for one chunk; at the end of an evaluation interval, and of the run, it evaluates too.
 
     Returns:
-        The run after it, and at an evaluation a train and an eval line of each seed that trained since the one before.
+        The run after it, and at an evaluation a train and an eval line of each member that trained since the one
+        before; of one that has failed since then the train line alone.
     """
     started = time.perf_counter()
     state, record = trainer.train_chunk(loop.state)
@@ -109,9 +125,9 @@ def advance(trainer: Trainer, loop: Loop) -> tuple[Loop, list[Line]]:
     interval, evaluated = join(loop.pending), _evaluate(trainer, state)
     if trainer.failure() is not None:  # an evaluation that didn't take place
         return loop, []
-    trained = [index for index in range(len(loop.seeds)) if interval.active[:, index].any()]
+    trained = np.flatnonzero(interval.active.any(0)).tolist()
     lines = [_train_line(loop, interval, index) for index in trained]
-    lines += [_eval_line(loop.seeds[index], evaluated, index) for index in trained]
+    lines += [_eval_line(loop.members[index], evaluated, index) for index in trained if not failed(loop)[index]]
     return loop._replace(pending=(), evaluated_at=env_steps(loop), seconds=0.0), lines
 
 
@@ -120,9 +136,28 @@ def env_steps(loop: Loop) -> np.ndarray:
     return np.array(loop.state.counters.env_steps)
 
 
+def failed(loop: Loop) -> np.ndarray:
+    """Which members are frozen because a number was not finite, bool ``[S]``."""
+    return np.array(loop.state.failed)
+
+
+def failures(loop: Loop) -> list[Line]:
+    """Of each member that has failed its labels, and its counters after the first step that was not finite."""
+    return [
+        {**loop.members[index].labels, **_counts(jax.tree.map(lambda leaf, at=index: leaf[at], loop.state.counters))}
+        for index in np.flatnonzero(failed(loop))
+    ]
+
+
+def slowest_steps(loop: Loop) -> int:
+    """Environment steps of the slowest member that has not failed; of the last one where all have."""
+    steps, out = env_steps(loop), failed(loop)
+    return int(steps.max() if out.all() else steps[~out].min())
+
+
 def is_finished(loop: Loop) -> bool:
-    """Whether the slowest seed has reached its total."""
-    return bool((env_steps(loop) >= np.array(loop.state.total_env_steps)).all())
+    """Whether every member has reached its total or has failed."""
+    return bool(((env_steps(loop) >= np.array(loop.state.total_env_steps)) | failed(loop)).all())
 
 
 def num_pending(loop: Loop) -> int:
@@ -139,20 +174,20 @@ def _evaluate(trainer: Trainer, state: TrainState) -> EvalRecord:
     return jax.device_get(trainer.evaluate(state))
 
 
-def _eval_line(seed: int, record: EvalRecord, index: int) -> Line:
+def _eval_line(member: Member, record: EvalRecord, index: int) -> Line:
     counters, metrics = jax.tree.map(lambda leaf: leaf[index], (record.counters, record.metrics))
     names = [*_FIRST, *(name for name in metrics if name not in _FIRST)]
-    return {"kind": "eval", "seed": seed, **_counts(counters), **{name: _exact(metrics[name]) for name in names}}
+    return {"kind": "eval", **member.labels, **_counts(counters), **{name: _exact(metrics[name]) for name in names}}
 
 
 def _train_line(loop: Loop, interval: TrainRecord, index: int) -> Line:
-    """One seed's means over the iterations in which it trained; of losses, over those with learner steps."""
+    """One member's means over the iterations in which it trained; of losses, over those with learner steps."""
     seed: TrainRecord = jax.tree.map(lambda leaf: leaf[:, index], interval)
     last = jax.tree.map(lambda leaf: leaf[-1], seed.counters)
     active, learned = seed.active, seed.active & (seed.updates > 0)
     return {
         "kind": "train",
-        "seed": loop.seeds[index],
+        **loop.members[index].labels,
         **_counts(last),
         "episode_return": _mean(seed.episode_return[active]),
         "episode_length": _mean(seed.episode_length[active]),

@@ -1,33 +1,59 @@
 """A run with its folder: it starts or goes on, and between chunks it logs, shows progress and saves checkpoints."""
 
+import contextlib
+import dataclasses
+import errno
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 import wqmix_jax
-from wqmix_jax.checkpoint import Checkpoints, Restored
-from wqmix_jax.config import ConfigError, RunConfig, RunError, run_config
+from wqmix_jax.checkpoint import Checkpoints, Origin, Restored, checkpoint_bytes
+from wqmix_jax.config import ConfigError, RunConfig, run_config
 from wqmix_jax.devices import claim_cores
+from wqmix_jax.exits import SEEDS_FAILED, RunError, StopSignals, exit_code_of
 from wqmix_jax.logger import MetricsFile, WandbRuns, create_metrics, load_header, load_metrics, refuse_missing_wandb
-from wqmix_jax.loop import Line, Loop, advance, begin, compile_trainer, env_steps, is_finished
+from wqmix_jax.loop import (
+    Line,
+    Loop,
+    abstract_state,
+    advance,
+    begin,
+    compile_trainer,
+    env_steps,
+    failures,
+    is_finished,
+    slowest_steps,
+)
+from wqmix_jax.members import Member, labels_of, make_members
 from wqmix_jax.plotting import plot_run
+from wqmix_jax.policy import BEST, LAST, POLICY_DIR, Policy, better, no_policy, save_policy
 from wqmix_jax.progress import make_display
 from wqmix_jax.runs import (
     CHECKPOINT_DIR,
+    SUMMARY_FILE,
+    checkpoint_lines,
     device_lines,
+    how_to_go_on,
+    kept_options,
     make_run_dir,
     new_run_dir,
     plan_lines,
     read_config,
+    refuse_full_disk,
     save_config,
     save_summary,
     steps_per_iteration,
 )
 from wqmix_jax.trainer import Trainer, make_trainer, train_sharding
+
+MAX_CHUNK_SECONDS = 10.0
+"""A chunk that takes longer is cut into shorter ones: a signal waits for its end."""
 
 
 def start(values: Mapping[str, Any], *, algo: str, env: str) -> Path:
@@ -43,19 +69,27 @@ def start(values: Mapping[str, Any], *, algo: str, env: str) -> Path:
 
     Raises:
         ConfigError: if an option is not allowed; nothing was written then.
+        RunError: if the run had to stop, or seeds of it failed.
+        SystemExit: if a signal ended it.
     """
     config = run_config(values)
     refuse_missing_wandb(config.logger)
-    run_dir = new_run_dir(config.run_dir, algo=algo, env=env)
-    trainer = make_trainer(config, sharding=train_sharding(config, config.num_seeds))
+    members = make_members(config.algo, config.seeds, config.sweep)
+    run_dir = new_run_dir(_folder_of_host(config), algo=algo, env=env)
+    trainer = _make_trainer(config, members)
+    refuse_full_disk(run_dir, checkpoint_bytes(trainer, members, _no_policy(config, trainer, members)))
     make_run_dir(run_dir)
-    simulator = config.env.host.versions()
     create_metrics(
-        run_dir, version=wqmix_jax.__version__, algo=algo, env=env, seeds=_seeds(config), simulator=simulator
+        run_dir,
+        version=wqmix_jax.__version__,
+        algo=algo,
+        env=env,
+        members=[member.labels for member in members],
+        simulator=config.env.host.versions(),
     )
     values = {**values, "run_dir": str(run_dir)}
     save_config(run_dir, values)
-    _train(config, values, run_dir, trainer)
+    _train(config, values, run_dir, trainer, members)
     return run_dir
 
 
@@ -72,8 +106,14 @@ def resume(run_dir: Path, changes: Mapping[str, Any]) -> Path:
 
     Raises:
         ConfigError: if the folder holds no run or a change is not allowed.
+        RunError: if the run had to stop, or seeds of it failed.
+        SystemExit: if a signal ended it.
     """
     old = read_config(run_dir)
+    if "merged" in load_header(run_dir):
+        raise ConfigError(
+            f"resume={run_dir} is not allowed: it was merged from {', '.join(load_header(run_dir)['merged'])}"
+        )
     values = _merged(old, changes)
     claim_cores()  # before an environment's library starts the backend
     config = run_config(values)
@@ -81,104 +121,136 @@ def resume(run_dir: Path, changes: Mapping[str, Any]) -> Path:
     if config.total_env_steps < old["total_env_steps"]:
         longer = f"at least {old['total_env_steps']}, what the run was started with, is needed"
         raise ConfigError(f"total_env_steps={config.total_env_steps} is not allowed with resume: {longer}")
-    _train(config, values, run_dir, make_trainer(config, sharding=train_sharding(config, config.num_seeds)))
+    members = make_members(config.algo, config.seeds, config.sweep)
+    _train(config, values, run_dir, _make_trainer(config, members), members)
     return run_dir
 
 
-def _train(config: RunConfig, values: Mapping[str, Any], run_dir: Path, trainer: Trainer) -> None:
+def _train(
+    config: RunConfig, values: Mapping[str, Any], run_dir: Path, trainer: Trainer, members: tuple[Member, ...]
+) -> None:
+    """Trains to the end or to a signal. Every way out of a run leads through here."""
     print(f"run: {run_dir}")
-    for line in (*device_lines(trainer), *plan_lines(config, trainer)):
+    for line in (*device_lines(trainer), *plan_lines(config, trainer, len(members))):
         print(line, flush=True)
-    checkpoints = Checkpoints(run_dir / CHECKPOINT_DIR, trainer, _seeds(config), keep=config.checkpoint.keep)
-    restored = checkpoints.restore(config.total_env_steps)
-    save_config(run_dir, values)  # what a resumed run may have changed
-    num_bytes = restored.metrics_bytes if restored else 0
-    with (
-        checkpoints,
-        MetricsFile(run_dir, num_bytes=num_bytes) as metrics,
-        WandbRuns(run_dir, config.logger, values, num_bytes=metrics.num_bytes if restored else 0) as wandb_runs,
-    ):
-        session = _Session(config, run_dir, trainer, metrics, checkpoints, wandb_runs)
-        try:
-            with config.env.host.running(_seeds(config)):
-                session.run(restored)
-        except KeyboardInterrupt:
-            session.report("interrupted")
-            print(f"interrupted; to go on: python -m wqmix_jax.train resume={run_dir}", file=sys.stderr)
-            raise
+    nothing = _no_policy(config, trainer, members)
+    origin = Origin(load_header(run_dir)["run"], kept_options(values), _machine(trainer))
+    with StopSignals(lambda: _tell(f"ended at once; {how_to_go_on(run_dir)}")) as signals, _faults(run_dir):
+        with signals.at_once():
+            checkpoints = Checkpoints(
+                run_dir / CHECKPOINT_DIR, trainer, members, nothing, origin, keep=config.checkpoint.keep
+            )
+            for line in checkpoint_lines(config, run_dir, checkpoints.num_bytes):
+                print(line, flush=True)
+            restored = checkpoints.restore(config.total_env_steps)
+        save_config(run_dir, values)  # what a resumed run may have changed
+        num_bytes = restored.metrics_bytes if restored else 0
+        with (
+            contextlib.closing(checkpoints),
+            MetricsFile(run_dir, num_bytes=num_bytes) as metrics,
+            WandbRuns(run_dir, config.logger, values, num_bytes=metrics.num_bytes if restored else 0) as wandb_runs,
+        ):
+            session = _Session(config, run_dir, trainer, members, nothing, metrics, checkpoints, wandb_runs, signals)
+            with config.env.host.running([member.seed for member in members]):
+                loop = session.run(restored)
+    if not is_finished(loop):
+        _tell(f"interrupted; {how_to_go_on(run_dir)}")
+        sys.exit(exit_code_of(signals.received or 0))
+    if failures(loop):
+        told = f"{len(failures(loop))} of {len(members)} seeds failed, see {run_dir / SUMMARY_FILE}"
+        raise RunError(told, SEEDS_FAILED)
     print(f"done: {run_dir}", flush=True)
 
 
+@contextlib.contextmanager
+def _faults(run_dir: Path) -> Iterator[None]:
+    """Turns what stops a run from outside into one line that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise RunError(f"{error.filename or run_dir}: {error.strerror}; {how_to_go_on(run_dir)}") from error
+    except RunError as error:
+        raise RunError(f"{error}; {how_to_go_on(run_dir)}") from error
+
+
+@dataclasses.dataclass
 class _Session:
     """One process's part of a run."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        run_dir: Path,
-        trainer: Trainer,
-        metrics: MetricsFile,
-        checkpoints: Checkpoints,
-        wandb_runs: WandbRuns,
-    ) -> None:
-        self._config, self._run_dir, self._trainer = config, run_dir, trainer
-        self._metrics, self._checkpoints, self._wandb_runs = metrics, checkpoints, wandb_runs
-        self._started = time.perf_counter()
-        self._seconds_before = 0.0
-        self._compile_seconds = 0.0
+    config: RunConfig
+    run_dir: Path
+    trainer: Trainer
+    members: tuple[Member, ...]
+    best: Policy
+    metrics: MetricsFile
+    checkpoints: Checkpoints
+    wandb_runs: WandbRuns
+    signals: StopSignals
+    told_failures: list[Line] = dataclasses.field(default_factory=list)
+    compile_seconds: float = 0.0
+    seconds_before: float = 0.0
+    started: float = dataclasses.field(default_factory=time.perf_counter)
 
-    def run(self, restored: Restored | None) -> None:
-        """Trains to the end."""
-        config = self._config
+    def run(self, restored: Restored | None) -> Loop:
+        """Trains to the end, or until a signal asks to stop, and saves."""
+        config = self.config
         with make_display(config.total_env_steps, live=config.logger.progress) as display:
-            loop, lines = self._open(restored)
+            with self.signals.at_once():
+                loop, lines = self._open(restored)
             self._end_if_failed(None)
-            self._record(lines)
+            self._record(loop, lines)
             display.update(env_steps(loop), lines)
             self._save_if_due(loop, None)
-            while not is_finished(loop):
-                before = env_steps(loop)
-                loop, lines = advance(self._trainer, loop)
+            while not is_finished(loop) and self.signals.received is None:
+                before = env_steps(loop), slowest_steps(loop)
+                loop, lines = self._advance(loop)
                 self._end_if_failed(loop)
-                self._record(lines)
+                self._record(loop, lines)
                 display.update(env_steps(loop), lines)
                 self._save_if_due(loop, before)
-        self.report("finished")
-
-    def report(self, status: str) -> None:
-        """Writes the summary, and the picture where there is something to draw."""
-        header = load_header(self._run_dir)
-        save_summary(
-            self._run_dir,
-            self._config,
-            self._trainer,
-            status=status,
-            algo=header["algo"],
-            env=header["env"],
-            compile_seconds=round(self._compile_seconds, 2),
-            wall_seconds=round(self._wall_seconds(), 2),
-        )
-        if load_metrics(self._run_dir, kind="eval"):
-            plot_run(self._run_dir)
+            self._save(loop)
+            self.checkpoints.wait()
+        self._report(loop, "finished" if is_finished(loop) else "interrupted")
+        return loop
 
     def _open(self, restored: Restored | None) -> tuple[Loop, list[Line]]:
         """Where the run starts or goes on, with everything compiled that is still needed."""
         if restored is not None:
-            self._seconds_before = restored.wall_seconds
-            print(f"resumed at {env_steps(restored.loop).min():,} environment steps", flush=True)
+            self.seconds_before, self.best = restored.wall_seconds, restored.best
+            print(f"resumed at {slowest_steps(restored.loop):,} environment steps", flush=True)
             if is_finished(restored.loop):
                 print("nothing is left to do; total_env_steps=N makes the run longer", flush=True)
                 return restored.loop, []
-        seeds, fresh = _seeds(self._config), restored is None
-        print("compiling", flush=True)
-        self._trainer, self._compile_seconds = compile_trainer(self._trainer, seeds, fresh=fresh)
-        print(f"compiled in {self._compile_seconds:.1f} s", flush=True)
-        return begin(self._trainer, seeds) if restored is None else (restored.loop, [])
+            self._set_chunk(restored.chunk_iterations)
+        self._compile(fresh=restored is None)
+        return begin(self.trainer, self.members) if restored is None else (restored.loop, [])
 
-    def _record(self, lines: list[Line]) -> None:
-        if lines:
-            self._metrics.write(lines)
-            self._wandb_runs.sync()
+    def _set_chunk(self, iterations: int) -> None:
+        if iterations != self.trainer.chunk_iterations:
+            shorter = dataclasses.replace(self.config, chunk_iterations=iterations)
+            self.trainer = make_trainer(shorter, sharding=self.trainer.sharding)
+
+    def _compile(self, *, fresh: bool) -> None:
+        print("compiling", flush=True)
+        self.trainer, seconds = compile_trainer(self.trainer, self.members, fresh=fresh)
+        self.compile_seconds += seconds
+        print(f"compiled in {seconds:.1f} s", flush=True)
+
+    def _advance(self, loop: Loop) -> tuple[Loop, list[Line]]:
+        """Trains for one chunk, and sees to it that the next is not too long."""
+        started = time.perf_counter()
+        loop, lines = advance(self.trainer, loop)
+        seconds, now = time.perf_counter() - started, self.trainer.chunk_iterations
+        if seconds > MAX_CHUNK_SECONDS and now > 1 and not is_finished(loop) and self.signals.received is None:
+            most = max(1, int(now * MAX_CHUNK_SECONDS / 2 / seconds))
+            self._set_chunk(max(k for k in range(1, most + 1) if now % k == 0))  # so that evaluations come as before
+            print(
+                f"a chunk took {seconds:.0f} s: from now on {self.trainer.chunk_iterations} iterations each", flush=True
+            )
+            self._compile(fresh=False)
+        return loop, lines
 
     def _end_if_failed(self, loop: Loop | None) -> None:
         """Saves what was trained and ends the run where the environment can't go on.
@@ -186,44 +258,117 @@ class _Session:
         Raises:
             RunError: what ended it, or ``KeyboardInterrupt``.
         """
-        failure = self._trainer.failure()
+        failure = self.trainer.failure()
         if failure is None:
             return
-        if loop is not None and not is_finished(loop):  # its last evaluation must still be made
-            self._save(loop)
-        if isinstance(failure, RunError):
-            self.report("failed")
+        if loop is not None:
+            if not is_finished(loop):  # its last evaluation must still be made
+                self._save(loop)
+                self.checkpoints.wait()
+            self._report(loop, "failed")
         raise failure
 
-    def _save_if_due(self, loop: Loop, before: np.ndarray | None) -> None:
-        """Saves after every ``checkpoint.every`` steps, at the end, and when a seed may end in the next chunk.
+    def _record(self, loop: Loop, lines: list[Line]) -> None:
+        """Writes the records, and keeps the policies that are better than before."""
+        self._tell_failures(loop)
+        self.checkpoints.check()
+        if not lines:
+            return
+        self.metrics.write(lines)
+        self.wandb_runs.sync()
+        labels, returns = [member.labels for member in self.members], np.full(len(self.members), np.nan, np.float32)
+        for line in lines:
+            if line["kind"] == "eval":
+                returns[labels.index(labels_of(line))] = line["episode_return"]
+        self.best = better(self.best, self._policy(loop, returns))
+
+    def _tell_failures(self, loop: Loop) -> None:
+        for failure in failures(loop):
+            if failure not in self.told_failures:
+                self.told_failures.append(failure)
+                told = ", ".join(f"{name} {value:,}" for name, value in failure.items())
+                _tell(f"warning: a loss or parameter is not finite ({told}): it is frozen, the others go on")
+
+    def _policy(self, loop: Loop, returns: np.ndarray) -> Policy:
+        """The policies of this moment."""
+        params = self.config.algo.acting_params(loop.state.learner.params)
+        return Policy(jax.tree.map(np.array, params), env_steps(loop), returns)
+
+    def _save_if_due(self, loop: Loop, before: tuple[np.ndarray, int] | None) -> None:
+        """Saves after every ``checkpoint.every`` steps, and when a seed may end in the next chunk.
 
         From the last of these a longer run goes on as if it had never been cut.
         """
-        now, every = env_steps(loop), self._config.checkpoint.every
-        due = before is not None and now.min() // every > before.min() // every
-        last_moment = self._may_end_soon(now) and (before is None or not self._may_end_soon(before))
-        if not (due or last_moment or is_finished(loop)):
-            return
-        self._save(loop)
-        if not is_finished(loop):
-            self.report("running")
+        now, every = slowest_steps(loop), self.config.checkpoint.every
+        due = before is not None and now // every > before[1] // every
+        may_end = self._may_end_soon(env_steps(loop)) and (before is None or not self._may_end_soon(before[0]))
+        if (due or may_end) and not is_finished(loop):
+            self._save(loop)
+            self._report(loop, "running")
 
     def _save(self, loop: Loop) -> None:
-        self._metrics.sync()
-        self._checkpoints.save(loop, metrics_bytes=self._metrics.num_bytes, wall_seconds=self._wall_seconds())
+        self.metrics.sync()
+        self.checkpoints.save(
+            loop,
+            self.best,
+            chunk_iterations=self.trainer.chunk_iterations,
+            metrics_bytes=self.metrics.num_bytes,
+            wall_seconds=self._wall_seconds(),
+        )
+        last = self._policy(loop, np.full(len(self.members), np.nan, np.float32))
+        for name, policy in ((BEST, self.best), (LAST, last)):
+            save_policy(self.run_dir / POLICY_DIR / f"{name}.npz", policy, self.members)
+
+    def _report(self, loop: Loop, status: str) -> None:
+        """Writes the summary, and the picture where there is something to draw."""
+        header = load_header(self.run_dir)
+        save_summary(
+            self.run_dir,
+            self.config,
+            self.trainer,
+            status=status,
+            failed=failures(loop),
+            algo=header["algo"],
+            env=header["env"],
+            compile_seconds=round(self.compile_seconds, 2),
+            wall_seconds=round(self._wall_seconds(), 2),
+        )
+        if load_metrics(self.run_dir, kind="eval"):
+            plot_run(self.run_dir)
 
     def _may_end_soon(self, steps: np.ndarray) -> bool:
         """Whether some seed may reach its total in the next chunk."""
-        most = self._trainer.chunk_iterations * steps_per_iteration(self._config)
-        return int(steps.max()) + most >= self._config.total_env_steps
+        most = self.trainer.chunk_iterations * steps_per_iteration(self.config)
+        return int(steps.max()) + most >= self.config.total_env_steps
 
     def _wall_seconds(self) -> float:
-        return self._seconds_before + time.perf_counter() - self._started
+        return self.seconds_before + time.perf_counter() - self.started
 
 
-def _seeds(config: RunConfig) -> list[int]:
-    return list(range(config.seed, config.seed + config.num_seeds))
+def _folder_of_host(config: RunConfig) -> str | None:
+    """The run's folder; where several hosts share a run, each has its own inside."""
+    if (config.hosts or 1) == 1:
+        return config.run_dir
+    if config.run_dir is None:
+        raise ConfigError(f"run_dir is missing: hosts={config.hosts} need one folder, in which each makes its own")
+    return str(Path(config.run_dir) / f"host_{config.host}")
+
+
+def _make_trainer(config: RunConfig, members: tuple[Member, ...]) -> Trainer:
+    return make_trainer(config, sharding=train_sharding(config, len(members)))
+
+
+def _no_policy(config: RunConfig, trainer: Trainer, members: tuple[Member, ...]) -> Policy:
+    return no_policy(config.algo.acting_params(abstract_state(trainer, members).learner.params))
+
+
+def _machine(trainer: Trainer) -> dict[str, Any]:
+    devices = list(trainer.sharding.device_set)
+    return {"jax": jax.__version__, "device kind": devices[0].device_kind, "device count": len(devices)}
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

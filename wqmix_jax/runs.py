@@ -11,8 +11,10 @@ import importlib.util
 import json
 import os
 import platform
+import re
+import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ import jax
 from omegaconf import OmegaConf
 
 import wqmix_jax
-from wqmix_jax.config import ConfigError, RunConfig
+from wqmix_jax.config import RESUMABLE, ConfigError, RunConfig
 from wqmix_jax.devices import num_cores
-from wqmix_jax.logger import load_metrics
+from wqmix_jax.logger import HEADER_FILE, load_metrics
+from wqmix_jax.members import labels_of, member_name
 from wqmix_jax.trainer import Trainer
 
 CONFIG_FILE, SUMMARY_FILE, CHECKPOINT_DIR = "config.yaml", "summary.json", "checkpoints"
@@ -78,6 +81,75 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[return-value]
 
 
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """What ``summary.json`` says so far; nothing where there is none yet."""
+    path = run_dir / SUMMARY_FILE
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def find_runs(folders: Iterable[Path]) -> list[Path]:
+    """The folders of runs among ``folders`` and inside them, in their order.
+
+    Raises:
+        ConfigError: if one holds none.
+    """
+    found: list[Path] = []
+    for folder in folders:
+        inside = sorted(path.parent for path in folder.rglob(HEADER_FILE))
+        if not inside:
+            raise ConfigError(f"{folder} is not allowed: there is no run in it ({HEADER_FILE})")
+        found += inside
+    return list(dict.fromkeys(found))
+
+
+def kept_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a run that can't be changed when it is resumed, by their dotted names."""
+    free = (*RESUMABLE, "run_dir", "resume", "chunk_iterations")
+    return _dotted({name: value for name, value in values.items() if name not in free})
+
+
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        inner = _dotted(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        flat |= inner
+    return flat
+
+
+def how_to_go_on(run_dir: Path) -> str:
+    """The command that continues a run, in words for a person."""
+    plain = re.fullmatch(r"[\w./-]+", str(run_dir))
+    quoted = str(run_dir) if plain else shlex.quote(f"'{run_dir}'")  # once for hydra, once for the shell
+    return f"to go on: python -m wqmix_jax.train resume={quoted}"
+
+
+def refuse_full_disk(run_dir: Path, checkpoint_bytes: int) -> None:
+    """Says before anything starts that not even one checkpoint would fit.
+
+    Raises:
+        ConfigError: if so.
+    """
+    free = _free_bytes(run_dir)
+    if free < checkpoint_bytes:
+        told = f"a checkpoint may take {_megabytes(checkpoint_bytes)}, and {_megabytes(free)} are free there"
+        raise ConfigError(f"run_dir={run_dir} is not allowed: {told}")
+
+
+def checkpoint_lines(config: RunConfig, run_dir: Path, checkpoint_bytes: int) -> Iterator[str]:
+    """How much will be written, and where that may be too much."""
+    free, kept = _free_bytes(run_dir), config.checkpoint.keep
+    size = f"every {config.checkpoint.every:,} steps, at most {_megabytes(checkpoint_bytes)} each, {kept} kept"
+    yield f"checkpoints: {size}; {_megabytes(free)} are free on the disk"
+    if free < (kept + 1) * checkpoint_bytes:
+        yield f"warning: {kept} checkpoints and the one in the making may not fit; checkpoint.keep={kept} can be less"
+
+
+def _free_bytes(run_dir: Path) -> int:
+    """On the disk where ``run_dir`` is or will be."""
+    path = run_dir.absolute()
+    return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.is_dir())).free
+
+
 def device_lines(trainer: Trainer) -> Iterator[str]:
     """Names the devices that train, and what to install where one lies idle."""
     devices = jax.local_devices()
@@ -93,13 +165,17 @@ def device_lines(trainer: Trainer) -> Iterator[str]:
         yield 'A TPU is present but unused: pip install "wqmix_jax[tpu]" makes JAX use it.'
 
 
-def plan_lines(config: RunConfig, trainer: Trainer) -> Iterator[str]:
-    """What the run will do, from its options."""
-    yield from config.env.host.lines(config.num_seeds, config.num_envs)
-    last = config.seed + config.num_seeds - 1
-    seeds = f"seed {last}" if config.num_seeds == 1 else f"seeds {config.seed}..{last}"
+def plan_lines(config: RunConfig, trainer: Trainer, num_members: int) -> Iterator[str]:
+    """What the run will do, from its options and how many train side by side here."""
+    yield from config.env.host.lines(num_members, config.num_envs)
+    first, last = config.seeds[0], config.seeds[-1]
+    seeds = f"seed {first}" if first == last else f"seeds {first}..{last}"
     yield f"{seeds}, {config.total_env_steps:,} environment steps each"
-    total = trainer.replay_bytes * config.num_seeds
+    if (config.hosts or 1) > 1:
+        yield f"host {config.host} of {config.hosts}, {config.num_seeds} seeds in all; hosts=1 trains them all here"
+    for name, swept in config.sweep.items():
+        yield f"algo.{name}: every seed with each of {', '.join(map(str, swept))}"
+    total = trainer.replay_bytes * num_members
     yield f"replay: {_megabytes(trainer.replay_bytes)} per seed, {_megabytes(total)} in total"
     steps = trainer.eval_iterations * steps_per_iteration(config)
     iterations = "1 iteration" if trainer.eval_iterations == 1 else f"{trainer.eval_iterations:,} iterations"
@@ -122,11 +198,11 @@ def learner_steps_per_env_step(config: RunConfig) -> float:
 
 
 def save_summary(run_dir: Path, config: RunConfig, trainer: Trainer, **facts: Any) -> None:
-    """Writes ``summary.json``: ``facts``, versions, the device and each seed's last evaluation."""
+    """Writes ``summary.json``: ``facts``, versions, the device and each member's last evaluation."""
     summary = {
         **facts,
         **config.env.host.facts(),
-        "final": {str(line["seed"]): line for line in load_metrics(run_dir, kind="eval")},
+        "final": {member_name(labels_of(line)): line for line in load_metrics(run_dir, kind="eval")},
         "replay_bytes_per_seed": trainer.replay_bytes,
         "learner_steps_per_env_step": learner_steps_per_env_step(config),
         "device": {

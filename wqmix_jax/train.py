@@ -7,7 +7,7 @@ wrong with them is told in one line on stderr, with exit code 2, before anything
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,13 +18,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from wqmix_jax.config import CONFIG_DIR, ConfigError, RunConfig, RunError, run_config
-
-RESUMABLE = ("total_env_steps", "checkpoint", "logger")
-"""Options that may differ when a run is resumed."""
+from wqmix_jax.config import CONFIG_DIR, RESUMABLE, ConfigError, RunConfig, run_config
+from wqmix_jax.exits import REFUSED, RunError
+from wqmix_jax.hosts import with_host
 
 _GROUPS = ("algo", "env")
 
@@ -34,13 +34,18 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra raises its errors as they are, for `_in_one_line`
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
+    sys.argv = [sys.argv[0], *_with_open_sweep(sys.argv[1:])]
     args = parser.parse_args()
+    multirun = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
     with _refusals():
         add_import_paths(args.config_dir)
         OmegaConf.register_new_resolver("wqmix_jax.names", lambda group: names(group, args.config_dir), replace=True)
         shows_only = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
         if not shows_only:
-            check_overrides(args.overrides, args.config_dir)
+            check_overrides(args.overrides, args.config_dir, multirun=multirun)
+        if multirun:  # the runs' folder is where hydra keeps its own
+            given = [text for text in args.overrides if text.startswith("run_dir=")]
+            sys.argv += [f"hydra.sweep.dir={text.removeprefix('run_dir=')}" for text in given]
         with _in_one_line(args.overrides, args.config_dir):
             _run()
 
@@ -55,6 +60,7 @@ def load_config(*overrides: str, config_dir: str | os.PathLike[str] | None = Non
     Raises:
         ConfigError: where an option is not allowed.
     """
+    overrides = tuple(_with_open_sweep(overrides))
     add_import_paths(config_dir)
     check_overrides(overrides, config_dir)
     with _in_one_line(overrides, config_dir):
@@ -76,8 +82,15 @@ def add_import_paths(config_dir: str | os.PathLike[str] | None) -> None:
             sys.path.append(folder)
 
 
-def check_overrides(overrides: Sequence[str], config_dir: str | os.PathLike[str] | None) -> None:
+def check_overrides(
+    overrides: Sequence[str], config_dir: str | os.PathLike[str] | None, *, multirun: bool = False
+) -> None:
     """Refuses what hydra would take or tell less clearly: how algorithms and environments are chosen, and resuming.
+
+    Args:
+        overrides: as on the command line.
+        config_dir: a folder of one's own yamls.
+        multirun: whether several values of an option make several runs.
 
     Raises:
         ConfigError: where something is refused.
@@ -88,35 +101,53 @@ def check_overrides(overrides: Sequence[str], config_dir: str | os.PathLike[str]
         _check_resume(parsed)
         return
     env, algo = by_key.get("env"), by_key.get("algo")
-    if env is not None and (env.is_add() or not isinstance(env.value(), str)):
+    if env is not None and (env.is_add() or not _is_choice(env, multirun)):
         raise ConfigError(f"{env.input_line} is not allowed: write env=NAME, NAME one of {names('env', config_dir)}")
     listed = names("algo", config_dir)
     if algo is None:
         raise ConfigError(f"an algorithm is missing: write +algo=NAME, NAME one of {listed}")
-    if not algo.is_add() or algo.is_force_add() or not isinstance(algo.value(), str):
+    if not algo.is_add() or algo.is_force_add() or not _is_choice(algo, multirun):
         name = algo.value() if isinstance(algo.value(), str) else "NAME"
         raise ConfigError(f"{algo.input_line} is not allowed: write +algo={name} (NAME is one of {listed})")
 
 
+def _is_choice(override: Override, multirun: bool) -> bool:
+    return isinstance(override.value(), str) or (multirun and override.is_sweep_override())
+
+
+def _with_open_sweep(arguments: Sequence[str]) -> list[str]:
+    """Lets ``sweep.NAME=..`` be written like any option, although the yaml can't list the names."""
+    return [f"++{text}" if text.startswith("sweep.") else text for text in arguments]
+
+
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
 def _run(cfg: DictConfig) -> None:
-    """One run, its options composed."""
-    with _refusals():
+    """One run, its options composed; one of several with ``--multirun``, maybe in a process of its own."""
+    hydra_config = HydraConfig.get()
+    several = hydra_config.mode == RunMode.MULTIRUN
+    with contextlib.nullcontext() if several else _refusals():  # several: hydra collects the errors
+        for source in hydra_config.runtime.config_sources:
+            if source.provider == "command-line":
+                add_import_paths(source.path)
         values = _plain(cfg)
-        hydra_config = HydraConfig.get()
         if values["resume"] is None:
-            from wqmix_jax.devices import claim_cores
-
-            claim_cores()  # before an environment's library starts the backend
-            run_config(values)  # refuses before the slow imports
-            from wqmix_jax import runner
-
-            choices = hydra_config.runtime.choices
-            runner.start(values, algo=choices["algo"], env=choices["env"])
+            if several:
+                values["run_dir"] = os.path.relpath(hydra_config.runtime.output_dir)
+            _start(with_host(values, {} if several else os.environ), hydra_config.runtime.choices)
         else:
             from wqmix_jax import runner
 
             runner.resume(Path(str(values["resume"])), _changes(cfg, hydra_config.overrides.task))
+
+
+def _start(values: dict[str, Any], choices: Mapping[str, str]) -> None:
+    from wqmix_jax.devices import claim_cores
+
+    claim_cores()  # before an environment's library starts the backend
+    run_config(values)  # refuses before the slow imports
+    from wqmix_jax import runner
+
+    runner.start(values, algo=choices["algo"], env=choices["env"])
 
 
 def _check_resume(parsed: Sequence[Override]) -> None:
@@ -204,15 +235,14 @@ def _refusals() -> Iterator[None]:
     except ConfigError as error:
         _refuse(str(error))
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _refuse(str(error), error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _refuse(message: str) -> NoReturn:
+def _refuse(message: str, exit_code: int = REFUSED) -> NoReturn:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(exit_code)
 
 
 if __name__ == "__main__":

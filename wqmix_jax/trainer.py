@@ -69,6 +69,8 @@ class TrainState(NamedTuple):
         keys: see `Keys`.
         hp: the traced hyperparameters.
         total_env_steps: int32, where a seed stops: from then on nothing of it changes.
+        failed: bool, whether a loss or parameter was not finite: nothing changes from then on either, so the counters
+            tell when that was.
     """
 
     learner: LearnerState
@@ -77,6 +79,7 @@ class TrainState(NamedTuple):
     keys: Keys
     hp: Hyperparams
     total_env_steps: Array
+    failed: Array
 
 
 class TrainRecord(NamedTuple):
@@ -216,6 +219,7 @@ def _init(parts: _Parts, hp: Hyperparams, total_env_steps: int, seeds: Array) ->
             keys=keys,
             hp=jax.tree.map(jnp.asarray, hp),
             total_env_steps=jnp.int32(total_env_steps),
+            failed=jnp.bool_(False),
         )
 
     return jax.vmap(one_seed)(seeds)
@@ -224,14 +228,15 @@ def _init(parts: _Parts, hp: Hyperparams, total_env_steps: int, seeds: Array) ->
 def _iteration(parts: _Parts, state: TrainState) -> tuple[TrainState, TrainRecord]:
     """Plays one episode per environment, stores it, and learns once enough episodes are stored.
 
-    A seed that has reached its total keeps its state to the bit, whatever the others still do; so does one that could
-    play nothing.
+    A seed that has reached its total or has failed keeps its state to the bit, whatever the others still do; so does
+    one that could play nothing.
     """
     counters = state.counters
     ctx = _context(state)
     keys = _fold_in(state.keys.rollout, counters.episodes)
     played = rollout(parts.env, parts.algo, state.learner.params, state.hp, ctx, keys, num_envs=parts.num_envs)
-    active = (counters.env_steps < state.total_env_steps) & (played.episodes.length > 0).any(-1)
+    trains = (counters.env_steps < state.total_env_steps) & ~state.failed
+    active = trains & (played.episodes.length > 0).any(-1)
     replay = jax.vmap(parts.replay.add)(state.replay, played.episodes, active)
     played_counters = counters._replace(
         env_steps=counters.env_steps + jnp.where(active, played.episodes.length.sum(-1), 0),
@@ -251,7 +256,14 @@ def _iteration(parts: _Parts, state: TrainState) -> tuple[TrainState, TrainRecor
         episode_length=played.episodes.length.mean(-1, dtype=jnp.float32),
         losses=losses,
     )
-    return state._replace(learner=learner, counters=counters), record
+    failed = state.failed | (ready & ~_is_finite((learner.params, losses.get("loss", ()))))
+    return state._replace(learner=learner, counters=counters, failed=failed), record
+
+
+def _is_finite(tree: PyTree) -> Array:
+    """Whether every number of a seed is finite: leaves ``[S, ..]`` -> ``[S]``."""
+    finite = [jnp.isfinite(leaf).all(tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(tree)]
+    return jnp.stack(finite).all(0)
 
 
 def _learn_if_any(

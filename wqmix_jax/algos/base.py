@@ -125,6 +125,10 @@ class Algorithm(abc.ABC):
     ) -> tuple[Array, PyTree]:
         """Chooses the joint action ``[.., N]`` int32 from local inputs alone, and moves the recurrent state on."""
 
+    def acting_params(self, params: PyTree) -> PyTree:
+        """The part of the parameters that `act` reads, which is all that playing needs; everything by default."""
+        return params
+
     def sample_noise(self, key: PRNGKey, batch: Episode) -> PyTree:
         """Everything random that `loss` uses, leaves ``[B, T, ..]`` or ``[B, T+1, ..]``; nothing by default.
 

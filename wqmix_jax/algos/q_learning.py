@@ -26,6 +26,10 @@ class QLearner(Algorithm):
         """The agent's parameters; families with more nets add to this."""
         return {"agent": init_agent(key, self.hidden_dim, env_spec)}
 
+    def acting_params(self, params: PyTree) -> PyTree:
+        """The agent alone."""
+        return {"agent": params["agent"]}
+
     def initial_carry(self, batch_shape: tuple[int, ...]) -> Array:
         """Zeros, ``[.., N, H]``."""
         return jnp.zeros((*batch_shape, self.hidden_dim))

@@ -20,8 +20,8 @@ from tests.envs.host.linear import linear
 from tests.envs.host.native import Native
 from tests.envs.host.running import await_gone, called, idle_where, launched, toy
 from tests.envs.host.toy import Toy
-from wqmix_jax.config import RunError
 from wqmix_jax.envs.host.supervisor import Supervisor
+from wqmix_jax.exits import RunError
 from wqmix_jax.replay import make_replay
 from wqmix_jax.trainer import make_trainer
 

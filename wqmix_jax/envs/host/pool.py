@@ -96,15 +96,17 @@ class Interrupt:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Watches for it, where this is the main thread."""
+        """Watches for it, where this is the main thread and nobody else does (`wqmix_jax.exits.StopSignals`)."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        if before != -1:
+            signal.set_wakeup_fd(before, warn_on_full_buffer=False)
         try:
             yield
         finally:
-            signal.set_wakeup_fd(before)
+            signal.set_wakeup_fd(before, warn_on_full_buffer=False)
 
     def trigger(self) -> None:
         """Makes it happen."""

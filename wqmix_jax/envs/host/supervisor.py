@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from wqmix_jax.config import RunError
 from wqmix_jax.envs.host import worker
 from wqmix_jax.envs.host.pool import Interrupt, Pool, Program
+from wqmix_jax.exits import RunError
 from wqmix_jax.types import EnvSpec
 
 Shapes = dict[str, tuple[int, ...]]

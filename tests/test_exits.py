@@ -1,0 +1,60 @@
+"""Signals are heard at once, whatever the main thread does."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from wqmix_jax import exits
+from wqmix_jax.exits import StopSignals
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What would have ended the process: words, then the exit code."""
+    calls: list[object] = []
+    monkeypatch.setattr(exits.os, "_exit", lambda code: calls.append(code))
+    return calls
+
+
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+def wait_until(condition: threading.Event) -> None:
+    assert condition.wait(20)
+
+
+def heard(ended: list[object], event: threading.Event) -> StopSignals:
+    """Signals that set ``event`` when the process would end."""
+    return StopSignals(lambda: (ended.append("told"), event.set())[0])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_second_signal_ends_at_once(number: signal.Signals, code: int, ended: list[object]) -> None:
+    event = threading.Event()
+    with heard(ended, event) as signals:
+        send(number)
+        while signals.received is None:
+            pass
+        assert signals.received == number
+        assert ended == []
+        send(number)
+        wait_until(event)
+    assert ended == ["told", code]
+
+
+def test_while_there_is_nothing_to_save_the_first_does(ended: list[object]) -> None:
+    event = threading.Event()
+    with heard(ended, event) as signals, signals.at_once():
+        send(signal.SIGTERM)
+        wait_until(event)
+    assert ended == ["told", 143]
+
+
+def test_afterwards_signals_are_what_they_were() -> None:
+    before = [signal.getsignal(number) for number in exits.SIGNALS]
+    with StopSignals(lambda: None):
+        assert [signal.getsignal(number) for number in exits.SIGNALS] != before
+    assert [signal.getsignal(number) for number in exits.SIGNALS] == before

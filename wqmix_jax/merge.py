@@ -1,0 +1,121 @@
+"""Joins parts of a run that were trained apart: ``python -m wqmix_jax.merge RUN.. --out FOLDER``.
+
+A RUN is a run's folder, or a folder of such. The parts differ in their seeds alone; whatever else differs is refused in
+one line, with exit code 2. FOLDER then holds what a run's folder holds, but for checkpoints.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from wqmix_jax.config import ConfigError
+from wqmix_jax.exits import REFUSED
+from wqmix_jax.logger import HEADER_FILE, METRICS_FILE, load_header, load_metrics
+from wqmix_jax.members import member_name
+from wqmix_jax.plotting import plot_run
+from wqmix_jax.runs import (
+    SUMMARY_FILE,
+    find_runs,
+    kept_options,
+    make_run_dir,
+    new_run_dir,
+    read_config,
+    read_summary,
+    save_config,
+)
+
+_OF_A_PART = ("seed", "num_seeds", "hosts", "host")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line on ``arguments``, by default the process's own."""
+    parser = argparse.ArgumentParser(prog="python -m wqmix_jax.merge", description="Joins parts of a run.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of them")
+    parser.add_argument("--out", required=True, type=Path, help="a new folder")
+    args = parser.parse_args(arguments)
+    try:
+        merge(find_runs(args.runs), args.out)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(REFUSED)
+    print(f"merged: {args.out}")
+
+
+def merge(runs: Sequence[Path], out: Path) -> None:
+    """Writes ``out`` from the folders of the parts.
+
+    Raises:
+        ConfigError: if the parts are not of one configuration or have seeds in common; nothing was written then.
+    """
+    headers, configs = [load_header(run) for run in runs], [read_config(run) for run in runs]
+    for run, header, config in zip(runs, headers, configs, strict=True):
+        _refuse_other(run, _identity(header, config), runs[0], _identity(headers[0], configs[0]))
+    members: dict[str, Path] = {}
+    for run, header in zip(runs, headers, strict=True):
+        for name in map(member_name, header["members"]):
+            if name in members:
+                raise ConfigError(f"seed {name} is in both {members[name]} and {run}")
+            members[name] = run
+    new_run_dir(str(out), algo=headers[0]["algo"], env=headers[0]["env"])  # refuses what isn't empty
+    summaries = [_summary(run) for run in runs]
+    _warn_of_missing(configs)
+    make_run_dir(out)
+    labels = [label for header in headers for label in header["members"]]
+    seeds = sorted({label["seed"] for label in labels})
+    header = {**headers[0], "seeds": seeds, "members": labels, "merged": [str(run) for run in runs]}
+    (out / HEADER_FILE).write_text(json.dumps(header) + "\n")
+    with open(out / METRICS_FILE, "w") as file:
+        for run in runs:
+            file.writelines(line + "\n" for line in (run / METRICS_FILE).read_text().split("\n")[:-1])
+    save_config(
+        out, {**configs[0], "seed": seeds[0], "num_seeds": len(seeds), "hosts": 1, "host": 0, "run_dir": str(out)}
+    )
+    (out / SUMMARY_FILE).write_text(json.dumps(_joined(summaries), indent=2) + "\n")
+    if load_metrics(out, kind="eval"):
+        plot_run(out)
+
+
+def _identity(header: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """All that parts of a run have in common."""
+    options = kept_options({key: value for key, value in config.items() if key not in _OF_A_PART})
+    return {"version": header["version"], **options, "total_env_steps": config["total_env_steps"]}
+
+
+def _refuse_other(run: Path, found: dict[str, Any], first: Path, wanted: dict[str, Any]) -> None:
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            told = f"{run} has {name}={found.get(name)!r} and {first} has {wanted.get(name)!r}"
+            raise ConfigError(f"{told}; python -m wqmix_jax.table compares different runs")
+
+
+def _summary(run: Path) -> dict[str, Any]:
+    summary = read_summary(run)
+    if summary.get("status") != "finished":
+        print(f"warning: {run} is not finished ({summary.get('status', 'no summary yet')})", file=sys.stderr)
+    return summary
+
+
+def _warn_of_missing(configs: Sequence[dict[str, Any]]) -> None:
+    hosts = configs[0]["hosts"] or 1
+    missing = sorted(set(range(hosts)) - {config["host"] or 0 for config in configs})
+    if missing and all(config["hosts"] == hosts for config in configs):
+        print(f"warning: of {hosts} hosts these are missing: {', '.join(map(str, missing))}", file=sys.stderr)
+
+
+def _joined(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Each part's final figures and failures; of times the longest, as the parts run side by side."""
+    statuses = {summary.get("status", "running") for summary in summaries}
+    return {
+        **summaries[0],
+        "status": "finished" if statuses == {"finished"} else "running",
+        "failed": [failure for summary in summaries for failure in summary.get("failed", [])],
+        "final": {name: line for summary in summaries for name, line in summary.get("final", {}).items()},
+        "wall_seconds": max(summary.get("wall_seconds", 0.0) for summary in summaries),
+    }
+
+
+if __name__ == "__main__":
+    main()

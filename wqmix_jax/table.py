@@ -1,0 +1,111 @@
+"""One table of many runs: ``python -m wqmix_jax.table RUN.. [--csv FILE]``, a RUN a run's folder or a folder of them.
+
+A row for every combination of options that differ between the runs or are swept inside one; seeds are joined: median
+and quartiles of their last evaluation.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wqmix_jax.exits import REFUSED
+from wqmix_jax.logger import load_header, load_metrics
+from wqmix_jax.members import labels_of, member_name
+from wqmix_jax.runs import find_runs, kept_options, read_config, read_summary
+
+Row = dict[str, Any]
+
+_NOT_COMPARED = ("seed", "num_seeds", "hosts", "host", "sweep")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line on ``arguments``, by default the process's own."""
+    parser = argparse.ArgumentParser(prog="python -m wqmix_jax.table", description="One table of many runs.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of them")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there, too")
+    args = parser.parse_args(arguments)
+    try:
+        rows = table(find_runs(args.runs))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(REFUSED)
+    _show(rows)
+    if args.csv is not None:
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, _columns(rows))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def table(runs: Sequence[Path]) -> list[Row]:
+    """The rows, in the order of the runs.
+
+    Raises:
+        ConfigError: if a folder is not a run's.
+    """
+    settings = [_settings(run) for run in runs]
+    swept = [load_header(run)["members"] for run in runs]
+    columns = _differing(settings)
+    columns += [key for key in dict.fromkeys(key for of in swept for label in of for key in label) if key != "seed"]
+    grouped: dict[tuple[Any, ...], list[Row]] = {}
+    for run, setting, labels in zip(runs, settings, swept, strict=True):
+        last = {member_name(labels_of(line)): line for line in load_metrics(run, kind="eval")}
+        failed = {member_name(labels_of(failure)) for failure in read_summary(run).get("failed", [])}
+        for label in labels:
+            key = tuple(str((setting | label).get(column, "")) for column in columns)
+            name = member_name(label)
+            grouped.setdefault(key, []).append({"line": last.get(name, {}), "failed": name in failed})
+    return [dict(zip(columns, key, strict=True)) | _figures(members) for key, members in grouped.items()]
+
+
+def _settings(run: Path) -> Row:
+    config, header = read_config(run), load_header(run)
+    options = kept_options({name: value for name, value in config.items() if name not in _NOT_COMPARED})
+    return {"algo": header["algo"], "env": header["env"], **options, "total_env_steps": config["total_env_steps"]}
+
+
+def _differing(settings: Sequence[Row]) -> list[str]:
+    """Names and options that tell the runs apart; options of different algorithms and environments aren't compared."""
+    names = [name for name in ("algo", "env") if len({setting[name] for setting in settings}) > 1]
+    found = dict.fromkeys(names)
+    for one in settings:
+        for other in settings:
+            if (one["algo"], one["env"]) == (other["algo"], other["env"]):
+                found |= dict.fromkeys(key for key in one | other if one.get(key) != other.get(key))
+    return list(found)
+
+
+def _figures(members: Sequence[Row]) -> Row:
+    sound = [member["line"] for member in members if member["line"] and not member["failed"]]
+    figures: Row = {
+        "seeds": len(members),
+        "failed": sum(member["failed"] for member in members),
+        "env_steps": min((line["env_steps"] for line in sound), default=0),
+    }
+    for name in ("episode_return", "win_rate"):
+        values = [line[name] for line in sound if name in line]
+        if values:
+            low, median, high = np.percentile(values, (25, 50, 75))
+            figures |= {name: f"{median:.4g}", f"{name}_q25": f"{low:.4g}", f"{name}_q75": f"{high:.4g}"}
+    return figures
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def _show(rows: Sequence[Row]) -> None:
+    columns = _columns(rows)
+    texts = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    for text in texts:
+        print("  ".join(cell.rjust(width) for cell, width in zip(text, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    main()
