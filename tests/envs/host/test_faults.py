@@ -213,7 +213,8 @@ def test_a_failed_step_is_never_learned_from_and_a_failed_run_stays_as_it_is(mar
 
 
 PROGRAM = """
-import os, sys, jax, numpy as np
+import signal, sys, jax
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have had ignored
 from tests.envs.host.running import toy
 env = toy(episode_limit=10**6, launches=sys.argv[1], child=True, faults={faults})
 keys = jax.random.split(jax.random.key(0), 2)

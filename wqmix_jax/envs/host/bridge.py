@@ -250,6 +250,7 @@ class Workers(Host):
             if supervisor.failure is not None:
                 raise supervisor.failure
         except jax.errors.JaxRuntimeError:
+            supervisor.interrupt.read()
             if supervisor.interrupt.happened():  # in jax's own Python code around a callback
                 raise KeyboardInterrupt from None
             raise
