@@ -21,11 +21,11 @@ def make(**options: Any) -> SMAX:
     return build("env", load_group("env", "smax") | {"map": "3m"} | options)
 
 
-@pytest.mark.parametrize(("name", "max_return"), [("3m", 2.0), ("2s3z", 20.0)])
-def test_a_battle_is_the_native_one_step_by_step(name: str, max_return: float) -> None:
-    env = make(map=name, max_return=max_return)
+@pytest.mark.parametrize(("name", "max_return", "see_enemy_actions"), [("3m", 2.0, False), ("3s_vs_5z", 20.0, True)])
+def test_a_battle_is_the_native_one_step_by_step(name: str, max_return: float, see_enemy_actions: bool) -> None:
+    env = make(map=name, max_return=max_return, see_enemy_actions=see_enemy_actions)
     native, scale = env.game, max_return / 2
-    reset_key, *keys = jax.random.split(jax.random.key(3), 40)
+    reset_key, *keys = jax.random.split(jax.random.key(3), 101)
     ours = jax.jit(env.reset)(reset_key)
     with jax.numpy_rank_promotion("allow"):
         seen, theirs = native.reset(reset_key)
@@ -50,6 +50,7 @@ def test_a_battle_is_the_native_one_step_by_step(name: str, max_return: float) -
         if dones["__all__"]:
             break
     assert max(rewards) > 0
+    assert dones["__all__"]
 
 
 def battle(env: SMAX, allies: list[float], enemies: list[float], **changes: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pydantic
 from pydantic import Field
 
@@ -114,15 +115,7 @@ class SMAX(Environment):
 
     def observe(self, env_state: EnvState) -> Observation:
         """Each ally's list of the units in its sight, and all units as the state."""
-        with jax.numpy_rank_promotion("allow"):
-            obs, avail = self.game.get_obs(env_state), self.game.get_avail_actions(env_state)
-            state = self.game.get_world_state(env_state)
-        agents = self.game.agents
-        return Observation(
-            obs=jnp.stack([obs[agent] for agent in agents]),
-            state=state,
-            avail_actions=jnp.stack([avail[agent] for agent in agents]).astype(bool),
-        )
+        return self.unpack(self.pack(env_state))
 
     def metrics(self, env_state: EnvState) -> dict[str, Array]:
         """Whether the battle was won (all enemies dead and an ally alive), and how many died."""
@@ -147,24 +140,82 @@ class SMAX(Environment):
         )
 
     def unpack(self, packed: PyTree) -> Observation:
-        """See `Environment.unpack`."""
-        template = jax.eval_shape(self.reset, jax.random.key(0))
-        unseen = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), template)
-        units = unseen.state.replace(
-            unit_positions=packed.position,
-            unit_alive=packed.alive,
-            unit_teams=self.game.teams.astype(unseen.state.unit_teams.dtype),
-            unit_health=packed.health,
-            unit_types=packed.kind,
-            unit_weapon_cooldowns=packed.cooldown,
-            prev_movement_actions=packed.movement,
-            prev_attack_actions=packed.attack.astype(jnp.int32),
+        """JaxMARL's features of the units, for all at once: several times as fast as its own, pair by pair."""
+        game, units = self.game, packed
+        distance = jnp.linalg.norm(_offsets(game, units), axis=-1)
+        kind, alive = units.kind.astype(jnp.int32), units.alive[: game.num_allies, None]
+        in_range = distance < game.unit_type_attack_ranges[kind][: game.num_allies, None]
+        can_attack = (alive & units.alive[None] & in_range)[:, game.num_allies :]
+        can_move = jnp.repeat(alive, game.num_movement_actions - 1, axis=1)
+        return Observation(
+            obs=_features_in_sight(game, units, distance, see_enemy_actions=self.see_enemy_actions),
+            state=jnp.concatenate(
+                [
+                    _own_features(game, units, units.position, units.cooldown).reshape(-1),
+                    game.teams.astype(jnp.float32),
+                    units.kind.astype(jnp.float32),
+                ]
+            ),
+            avail_actions=jnp.concatenate([can_move, jnp.ones_like(alive), can_attack], axis=1),
         )
-        return self.observe(unseen.replace(state=units))
 
     def _alive(self, env_state: EnvState) -> tuple[Array, Array]:
         alive = env_state.state.unit_alive
         return alive[: self.game.num_allies], alive[self.game.num_allies :]
+
+
+def _offsets(game: Any, units: Units) -> Array:
+    """From each ally to each unit, ``[N, U, 2]``."""
+    return units.position[None] - units.position[: game.num_allies, None]
+
+
+def _features_in_sight(game: Any, units: Units, distance: Array, *, see_enemy_actions: bool) -> Array:
+    """What each ally sees of the others, in their order, and of itself: ``[N, obs_dim]``."""
+    num_allies, num_units = game.num_allies, len(units.kind)
+    kind, is_ally = units.kind.astype(jnp.int32), np.arange(num_units) < num_allies
+    sight = game.unit_type_sight_ranges[kind][:num_allies, None]
+    last_attack = np.where(is_ally, game.num_ally_actions - 1, game.num_enemy_actions - 1)
+    actions = jnp.concatenate([units.movement, (units.attack / last_attack)[:, None]], axis=1)
+    told = jnp.concatenate(
+        [
+            jnp.where((is_ally | see_enemy_actions)[:, None], actions, 0.0),
+            _loaded(game, units)[:, None],
+            jax.nn.one_hot(kind, len(game.unit_type_names)),
+        ],
+        axis=1,
+    )
+    health = jnp.broadcast_to(_health_share(game, units)[None, :, None], (num_allies, num_units, 1))
+    features = jnp.concatenate(
+        [
+            health,
+            _offsets(game, units) / sight[..., None],
+            jnp.broadcast_to(told[None], (num_allies, *told.shape)),
+        ],
+        axis=2,
+    )
+    visible = (distance < sight) & units.alive[:num_allies, None] & units.alive[None]
+    features = jnp.where(visible[..., None], features, 0.0)
+    before_itself = (np.arange(num_units - 1)[None] < np.arange(num_allies)[:, None])[..., None]
+    others = jnp.where(before_itself, features[:, :-1], features[:, 1:])
+    map_size = np.array([game.map_width, game.map_height], np.float32)
+    itself = _own_features(game, units, units.position / map_size[None], _loaded(game, units))
+    return jnp.concatenate([others.reshape(num_allies, -1), itself[:num_allies]], axis=1)
+
+
+def _own_features(game: Any, units: Units, position: Array, cooldown: Array) -> Array:
+    """Health, position, cooldown and type of each unit, zero for the dead: ``[U, 4 + types]``."""
+    kinds = jax.nn.one_hot(units.kind.astype(jnp.int32), len(game.unit_type_names))
+    features = jnp.concatenate([_health_share(game, units)[:, None], position, cooldown[:, None], kinds], axis=1)
+    return jnp.where(units.alive[:, None], features, 0.0)
+
+
+def _health_share(game: Any, units: Units) -> Array:
+    return units.health / game.unit_type_health[units.kind.astype(jnp.int32)]
+
+
+def _loaded(game: Any, units: Units) -> Array:
+    """The share of a weapon's cooldown that is still to come, ``[U]``."""
+    return jnp.clip(units.cooldown / game.unit_type_weapon_cooldowns[units.kind.astype(jnp.int32)], 0.0, 1.0)
 
 
 def map_names() -> list[str]:
