@@ -1,8 +1,8 @@
 """The command line: ``python -m wqmix_jax.evaluate run=RUN_DIR [policy=best] [episodes=32] [seed=0]``.
 
 For agents that PyMARL trained, ``pymarl=FOLDER [env=predator_prey]`` stands in the place of ``run`` and ``policy``.
-Plays greedy episodes and prints their return and length. Whatever is wrong with the options or the checkpoint is told in
-one line on stderr, with exit code 2.
+Plays greedy episodes and prints their return and length. Whatever is wrong with the options or the checkpoint is told
+in one line on stderr, with exit code 2.
 """
 
 import sys
