@@ -132,6 +132,9 @@ def tiny_run(algo: Algorithm, env: Environment, **changes: Any) -> Any:
         "matmul_precision": "float32",
         "run_dir": None,
         "resume": None,
+        "sweep": {},
+        "hosts": None,
+        "host": None,
         "checkpoint": CheckpointOptions(every=1000, keep=1),
         "logger": LoggerOptions(wandb="disabled", project="test", group=None, progress=False),
     }

@@ -95,7 +95,7 @@ def popen(*arguments: str, first: str = "", **options: Any) -> subprocess.Popen[
 def process(*arguments: str, first: str = "") -> subprocess.CompletedProcess[str]:
     """Runs the command line in a process of its own."""
     running = popen(*arguments, first=first)
-    out, err = running.communicate(timeout=500)
+    out, err = running.communicate(timeout=1500)
     return subprocess.CompletedProcess(running.args, running.returncode, out, err)
 
 

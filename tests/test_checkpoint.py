@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from tests.running import TINY, last_checkpoint, main, process, shared_programs, timeless
-from wqmix_jax import load_metrics, runner
+from wqmix_jax import evaluate, load_metrics, runner
 from wqmix_jax.logger import METRICS_FILE
 from wqmix_jax.loop import Loop
 from wqmix_jax.trainer import Trainer
@@ -405,3 +405,13 @@ def test_the_last_policy_is_the_checkpoints(straight: Path) -> None:
     with np.load(straight / "policies" / "last.npz") as last:
         np.testing.assert_array_equal(last[name], saved[f"state.learner.{name}"])
         assert not [name for name in last if "mixer" in name or "opt_state" in name]
+
+
+def test_policies_can_be_played(straight: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    evaluate.main([f"run={straight}", "policy=last", "episodes=3"])
+    out = capfd.readouterr().out
+    assert [line.split(" ")[:3] for line in out.splitlines()] == [
+        ["seed", f"{seed}:", what] for seed in (3, 4) for what in ("return", "length")
+    ]
+    with pytest.raises(SystemExit):
+        evaluate.main([f"run={straight / 'policies'}"])

@@ -60,7 +60,7 @@ def test_episodes_are_drawn_from_the_seed(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["pymarl=null"], "pymarl is missing: write pymarl=FOLDER"),
+        (["pymarl=null"], "run is missing: write run=RUN_DIR, or pymarl=FOLDER"),
         (["episodes=0"], "episodes=0 is not allowed: input should be greater than 0"),
         (["seed=-1"], "seed=-1 is not allowed"),
         (["env.obs_radius=1"], "agent.th: fc1.weight has shape (4, 82), expected is (4, 34)"),

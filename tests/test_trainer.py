@@ -1,5 +1,7 @@
 """The loop as a whole, on small nets: what it counts, when it learns, and that company and chunks change nothing."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -168,6 +170,41 @@ def test_a_finished_seed_is_frozen_to_the_bit_while_another_goes_on():
             assert not record.active[0, seed]
     assert set(frozen) == {0, 1, 2, 3}
     assert len(set(np.array(state.counters.episodes).tolist())) > 1
+
+
+@pytest.mark.parametrize("what", ["params", "loss"])
+def test_a_failed_seed_is_frozen_at_its_first_bad_step_and_the_others_never_notice(what):
+    trainer = _shared_trainer()
+    sound, poisoned = trainer.init([0, 1, 2]), trainer.init([0, 1, 2])
+    for iteration in range(8):
+        if iteration == 4:
+            poisoned = _poisoned(poisoned, what, seed=1)
+        before = jax.tree.map(jnp.copy, poisoned)
+        sound, _ = trainer.train_chunk(sound)
+        poisoned, record = trainer.train_chunk(poisoned)
+        np.testing.assert_array_equal(poisoned.failed, [False, iteration >= 4, False])
+        for seed in (0, 2):
+            same(poisoned, sound, where=seed)
+        assert record.active[0, 1] == (iteration <= 4)
+        if iteration > 4:
+            same(before, poisoned, where=1)
+    assert int(poisoned.counters.episodes[1]) == 5
+    assert int(sound.counters.episodes[1]) == 8
+
+
+@functools.cache
+def _shared_trainer():
+    return make_trainer(tiny_run(tiny_wqmix(), ENV))
+
+
+def _poisoned(state, what, *, seed):
+    """With numbers that aren't finite in the parameters, or in the targets, from where they reach the loss."""
+    learner = state.learner
+    if what == "params":
+        params = jax.tree.map(lambda leaf: leaf.at[seed].set(jnp.nan), learner.params)
+        return state._replace(learner=learner._replace(params=params))
+    target = jax.tree.map(lambda leaf: leaf.at[seed].set(jnp.inf), learner.target)
+    return state._replace(learner=learner._replace(target=target))
 
 
 def test_several_updates_per_iteration_are_counted_and_draw_different_batches():

@@ -6,6 +6,7 @@ device at once and written by other threads while training goes on.
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import re
@@ -102,8 +103,7 @@ class Checkpoints:
         self._best = best
         self._abstract = _named(jax.eval_shape(_raw_keys, self._state), self._interval, best)
         self.num_bytes = _num_bytes(self._abstract)
-        for noisy in ("absl", "asyncio"):  # orbax tells of each fault in hundreds of lines, and raises it as well
-            logging.getLogger(noisy).setLevel(logging.CRITICAL)
+        _hush_orbax()
         self._directory = directory.absolute()
         self._directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
@@ -313,6 +313,20 @@ def _num_bytes(arrays: Mapping[str, Any]) -> int:
 def _named(state: TrainState, pending: TrainRecord, best: Policy) -> dict[str, Any]:
     """All arrays of a checkpoint by their names there."""
     return {**_flat("state", state), **_flat("pending", pending), **_flat("best", best)}
+
+
+@functools.cache
+def _hush_orbax() -> None:
+    """Orbax tells of each fault in hundreds of lines, although it raises it; its threads then miss their loop."""
+    for noisy in ("absl", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 @contextlib.contextmanager

@@ -1,0 +1,79 @@
+"""How long a checkpoint takes and how large it is: ``python -m experiments.checkpoint_cost [--seeds 1 16]``.
+
+OW-QMIX on predator-prey with the paper's sizes; every array is full of random bytes, which can't be compressed: the
+worst case. One JSON line per number of seeds.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from wqmix_jax import load_config
+from wqmix_jax.checkpoint import Checkpoints, Origin
+from wqmix_jax.loop import Loop, abstract_state
+from wqmix_jax.members import make_members
+from wqmix_jax.policy import no_policy
+from wqmix_jax.trainer import make_trainer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 16])
+    for num_seeds in parser.parse_args().seeds:
+        with tempfile.TemporaryDirectory(dir=".") as folder:
+            print(json.dumps(measure(num_seeds, Path(folder))), flush=True)
+
+
+def random_array(leaf: Any) -> jax.Array:
+    rng = np.random.default_rng(0)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(
+            jnp.asarray(rng.integers(0, 2**32, (*leaf.shape, 2), np.uint32)), impl="threefry2x32"
+        )
+    if leaf.dtype == bool:
+        return jnp.zeros(leaf.shape, bool)
+    return jnp.asarray(np.frombuffer(rng.bytes(leaf.size * leaf.dtype.itemsize), leaf.dtype).reshape(leaf.shape))
+
+
+def measure(num_seeds: int, folder: Path) -> dict[str, float]:
+    config = load_config("+algo=ow_qmix", f"num_seeds={num_seeds}")
+    trainer = make_trainer(config, sharding=SingleDeviceSharding(jax.local_devices()[0]))
+    members = make_members(config.algo, config.seeds, {})
+    state = jax.tree.map(random_array, abstract_state(trainer, members))
+    best = no_policy(config.algo.acting_params(state.learner.params))
+    loop = Loop(state, members, (), np.zeros(num_seeds, np.int32), 0.0)
+    origin = Origin("measured", {}, {})
+    checkpoints = Checkpoints(folder, trainer, members, best, origin, keep=1)
+    started = time.perf_counter()
+    checkpoints.save(loop, best, chunk_iterations=trainer.chunk_iterations, metrics_bytes=0, wall_seconds=0.0)
+    blocked = time.perf_counter() - started
+    checkpoints.wait()
+    saved = time.perf_counter() - started
+    started = time.perf_counter()
+    restored = checkpoints.restore(config.total_env_steps)
+    assert restored is not None
+    jax.block_until_ready(restored.loop.state)
+    seconds = time.perf_counter() - started
+    np.testing.assert_array_equal(restored.loop.state.replay.experience, state.replay.experience)
+    checkpoints.close()
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return {
+        "num_seeds": num_seeds,
+        "megabytes": round(checkpoints.num_bytes / 1e6, 1),
+        "megabytes_on_disk": round(size / 1e6, 1),
+        "save_seconds_training_waits": round(blocked, 3),
+        "save_seconds_until_on_disk": round(saved, 3),
+        "restore_seconds": round(seconds, 3),
+    }
+
+
+if __name__ == "__main__":
+    main()

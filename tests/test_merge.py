@@ -1,0 +1,107 @@
+"""Parts of a run are joined when they differ in their seeds alone, and tables tell different runs apart."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wqmix_jax import load_metrics, merge, runner, table
+from wqmix_jax.config import ConfigError
+from wqmix_jax.logger import MetricsFile, create_metrics, load_header
+from wqmix_jax.runs import SUMMARY_FILE, read_config, read_summary, save_config
+
+
+def part(folder: Path, seeds: list[int], returns: list[float], **options: Any) -> Path:
+    """A finished run without training."""
+    folder.mkdir(parents=True)
+    create_metrics(folder, version="0", algo="iql", env="coin", members=[{"seed": seed} for seed in seeds])
+    values = {"algo": {"lr": 1e-3}, "seed": 0, "num_seeds": 3, "hosts": 2, "total_env_steps": 9, "run_dir": str(folder)}
+    save_config(folder, {**values, "host": 0, **options})
+    line = {"kind": "eval", "env_steps": 9, "learner_steps": 1, "episodes": 2, "episode_length": 1.0}
+    lines = [line | {"seed": seed, "episode_return": value} for seed, value in zip(seeds, returns, strict=True)]
+    with MetricsFile(folder, num_bytes=0) as metrics:
+        metrics.write(lines)
+    final = {str(line["seed"]): line for line in lines}
+    (folder / SUMMARY_FILE).write_text(json.dumps({"status": "finished", "failed": [], "final": final}))
+    return folder
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run of two hosts."""
+    part(tmp_path / "run" / "host_0", [0], [1.0])
+    part(tmp_path / "run" / "host_1", [1, 2], [2.0, 4.0], host=1)
+    return tmp_path / "run"
+
+
+def test_parts_are_joined(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "merged"
+    merge.main([str(run_dir), "--out", str(out)])
+    assert capsys.readouterr().err == ""
+    assert [(line["seed"], line["episode_return"]) for line in load_metrics(out)] == [(0, 1.0), (1, 2.0), (2, 4.0)]
+    assert load_header(out)["seeds"] == [0, 1, 2]
+    config = read_config(out)
+    assert (config["seed"], config["num_seeds"], config["hosts"], config["host"]) == (0, 3, 1, 0)
+    assert set(read_summary(out)["final"]) == {"0", "1", "2"}
+    assert (out / "learning_curve.png").is_file()
+    with pytest.raises(ConfigError, match="it was merged from"):
+        runner.resume(out, {})
+
+
+def test_a_missing_host_and_an_unfinished_one_are_told(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_dir / "host_1" / SUMMARY_FILE).write_text(json.dumps({"status": "running", "failed": [], "final": {}}))
+    merge.main([str(run_dir / "host_1"), "--out", str(tmp_path / "merged")])
+    err = capsys.readouterr().err
+    assert f"warning: {run_dir / 'host_1'} is not finished (running)" in err
+    assert "warning: of 2 hosts these are missing: 0" in err
+    assert read_summary(tmp_path / "merged")["status"] == "running"
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"seeds": [1], "algo": {"lr": 2e-3}}, "other has algo.lr=0.002 and"),
+        ({"seeds": [1], "total_env_steps": 10}, "other has total_env_steps=10 and"),
+        ({"seeds": [0]}, "seed 0 is in both"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(
+    other: dict[str, Any], told: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seeds = other.pop("seeds")
+    part(tmp_path / "other", seeds, [0.0], **other)
+    with pytest.raises(SystemExit) as ended:
+        merge.main([str(run_dir / "host_0"), str(tmp_path / "other"), "--out", str(tmp_path / "merged")])
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_nothing_is_overwritten(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        merge.main([str(run_dir), "--out", str(run_dir)])
+    assert "it isn't empty" in capsys.readouterr().err
+
+
+def test_a_table_has_a_row_per_setting(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    part(tmp_path / "other", [0], [8.0], algo={"lr": 2e-3})
+    table.main([str(run_dir), str(tmp_path / "other"), "--csv", str(tmp_path / "table.csv")])
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    with open(tmp_path / "table.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert shown[0][:5] == ["algo.lr", "seeds", "failed", "env_steps", "episode_return"]
+    assert [(row["algo.lr"], row["seeds"], row["episode_return"]) for row in rows] == [
+        ("0.001", "3", "2"),
+        ("0.002", "1", "8"),
+    ]
+    assert (rows[0]["episode_return_q25"], rows[0]["episode_return_q75"]) == ("1.5", "3")
+
+
+def test_a_folder_without_runs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        table.main([str(tmp_path)])
+    assert "there is no run in it" in capsys.readouterr().err
