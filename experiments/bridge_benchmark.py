@@ -6,13 +6,14 @@ nothing but hand over arrays of the size of SMAC's 3s5z. The bridge is called fr
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from wqmix_jax.config import build, load_group
 
 NUM_AGENTS, NUM_ACTIONS, OBS_DIM, STATE_DIM = 8, 14, 128, 216
 NUM_WORKERS = (1, 4, 8)
-STEPS, REPETITIONS = 500, 5
+STEPS, REPETITIONS = 500, 11
 RESULT = Path(__file__).parent / "bridge_benchmark.json"
 
 
@@ -58,8 +59,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--json", type=Path, default=RESULT, help="where the numbers go")
     chosen = parser.parse_args()
-    ways = {"bridge": bridge_seconds, "pipe_and_pickle": pipe_seconds}
-    seconds = {name: {str(count): measure(count) for count in NUM_WORKERS} for name, measure in ways.items()}
+    measured = {str(count): median_seconds(count) for count in NUM_WORKERS}
+    seconds = {name: {count: by_way[name] for count, by_way in measured.items()} for name in WAYS}
     record = {
         "command": "python -m experiments.bridge_benchmark",
         "milliseconds_per_batched_step": {
@@ -78,8 +79,9 @@ def main() -> None:
     show(record["milliseconds_per_batched_step"])
 
 
-def bridge_seconds(num_workers: int) -> float:
-    """Of one batched step, in a compiled loop."""
+@contextlib.contextmanager
+def bridge(num_workers: int) -> Iterator[Callable[[], Any]]:
+    """Plays `STEPS` batched steps in a compiled loop."""
     here = Path(__file__)
     values = {
         "simulator": f"{here}:{Still.__name__}",
@@ -97,11 +99,12 @@ def bridge_seconds(num_workers: int) -> float:
 
     with env.host.running([0]):
         state = jax.jit(env.reset_batch)(keys)
-        return median_seconds(lambda: jax.block_until_ready(play(state)))
+        yield lambda: jax.block_until_ready(play(state))
 
 
-def pipe_seconds(num_workers: int) -> float:
-    """Of one batched step, in PyMARL's way."""
+@contextlib.contextmanager
+def pipe_and_pickle(num_workers: int) -> Iterator[Callable[[], Any]]:
+    """Plays `STEPS` batched steps in PyMARL's way."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     for _ in range(num_workers):
@@ -120,7 +123,7 @@ def pipe_seconds(num_workers: int) -> float:
                 np.stack([data[name] for data in batch])
 
     try:
-        return median_seconds(play)
+        yield play
     finally:
         for pipe, process in zip(pipes, processes, strict=True):
             pipe.send(("close", None))
@@ -148,15 +151,19 @@ def serve(pipe: Any) -> None:
         )
 
 
-def median_seconds(play: Callable[[], Any]) -> float:
-    """Of one step, over `REPETITIONS` loops after a first one."""
-    play()
-    times = []
-    for _ in range(REPETITIONS):
-        started = time.perf_counter()
-        play()
-        times.append((time.perf_counter() - started) / STEPS)
-    return statistics.median(times)
+WAYS = {"bridge": bridge, "pipe_and_pickle": pipe_and_pickle}
+
+
+def median_seconds(num_workers: int) -> dict[str, float]:
+    """Of one batched step, for each way; they take turns, so that other programs disturb both alike."""
+    times: dict[str, list[float]] = {name: [] for name in WAYS}
+    with contextlib.ExitStack() as stack:
+        plays = {name: stack.enter_context(way(num_workers)) for name, way in WAYS.items()}
+        for name in [*plays] * (REPETITIONS + 1):
+            started = time.perf_counter()
+            plays[name]()
+            times[name].append((time.perf_counter() - started) / STEPS)
+    return {name: statistics.median(taken[1:]) for name, taken in times.items()}  # the first compiles
 
 
 def show(milliseconds: dict[str, dict[str, float]]) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,23 @@ def test_a_failed_step_is_never_learned_from_and_a_failed_run_stays_as_it_is(mar
         np.testing.assert_array_equal(leaf[others], getattr(right, name)[others])
     np.testing.assert_array_equal(states[1].counters.env_steps, found.mask.sum((1, 2)))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(states[1].learner))
+
+
+def test_ctrl_c_is_seen_in_a_thread_that_waits_for_a_worker(marks: Path) -> None:
+    """Where jax calls from a thread of its own, Python's handler is not there to be run."""
+    env = toy(faults=[fault("hang", "step", marks)], episode_limit=LIMIT)
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # the main thread never learns of it
+    try:
+        with pytest.raises(KeyboardInterrupt), env.host.running([0]):  # noqa: PT012 (its exit is what raises)
+            waits = threading.Thread(target=play, args=(env.host.supervisor, np.array([2]), 3))
+            waits.start()
+            while not list(marks.iterdir()):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+            waits.join(timeout=30)  # half of the step's deadline
+            assert not waits.is_alive()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 PROGRAM = """
