@@ -66,8 +66,8 @@ def training_options(name: str) -> list[str]:
 
 def environment_rows(env: SMAX) -> list[Row]:
     """Environments side by side for a fixed number of steps."""
-    plays = {"ours": our_play(env), "jaxmarl_step_env": native_play(env, resets=False)}
-    plays["jaxmarl_step"] = native_play(env, resets=True)
+    plays = {"ours_alone": our_play(env), "jaxmarl_alone_without_resets": native_play(env, resets=False)}
+    plays["jaxmarl_alone"] = native_play(env, resets=True)
     steps = NUM_ENVS * NUM_STEPS
     return [
         Row(f"{name}_env_steps_per_second", steps / timed(jax.jit(play), jax.random.key(0))[0], "1/s")
