@@ -19,6 +19,8 @@ RUN      := $(VENV)/bin/python
 # One stamp per set of extras: made once, and again when pyproject.toml changes.
 USE      := $(VENV)/.installed$(if $(EXTRAS),-$(EXTRAS))
 DEVELOP  := $(VENV)/.installed-dev$(if $(EXTRAS),-$(EXTRAS))
+# A test process per core, each with tests that stand together, which share what they have compiled.
+WORKERS  := -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-slow lint format benchmark clean
@@ -32,10 +34,10 @@ train: $(USE) ## train OW-QMIX on predator-prey (ALGO=NAME for another algorithm
 	$(RUN) -m wqmix_jax.train +algo=$(ALGO) $(ARGS)
 
 test: $(DEVELOP) ## run the tests, the slow ones left out
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest $(WORKERS) $(ARGS)
 
 test-slow: $(DEVELOP) ## run the slow tests
-	$(RUN) -m pytest -m slow $(ARGS)
+	$(RUN) -m pytest -m slow $(WORKERS) $(ARGS)
 
 lint: $(DEVELOP) ## check style, formatting and types
 	$(RUN) -m ruff check .

@@ -110,6 +110,12 @@ def tiny_wqmix(**changes: Any) -> Algorithm:
     return build("algo", {"_target_": "wqmix_jax.algos.wqmix.WQMIX", **WQMIX, **changes})
 
 
+def tiny_masac(**changes: Any) -> Algorithm:
+    """MASAC, whose loss draws, with narrow nets."""
+    own = {"alpha_ent": 0.3, "q_star_dim": 6}
+    return build("algo", {"_target_": "wqmix_jax.algos.masac.MASAC", **TINY, **own, **changes})
+
+
 def tiny_run(algo: Algorithm, env: Environment, **changes: Any) -> Any:
     """A run of a few small episodes."""
     from wqmix_jax.config import CheckpointOptions, LoggerOptions, RunConfig

@@ -10,19 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.environments import Recall
+from experiments.table2 import exploration
+from tests.environments import Clock, Recall
 from tests.running import main
 from wqmix_jax import load_config, load_metrics, train_seeds
-from wqmix_jax.algos.base import Context, hyperparams
+from wqmix_jax.algos.base import Context, hyperparams, is_mean_over_steps
 from wqmix_jax.algos.iql import IQL
 from wqmix_jax.config import RunConfig
 from wqmix_jax.envs.matrix_game import MatrixGame
+from wqmix_jax.learner import gradients, init_learner
 from wqmix_jax.train import names
 from wqmix_jax.types import Episode, PyTree
 
 ALGORITHMS = names("algo").split(", ")
 RUN_FAST = ("iql", "qplex", "qtran")
 LEARN_FAST = ("iql", "ow_qmix")
+SHARE_FAST = ("cw_qmix",)
 """Those of the fast tests: nearly all the time goes into compiling each algorithm anew."""
 
 PREDATOR_PREY = (
@@ -80,10 +83,40 @@ def test_learns_to_act_on_what_was_seen_one_step_ago(algo: str) -> None:
     assert last_return(records) == 1.0
 
 
+@pytest.mark.parametrize("algo", all_but_slow(SHARE_FAST))
+def test_a_batchs_gradient_is_the_mean_of_its_parts_by_their_steps(algo: str) -> None:
+    """So that devices may share a batch; the parts differ in how many steps are real."""
+    config = small_run(algo, Clock(episode_limit=3, ends_from=1), total_env_steps=1)
+    assert is_mean_over_steps(config.algo)
+    spec, keys = config.env.spec, jax.random.split(jax.random.key(0), 6)
+    lengths = jnp.array([3, 3, 1, 2])
+    mask = (jnp.arange(3)[None, :] < lengths[:, None]).astype(jnp.float32)
+    batch = Episode(
+        obs=jax.random.normal(keys[0], (4, 4, 2, spec.obs_dim)),
+        state=jax.random.normal(keys[1], (4, 4, spec.state_dim)),
+        avail_actions=jnp.ones((4, 4, 2, 3), bool),
+        joint_action=jax.random.randint(keys[2], (4, 3, 2), 0, 3),
+        reward=jax.random.normal(keys[3], (4, 3)) * mask,
+        discount=jnp.ones((4, 3)),
+        mask=mask,
+    )
+    learner = init_learner(config.algo.init(keys[4], spec))
+    ctx = Context(jnp.float32(0.5), jnp.int32(0), jnp.int32(0))
+    noise = config.algo.sample_noise(keys[5], batch)
+    call = jax.jit(lambda batch, noise: gradients(config.algo, learner, batch, hyperparams(config.algo), ctx, noise))
+    first, second = (
+        call(*jax.tree.map(lambda x: x[:2], (batch, noise))),
+        call(*jax.tree.map(lambda x: x[2:], (batch, noise))),
+    )
+    mean = jax.tree.map(lambda one, other: (6 * one + 3 * other) / 9, first, second)
+    for got, known in zip(jax.tree.leaves(mean), jax.tree.leaves(call(batch, noise)), strict=True):
+        np.testing.assert_allclose(got, known, rtol=1e-4, atol=1e-6)
+
+
 def small_run(algo: str, env: Any, total_env_steps: int) -> RunConfig:
     """The algorithm's own options with narrow nets and fast learning, on what is played at random."""
-    options = ("algo.lr=0.005", "algo.epsilon_finish=1", "algo.batch_size=64", "algo.buffer_size=512")
-    config = load_config(f"+algo={algo}", *options)
+    options = ("algo.lr=0.005", "algo.batch_size=64", "algo.buffer_size=512")
+    config = load_config(f"+algo={algo}", *options, *exploration(algo))
     widths = {field.name: 16 for field in dataclasses.fields(config.algo) if field.name.endswith("_dim")}
     return dataclasses.replace(
         config,

@@ -71,7 +71,7 @@ def test_a_run_goes_on_with_its_seeds_on_another_number_of_devices(
     cut: Callable[..., Path], straight: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = cut(7)
-    monkeypatch.setattr(runner, "seed_sharding", lambda num_seeds: SingleDeviceSharding(jax.local_devices()[1]))
+    monkeypatch.setattr(runner, "train_sharding", lambda *_: SingleDeviceSharding(jax.local_devices()[1]))
     assert main(f"resume={run_dir}") == 0
     saved, expected = last_checkpoint(run_dir), last_checkpoint(straight)
     for name in saved.keys() - CLOCKS:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.envs.host.games import faked
 from wqmix_jax import load_config
 from wqmix_jax.config import CONFIG_DIR, ConfigError, RunConfig, build, run_config
 from wqmix_jax.train import names
@@ -35,8 +36,9 @@ def test_plain_mappings_give_what_the_command_line_gives() -> None:
 
 @pytest.mark.parametrize("algo", names("algo").split(", "))
 @pytest.mark.parametrize("env", names("env").split(", "))
-def test_every_yaml_is_a_run(algo: str, env: str) -> None:
-    config = load_config(f"+algo={algo}", f"env={env}")
+def test_every_yaml_is_a_run(algo: str, env: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    with faked(tmp_path_factory.getbasetemp() / "sc2"):  # StarCraft's packages are not installed
+        config = load_config(f"+algo={algo}", f"env={env}")
     assert isinstance(config, RunConfig)
     assert config.env.spec.num_agents > 0
 

@@ -4,26 +4,34 @@ import subprocess
 import sys
 
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from wqmix_jax.devices import seed_sharding
 
 
-@pytest.mark.parametrize(("num_seeds", "count"), [(1, 1), (2, 2), (3, 1), (10, 2)])
-def test_as_many_devices_as_hold_equally_many_seeds(num_seeds: int, count: int) -> None:
-    sharding = seed_sharding(num_seeds)
-    assert len(sharding.device_set) == count
-    if count > 1:
-        assert isinstance(sharding, NamedSharding)
-        assert sharding.spec == PartitionSpec("seeds")
+@pytest.mark.parametrize(
+    ("num_seeds", "batch_size", "shape"),
+    [(1, 1, None), (2, 1, (2, 1)), (3, 1, None), (10, 1, (2, 1)), (1, 32, (1, 2)), (2, 32, (2, 1)), (3, 32, (1, 2)),
+     (1, 7, None), (1, 6, None)],
+)  # fmt: skip
+def test_as_many_devices_as_hold_equally_many_seeds_or_equal_parts_of_a_batch(
+    num_seeds: int, batch_size: int, shape: tuple[int, int] | None
+) -> None:
+    sharding = seed_sharding(num_seeds, batch_size=batch_size)
+    if shape is None:
+        assert isinstance(sharding, SingleDeviceSharding)
+        return
+    assert isinstance(sharding, NamedSharding)
+    assert sharding.spec == PartitionSpec("seeds")
+    assert dict(sharding.mesh.shape) == {"seeds": shape[0], "batch": shape[1]}
 
 
 @pytest.mark.parametrize(
     ("setting", "seeds", "count"),
     [
-        ("", 6, 3),
-        ("", 5, 1),
-        ("", 1, 1),
+        ("", 6, 4),  # two parts of seeds, two of each batch
+        ("", 8, 4),
+        ("", 5, 4),
         ("jax.config.update('jax_num_cpu_devices', 2)", 6, 2),
         ("os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'", 6, 2),
         ("jax.devices()", 6, 1),  # too late
@@ -37,7 +45,7 @@ import jax
 {setting}
 from wqmix_jax import devices
 devices.num_cores = lambda: 4
-print(len(devices.seed_sharding({seeds}).device_set))
+print(len(devices.seed_sharding({seeds}, batch_size=32).device_set))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) == count

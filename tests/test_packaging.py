@@ -41,7 +41,7 @@ def test_wheel_holds_the_package_and_its_configs_alone(wheel: Path) -> None:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "wqmix_jax").rglob("*.py")}
     configs = {f"wqmix_jax/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
-    assert names == package | configs | {"wqmix_jax/py.typed"}
+    assert names == package | configs | {"wqmix_jax/py.typed", "wqmix_jax/envs/host/README.md"}
 
 
 def test_metadata(wheel: Path) -> None:

@@ -62,7 +62,7 @@ def test_a_used_accelerator_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     devices: list[Any] = [Device(), Device()]
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
-    assert list(device_lines(TRAINER)) == ["device: gpu (NVIDIA H200), seeds spread over 1 of 2 devices"]
+    assert list(device_lines(TRAINER)) == ["device: gpu (NVIDIA H200), training on 1 of 2 devices"]
 
 
 def test_runs_without_a_folder_get_dated_ones_that_never_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

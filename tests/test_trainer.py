@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.environments import TINY, Clock, tiny_run, tiny_wqmix
+from tests.environments import TINY, Clock, tiny_masac, tiny_run, tiny_wqmix
 from wqmix_jax import trainer as trainer_module
 from wqmix_jax.config import build
 from wqmix_jax.devices import seed_sharding
-from wqmix_jax.trainer import _static_lengths, make_trainer
+from wqmix_jax.trainer import _static_lengths, make_trainer, train_sharding
 
 ENV = Clock(episode_limit=4, ends_from=1)
+BIG_BATCH = {"batch_size": 8, "buffer_size": 12}  # large enough for two devices
 
 
 def trained(config, seeds, num_chunks, sharding=None):
@@ -109,6 +110,30 @@ def test_seeds_spread_over_devices_give_the_solo_numbers_to_the_bit():
     assert records.active[:, 0].sum() != records.active[:, 1].sum()
 
 
+@pytest.mark.parametrize("algo", [tiny_wqmix(**BIG_BATCH), tiny_masac(**BIG_BATCH)], ids=["cw_qmix", "masac"])
+def test_devices_that_share_a_batch_give_the_numbers_of_one(algo):
+    """To float tolerance: an average over parts is another order of sums. What is drawn is the same."""
+    config = tiny_run(algo, ENV, total_env_steps=30)
+    sharding = train_sharding(config, 1)
+    assert dict(sharding.mesh.shape) == {"seeds": 1, "batch": 2}
+    shared, records = trained(config, [3], 16, sharding)
+    alone, record = trained(config, [3], 16)
+    assert record.updates.sum() >= 2
+    assert not record.active[-1, 0]
+    for many, one in zip(
+        jax.tree.leaves((shared.learner, records)), jax.tree.leaves((alone.learner, record)), strict=True
+    ):
+        np.testing.assert_allclose(many, one, rtol=2e-4, atol=1e-6)
+    for copy in jax.tree.leaves(shared.learner):  # both devices hold the same
+        first, second = (shard.data for shard in copy.addressable_shards)
+        np.testing.assert_array_equal(first, second)
+
+
+def test_a_batch_is_shared_only_where_the_loss_is_a_mean_over_its_steps():
+    algo = build("algo", {"_target_": "tests.environments.ContextTeller", **TINY, **BIG_BATCH})
+    assert len(train_sharding(tiny_run(algo, ENV), 1).device_set) == 1
+
+
 def test_chunk_sizes_never_change_the_numbers():
     runs = [tiny_run(tiny_wqmix(), ENV, eval_interval=24, chunk_iterations=size) for size in (1, 3)]
     (one, one_by_one), (many, by_three) = trained(runs[0], [0, 1], 6), trained(runs[1], [0, 1], 2)
@@ -161,9 +186,10 @@ def test_sweeping_a_traced_option_compiles_once():
     assert trainer.train_chunk._cache_size() == 1
 
 
-def test_a_batch_is_cut_to_the_shortest_static_length_that_holds_it():
+@pytest.mark.parametrize("algo", [tiny_wqmix(), tiny_masac()], ids=["cw_qmix", "masac"])
+def test_a_batch_is_cut_to_the_shortest_static_length_that_holds_it(algo):
     """Cutting changes no number: short episodes are learned from 16 of 32 steps, and give the same parameters."""
-    config = tiny_run(tiny_wqmix(), Clock(episode_limit=32, ends_from=1))
+    config = tiny_run(algo, Clock(episode_limit=32, ends_from=1))
     assert _static_lengths(200) == [50, 100, 150, 200]
     assert _static_lengths(32) == [16, 32]
     assert _static_lengths(4) == [4]

@@ -4,9 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from wqmix_jax.config import MAX_SEED, ConfigError, RunConfig, run_config
-from wqmix_jax.devices import seed_sharding
 from wqmix_jax.loop import advance, begin, compile_trainer, is_finished
-from wqmix_jax.trainer import TrainState, make_trainer
+from wqmix_jax.trainer import TrainState, make_trainer, train_sharding
 
 
 def train_seeds(
@@ -29,10 +28,12 @@ def train_seeds(
 
     Raises:
         ConfigError: if an option or a seed is not allowed.
+        RunError: if an environment outside of JAX fails too often.
     """
     config = config if isinstance(config, RunConfig) else run_config(config)
     seeds = _checked(seeds)
-    trainer, _ = compile_trainer(make_trainer(config, sharding=seed_sharding(len(seeds))), seeds)
+    host = config.env.host
+    trainer, _ = compile_trainer(make_trainer(config, sharding=train_sharding(config, len(seeds))), seeds)
     records: list[dict[str, Any]] = []
 
     def take(lines: list[dict[str, Any]]) -> None:
@@ -41,12 +42,15 @@ def train_seeds(
             if callback is not None:
                 callback(line)
 
-    loop, lines = begin(trainer, seeds)
-    take(lines)
-    while not is_finished(loop):
-        loop, lines = advance(trainer, loop)
-        take(lines)
-    return loop.state, records
+    with host.running(seeds):
+        loop, lines = begin(trainer, seeds)
+        while True:
+            if (failure := trainer.failure()) is not None:
+                raise failure
+            take(lines)
+            if is_finished(loop):
+                return loop.state, records
+            loop, lines = advance(trainer, loop)
 
 
 def _checked(seeds: Sequence[int]) -> list[int]:

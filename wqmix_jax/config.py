@@ -33,6 +33,10 @@ class ConfigError(ValueError):
     """A refused configuration; the message is one line that names the key, the value and what is allowed."""
 
 
+class RunError(RuntimeError):
+    """A run that can't go on, through no fault of its configuration; the message is one line."""
+
+
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def options(cls: type[T]) -> type[T]:
     """Declares a class of options: a frozen, keyword-only dataclass, strictly typed, unknown keys refused."""
@@ -156,7 +160,7 @@ def build(name: str, values: Mapping[str, Any]) -> Any:
 
 
 def load_group(group: str, option: str) -> dict[str, Any]:
-    """The plain values of ``configs/GROUP/OPTION.yaml``, for a group whose yamls inherit nothing (``env``)."""
+    """The plain values of ``configs/GROUP/OPTION.yaml``, for one that inherits nothing."""
     return _plain(OmegaConf.load(CONFIG_DIR / group / f"{option}.yaml"))
 
 

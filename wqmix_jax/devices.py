@@ -1,4 +1,8 @@
-"""Which devices train: seeds never need to talk, so they are spread over the devices in equal parts."""
+"""Which devices train: seeds never need to talk, so they are spread over the devices in equal parts.
+
+A CPU has a device per core, since XLA runs the body of a loop on one core. Where cores are left, those that share a
+seed learn from a part of each batch.
+"""
 
 import contextlib
 import os
@@ -7,33 +11,46 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-SEED_AXIS = "seeds"
-"""The mesh axis that the leading axis ``S`` of a train state is spread over."""
+SEED_AXIS, BATCH_AXIS = "seeds", "batch"
+"""The mesh axes: the leading axis ``S`` of a train state is spread over the first and lies whole along the second."""
+
+MIN_PART = 4
+"""Episodes; a batch is not cut into smaller parts."""
 
 
-def seed_sharding(num_seeds: int) -> Sharding:
+def seed_sharding(num_seeds: int, *, batch_size: int = 1) -> Sharding:
     """Spreads ``num_seeds`` over as many of this process's devices as hold equally many each.
 
-    On a CPU that is a device per core where the count allows it: XLA runs the body of a loop on one core, so seeds side
-    by side use the machine better. It can only be arranged before JAX starts its backend; later, one device trains all.
+    Args:
+        num_seeds: how many train in one call.
+        batch_size: episodes of a learner step, where devices of a CPU may share them; 1 where they may not.
     """
-    claim_cores(num_seeds)
+    claim_cores()
     devices = jax.local_devices()
-    count = _most_equal_parts(num_seeds, len(devices))
-    if count == 1:
+    most = batch_size // MIN_PART if devices[0].platform == "cpu" else 1
+    seed_parts, batch_parts = max(
+        (
+            (seeds, parts)
+            for seeds in _divisors(num_seeds, len(devices))
+            for parts in _divisors(batch_size, min(max(most, 1), len(devices) // seeds))
+        ),
+        key=lambda shape: (shape[0] * shape[1], shape[0]),
+    )
+    if seed_parts * batch_parts == 1:
         return SingleDeviceSharding(devices[0])
-    return NamedSharding(jax.sharding.Mesh(np.array(devices[:count]), SEED_AXIS), PartitionSpec(SEED_AXIS))
+    mesh = np.array(devices[: seed_parts * batch_parts]).reshape(seed_parts, batch_parts)
+    return NamedSharding(jax.sharding.Mesh(mesh, (SEED_AXIS, BATCH_AXIS)), PartitionSpec(SEED_AXIS))
 
 
-def claim_cores(num_seeds: int) -> None:
-    """Makes the CPU as many devices as seeds go evenly on its cores; leaves alone what the user has set.
+def claim_cores() -> None:
+    """Makes the CPU as many devices as it has cores; leaves alone what the user has set.
 
     It has no effect once JAX's backend runs, which the import of some environments starts.
     """
     if jax.config.values["jax_num_cpu_devices"] > 0 or "device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     with contextlib.suppress(RuntimeError):  # the backend runs already
-        jax.config.update("jax_num_cpu_devices", _most_equal_parts(num_seeds, num_cores()))
+        jax.config.update("jax_num_cpu_devices", num_cores())
 
 
 def num_cores() -> int:
@@ -41,5 +58,5 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _most_equal_parts(num_seeds: int, most: int) -> int:
-    return max(parts for parts in range(1, max(1, most) + 1) if num_seeds % parts == 0)
+def _divisors(number: int, most: int) -> list[int]:
+    return [divisor for divisor in range(1, most + 1) if number % divisor == 0]

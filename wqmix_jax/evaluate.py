@@ -65,12 +65,14 @@ def evaluate_pymarl(env: Environment, algo: Algorithm, chosen: EvaluateOptions) 
     ctx = Context(epsilon=jnp.float32(0), env_steps=jnp.int32(0), learner_steps=jnp.int32(0))
     key = jax.random.key(chosen.seed, impl="threefry2x32")
     one_seed = jax.tree.map(lambda leaf: leaf[None], (params, hp, ctx, key))
+    env.host.sharding()  # refuses where the host can't be called
 
     def play(params: PyTree, hp: PyTree, ctx: Context, keys: PRNGKey) -> dict[str, Array]:
         with jax.default_matmul_precision(chosen.matmul_precision):
             return evaluate(env, algo, params, hp, ctx, keys, num_episodes=chosen.episodes)
 
-    return {name: value.item() for name, value in jax.jit(play)(*one_seed).items()}
+    with env.host.running([chosen.seed]):
+        return {name: value.item() for name, value in jax.jit(play)(*one_seed).items()}
 
 
 def _evaluate(values: dict[str, Any]) -> dict[str, float]:

@@ -1,5 +1,8 @@
 """Greedy episodes of every seed."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -23,15 +26,38 @@ def evaluate(
 
     Returns:
         ``episode_return`` (undiscounted) and ``episode_length`` with their standard deviations over the episodes, and
-        the environment's own metrics.
+        the environment's own metrics. Episodes in which the environment failed are left out.
     """
     greedy = ctx._replace(epsilon=jnp.zeros_like(ctx.epsilon))
-    played = rollout(env, algo, params, hp, greedy, keys, num_envs=num_episodes)
-    lengths = played.episodes.length.astype(jnp.float32)
+    play = functools.partial(_play, env.for_evaluation(), algo, params, hp, greedy)
+    episode_return, length, metrics, whole = _in_turns(play, keys, num_episodes, env.episodes_at_once(num_episodes))
     return {
-        "episode_return": played.episode_return.mean(-1),
-        "episode_return_std": played.episode_return.std(-1),
-        "episode_length": lengths.mean(-1),
-        "episode_length_std": lengths.std(-1),
-        **jax.tree.map(lambda leaf: leaf.mean(-1), played.metrics),
+        "episode_return": episode_return.mean(-1, where=whole),
+        "episode_return_std": episode_return.std(-1, where=whole),
+        "episode_length": length.mean(-1, where=whole),
+        "episode_length_std": length.std(-1, where=whole),
+        **jax.tree.map(lambda leaf: leaf.mean(-1, where=whole), metrics),
     }
+
+
+_Figures = tuple[Array, Array, dict[str, Array], Array]
+"""Return, length, metrics and whether the episode is whole, leaves ``[S, E]``."""
+
+
+def _play(
+    env: Environment, algo: Algorithm, params: PyTree, hp: Hyperparams, ctx: Context, keys: PRNGKey, num_envs: int
+) -> _Figures:
+    played = rollout(env, algo, params, hp, ctx, keys, num_envs=num_envs)
+    return played.episode_return, played.episodes.length.astype(jnp.float32), played.metrics, played.whole
+
+
+def _in_turns(play: Callable[[PRNGKey, int], _Figures], keys: PRNGKey, num_episodes: int, at_once: int) -> _Figures:
+    """``num_episodes`` of each seed, ``at_once`` side by side."""
+    if at_once == num_episodes:
+        return play(keys, num_episodes)
+
+    def turn(index: Array) -> _Figures:
+        return play(jax.vmap(jax.random.fold_in, (0, None))(keys, index), at_once)
+
+    figures = jax.lax.map(turn, jnp.arange(-(-num_episodes // at_once)))
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(leaf.shape[1], -1)[:, :num_episodes], figures)

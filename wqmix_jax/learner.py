@@ -58,13 +58,30 @@ def learner_step(
     Returns:
         The learner after the step, and scalars for the log: the loss's own and ``grad_norm`` before clipping.
     """
-    noise = algo.sample_noise(key, batch)
+    grads, metrics = gradients(algo, learner, batch, hp, ctx, algo.sample_noise(key, batch))
+    learner, grad_norm = apply_gradients(learner, grads, hp)
+    return learner, metrics | {"grad_norm": grad_norm}
+
+
+def gradients(
+    algo: Algorithm, learner: LearnerState, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree
+) -> tuple[PyTree, dict[str, Array]]:
+    """The loss's gradient by the online parameters, and its scalars for the log; arguments as in `learner_step`."""
     grads, aux = jax.grad(algo.loss, has_aux=True)(learner.params, learner.target, batch, hp, ctx, noise)
+    return grads, aux.metrics
+
+
+def apply_gradients(learner: LearnerState, grads: PyTree, hp: Hyperparams) -> tuple[LearnerState, Array]:
+    """Clips by the joint norm and takes RMSProp's step.
+
+    Returns:
+        The learner after it, and the norm before clipping.
+    """
     grads, grad_norm = clip_by_joint_norm(grads, hp.max_grad_norm)
     rms = optax.scale_by_rms(decay=hp.rms_decay, eps=hp.rms_eps, initial_scale=0.0, eps_in_sqrt=False)
     updates, opt_state = rms.update(grads, learner.opt_state)
     params = optax.apply_updates(learner.params, jax.tree.map(lambda update: -hp.lr * update, updates))
-    return learner._replace(params=params, opt_state=opt_state), aux.metrics | {"grad_norm": grad_norm}
+    return learner._replace(params=params, opt_state=opt_state), grad_norm
 
 
 def copy_targets(learner: LearnerState, hp: Hyperparams, episodes: Array) -> LearnerState:

@@ -6,6 +6,7 @@ The schema, version 1. ``run.json`` says what the run is:
     ``version``         of wqmix_jax
     ``algo``, ``env``   names of their yamls
     ``seeds``           all seeds of the run
+    ``simulator``       versions of a game outside of JAX, where there is one
     ``run``             a random name that this run keeps when it is moved or resumed
 
 ``metrics.jsonl`` holds one JSON object per line, each a record of one seed. A value that is not finite is ``null``,
@@ -93,9 +94,18 @@ class MetricsFile:
         self.close()
 
 
-def create_metrics(run_dir: Path, *, version: str, algo: str, env: str, seeds: Sequence[int]) -> None:
+def create_metrics(
+    run_dir: Path,
+    *,
+    version: str,
+    algo: str,
+    env: str,
+    seeds: Sequence[int],
+    simulator: Mapping[str, str] | None = None,
+) -> None:
     """Writes ``run.json`` and starts an empty ``metrics.jsonl``."""
     header = {"schema": SCHEMA, "version": version, "algo": algo, "env": env, "seeds": list(seeds)}
+    header |= {"simulator": simulator} if simulator else {}
     (run_dir / HEADER_FILE).write_text(_to_json(header | {"run": uuid.uuid4().hex[:8]}) + "\n")
     (run_dir / METRICS_FILE).touch()
 

@@ -107,6 +107,8 @@ def advance(trainer: Trainer, loop: Loop) -> tuple[Loop, list[Line]]:
     if num_pending(loop) < trainer.eval_iterations and not is_finished(loop):
         return loop, []
     interval, evaluated = join(loop.pending), _evaluate(trainer, state)
+    if trainer.failure() is not None:  # an evaluation that didn't take place
+        return loop, []
     trained = [index for index in range(len(loop.seeds)) if interval.active[:, index].any()]
     lines = [_train_line(loop, interval, index) for index in trained]
     lines += [_eval_line(loop.seeds[index], evaluated, index) for index in trained]

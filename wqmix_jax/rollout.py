@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, Hyperparams
 from wqmix_jax.envs.base import Environment, EnvState
 from wqmix_jax.replay import StoredEpisode, stored_template
-from wqmix_jax.types import Array, PRNGKey, PyTree
+from wqmix_jax.types import Array, PRNGKey, PyTree, StepOutcome
 
 
 class Rollout(NamedTuple):
@@ -19,11 +19,13 @@ class Rollout(NamedTuple):
         episodes: leaves ``[S, E, ..]``.
         episode_return: ``[S, E]`` float32, undiscounted.
         metrics: the environment's own scalars at the end, leaves ``[S, E]``.
+        whole: ``[S, E]`` bool, False where the environment failed: then an episode stops before the failed step.
     """
 
     episodes: StoredEpisode
     episode_return: Array
     metrics: dict[str, Array]
+    whole: Array
 
 
 class _Play(NamedTuple):
@@ -84,8 +86,9 @@ def rollout(
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(play_keys.env, play.step)
         env_state, outcome = env.step_batch(play.env_state, joint_action, step_keys)
         env_state = jax.tree.map(functools.partial(jax.vmap(jnp.where), play.done), play.env_state, env_state)
-        record = _write(env, play, env_state, joint_action, outcome.reward, outcome.terminated)
-        done = play.done | outcome.terminated | outcome.truncated
+        stopped = play.done | jax.vmap(env.failed)(env_state)
+        record = _write(env, play, stopped, env_state, joint_action, outcome)
+        done = stopped | outcome.terminated | outcome.truncated
         return _Play(play.step + 1, env_state, carry, joint_action, done, record)
 
     def unfinished(play: _Play) -> Array:
@@ -98,7 +101,8 @@ def rollout(
     )
     episodes = StoredEpisode(*time_last, length=by_seed(record.length), terminated=by_seed(record.terminated))
     metrics = jax.tree.map(by_seed, jax.vmap(env.metrics)(play.env_state))
-    return Rollout(episodes, episodes.reward.sum(-1), metrics)
+    whole = by_seed(~jax.vmap(env.failed)(play.env_state))
+    return Rollout(episodes, episodes.reward.sum(-1), metrics, whole)
 
 
 def _split_keys(keys: PRNGKey, num_envs: int) -> tuple[PRNGKey, _Keys]:
@@ -123,25 +127,25 @@ def _first(env: Environment, algo: Algorithm, reset_keys: PRNGKey, num_seeds: in
         env_state=env_state,
         carry=algo.initial_carry((num_seeds, num_envs, num_agents)),
         last_action=jnp.full((num_flat, num_agents), -1, jnp.int32),
-        done=jnp.zeros(num_flat, jnp.bool_),
+        done=jax.vmap(env.failed)(env_state),
         record=record._replace(steps=jax.tree.map(lambda all_, new: all_.at[0].set(new), record.steps, first)),
     )
 
 
 def _write(
-    env: Environment, play: _Play, env_state: EnvState, joint_action: Array, reward: Array, terminated: Array
+    env: Environment, play: _Play, stopped: Array, env_state: EnvState, joint_action: Array, outcome: StepOutcome
 ) -> StoredEpisode:
-    """Records the step of every environment that was not done before it: the action at t, the state at t + 1."""
-    record, step, done = play.record, play.step, play.done
+    """Records the step of every environment that had not stopped before it: the action at t, the state at t + 1."""
+    record, step = play.record, play.step
 
     def put(all_: Array, index: Array, new: Array) -> Array:
-        return all_.at[index].set(jax.vmap(jnp.where)(done, jnp.zeros_like(all_[0]), new.astype(all_.dtype)))
+        return all_.at[index].set(jax.vmap(jnp.where)(stopped, jnp.zeros_like(all_[0]), new.astype(all_.dtype)))
 
     packed = jax.vmap(env.pack)(env_state)
     return StoredEpisode(
         steps=jax.tree.map(lambda all_, new: put(all_, step + 1, new), record.steps, packed),
         joint_action=put(record.joint_action, step, joint_action),
-        reward=put(record.reward, step, reward),
-        length=record.length + ~done,
-        terminated=record.terminated | (terminated & ~done),
+        reward=put(record.reward, step, outcome.reward),
+        length=record.length + ~stopped,
+        terminated=record.terminated | (outcome.terminated & ~stopped),
     )

@@ -10,8 +10,8 @@ import numpy as np
 
 import wqmix_jax
 from wqmix_jax.checkpoint import Checkpoints, Restored
-from wqmix_jax.config import ConfigError, RunConfig, run_config
-from wqmix_jax.devices import claim_cores, seed_sharding
+from wqmix_jax.config import ConfigError, RunConfig, RunError, run_config
+from wqmix_jax.devices import claim_cores
 from wqmix_jax.logger import MetricsFile, WandbRuns, create_metrics, load_header, load_metrics, refuse_missing_wandb
 from wqmix_jax.loop import Line, Loop, advance, begin, compile_trainer, env_steps, is_finished
 from wqmix_jax.plotting import plot_run
@@ -27,7 +27,7 @@ from wqmix_jax.runs import (
     save_summary,
     steps_per_iteration,
 )
-from wqmix_jax.trainer import Trainer, make_trainer
+from wqmix_jax.trainer import Trainer, make_trainer, train_sharding
 
 
 def start(values: Mapping[str, Any], *, algo: str, env: str) -> Path:
@@ -47,9 +47,12 @@ def start(values: Mapping[str, Any], *, algo: str, env: str) -> Path:
     config = run_config(values)
     refuse_missing_wandb(config.logger)
     run_dir = new_run_dir(config.run_dir, algo=algo, env=env)
-    trainer = make_trainer(config, sharding=seed_sharding(config.num_seeds))
+    trainer = make_trainer(config, sharding=train_sharding(config, config.num_seeds))
     make_run_dir(run_dir)
-    create_metrics(run_dir, version=wqmix_jax.__version__, algo=algo, env=env, seeds=_seeds(config))
+    simulator = config.env.host.versions()
+    create_metrics(
+        run_dir, version=wqmix_jax.__version__, algo=algo, env=env, seeds=_seeds(config), simulator=simulator
+    )
     values = {**values, "run_dir": str(run_dir)}
     save_config(run_dir, values)
     _train(config, values, run_dir, trainer)
@@ -72,13 +75,13 @@ def resume(run_dir: Path, changes: Mapping[str, Any]) -> Path:
     """
     old = read_config(run_dir)
     values = _merged(old, changes)
-    claim_cores(old["num_seeds"])  # before an environment's library starts the backend
+    claim_cores()  # before an environment's library starts the backend
     config = run_config(values)
     refuse_missing_wandb(config.logger)
     if config.total_env_steps < old["total_env_steps"]:
         longer = f"at least {old['total_env_steps']}, what the run was started with, is needed"
         raise ConfigError(f"total_env_steps={config.total_env_steps} is not allowed with resume: {longer}")
-    _train(config, values, run_dir, make_trainer(config, sharding=seed_sharding(config.num_seeds)))
+    _train(config, values, run_dir, make_trainer(config, sharding=train_sharding(config, config.num_seeds)))
     return run_dir
 
 
@@ -97,7 +100,8 @@ def _train(config: RunConfig, values: Mapping[str, Any], run_dir: Path, trainer:
     ):
         session = _Session(config, run_dir, trainer, metrics, checkpoints, wandb_runs)
         try:
-            session.run(restored)
+            with config.env.host.running(_seeds(config)):
+                session.run(restored)
         except KeyboardInterrupt:
             session.report("interrupted")
             print(f"interrupted; to go on: python -m wqmix_jax.train resume={run_dir}", file=sys.stderr)
@@ -128,12 +132,14 @@ class _Session:
         config = self._config
         with make_display(config.total_env_steps, live=config.logger.progress) as display:
             loop, lines = self._open(restored)
+            self._end_if_failed(None)
             self._record(lines)
             display.update(env_steps(loop), lines)
             self._save_if_due(loop, None)
             while not is_finished(loop):
                 before = env_steps(loop)
                 loop, lines = advance(self._trainer, loop)
+                self._end_if_failed(loop)
                 self._record(lines)
                 display.update(env_steps(loop), lines)
                 self._save_if_due(loop, before)
@@ -174,6 +180,21 @@ class _Session:
             self._metrics.write(lines)
             self._wandb_runs.sync()
 
+    def _end_if_failed(self, loop: Loop | None) -> None:
+        """Saves what was trained and ends the run where the environment can't go on.
+
+        Raises:
+            RunError: what ended it, or ``KeyboardInterrupt``.
+        """
+        failure = self._trainer.failure()
+        if failure is None:
+            return
+        if loop is not None and not is_finished(loop):  # its last evaluation must still be made
+            self._save(loop)
+        if isinstance(failure, RunError):
+            self.report("failed")
+        raise failure
+
     def _save_if_due(self, loop: Loop, before: np.ndarray | None) -> None:
         """Saves after every ``checkpoint.every`` steps, at the end, and when a seed may end in the next chunk.
 
@@ -184,10 +205,13 @@ class _Session:
         last_moment = self._may_end_soon(now) and (before is None or not self._may_end_soon(before))
         if not (due or last_moment or is_finished(loop)):
             return
-        self._metrics.sync()
-        self._checkpoints.save(loop, metrics_bytes=self._metrics.num_bytes, wall_seconds=self._wall_seconds())
+        self._save(loop)
         if not is_finished(loop):
             self.report("running")
+
+    def _save(self, loop: Loop) -> None:
+        self._metrics.sync()
+        self._checkpoints.save(loop, metrics_bytes=self._metrics.num_bytes, wall_seconds=self._wall_seconds())
 
     def _may_end_soon(self, steps: np.ndarray) -> bool:
         """Whether some seed may reach its total in the next chunk."""

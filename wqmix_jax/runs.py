@@ -83,7 +83,7 @@ def device_lines(trainer: Trainer) -> Iterator[str]:
     devices = jax.local_devices()
     kind = f"{num_cores()} cores" if devices[0].platform == "cpu" else devices[0].device_kind
     used = len(trainer.sharding.device_set)
-    spread = f", seeds spread over {used} of {len(devices)} devices" if len(devices) > 1 else ""
+    spread = f", training on {used} of {len(devices)} devices" if len(devices) > 1 else ""
     yield f"device: {devices[0].platform} ({kind}){spread}"
     if devices[0].platform != "cpu":
         return
@@ -95,6 +95,7 @@ def device_lines(trainer: Trainer) -> Iterator[str]:
 
 def plan_lines(config: RunConfig, trainer: Trainer) -> Iterator[str]:
     """What the run will do, from its options."""
+    yield from config.env.host.lines(config.num_seeds, config.num_envs)
     last = config.seed + config.num_seeds - 1
     seeds = f"seed {last}" if config.num_seeds == 1 else f"seeds {config.seed}..{last}"
     yield f"{seeds}, {config.total_env_steps:,} environment steps each"
@@ -124,6 +125,7 @@ def save_summary(run_dir: Path, config: RunConfig, trainer: Trainer, **facts: An
     """Writes ``summary.json``: ``facts``, versions, the device and each seed's last evaluation."""
     summary = {
         **facts,
+        **config.env.host.facts(),
         "final": {str(line["seed"]): line for line in load_metrics(run_dir, kind="eval")},
         "replay_bytes_per_seed": trainer.replay_bytes,
         "learner_steps_per_env_step": learner_steps_per_env_step(config),

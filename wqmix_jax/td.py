@@ -46,9 +46,14 @@ def lambda_return(reward: Array, discount: Array, gamma: Array, next_value: Arra
 def masked_mean_square(error: Array, mask: Array, weights: Array | None = None) -> Array:
     """sum(w * (error * mask)^2) / sum(mask), a scalar; ``weights`` default to 1 (eq. 8 of the paper)."""
     squares = jnp.square(error * mask)
-    return (squares if weights is None else weights * squares).sum() / mask.sum()
+    return (squares if weights is None else weights * squares).sum() / _count(mask)
 
 
 def masked_mean(value: Array, mask: Array) -> Array:
     """The mean of ``value`` over the entries where ``mask`` is 1, a scalar."""
-    return (value * mask).sum() / mask.sum()
+    return (value * mask).sum() / _count(mask)
+
+
+def _count(mask: Array) -> Array:
+    """How many entries are 1; at least 1, for a batch of episodes that failed at their first step."""
+    return jnp.maximum(mask.sum(), 1.0)

@@ -21,7 +21,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from wqmix_jax.config import CONFIG_DIR, ConfigError, RunConfig, run_config
+from wqmix_jax.config import CONFIG_DIR, ConfigError, RunConfig, RunError, run_config
 
 RESUMABLE = ("total_env_steps", "checkpoint", "logger")
 """Options that may differ when a run is resumed."""
@@ -107,8 +107,7 @@ def _run(cfg: DictConfig) -> None:
         if values["resume"] is None:
             from wqmix_jax.devices import claim_cores
 
-            if isinstance(values["num_seeds"], int) and values["num_seeds"] > 0:
-                claim_cores(values["num_seeds"])  # before an environment's library starts the backend
+            claim_cores()  # before an environment's library starts the backend
             run_config(values)  # refuses before the slow imports
             from wqmix_jax import runner
 
@@ -199,11 +198,14 @@ def _joined(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
-    """Ends the process with one line where a `ConfigError` or Ctrl-C reaches it."""
+    """Ends the process with one line where a `ConfigError`, a `RunError` or Ctrl-C reaches it."""
     try:
         yield
     except ConfigError as error:
         _refuse(str(error))
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -12,15 +12,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from wqmix_jax.algos.base import Algorithm, Context, Hyperparams, hyperparams
+from wqmix_jax.algos.base import Algorithm, Context, Hyperparams, hyperparams, is_mean_over_steps
 from wqmix_jax.config import RunConfig
+from wqmix_jax.devices import BATCH_AXIS, seed_sharding
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.evaluator import evaluate
 from wqmix_jax.exploration import linear_epsilon
-from wqmix_jax.learner import LearnerState, copy_targets, init_learner, learner_step
+from wqmix_jax.learner import LearnerState, apply_gradients, copy_targets, gradients, init_learner
 from wqmix_jax.replay import Replay, ReplayState, make_replay
 from wqmix_jax.rollout import rollout
-from wqmix_jax.types import Array, PRNGKey
+from wqmix_jax.types import Array, PRNGKey, PyTree
 
 MAX_LENGTHS, MIN_LENGTH = 4, 16
 """A batch is cut to the shortest of a few static lengths that holds its longest episode. Each costs compile time."""
@@ -124,6 +125,7 @@ class Trainer(NamedTuple):
         eval_iterations: iterations between two evaluations, a multiple of `chunk_iterations`.
         replay_bytes: bytes of replay per seed.
         sharding: where the leaves of a `TrainState` lie.
+        failure: what ended the environment, see `wqmix_jax.envs.base.Host.failure`.
     """
 
     init: Callable[[Sequence[int]], TrainState]
@@ -133,6 +135,7 @@ class Trainer(NamedTuple):
     eval_iterations: int
     replay_bytes: int
     sharding: Sharding
+    failure: Callable[[], BaseException | None] = lambda: None
 
 
 class _Parts(NamedTuple):
@@ -143,6 +146,13 @@ class _Parts(NamedTuple):
     replay: Replay
     num_envs: int
     updates_per_iteration: int
+    batch_parts: int
+
+
+def train_sharding(config: RunConfig, num_seeds: int) -> Sharding:
+    """The devices that train ``num_seeds``; see `seed_sharding`, and `Host.sharding` for what may forbid that."""
+    batch_size = config.algo.batch_size if is_mean_over_steps(config.algo) else 1
+    return config.env.host.sharding() or seed_sharding(num_seeds, batch_size=batch_size)
 
 
 def make_trainer(config: RunConfig, *, sharding: Sharding | None = None) -> Trainer:
@@ -150,12 +160,15 @@ def make_trainer(config: RunConfig, *, sharding: Sharding | None = None) -> Trai
 
     Args:
         config: the options.
-        sharding: over which devices the seeds are spread, see `wqmix_jax.devices.seed_sharding`; each runs a loop of
-            its own, whose branches go by its own seeds. The first device alone when absent.
+        sharding: over which devices the seeds are spread, see `train_sharding`; each runs a loop of its own, whose
+            branches go by its own seeds. Devices that share seeds all do the same, but learn from parts of a batch. The
+            first device alone when absent.
     """
+    sharding = SingleDeviceSharding(jax.local_devices()[0]) if sharding is None else sharding
+    batch_parts = sharding.mesh.shape[BATCH_AXIS] if isinstance(sharding, NamedSharding) else 1
     env, algo = config.env, config.algo
     replay = make_replay(env, buffer_size=algo.buffer_size, batch_size=algo.batch_size)
-    parts = _Parts(env, algo, replay, config.num_envs, config.updates_per_iteration)
+    parts = _Parts(env, algo, replay, config.num_envs, config.updates_per_iteration, batch_parts)
     eval_iterations = max(1, config.eval_interval // (config.num_envs * env.spec.episode_limit))
     chunk_iterations = max(k for k in range(1, config.chunk_iterations + 1) if eval_iterations % k == 0)
 
@@ -170,7 +183,6 @@ def make_trainer(config: RunConfig, *, sharding: Sharding | None = None) -> Trai
         with jax.default_matmul_precision(config.matmul_precision):
             return _evaluate(parts, state, config.eval_episodes)
 
-    sharding = SingleDeviceSharding(jax.local_devices()[0]) if sharding is None else sharding
     jitted_init = jax.jit(_spread(init, sharding), out_shardings=sharding)
     return Trainer(
         init=lambda seeds: jitted_init(jnp.asarray(seeds, jnp.uint32)),
@@ -180,6 +192,7 @@ def make_trainer(config: RunConfig, *, sharding: Sharding | None = None) -> Trai
         eval_iterations=eval_iterations,
         replay_bytes=replay.num_bytes,
         sharding=sharding,
+        failure=env.host.failure,
     )
 
 
@@ -188,7 +201,7 @@ def _spread(function: Callable[..., Any], sharding: Sharding, *, with_records: b
     if not isinstance(sharding, NamedSharding):
         return function
     out_specs = (sharding.spec, PartitionSpec(None, *sharding.spec)) if with_records else sharding.spec
-    # Nothing is replicated, so there is nothing for the check of replication to find.
+    # Devices along the batch axis hold equal copies because they do equal work, which the check can't know.
     return jax.shard_map(function, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=out_specs, check_vma=False)
 
 
@@ -211,13 +224,14 @@ def _init(parts: _Parts, hp: Hyperparams, total_env_steps: int, seeds: Array) ->
 def _iteration(parts: _Parts, state: TrainState) -> tuple[TrainState, TrainRecord]:
     """Plays one episode per environment, stores it, and learns once enough episodes are stored.
 
-    A seed that has reached its total keeps its state to the bit, whatever the others still do.
+    A seed that has reached its total keeps its state to the bit, whatever the others still do; so does one that could
+    play nothing.
     """
     counters = state.counters
-    active = counters.env_steps < state.total_env_steps
     ctx = _context(state)
     keys = _fold_in(state.keys.rollout, counters.episodes)
     played = rollout(parts.env, parts.algo, state.learner.params, state.hp, ctx, keys, num_envs=parts.num_envs)
+    active = (counters.env_steps < state.total_env_steps) & (played.episodes.length > 0).any(-1)
     replay = jax.vmap(parts.replay.add)(state.replay, played.episodes, active)
     played_counters = counters._replace(
         env_steps=counters.env_steps + jnp.where(active, played.episodes.length.sum(-1), 0),
@@ -269,21 +283,59 @@ def _learn_if_any(
 def _update(
     parts: _Parts, state: TrainState, learner: LearnerState, ctx: Context, episodes_before: Array
 ) -> tuple[LearnerState, dict[str, Array]]:
-    """Samples a batch per seed, cuts it to its longest episode, takes one learner step, and copies targets when due."""
+    """Samples a batch per seed, takes one learner step on it, and copies targets when due."""
     rows = jax.vmap(parts.replay.sample)(state.replay, _fold_in(state.keys.sample, ctx.learner_steps))
+    whole = jax.eval_shape(lambda row: parts.replay.decode(row, parts.env.spec.episode_limit), rows[0])
+    shapes = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), whole)
     loss_keys = _fold_in(state.keys.loss, ctx.learner_steps)
-    lengths = _static_lengths(parts.env.spec.episode_limit)
+    noise = jax.vmap(lambda key: parts.algo.sample_noise(key, shapes))(loss_keys)
+    rows, noise = _own_part(parts, (rows, noise))
+    lengths = jax.vmap(parts.replay.lengths)(rows)
+    grads, metrics = _gradients(parts, learner, rows, noise, state.hp, ctx, lengths.max())
+    grads, metrics = _averaged(parts, (grads, metrics), lengths.sum(-1))
+    learner, grad_norm = jax.vmap(apply_gradients)(learner, grads, state.hp)
+    return copy_targets(learner, state.hp, episodes_before), metrics | {"grad_norm": grad_norm}
 
-    def step_on(num_steps: int) -> Callable[[Array], tuple[LearnerState, dict[str, Array]]]:
-        def one_seed(learner, rows, hp, ctx, key):
-            return learner_step(parts.algo, learner, parts.replay.decode(rows, num_steps), hp, ctx, key)
 
-        return lambda rows: jax.vmap(one_seed)(learner, rows, state.hp, ctx, loss_keys)
+def _gradients(
+    parts: _Parts,
+    learner: LearnerState,
+    rows: Array,
+    noise: PyTree,
+    hp: Hyperparams,
+    ctx: Context,
+    longest: Array,
+) -> tuple[PyTree, dict[str, Array]]:
+    """Each seed's gradient and metrics, its episodes cut to the shortest static length that holds the longest."""
+    limit = parts.env.spec.episode_limit
+    lengths = _static_lengths(limit)
 
-    longest = jax.vmap(parts.replay.lengths)(rows).max()
+    def on_first(num_steps: int) -> Callable[[Array, PyTree], tuple[PyTree, dict[str, Array]]]:
+        def one_seed(learner, rows, noise, hp, ctx):
+            noise = jax.tree.map(lambda leaf: leaf[:, : leaf.shape[1] - limit + num_steps], noise)
+            return gradients(parts.algo, learner, parts.replay.decode(rows, num_steps), hp, ctx, noise)
+
+        return lambda rows, noise: jax.vmap(one_seed)(learner, rows, noise, hp, ctx)
+
     choice = (longest > jnp.asarray(lengths[:-1], jnp.int32)).sum()
-    learner, losses = jax.lax.switch(choice, [step_on(length) for length in lengths], rows)
-    return copy_targets(learner, state.hp, episodes_before), losses
+    return jax.lax.switch(choice, [on_first(length) for length in lengths], rows, noise)
+
+
+def _own_part(parts: _Parts, batch: PyTree) -> PyTree:
+    """This device's episodes, where several share a batch: leaves ``[S, B, ..]`` to ``[S, B / batch_parts, ..]``."""
+    if parts.batch_parts == 1:
+        return batch
+    size = parts.algo.batch_size // parts.batch_parts
+    start = jax.lax.axis_index(BATCH_AXIS) * size
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size, axis=1), batch)
+
+
+def _averaged(parts: _Parts, means: PyTree, num_steps: Array) -> PyTree:
+    """The means over whole batches, leaves ``[S, ..]``, of means over parts that have ``num_steps`` ``[S]`` each."""
+    if parts.batch_parts == 1:
+        return means
+    share = num_steps / jax.lax.psum(num_steps, BATCH_AXIS)
+    return jax.lax.psum(jax.tree.map(functools.partial(jax.vmap(jnp.multiply), share), means), BATCH_AXIS)
 
 
 def _static_lengths(episode_limit: int) -> list[int]:

@@ -10,7 +10,8 @@ import collections
 import dataclasses
 import functools
 import typing
-from typing import Annotated, Any, NamedTuple, Self
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple, Self, TypeVar
 
 import pydantic
 from pydantic import Field
@@ -125,7 +126,10 @@ class Algorithm(abc.ABC):
         """Chooses the joint action ``[.., N]`` int32 from local inputs alone, and moves the recurrent state on."""
 
     def sample_noise(self, key: PRNGKey, batch: Episode) -> PyTree:
-        """Everything random that `loss` uses for ``batch``; nothing by default."""
+        """Everything random that `loss` uses, leaves ``[B, T, ..]`` or ``[B, T+1, ..]``; nothing by default.
+
+        Only shapes and dtypes may be read of ``batch``: the noise is drawn for whole episodes, and cut as they are.
+        """
         del key, batch
         return ()
 
@@ -134,6 +138,24 @@ class Algorithm(abc.ABC):
         self, params: PyTree, target: PyTree, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree
     ) -> tuple[Array, Aux]:
         """The scalar loss of ``batch`` (episodes ``[B, T, ..]``), summed over everything that is trained."""
+
+
+Loss = TypeVar("Loss", bound=Callable[..., tuple[Array, Aux]])
+
+
+def mean_over_steps(loss: Loss) -> Loss:
+    """Marks an `Algorithm.loss` that is a mean over the batch's real steps, all its metrics too.
+
+    Its gradient on a batch is then that on the batch's parts, averaged by their steps, and devices may share a batch.
+    The mark is the function's own: a subclass with a loss of another kind has none.
+    """
+    vars(loss)["is_mean_over_steps"] = True
+    return loss
+
+
+def is_mean_over_steps(algo: Algorithm) -> bool:
+    """Whether the algorithm's loss is marked by `mean_over_steps`."""
+    return getattr(type(algo).loss, "is_mean_over_steps", False)
 
 
 def hyperparams(algo: Algorithm) -> Hyperparams:

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from wqmix_jax.algos.base import Aux, Context, Hyperparams
+from wqmix_jax.algos.base import Aux, Context, Hyperparams, mean_over_steps
 from wqmix_jax.algos.q_learning import TDLearner, greedy_actions, seen_after, seen_before
 from wqmix_jax.config import options
 from wqmix_jax.networks.functional import apply_net, init_net
@@ -52,6 +52,7 @@ class FactoredQLearner(TDLearner):
         """Q_tot of a joint action, ``[..]``, and what it is made of, by name; arguments as in `mixer_inputs`."""
         return apply_net(self.mixer_net, mixer_params, *self.mixer_inputs(agent_qs, joint_action, seen)), {}
 
+    @mean_over_steps
     def loss(
         self, params: PyTree, target: PyTree, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree
     ) -> tuple[Array, Aux]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from wqmix_jax import weighting
-from wqmix_jax.algos.base import Aux, Context, Hyperparams, PositiveFraction
+from wqmix_jax.algos.base import Aux, Context, Hyperparams, PositiveFraction, mean_over_steps
 from wqmix_jax.algos.q_learning import TDLearner, gather_actions, greedy_actions
 from wqmix_jax.config import options
 from wqmix_jax.td import masked_mean, masked_mean_square
@@ -26,6 +26,7 @@ class IQL(TDLearner):
     weighting: Literal["uniform", "optimistic"]
     alpha: PositiveFraction
 
+    @mean_over_steps
     def loss(
         self, params: PyTree, target: PyTree, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree
     ) -> tuple[Array, Aux]:

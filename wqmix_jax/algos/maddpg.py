@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.scipy.special import entr
 
 from wqmix_jax.algos.actor_critic import ActorCritic
-from wqmix_jax.algos.base import Aux, Context, Hyperparams, PositiveFloat
+from wqmix_jax.algos.base import Aux, Context, Hyperparams, PositiveFloat, mean_over_steps
 from wqmix_jax.algos.q_learning import greedy_actions
 from wqmix_jax.config import options
 from wqmix_jax.policies import straight_through
@@ -30,6 +30,7 @@ class MADDPG(ActorCritic):
         """Standard Gumbel noise of the actors' draws, ``[B, T, N, A]``."""
         return jax.random.gumbel(key, batch.avail_actions[:, :-1].shape)
 
+    @mean_over_steps
     def loss(
         self, params: PyTree, target: PyTree, batch: Episode, hp: Hyperparams, ctx: Context, noise: Array
     ) -> tuple[Array, Aux]:

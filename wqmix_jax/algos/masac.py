@@ -12,7 +12,7 @@ from jax.scipy.special import entr
 from pydantic import Field
 
 from wqmix_jax.algos.actor_critic import ActorCritic
-from wqmix_jax.algos.base import TRACED, AgentInputs, Aux, Context, Hyperparams
+from wqmix_jax.algos.base import TRACED, AgentInputs, Aux, Context, Hyperparams, mean_over_steps
 from wqmix_jax.algos.q_learning import gather_actions
 from wqmix_jax.config import options
 from wqmix_jax.exploration import masked_argmax
@@ -65,6 +65,7 @@ class MASAC(ActorCritic):
         shape = batch.avail_actions.shape
         return Noise(jax.random.gumbel(online_key, shape), jax.random.gumbel(target_key, shape))
 
+    @mean_over_steps
     def loss(
         self, params: PyTree, target: PyTree, batch: Episode, hp: Hyperparams, ctx: Context, noise: Noise
     ) -> tuple[Array, Aux]:

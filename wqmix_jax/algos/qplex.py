@@ -2,7 +2,7 @@
 
 import jax
 
-from wqmix_jax.algos.base import Aux, Context, Hyperparams
+from wqmix_jax.algos.base import Aux, Context, Hyperparams, mean_over_steps
 from wqmix_jax.algos.factored import FactoredQLearner
 from wqmix_jax.algos.q_learning import gather_actions, greedy_values
 from wqmix_jax.config import PositiveInt, options
@@ -44,6 +44,7 @@ class QPLEX(FactoredQLearner):
         duel = apply_net(self.mixer_net, mixer_params, *self.mixer_inputs(agent_qs, joint_action, seen))
         return duel.value + duel.advantage, {"q_value": duel.value, "q_advantage": duel.advantage}
 
+    @mean_over_steps
     def loss(
         self, params: PyTree, target: PyTree, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree
     ) -> tuple[Array, Aux]:

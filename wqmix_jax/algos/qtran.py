@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from pydantic import Field
 
 from wqmix_jax import weighting
-from wqmix_jax.algos.base import TRACED, Aux, Context, Hyperparams
+from wqmix_jax.algos.base import TRACED, Aux, Context, Hyperparams, mean_over_steps
 from wqmix_jax.algos.q_learning import TDLearner, gather_actions, greedy_actions, seen_after, seen_before
 from wqmix_jax.config import PositiveInt, options
 from wqmix_jax.networks.functional import apply_net, init_net
@@ -52,6 +52,7 @@ class QTRAN(TDLearner):
         mixer = init_net(self.joint_net, joint_key, hidden, actions, state)
         return super().init(agent_key, env_spec) | {"mixer": mixer}
 
+    @mean_over_steps
     def loss(
         self, params: PyTree, target: PyTree, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree
     ) -> tuple[Array, Aux]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from wqmix_jax import weighting
-from wqmix_jax.algos.base import Aux, Context, Hyperparams, PositiveFraction
+from wqmix_jax.algos.base import Aux, Context, Hyperparams, PositiveFraction, mean_over_steps
 from wqmix_jax.algos.q_learning import gather_actions, greedy_actions, init_agent, init_central, seen_after, seen_before
 from wqmix_jax.algos.qmix import QMIX
 from wqmix_jax.config import PositiveInt, options
@@ -68,6 +68,7 @@ class WQMIX(QMIX):
             "q_star_mixer": init_central(self.q_star_net, mixer_key, env_spec),
         }
 
+    @mean_over_steps
     def loss(
         self, params: PyTree, target: PyTree, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree
     ) -> tuple[Array, Aux]:

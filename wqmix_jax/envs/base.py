@@ -6,14 +6,51 @@ environment that is batched by nature (a bridge to a host simulator) overrides i
 """
 
 import abc
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
 from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, PyTree, StepOutcome
 
 EnvState = Any
+
+
+class Host:
+    """What of an environment lives outside of the compiled program: of a pure one, nothing."""
+
+    def sharding(self) -> Sharding | None:
+        """The device that trains, where not any number of them can.
+
+        Raises:
+            ConfigError: where the device's runtime can't do what is needed.
+        """
+        return None
+
+    def lines(self, num_seeds: int, num_envs: int) -> Iterator[str]:
+        """What is printed of it before a run starts."""
+        del num_seeds, num_envs
+        return iter(())
+
+    def versions(self) -> dict[str, str]:
+        """Of what its numbers depend on beside this project's packages."""
+        return {}
+
+    def running(self, seeds: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+        """A context around a run of ``seeds``, which looks at `failure` after its compiled calls and raises it."""
+        del seeds
+        return contextlib.nullcontext()
+
+    def failure(self) -> BaseException | None:
+        """What ended it during a run: from then on its episodes end at once, and the run must end, too."""
+        return None
+
+    def facts(self) -> dict[str, Any]:
+        """What a run's summary tells of it."""
+        return {}
 
 
 class Environment(abc.ABC):
@@ -76,6 +113,26 @@ class Environment(abc.ABC):
     def step_batch(self, env_state: EnvState, joint_action: Array, keys: PRNGKey) -> tuple[EnvState, StepOutcome]:
         """`step` over a leading axis."""
         return jax.vmap(self.step)(env_state, joint_action, keys)
+
+    # The rest is for environments that live outside of JAX, where a step may fail and games must be ended.
+
+    @property
+    def host(self) -> Host:
+        """What of it lives outside of the compiled program."""
+        return Host()
+
+    def failed(self, env_state: EnvState) -> Array:
+        """Whether the step to ``env_state`` never happened: the episode ends before it, and it is not recorded."""
+        del env_state
+        return jnp.bool_(False)
+
+    def for_evaluation(self) -> Self:
+        """The environment that plays evaluation episodes; itself, unless the two would share something that changes."""
+        return self
+
+    def episodes_at_once(self, num_episodes: int) -> int:
+        """How many of a seed's ``num_episodes`` evaluation episodes are played side by side."""
+        return num_episodes
 
 
 def without_weak_types(tree: PyTree) -> PyTree:

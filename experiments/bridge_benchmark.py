@@ -1,0 +1,170 @@
+"""How fast simulators in worker processes are stepped: ``python -m experiments.bridge_benchmark``.
+
+Beside the bridge stands PyMARL's way, written small: one process per environment behind a pipe, which pickles every
+action and observation, and a loop that asks one process after the other. Both play the same simulator, which does
+nothing but hand over arrays of the size of SMAC's 3s5z. The bridge is called from a compiled loop, callback included.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from wqmix_jax.config import build, load_group
+
+NUM_AGENTS, NUM_ACTIONS, OBS_DIM, STATE_DIM = 8, 14, 128, 216
+NUM_WORKERS = (1, 4, 8)
+STEPS, REPETITIONS = 500, 5
+RESULT = Path(__file__).parent / "bridge_benchmark.json"
+
+
+class Still:
+    """A simulator whose arrays never change and whose episodes never end."""
+
+    def __init__(self, seed: int) -> None:
+        self._seen = (
+            np.full((NUM_AGENTS, OBS_DIM), 0.5, np.float32),
+            np.full(STATE_DIM, 0.5, np.float32),
+            np.ones((NUM_AGENTS, NUM_ACTIONS), np.int64),
+        )
+
+    def info(self) -> dict[str, Any]:
+        sizes = {"num_agents": NUM_AGENTS, "num_actions": NUM_ACTIONS, "obs_dim": OBS_DIM, "state_dim": STATE_DIM}
+        return {**sizes, "episode_limit": STEPS}
+
+    def reset(self, seed: int) -> None:
+        pass
+
+    def step(self, joint_action: list[int]) -> tuple[float, bool, bool]:
+        return 1.0, False, False
+
+    def observe(self) -> Any:
+        return self._seen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--json", type=Path, default=RESULT, help="where the numbers go")
+    chosen = parser.parse_args()
+    ways = {"bridge": bridge_seconds, "pipe_and_pickle": pipe_seconds}
+    seconds = {name: {str(count): measure(count) for count in NUM_WORKERS} for name, measure in ways.items()}
+    record = {
+        "command": "python -m experiments.bridge_benchmark",
+        "milliseconds_per_batched_step": {
+            name: {count: round(1000 * value, 3) for count, value in by_count.items()}
+            for name, by_count in seconds.items()
+        },
+        "batched_steps_per_second": {
+            name: {count: round(1 / value) for count, value in by_count.items()} for name, by_count in seconds.items()
+        },
+        "medians_of": REPETITIONS,
+        "steps": STEPS,
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "versions": {"jax": jax.__version__, "python": platform.python_version(), "numpy": np.__version__},
+    }
+    chosen.json.write_text(json.dumps(record, indent=2) + "\n")
+    show(record["milliseconds_per_batched_step"])
+
+
+def bridge_seconds(num_workers: int) -> float:
+    """Of one batched step, in a compiled loop."""
+    here = Path(__file__)
+    values = {
+        "simulator": f"{here}:{Still.__name__}",
+        "options": {},
+        "worker_python": None,
+        **load_group("env", "_host"),
+    }
+    env = build("env", {"_target_": "wqmix_jax.envs.host.bridge.HostEnvironment", **values})
+    keys = jax.random.split(jax.random.key(0), num_workers)
+    joint_action = jnp.zeros((num_workers, NUM_AGENTS), jnp.int32)
+
+    @jax.jit
+    def play(state: Any) -> Any:
+        return jax.lax.scan(lambda s, _: (env.step_batch(s, joint_action, keys)[0], None), state, length=STEPS)[0]
+
+    with env.host.running([0]):
+        state = jax.jit(env.reset_batch)(keys)
+        return median_seconds(lambda: jax.block_until_ready(play(state)))
+
+
+def pipe_seconds(num_workers: int) -> float:
+    """Of one batched step, in PyMARL's way."""
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = [], []
+    for _ in range(num_workers):
+        ours, theirs = context.Pipe()
+        processes.append(context.Process(target=serve, args=(theirs,), daemon=True))
+        processes[-1].start()
+        pipes.append(ours)
+    joint_action = np.zeros(NUM_AGENTS, np.int64)
+
+    def play() -> None:
+        for _ in range(STEPS):
+            for pipe in pipes:
+                pipe.send(("step", joint_action))
+            batch = [pipe.recv() for pipe in pipes]
+            for name in ("state", "avail_actions", "obs"):  # as arrays, for the batch that they go to
+                np.stack([data[name] for data in batch])
+
+    try:
+        return median_seconds(play)
+    finally:
+        for pipe, process in zip(pipes, processes, strict=True):
+            pipe.send(("close", None))
+            process.join()
+
+
+def serve(pipe: Any) -> None:
+    """One of PyMARL's workers: lists of arrays in a dict, pickled."""
+    simulator = Still(0)
+    while True:
+        command, joint_action = pipe.recv()
+        if command == "close":
+            return
+        reward, terminated, _ = simulator.step(joint_action)
+        obs, state, avail_actions = simulator.observe()
+        pipe.send(
+            {
+                "state": state,
+                "avail_actions": [row.tolist() for row in avail_actions],
+                "obs": list(obs),
+                "reward": reward,
+                "terminated": terminated,
+                "info": {},
+            }
+        )
+
+
+def median_seconds(play: Callable[[], Any]) -> float:
+    """Of one step, over `REPETITIONS` loops after a first one."""
+    play()
+    times = []
+    for _ in range(REPETITIONS):
+        started = time.perf_counter()
+        play()
+        times.append((time.perf_counter() - started) / STEPS)
+    return statistics.median(times)
+
+
+def show(milliseconds: dict[str, dict[str, float]]) -> None:
+    table = Table("workers", *milliseconds, title="milliseconds per batched step")
+    for count in NUM_WORKERS:
+        table.add_row(str(count), *(f"{by_count[str(count)]:.3f}" for by_count in milliseconds.values()))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""A run by its command: what it says and records of its workers, and how it ends when they fail too often."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.environments import TINY
+from tests.envs.host.running import HERE, WORKERS
+from tests.running import main, timeless
+from wqmix_jax import load_metrics
+from wqmix_jax.logger import load_header
+
+RUN = ("num_seeds=2", "seed=5", "num_envs=2", "eval_episodes=2", "eval_interval=20", "total_env_steps=60")
+
+
+def configs(folder: Path, **toy: Any) -> Path:
+    """A user's folder with the toy and the linear algorithm."""
+    simulator = {"simulator": f"{HERE / 'toy.py'}:Toy", "options": {"episode_limit": 5, **toy}}
+    env = {"_target_": "wqmix_jax.envs.host.bridge.HostEnvironment", **WORKERS, "max_restarts": 0, **simulator}
+    algo = {"_target_": "tests.envs.host.linear.Linear", **TINY}
+    for group, values in {"env": env, "algo": algo}.items():
+        (folder / group).mkdir(parents=True, exist_ok=True)
+        (folder / group / f"my_{group}.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+def test_a_run_that_fails_is_saved_and_says_why(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The fault is in the third episode of some worker, once."""
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    fault = {"kind": "fail", "during": "reset", "marks": str(marks), "from_reset": 3}
+    folder, run_dir = configs(tmp_path / "configs", faults=[fault]), tmp_path / "run"
+    code = main("+algo=my_algo", "env=my_env", *RUN, "checkpoint.every=1000", f"run_dir={run_dir}", config_dir=folder)
+    out, err = capfd.readouterr()
+    assert code == 1
+    told = r"error: seed [56], environment [01] of training: ValueError: the toy broke \(toy.py:\d+\) in a reset; "
+    assert re.search(rf"^{told}no worker is replaced any more after max_restarts=0", err, re.M)
+    assert "worker processes: 4 to train and 4 to evaluate (toy 1.2)" in out
+    assert "one device trains all seeds" in out
+    assert load_header(run_dir)["simulator"] == {"toy": "1.2"}
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["status"], summary["worker_restarts"]) == ("failed", 0)
+    [saved] = (run_dir / "checkpoints").iterdir()
+    assert 0 < int(saved.name) < 60
+
+
+@pytest.mark.slow
+def test_a_failed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    runs = []
+    for name, times in (("whole", 0), ("broken", 1)):
+        marks = tmp_path / name
+        marks.mkdir()
+        fault = {"kind": "fail", "during": "reset", "marks": str(marks), "from_reset": 3, "times": times}
+        folder, run_dir = configs(tmp_path / f"{name}_configs", faults=[fault]), tmp_path / f"{name}_run"
+        ended = main("+algo=my_algo", "env=my_env", *RUN, f"run_dir={run_dir}", config_dir=folder)
+        assert ended == times
+        if times:
+            assert main(f"resume={run_dir}", config_dir=folder) == 0
+        runs.append(timeless(load_metrics(run_dir)))
+    assert [record["env_steps"] for record in runs[0]][-1] >= 60
+    final = [[record for record in run if record["kind"] == "eval"][-2:] for run in runs]
+    assert final[0] == final[1]

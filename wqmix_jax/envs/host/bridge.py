@@ -1,0 +1,311 @@
+"""A simulator outside of JAX as an environment: one ordered host callback per step for the whole batch.
+
+Worker processes play; `HostState` holds what they last sent, so that observing stays a pure function. A simulator is
+any class that fulfils `wqmix_jax.envs.host.simulator.Simulator`.
+"""
+
+import abc
+import contextlib
+import copy
+import functools
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pydantic
+from jax.experimental import io_callback
+from jax.sharding import Sharding, SingleDeviceSharding
+from pydantic import Field
+
+from wqmix_jax.config import ConfigError, PositiveInt, options
+from wqmix_jax.envs.base import Environment, EnvState, Host
+from wqmix_jax.envs.host.pool import Program, WorkerError, ask
+from wqmix_jax.envs.host.supervisor import Limits, Returned, Supervisor
+from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, StepOutcome
+
+Seconds = Annotated[float, Field(gt=0, strict=False)]
+
+_SIZES = EnvSpec._fields
+
+
+class HostState(NamedTuple):
+    """What the host last sent of an episode.
+
+    Attributes:
+        seen: the observation.
+        metrics: ``[M]`` float32, what the simulator measures.
+        ended: bool, whether the episode is over; its worker waits for the next.
+        failed: bool, whether it was cut because a worker failed: then the rest is of the last step that happened.
+    """
+
+    seen: Observation
+    metrics: Array
+    ended: Array
+    failed: Array
+
+
+@options
+class BridgedEnvironment(Environment):
+    """What all simulators outside of JAX share; a subclass says which one the workers play.
+
+    Attributes:
+        worker_python: the interpreter that runs the workers; the one that trains when absent.
+        eval_envs: games per seed that play the evaluation episodes, in turns. They are apart from those of training,
+            so that evaluation never changes training.
+        launch_timeout: seconds for a worker's first reset, which starts its game.
+        reset_timeout: seconds for any other reset.
+        step_timeout: seconds for a step.
+        max_restarts: workers that may be replaced within ``restart_window`` seconds; after that the run ends.
+        restart_window: seconds.
+    """
+
+    worker_python: str | None
+    eval_envs: PositiveInt
+    launch_timeout: Seconds
+    reset_timeout: Seconds
+    step_timeout: Seconds
+    max_restarts: Annotated[int, Field(ge=0)]
+    restart_window: Seconds
+
+    _role: ClassVar[str] = "training"
+
+    @pydantic.model_validator(mode="after")
+    def _answers(self) -> Self:
+        """Refuses what can't be played, before anything is compiled."""
+        python = self.program.python
+        if shutil.which(python) is None:
+            raise ValueError(f"worker_python={python} is not allowed: it is not an interpreter that can be run")
+        try:
+            info = self.info
+        except WorkerError as error:
+            raise ValueError(f"{type(self).__name__} can't be used: {error}") from None
+        wrong = [name for name in _SIZES if not isinstance(info.get(name), int) or info[name] < 1]
+        if wrong:
+            raise ValueError(f"{type(self).__name__} can't be used: its info() gives no positive {wrong[0]}")
+        return self
+
+    @property
+    @abc.abstractmethod
+    def played(self) -> tuple[str, dict[str, Any]]:
+        """The simulator, as `Program` names it, and what it is constructed with beside its seed."""
+
+    @property
+    def program(self) -> Program:
+        """What a worker runs."""
+        return Program(self.worker_python or sys.executable, *self.played)
+
+    @functools.cached_property
+    def _answer(self) -> Mapping[str, Any]:
+        return _ask(self.program, self.launch_timeout)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the simulator says of its sizes."""
+        return self._answer["info"]
+
+    @property
+    def host(self) -> "Workers":
+        """The worker processes."""
+        return self._workers
+
+    @functools.cached_property
+    def _workers(self) -> "Workers":
+        limits = Limits(
+            self.launch_timeout, self.reset_timeout, self.step_timeout, self.max_restarts, self.restart_window
+        )
+        supervisor = Supervisor(self.program, self.spec, self._metrics, limits)
+        return Workers(supervisor, self.eval_envs, self._answer["versions"])
+
+    @property
+    def spec(self) -> EnvSpec:
+        """See `EnvSpec`."""
+        return EnvSpec(*(self.info[name] for name in _SIZES))
+
+    @property
+    def _metrics(self) -> list[str]:
+        return self.info.get("metrics", [])
+
+    def reset(self, key: PRNGKey) -> HostState:
+        """An episode of a batch of one."""
+        return jax.tree.map(lambda leaf: leaf[0], self.reset_batch(key[None]))
+
+    def step(self, env_state: HostState, joint_action: Array, key: PRNGKey) -> tuple[EnvState, StepOutcome]:
+        """A step of a batch of one."""
+        batch = jax.tree.map(lambda leaf: leaf[None], (env_state, joint_action, key))
+        return jax.tree.map(lambda leaf: leaf[0], self.step_batch(*batch))
+
+    def reset_batch(self, keys: PRNGKey) -> HostState:
+        """An episode in every row; the simulator draws it from a seed that comes from the row's key."""
+        seeds = jax.vmap(lambda key: jax.random.bits(key, (), jnp.uint32) >> 1)(keys)
+        serve = functools.partial(self.host.supervisor.reset, self._role)
+        return self._call(serve, seeds)[0]
+
+    def step_batch(self, env_state: HostState, joint_action: Array, keys: PRNGKey) -> tuple[EnvState, StepOutcome]:
+        """A step of every row whose episode goes on; a row that fails keeps the state it was in."""
+        idle = env_state.ended | env_state.failed
+        asked = jax.vmap(jnp.where)(idle, jnp.full_like(joint_action, -1), joint_action)
+        serve = functools.partial(self.host.supervisor.step, self._role)
+        following, outcome = self._call(serve, asked.astype(jnp.int32))
+        stays = idle | following.failed
+        kept = jax.tree.map(functools.partial(jax.vmap(jnp.where), stays), env_state, following)
+        kept = kept._replace(failed=env_state.failed | following.failed)
+        return kept, jax.tree.map(lambda leaf: jnp.where(stays, jnp.zeros_like(leaf), leaf), outcome)
+
+    def observe(self, env_state: HostState) -> Observation:
+        """What the host sent."""
+        return env_state.seen
+
+    def failed(self, env_state: HostState) -> Array:
+        """Whether a worker failed in this episode."""
+        return env_state.failed
+
+    def metrics(self, env_state: HostState) -> dict[str, Array]:
+        """What the simulator measures."""
+        return {name: env_state.metrics[index] for index, name in enumerate(self._metrics)}
+
+    def for_evaluation(self) -> Self:
+        """The same environment, played by the games of evaluation."""
+        twin = copy.copy(self)
+        vars(twin).update(_workers=self._workers, _role="evaluation")
+        return twin
+
+    def episodes_at_once(self, num_episodes: int) -> int:
+        """As few as make no more turns than ``eval_envs`` games need."""
+        turns = -(-num_episodes // self.eval_envs)
+        return -(-num_episodes // turns)
+
+    def _call(self, serve: Callable[[Any], Returned], argument: Array) -> tuple[HostState, StepOutcome]:
+        """The one host callback; its argument and what it sends have the batch first."""
+        supervisor, num_rows = self.host.supervisor, argument.shape[0]
+        kinds = ((np.float32, supervisor.floats), (np.bool_, supervisor.flags))
+        shapes = [(num_rows * sum(math.prod(shape) for shape in held.values()), dtype) for dtype, held in kinds]
+        flat = io_callback(
+            serve, tuple(jax.ShapeDtypeStruct((n,), dtype) for n, dtype in shapes), argument, ordered=True
+        )
+        sent: dict[str, Array] = {}
+        for (_, held), values in zip(kinds, flat, strict=True):
+            ends = np.cumsum([num_rows * math.prod(shape) for shape in held.values()])
+            parts = jnp.split(values, ends[:-1].tolist())
+            sent |= {n: part.reshape(num_rows, *held[n]) for n, part in zip(held, parts, strict=True)}
+        outcome = StepOutcome(sent["reward"], sent["terminated"], sent["truncated"])
+        seen = Observation(sent["obs"], sent["state"], sent["avail_actions"])
+        return HostState(seen, sent["metrics"], outcome.terminated | outcome.truncated, sent["failed"]), outcome
+
+
+class Workers(Host):
+    """The worker processes of a bridged environment.
+
+    Attributes:
+        supervisor: what the compiled program calls.
+    """
+
+    def __init__(self, supervisor: Supervisor, eval_envs: int, versions: dict[str, str]) -> None:
+        self.supervisor = supervisor
+        self._eval_envs, self._versions = eval_envs, versions
+
+    def sharding(self) -> Sharding:
+        """The first device: the order of the calls is only kept on one."""
+        device = jax.local_devices()[0]
+        chosen = jax.config.values["jax_platforms"]
+        if chosen and "cpu" not in chosen.split(","):
+            raise ConfigError(f"JAX_PLATFORMS={chosen} is not allowed with this environment: write {chosen},cpu")
+        try:
+            with jax.default_device(device):
+                jax.block_until_ready(jax.jit(_call_host)())
+        except Exception as error:  # each runtime has its own
+            reason = f"{device.device_kind} can't call the host ({str(error).splitlines()[0]})"
+            raise ConfigError(f"this environment is not allowed here: {reason}; JAX_PLATFORMS=cpu works") from None
+        return SingleDeviceSharding(device)
+
+    def lines(self, num_seeds: int, num_envs: int) -> Iterator[str]:
+        """How many games there will be, of which version, and on how many devices."""
+        versions = ", ".join(f"{name} {version}" for name, version in self._versions.items())
+        games = f"{num_seeds * num_envs} to train and {num_seeds * self._eval_envs} to evaluate"
+        yield f"worker processes: {games}{versions and f' ({versions})'}"
+        yield "the workers are called in a fixed order, so one device trains all seeds"
+
+    def versions(self) -> dict[str, str]:
+        """What the simulator says of its versions."""
+        return self._versions
+
+    @contextlib.contextmanager
+    def running(self, seeds: Sequence[int]) -> Iterator[None]:
+        """See `Host.running`: afterwards all workers have ended, however the run did.
+
+        Raises:
+            RunError: what ended the games, unless the run has ended by an exception anyway; or ``KeyboardInterrupt``.
+        """
+        supervisor = self.supervisor
+        supervisor.seeds, supervisor.supervised, supervisor.restarts = tuple(seeds), True, 0
+        try:
+            with supervisor.interrupt.watching():
+                yield
+            if supervisor.failure is not None:
+                raise supervisor.failure
+        except jax.errors.JaxRuntimeError:
+            if supervisor.interrupt.happened():  # in jax's own Python code around a callback
+                raise KeyboardInterrupt from None
+            raise
+        finally:
+            supervisor.stop()
+            with contextlib.suppress(Exception):
+                jax.effects_barrier()  # a program that still runs comes to its end first
+            supervisor.supervised, supervisor.seeds = False, ()
+            supervisor.close()
+
+    def failure(self) -> BaseException | None:
+        """See `Host.failure`."""
+        return self.supervisor.failure
+
+    def facts(self) -> dict[str, Any]:
+        """How many workers were replaced."""
+        return {"worker_restarts": self.supervisor.restarts}
+
+
+@options
+class HostEnvironment(BridgedEnvironment):
+    """A user's own simulator.
+
+    Attributes:
+        simulator: ``FILE.py:CLASS``, found where Python finds modules, or ``module:CLASS``.
+        options: arguments of its constructor.
+    """
+
+    simulator: str
+    options: dict[str, Any]
+
+    @property
+    def played(self) -> tuple[str, dict[str, Any]]:
+        """See `BridgedEnvironment.played`."""
+        return _absolute(self.simulator), self.options
+
+
+def _call_host() -> Array:
+    return io_callback(lambda: np.True_, jax.ShapeDtypeStruct((), np.bool_), ordered=True)
+
+
+def _absolute(simulator: str) -> str:
+    """``FILE.py:CLASS`` with the whole path, looked for where Python looks for modules."""
+    where, _, name = simulator.rpartition(":")
+    if not where.endswith(".py"):
+        return simulator
+    found = next((path for folder in ("", *sys.path) if (path := Path(folder) / where).is_file()), Path(where))
+    return f"{found.absolute()}:{name}"
+
+
+_answers: dict[tuple[str, ...], dict[str, Any]] = {}
+
+
+def _ask(program: Program, timeout: float) -> Mapping[str, Any]:
+    """`pool.ask`, once for each program and environment of processes."""
+    place = (repr(program), os.environ.get("PYTHONPATH", ""), os.environ.get("SC2PATH", ""))
+    if place not in _answers:
+        _answers[place] = ask(program, timeout)
+    return _answers[place]

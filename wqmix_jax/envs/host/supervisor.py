@@ -1,0 +1,207 @@
+"""The host side of an environment, in numpy: it serves calls for whole batches and replaces workers that fail."""
+
+import collections
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from wqmix_jax.config import RunError
+from wqmix_jax.envs.host import worker
+from wqmix_jax.envs.host.pool import Interrupt, Pool, Program
+from wqmix_jax.types import EnvSpec
+
+Shapes = dict[str, tuple[int, ...]]
+
+Returned = tuple[np.ndarray, np.ndarray]
+"""All floats and all flags of a call, each flat, as `Supervisor.floats` and `Supervisor.flags` say.
+
+Each array that a callback returns costs as much as a worker's whole step.
+"""
+
+
+class Limits(NamedTuple):
+    """How long workers may take, in seconds, and how many may be replaced.
+
+    Attributes:
+        launch: for the first reset, which starts the game.
+        reset: for any other.
+        step: for a step.
+        restarts: how many replacements a window may hold.
+        window: its length in seconds.
+    """
+
+    launch: float
+    reset: float
+    step: float
+    restarts: int
+    window: float
+
+
+class Supervisor:
+    """Serves the resets and steps of any number of pools, one by role: training never shares a game with evaluation.
+
+    Attributes:
+        floats, flags: what a call returns of each row: names and shapes.
+        restarts: how many workers were replaced.
+        calls: how many calls were served, by role and command.
+        failure: what ended it, if something has. From then on every episode ends at once, as failed, so that the
+            compiled program comes to its end and the run can still be saved.
+        supervised: whether somebody looks at ``failure``; otherwise it is raised, out of the compiled program.
+        seeds: of the run, to name the rows of a pool.
+    """
+
+    def __init__(self, program: Program, spec: EnvSpec, metrics: Sequence[str], limits: Limits) -> None:
+        self._program, self._spec, self._metrics, self._limits = program, spec, list(metrics), limits
+        self.floats: Shapes = {
+            "obs": (spec.num_agents, spec.obs_dim),
+            "state": (spec.state_dim,),
+            "metrics": (len(metrics),),
+            "reward": (),
+        }
+        self.flags: Shapes = {
+            "avail_actions": (spec.num_agents, spec.num_actions),
+            "terminated": (),
+            "truncated": (),
+            "failed": (),
+        }
+        self._pools: dict[str, Pool] = {}
+        self._times: collections.deque[float] = collections.deque()
+        self.interrupt = Interrupt()
+        self.restarts, self.calls = 0, collections.Counter[tuple[str, str]]()
+        self.failure: BaseException | None = None
+        self.supervised = False
+        self.seeds: tuple[int, ...] = ()
+        weakref.finalize(self, _close_all, self._pools)  # at the latest when the process ends
+
+    def reset(self, role: str, seeds: Any) -> Returned:
+        """Begins an episode in every row, whose randomness is ``seeds`` ``[F]``."""
+        seeds = np.array(seeds, np.int64)
+        rows = np.arange(len(seeds))
+        return self._serve(role, "reset", len(seeds), rows, lambda pool: self._reset(pool, role, seeds))
+
+    def step(self, role: str, joint_action: Any) -> Returned:
+        """Plays ``joint_action`` ``[F, N]``; a row of negative ones stays as it is."""
+        joint_action = np.array(joint_action)  # jax lends its arguments for this call alone
+        rows = np.flatnonzero(joint_action[:, 0] >= 0)
+        return self._serve(
+            role, "step", len(joint_action), rows, lambda pool: self._step(pool, role, rows, joint_action)
+        )
+
+    def arrays(self, role: str) -> Mapping[str, np.ndarray]:
+        """What `Returned` consists of, by name ``[F, ..]``, as the last call left it."""
+        return self._pools[role].arrays
+
+    def pids(self, role: str) -> list[int]:
+        """Of the workers, in the order of their rows."""
+        return list(self._pools[role].pids()) if role in self._pools else []
+
+    def stop(self) -> None:
+        """Lets whoever waits for workers wait no longer."""
+        self.interrupt.trigger()
+
+    def close(self) -> None:
+        """Ends all workers; a later call starts new ones."""
+        _close_all(self._pools)
+        self.failure, self.interrupt = None, Interrupt()
+
+    def _serve(
+        self, role: str, command: str, num_rows: int, rows: np.ndarray, obey: Callable[[Pool], Iterable[int]]
+    ) -> Returned:
+        """What is returned after ``obey``, which says whom of the ``rows`` that it calls failed."""
+        self.calls[role, command] += 1
+        pool = self._pool(role, num_rows)
+        failed = pool.arrays["failed"]
+        failed[:] = False
+        try:
+            if self.failure is None:
+                failed[list(obey(pool))] = True
+        except (Exception, KeyboardInterrupt) as error:  # jax may call in the main thread, where Ctrl-C arrives
+            self.failure = error
+        if self.failure is None and self.interrupt.happened():
+            self.failure = KeyboardInterrupt()
+        if self.failure is not None:
+            failed[rows] = True
+            if not self.supervised:
+                raise self.failure
+        return pool.flat(list(self.floats)), pool.flat(list(self.flags))
+
+    def _reset(self, pool: Pool, role: str, seeds: np.ndarray) -> Iterable[int]:
+        pool.arrays["seed"][:] = seeds
+        for name in ("reward", "terminated", "truncated"):  # a worker writes them in a step alone
+            pool.arrays[name][:] = 0
+        missing = [row for row in range(len(seeds)) if row not in pool]
+        for row in missing:
+            pool.start(row, self._derived(pool, row))
+        pool.trim_logs()
+        causes = self._command(pool, worker.RESET, range(len(seeds)))
+        while causes and not self.interrupt.happened():
+            self._replace(pool, role, causes, during="a reset")
+            for row in causes:  # another episode, lest the same one fails again
+                pool.arrays["seed"][row] = self._derived(pool, row)
+            causes = self._command(pool, worker.RESET, causes)
+        return causes
+
+    def _step(self, pool: Pool, role: str, rows: np.ndarray, joint_action: np.ndarray) -> Iterable[int]:
+        pool.arrays["joint_action"][:] = joint_action
+        causes = self._command(pool, worker.STEP, rows.tolist())
+        if causes and not self.interrupt.happened():
+            self._replace(pool, role, causes, during="a step")
+        return causes
+
+    def _command(self, pool: Pool, command: bytes, rows: Iterable[int]) -> dict[int, str]:
+        timeout = self._limits.step if command == worker.STEP else self._limits.reset
+        launch = self._limits.launch
+        return pool.command(command, rows, timeout=timeout, launch_timeout=launch, interrupt=self.interrupt)
+
+    def _replace(self, pool: Pool, role: str, causes: Mapping[int, str], during: str) -> None:
+        """Puts new workers, with new seeds, in the place of those that failed.
+
+        Raises:
+            RunError: where these are more than the window holds.
+        """
+        for row, cause in sorted(causes.items()):
+            where = self._name(pool, role, row)
+            now = time.monotonic()
+            while self._times and now - self._times[0] > self._limits.window:
+                self._times.popleft()
+            if len(self._times) >= self._limits.restarts:
+                most = f"max_restarts={self._limits.restarts} within restart_window={self._limits.window:g} s"
+                raise RunError(f"{where}: {cause} in {during}; no worker is replaced any more after {most}")
+            self._times.append(now)
+            self.restarts += 1
+            print(f"warning: {where}: {cause} in {during}; the worker is replaced", file=sys.stderr, flush=True)
+            pool.start(row, self._derived(pool, row))
+
+    def _derived(self, pool: Pool, row: int) -> int:
+        """A new seed, from that of the row's episode and how often something went wrong so far."""
+        entropy = [int(pool.arrays["seed"][row]), row, self.restarts]
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
+
+    def _name(self, pool: Pool, role: str, row: int) -> str:
+        """Whose row it is: rows are seeds times environments."""
+        if not self.seeds:
+            return f"worker {row} of {role}"
+        per_seed = len(pool.arrays["seed"]) // len(self.seeds)
+        return f"seed {self.seeds[row // per_seed]}, environment {row % per_seed} of {role}"
+
+    def _pool(self, role: str, num_rows: int) -> Pool:
+        """The role's pool, made anew for another number of rows."""
+        held = self._pools.get(role)
+        if held is not None and len(held.arrays["seed"]) == num_rows:
+            return held
+        if held is not None:
+            held.close()
+        told = {"seed": ()}, {"joint_action": (self._spec.num_agents,)}
+        kinds = zip((np.int64, np.int32, np.float32, np.bool_), (*told, self.floats, self.flags), strict=True)
+        fields = {name: (dtype, (num_rows, *shape)) for dtype, held in kinds for name, shape in held.items()}
+        self._pools[role] = Pool(self._program, fields, self._metrics)
+        return self._pools[role]
+
+
+def _close_all(pools: dict[str, Pool]) -> None:
+    while pools:
+        pools.popitem()[1].close()

@@ -1,0 +1,134 @@
+"""The program of one worker: a simulator in a process of its own, which obeys one-byte commands.
+
+It is run by its path, by whatever interpreter has the simulator: Python 3.7 or newer with numpy. So it imports nothing
+else, of this package neither. Arrays lie in memory that it shares with its parent; over the socket go commands and
+answers alone. It ends when the socket does.
+"""
+
+import contextlib
+import importlib
+import json
+import mmap
+import os
+import random
+import socket
+import struct
+import sys
+import types
+
+import numpy as np
+
+INFO, RESET, STEP = b"i", b"r", b"s"
+DONE, FAILED = b".", b"!"
+
+OBSERVED = ("obs", "state", "avail_actions")
+
+
+def main():
+    """Serves the simulator that the command line describes as JSON, until the parent hangs up."""
+    described = json.loads(sys.argv[1])
+    channel = socket.socket(fileno=described["socket"])
+    simulator = None
+    try:
+        simulator, arrays = make(described), share(described)
+        while True:
+            command = channel.recv(1)
+            if not command:
+                break
+            answer(channel, DONE, obey(command, simulator, arrays, described["metrics"]))
+    except Exception as error:
+        with contextlib.suppress(OSError):  # the parent may be gone
+            answer(channel, FAILED, told(error))
+    finally:
+        getattr(simulator, "close", lambda: None)()
+
+
+def make(described):
+    """The simulator; whatever it draws from the global generators is seeded too."""
+    np.random.seed(described["seed"])  # noqa: NPY002
+    random.seed(described["seed"])
+    return load(described["simulator"])(seed=described["seed"], **described["options"])
+
+
+def load(target):
+    """The class that ``FILE.py:NAME`` or ``module:NAME`` names."""
+    where, _, name = target.rpartition(":")
+    if not where.endswith(".py"):
+        return getattr(importlib.import_module(where), name)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(where)))  # a user's file may import its neighbours
+    module = types.ModuleType("__simulator__")
+    module.__file__ = where
+    sys.modules[module.__name__] = module  # for what looks classes up by their module, as pickle does
+    with open(where, "rb") as source:
+        exec(compile(source.read(), where, "exec"), module.__dict__)
+    return getattr(module, name)
+
+
+def share(described):
+    """This worker's row of each array in the shared memory."""
+    if described["memory"] is None:
+        return {}
+    memory = mmap.mmap(described["memory"], 0)
+    arrays = {}
+    for name, dtype, shape, offset in described["layout"]:
+        flat = np.frombuffer(memory, dtype, int(np.prod(shape)), offset)
+        row = described["row"]
+        arrays[name] = flat.reshape(shape)[row : row + 1].reshape(shape[1:])  # a number, too, stays an array
+    return arrays
+
+
+def obey(command, simulator, arrays, metrics):
+    """Carries out one command; returns what goes back over the socket."""
+    if command == INFO:
+        versions = simulator.versions() if hasattr(simulator, "versions") else {}
+        return json.dumps({"info": simulator.info(), "versions": versions})
+    if command == RESET:
+        simulator.reset(int(arrays["seed"]))
+    else:
+        # Plain integers, in plain lists: some simulators take nothing else.
+        reward, terminated, truncated = simulator.step(arrays["joint_action"].tolist())
+        put(arrays, "reward", reward)
+        put(arrays, "terminated", terminated)
+        put(arrays, "truncated", truncated)
+    observed = simulator.observe()
+    for name, value in zip(OBSERVED, observed):
+        put(arrays, name, value)
+    if metrics:
+        measured = simulator.metrics()
+        put(arrays, "metrics", [measured[name] for name in metrics])
+    return ""
+
+
+def put(arrays, name, value):
+    """Writes a value of just the right shape; a bool is anything but zero."""
+    target = arrays[name]
+    found = np.asarray(value)
+    if found.shape != target.shape:
+        raise ValueError(f"{name} has shape {found.shape}, but {target.shape} is needed")
+    if not np.isfinite(found).all():
+        raise ValueError(f"{name} holds a value that is not finite")
+    target[...] = found
+
+
+def told(error):
+    """One line: what went wrong, and where."""
+    where, trace = "", error.__traceback__
+    while trace is not None:
+        where = f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    text = " ".join(str(error).split())
+    if type(error).__name__ == "SetupError":  # its sentence is complete
+        return text
+    return f"{type(error).__name__}: {text} ({where})"
+
+
+def answer(channel, status, text):
+    """A status byte, alone where all is well and nothing is to be told."""
+    data = text.encode()
+    channel.sendall(status + struct.pack("<I", len(data)) + data if data or status == FAILED else status)
+
+
+if __name__ == "__main__":
+    here = os.path.dirname(os.path.abspath(__file__))  # its files must not hide a simulator's modules
+    sys.path[:] = [path for path in sys.path if os.path.abspath(path) != here]
+    main()
