@@ -140,7 +140,7 @@ class SMAX(Environment):
         )
 
     def unpack(self, packed: PyTree) -> Observation:
-        """JaxMARL's features of the units, for all at once: several times as fast as its own, pair by pair."""
+        """JaxMARL's features of the units, for all at once: on a CPU twice as fast as its own, pair by pair."""
         game, units = self.game, packed
         distance = jnp.linalg.norm(_offsets(game, units), axis=-1)
         kind, alive = units.kind.astype(jnp.int32), units.alive[: game.num_allies, None]
