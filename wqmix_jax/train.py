@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import hydra
 import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -43,9 +44,10 @@ def main() -> None:
         shows_only = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
         if not shows_only:
             check_overrides(args.overrides, args.config_dir, multirun=multirun)
-        if multirun:  # the runs' folder is where hydra keeps its own
+        if multirun and not shows_only:
+            _check_each_run(args.overrides, args.config_dir)
             given = [text for text in args.overrides if text.startswith("run_dir=")]
-            sys.argv += [f"hydra.sweep.dir={text.removeprefix('run_dir=')}" for text in given]
+            sys.argv += [f"hydra.sweep.dir={text.removeprefix('run_dir=')}" for text in given]  # hydra's own key
         with _in_one_line(args.overrides, args.config_dir):
             _run()
 
@@ -109,6 +111,22 @@ def check_overrides(
     if not algo.is_add() or algo.is_force_add() or not _is_choice(algo, multirun):
         name = algo.value() if isinstance(algo.value(), str) else "NAME"
         raise ConfigError(f"{algo.input_line} is not allowed: write +algo={name} (NAME is one of {listed})")
+
+
+def _check_each_run(overrides: Sequence[str], config_dir: str | os.PathLike[str] | None) -> None:
+    """Refuses a sweep before its first run where one of them is not allowed.
+
+    Not for SLURM's launcher: what a run needs, StarCraft II say, may be there and not here.
+    """
+    parsed = _parsed(overrides)
+    if any(override.key_or_group == "hydra/launcher" and "submitit" in str(override.value()) for override in parsed):
+        return
+    from wqmix_jax.devices import claim_cores
+
+    claim_cores()  # before an environment's library starts the backend
+    for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None):
+        for run in batch:
+            load_config(*run, config_dir=config_dir)
 
 
 def _is_choice(override: Override, multirun: bool) -> bool:
