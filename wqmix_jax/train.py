@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wqmix_jax.config import CONFIG_DIR, RESUMABLE, ConfigError, RunConfig, run_config
 from wqmix_jax.exits import REFUSED, RunError
-from wqmix_jax.hosts import with_host
+from wqmix_jax.hosts import refuse_connected_processes, with_host
 
 _GROUPS = ("algo", "env")
 
@@ -163,6 +163,7 @@ def _start(values: dict[str, Any], choices: Mapping[str, str]) -> None:
 
     claim_cores()  # before an environment's library starts the backend
     run_config(values)  # refuses before the slow imports
+    refuse_connected_processes()
     from wqmix_jax import runner
 
     runner.start(values, algo=choices["algo"], env=choices["env"])
