@@ -11,13 +11,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from tests.running import TINY, last_checkpoint, main, process, shared_programs, timeless
-from wqmix_jax import evaluate, load_metrics, runner
+from tests.running import TINY, USER_FOLDER, last_checkpoint, main, process, shared_programs, timeless
+from wqmix_jax import evaluate, load_config, load_metrics, load_policy, runner
+from wqmix_jax.algos.base import AgentInputs
+from wqmix_jax.config import ConfigError
 from wqmix_jax.logger import METRICS_FILE
 from wqmix_jax.loop import Loop
 from wqmix_jax.trainer import Trainer
@@ -408,10 +411,47 @@ def test_the_last_policy_is_the_checkpoints(straight: Path) -> None:
 
 
 def test_policies_can_be_played(straight: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    evaluate.main([f"run={straight}", "policy=last", "episodes=3"])
+    evaluate.main([f"run_dir={straight}", "policy=last", "episodes=3"])
     out = capfd.readouterr().out
     assert [line.split(" ")[:3] for line in out.splitlines()] == [
-        ["seed", f"{seed}:", what] for seed in (3, 4) for what in ("return", "length")
+        [*whose, what]
+        for whose in (["seed", "3:"], ["seed", "4:"], ["2", "seeds:"])
+        for what in ("return", "length", "win_rate")
     ]
     with pytest.raises(SystemExit):
-        evaluate.main([f"run={straight / 'policies'}"])
+        evaluate.main([f"run_dir={straight / 'policies'}"])
+    with pytest.raises(SystemExit):
+        evaluate.main([f"run_dir={straight}", f"render={straight / 'film.gif'}"])
+    assert "render=" in capfd.readouterr().err
+    assert not list(straight.glob("*.gif"))
+
+
+@pytest.mark.parametrize("batch_shape", [(), (5,), (2, 3)])
+def test_a_policy_acts_on_local_observations(straight: Path, batch_shape: tuple[int, ...]) -> None:
+    """As the trained agents do on the same parameters, member by member; what was done before is remembered."""
+    config = load_config(*TINY, config_dir=USER_FOLDER / "configs")
+    with np.load(straight / "policies" / "last.npz") as last:
+        kernels = last["params.agent.encoder.kernel"]
+    obs = jax.random.bernoulli(jax.random.key(0), shape=(*batch_shape, 2, 2)).astype(jnp.float32)
+    avail = jnp.ones((*batch_shape, 2, 2), bool)
+    for member in (0, 1):
+        policy = load_policy(straight, member=member, which="last")
+        np.testing.assert_array_equal(policy.params["agent"]["encoder"]["kernel"], kernels[member])
+        carry = policy.initial_carry(batch_shape)
+        hidden, last_action = config.algo.initial_carry((*batch_shape, 2)), jnp.full((*batch_shape, 2), -1)
+        for _ in range(3):
+            inputs = AgentInputs(obs, last_action, avail)
+            hidden, agent_qs = config.algo.step(policy.params["agent"], hidden, inputs)
+            last_action = agent_qs.argmax(-1)
+            joint_action, carry = policy.act(carry, obs, avail)
+            np.testing.assert_array_equal(joint_action, last_action)
+        np.testing.assert_allclose(carry.recurrent, hidden, rtol=1e-6)
+        only_first = avail.at[..., 1].set(False)
+        assert not policy.act(carry, obs, only_first)[0].any()
+    with pytest.raises(AssertionError):
+        policy.act(policy.initial_carry((7,)), obs, avail)
+
+
+def test_a_member_that_is_not_there(straight: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^member=2 is not allowed: .* has members 0 to 1$"):
+        load_policy(straight, member=2)

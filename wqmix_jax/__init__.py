@@ -4,16 +4,34 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wqmix_jax.api import train_seeds
+    from wqmix_jax.api import load_policy, train_seeds, trained_policy
     from wqmix_jax.logger import load_metrics
+    from wqmix_jax.policy import play_episode
     from wqmix_jax.train import load_config
     from wqmix_jax.trainer import make_trainer
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "load_config", "load_metrics", "make_trainer", "train_seeds"]
+__all__ = [
+    "__version__",
+    "load_config",
+    "load_metrics",
+    "load_policy",
+    "make_trainer",
+    "play_episode",
+    "train_seeds",
+    "trained_policy",
+]
 
-_HOMES = {"load_config": "train", "load_metrics": "logger", "make_trainer": "trainer", "train_seeds": "api"}
+_HOMES = {
+    "load_config": "train",
+    "load_metrics": "logger",
+    "load_policy": "api",
+    "make_trainer": "trainer",
+    "play_episode": "policy",
+    "train_seeds": "api",
+    "trained_policy": "api",
+}
 
 
 def __getattr__(name: str) -> Any:

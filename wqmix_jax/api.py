@@ -1,11 +1,21 @@
-"""Training from a notebook or a script: no command line, no files."""
+"""Training and playing from a notebook or a script: no command line, and no files but a run's own."""
 
+import operator
+import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from wqmix_jax.config import MAX_SEED, ConfigError, RunConfig, run_config
+import jax
+import jax.numpy as jnp
+
+from wqmix_jax.config import MAX_SEED, ConfigError, RunConfig, build, run_config
+from wqmix_jax.envs.base import Environment
+from wqmix_jax.logger import load_header
 from wqmix_jax.loop import advance, begin, compile_trainer, is_finished
-from wqmix_jax.members import make_members
+from wqmix_jax.members import make_members, member_name
+from wqmix_jax.policy import GreedyPolicy, policy_file, read_policies
+from wqmix_jax.runs import read_config
 from wqmix_jax.trainer import TrainState, make_trainer, train_sharding
 
 
@@ -52,6 +62,58 @@ def train_seeds(
             if is_finished(loop):
                 return loop.state, records
             loop, lines = advance(trainer, loop)
+
+
+def load_policy(
+    run_dir: str | os.PathLike[str], *, member: int = 0, which: Literal["best", "last"] = "best"
+) -> GreedyPolicy:
+    """How the agents of a run play.
+
+    Args:
+        run_dir: the run's folder.
+        member: which of those that trained there, from 0 in the order of ``run.json``: the seeds, and in a sweep
+            all of them for each of its values.
+        which: the policy of the best evaluation, or of the last checkpoint.
+
+    Raises:
+        ConfigError: if the folder holds no such policy.
+    """
+    _, policies = load_policies(run_dir, which=which)
+    if not 0 <= member < len(policies):
+        raise ConfigError(f"member={member} is not allowed: {run_dir} has members 0 to {len(policies) - 1}")
+    return list(policies.values())[member]
+
+
+def load_policies(
+    run_dir: str | os.PathLike[str], *, which: Literal["best", "last"] = "best"
+) -> tuple[Environment, dict[str, GreedyPolicy]]:
+    """The environment of a run, and the policies of all who trained there by their names (`members.member_name`).
+
+    Raises:
+        ConfigError: if the folder holds no such policies.
+    """
+    folder = Path(run_dir)
+    values, path = read_config(folder, option="run_dir"), policy_file(folder, which)
+    env, algo = build("env", values["env"]), build("algo", values["algo"])
+    like = jax.eval_shape(lambda: algo.acting_params(algo.init(jax.random.key(0), env.spec)))
+    params = jax.tree.map(jnp.asarray, read_policies(path, like).params)
+    names = map(member_name, load_header(folder)["members"])
+    return env, {
+        name: GreedyPolicy(algo, jax.tree.map(operator.itemgetter(index), params), env.spec, values["matmul_precision"])
+        for index, name in enumerate(names)
+    }
+
+
+def trained_policy(config: RunConfig, state: TrainState, *, member: int = 0) -> GreedyPolicy:
+    """How the agents of one member play after `train_seeds`.
+
+    Args:
+        config: what was trained.
+        state: the state that `train_seeds` returned.
+        member: which of those that it holds, counted from 0.
+    """
+    params = jax.tree.map(operator.itemgetter(member), config.algo.acting_params(state.learner.params))
+    return GreedyPolicy(config.algo, params, config.env.spec, config.matmul_precision)
 
 
 def _checked(seeds: Sequence[int]) -> list[int]:

@@ -6,7 +6,9 @@ which makes it a frozen dataclass whose fields pydantic checks when it is built.
 """
 
 import difflib
+import os
 import pkgutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, dataclass_transform
@@ -162,6 +164,14 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
 def _slice_of_host(num_seeds: int, hosts: int | None, host: int | None) -> slice:
     hosts, host = hosts or 1, host or 0
     return slice(num_seeds * host // hosts, num_seeds * (host + 1) // hosts)
+
+
+def add_import_paths(config_dir: str | os.PathLike[str] | None) -> None:
+    """Lets a ``_target_`` name a module in the current folder, in ``config_dir`` or beside it; they come last."""
+    folders = [Path.cwd()] if config_dir is None else [Path.cwd(), Path(config_dir), Path(config_dir).absolute().parent]
+    for folder in map(str, (folder.resolve() for folder in folders)):
+        if folder not in sys.path:
+            sys.path.append(folder)
 
 
 def build(name: str, values: Mapping[str, Any]) -> Any:

@@ -1,33 +1,51 @@
-"""The command line: ``python -m wqmix_jax.evaluate run=RUN_DIR [policy=best] [episodes=32] [seed=0]``.
+"""The command line: ``python -m wqmix_jax.evaluate run_dir=RUN_DIR [episodes=100] [render=out.gif] [key=value ..]``.
 
-For agents that PyMARL trained, ``pymarl=FOLDER [env=predator_prey]`` stands in the place of ``run`` and ``policy``.
-Plays greedy episodes and prints their return and length. Whatever is wrong with the options or the checkpoint is told
-in one line on stderr, with exit code 2.
+For agents that PyMARL trained, ``pymarl=FOLDER [env=predator_prey]`` stands in the place of ``run_dir``. Plays greedy
+episodes, prints what came of them with confidence intervals, and draws one of them. Whatever is wrong with the options
+or the checkpoint is told in one line on stderr, with exit code 2, before anything is compiled.
 """
 
+import argparse
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
 import hydra
 import jax
 import jax.numpy as jnp
+import numpy as np
+import scipy.stats
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 
-from wqmix_jax.algos.base import Algorithm, Context, hyperparams
-from wqmix_jax.config import CONFIG_DIR, ConfigError, PositiveInt, build, options
+from wqmix_jax.algos.base import Context, hyperparams
+from wqmix_jax.api import load_policies
+from wqmix_jax.config import CONFIG_DIR, ConfigError, PositiveInt, add_import_paths, build, options
 from wqmix_jax.envs.base import Environment
-from wqmix_jax.evaluator import evaluate
+from wqmix_jax.envs.viewer import StateViewer
+from wqmix_jax.evaluator import Figures, greedy_episodes
+from wqmix_jax.exits import REFUSED
 from wqmix_jax.interop import pymarl
-from wqmix_jax.logger import load_header
-from wqmix_jax.members import member_name
-from wqmix_jax.policy import POLICY_DIR, load_policy
-from wqmix_jax.runs import read_config
-from wqmix_jax.types import Array, PRNGKey, PyTree
+from wqmix_jax.policy import GREEDY, GreedyPolicy, play_episode
+from wqmix_jax.types import PRNGKey, PyTree
+
+CONFIDENCE = 0.95
+
+_HELP = """\
+Plays greedy episodes of trained agents: means with 95% confidence intervals, and a picture if asked for.
+
+  python -m wqmix_jax.evaluate run_dir=RUN_DIR [episodes=100] [policy=best] [render=out.gif]
+  python -m wqmix_jax.evaluate pymarl=FOLDER [env=NAME] [env.KEY=VALUE ..]
+
+--config-dir DIR   adds the folder of your own algorithms and environments
+
+The options and their defaults:
+
+"""
 
 
 @options
@@ -35,110 +53,220 @@ class EvaluateOptions:
     """What is played, beside the environment.
 
     Attributes:
-        run: the folder of a run.
+        run_dir: the folder of a run.
         policy: which of its policies, those of the best evaluations or of the last checkpoint.
         pymarl: the folder of a PyMARL checkpoint.
-        episodes: greedy episodes.
+        episodes: greedy episodes of each member.
         seed: of the episodes' randomness.
+        render: where a picture of one more episode goes, a GIF.
+        member: whose episode is drawn, counted from 0 in the order of ``run.json``.
+        overwrite: whether the picture may replace a file.
         matmul_precision: what `jax.default_matmul_precision` is set to.
     """
 
-    run: str | None
+    run_dir: str | None
     policy: Literal["best", "last"]
     pymarl: str | None
     episodes: PositiveInt
     seed: Annotated[int, Field(ge=0, lt=2**31)]
+    render: str | None
+    member: Annotated[int, Field(ge=0)]
+    overwrite: bool
     matmul_precision: Literal["float32", "tensorfloat32", "bfloat16"]
+
+
+class Estimate(NamedTuple):
+    """A mean and how sure it is.
+
+    Attributes:
+        mean: over episodes or members.
+        low: of the interval that holds the true mean with `CONFIDENCE`; nan where there are fewer than two.
+        high: its other end.
+        std: the standard deviation that was seen.
+    """
+
+    mean: float
+    low: float
+    high: float
+    std: float
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line on ``arguments``, by default the process's own."""
+    args = _parser().parse_args(arguments)
     try:
-        played = _evaluate(_compose(sys.argv[1:] if arguments is None else arguments))
-        for name, figures in played.items():
-            _show(name, figures)
+        add_import_paths(args.config_dir)
+        for line in _evaluate(args.overrides, args.config_dir):
+            print(line, flush=True)
     except (ConfigError, pymarl.PyMARLError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(error))
 
 
-def _show(name: str, figures: dict[str, float]) -> None:
-    for what in ("return", "length"):
-        mean, deviation = figures[f"episode_{what}"], figures[f"episode_{what}_std"]
-        print(f"{name}{what} {mean:.2f} (standard deviation {deviation:.2f})")
+def estimate(values: np.ndarray, *, is_share: bool = False) -> Estimate:
+    """The mean of independent ``values`` ``[n]`` with its confidence interval.
+
+    Student's interval; of shares (a win rate) Wilson's where each value is 0 or 1, and never beyond 0 and 1.
+    """
+    count, mean = len(values), float(np.mean(values))
+    std = float(np.std(values))
+    if count < 2:
+        return Estimate(mean, math.nan, math.nan, std)
+    if is_share and np.isin(values, (0, 1)).all():
+        low, high = scipy.stats.binomtest(int(values.sum()), count).proportion_ci(CONFIDENCE, method="wilson")
+        return Estimate(mean, float(low), float(high), std)
+    half = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * std / math.sqrt(count - 1)
+    low, high = (mean - half, mean + half) if not is_share else (max(0.0, mean - half), min(1.0, mean + half))
+    return Estimate(mean, float(low), float(high), std)
 
 
-def evaluate_run(run_dir: Path, chosen: EvaluateOptions) -> dict[str, dict[str, float]]:
-    """The same of every member of a run, by its name.
+def _evaluate(overrides: Sequence[str], config_dir: str | None) -> Iterator[str]:
+    """The lines that are printed."""
+    values = _compose(overrides, config_dir)
+    env_values, algo_values = values.pop("env"), values.pop("algo")
+    chosen = _options(values, overrides)
+    if chosen.run_dir is not None:
+        env, policies = load_policies(chosen.run_dir, which=chosen.policy)
+    else:
+        env = build("env", env_values)
+        policies = {"": _pymarl_policy(env, algo_values, chosen)}
+    viewer = None if chosen.render is None else _viewer(env, policies, chosen, Path(chosen.render))
+    yield from evaluate_policies(env, policies, chosen)
+    if viewer is not None:
+        name, policy = list(policies.items())[chosen.member]
+        yield _film(env, policy, viewer, chosen, f"seed {name}, " if name else "")
+
+
+def _options(values: Mapping[str, Any], overrides: Sequence[str]) -> EvaluateOptions:
+    """The checked options.
 
     Raises:
-        ConfigError: if the folder holds no run or no policies that fit it.
+        ConfigError: if one is not allowed.
     """
-    values = read_config(run_dir)
-    env, algo = build("env", values["env"]), build("algo", values["algo"])
-    like = jax.eval_shape(lambda: algo.acting_params(algo.init(jax.random.key(0), env.spec)))
-    policy = load_policy(run_dir / POLICY_DIR / f"{chosen.policy}.npz", like)
-    play = _player(env, algo, chosen)
-    return {
-        f"seed {member_name(label)}: ": play(jax.tree.map(lambda leaf, at=index: leaf[at], policy.params))
-        for index, label in enumerate(load_header(run_dir)["members"])
-    }
+    if (values["run_dir"] is None) == (values["pymarl"] is None):
+        raise ConfigError("run_dir is missing: write run_dir=RUN_DIR, or pymarl=FOLDER, that of a PyMARL checkpoint")
+    foreign = [text for text in overrides if text.lstrip("+~").startswith(("env", "algo"))]
+    if values["run_dir"] is not None and foreign:
+        raise ConfigError(f"{foreign[0]} is not allowed with run_dir: a run's own algorithm and environment play")
+    paths = {name: None if values[name] is None else str(values[name]) for name in ("run_dir", "pymarl", "render")}
+    try:
+        return build("", {"_target_": f"{__name__}.{EvaluateOptions.__name__}", **values, **paths})
+    except ConfigError as error:
+        raise ConfigError(str(error).removeprefix(".").replace("did you mean .", "did you mean ")) from None
 
 
-def evaluate_pymarl(env: Environment, algo: Algorithm, chosen: EvaluateOptions) -> dict[str, float]:
-    """Means and standard deviations over the episodes, as `evaluator.evaluate` names them.
-
-    Raises:
-        PyMARLError: if the checkpoint's agent doesn't fit the algorithm and the environment.
-    """
+def _pymarl_policy(env: Environment, algo_values: Mapping[str, Any], chosen: EvaluateOptions) -> GreedyPolicy:
+    folder = chosen.pymarl or ""
+    algo = build("algo", {**algo_values, "hidden_dim": pymarl.hidden_dim(folder)})
     like = jax.eval_shape(lambda: algo.init(jax.random.key(0), env.spec))
-    params = pymarl.load_checkpoint(chosen.pymarl or "", like, nets=["agent"])
-    return _player(env, algo, chosen)(params)
+    params = pymarl.load_checkpoint(folder, like, nets=["agent"])
+    return GreedyPolicy(algo, params, env.spec, chosen.matmul_precision)
 
 
-def _player(env: Environment, algo: Algorithm, chosen: EvaluateOptions) -> Callable[[PyTree], dict[str, float]]:
-    """Plays the episodes with one member's parameters; compiled once for all of them."""
-    hp = jax.tree.map(jnp.asarray, hyperparams(algo))
-    ctx = Context(epsilon=jnp.float32(0), env_steps=jnp.int32(0), learner_steps=jnp.int32(0))
+def evaluate_policies(env: Environment, policies: Mapping[str, GreedyPolicy], chosen: EvaluateOptions) -> Iterator[str]:
+    """One line per member and figure, then, where several seeds trained alike, one per figure over their means."""
+    play = _player(env, next(iter(policies.values())), chosen)
+    means: dict[str, dict[str, list[float]]] = {}
+    for name, policy in policies.items():
+        seed, _, swept = name.partition("-")
+        for what, values in play(policy.params).items():
+            told = estimate(values, is_share=what == "win_rate")
+            means.setdefault(swept, {}).setdefault(what, []).append(told.mean)
+            yield _line(f"seed {name}: " if seed else "", what, told)
+    for swept, figures in means.items():
+        for what, values in figures.items():
+            if len(values) > 1:
+                over = f"{len(values)} seeds{f', {swept}' if swept else ''}: "
+                yield _line(over, what, estimate(np.array(values), is_share=what == "win_rate"))
+
+
+def _line(of: str, what: str, told: Estimate) -> str:
+    interval = "" if math.isnan(told.low) else f"95% interval {told.low:.2f} to {told.high:.2f}, "
+    return f"{of}{what} {told.mean:.2f} ({interval}standard deviation {told.std:.2f})"
+
+
+def _player(
+    env: Environment, policy: GreedyPolicy, chosen: EvaluateOptions
+) -> Callable[[PyTree], dict[str, np.ndarray]]:
+    """Plays one member's episodes: its parameters to figures ``[episodes]``; compiled once for all members."""
+    hp = jax.tree.map(jnp.asarray, hyperparams(policy.algo))
     key = jax.random.key(chosen.seed, impl="threefry2x32")
     env.host.sharding()  # refuses where the host can't be called
 
     @jax.jit
-    def play(params: PyTree, hp: PyTree, ctx: Context, keys: PRNGKey) -> dict[str, Array]:
+    def play(params: PyTree, hp: PyTree, ctx: Context, keys: PRNGKey) -> Figures:
         with jax.default_matmul_precision(chosen.matmul_precision):
-            return evaluate(env, algo, params, hp, ctx, keys, num_episodes=chosen.episodes)
+            return greedy_episodes(env, policy.algo, params, hp, ctx, keys, num_episodes=chosen.episodes)
 
-    def figures(params: PyTree) -> dict[str, float]:
-        one_seed = jax.tree.map(lambda leaf: leaf[None], (params, hp, ctx, key))
+    def figures(params: PyTree) -> dict[str, np.ndarray]:
+        one_seed = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (params, hp, GREEDY, key))
         with env.host.running([chosen.seed]):
-            return {name: value.item() for name, value in play(*one_seed).items()}
+            played = jax.tree.map(lambda leaf: np.asarray(leaf)[0], play(*one_seed))
+        told = {"return": played.episode_return, "length": played.episode_length, **played.metrics}
+        return {name: values[played.whole] for name, values in told.items()}
 
     return figures
 
 
-def _evaluate(values: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Figures by what they are of, the prefix of their lines."""
-    env_values, algo_values = values.pop("env"), values.pop("algo")
-    if (values["run"] is None) == (values["pymarl"] is None):
-        raise ConfigError("run is missing: write run=RUN_DIR, or pymarl=FOLDER, the folder of a PyMARL checkpoint")
-    folders = {
-        name: None if values[name] is None else str(values[name]) for name in ("run", "pymarl")
-    }  # may be numbers
+def _viewer(
+    env: Environment, policies: Mapping[str, GreedyPolicy], chosen: EvaluateOptions, path: Path
+) -> StateViewer[Any]:
+    """What draws the episode.
+
+    Raises:
+        ConfigError: if nothing can, or not there.
+    """
+    told = f"render={chosen.render} is not allowed: "
+    if path.suffix.lower() != ".gif":
+        raise ConfigError(f"{told}pictures are animated GIFs, render={path.with_suffix('.gif')}")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ConfigError(told + ("it is a folder" if path.is_dir() else f"there is no folder {path.parent}"))
+    if path.exists() and not chosen.overwrite:
+        raise ConfigError(f"{told}the file is there already; overwrite=true replaces it")
+    if chosen.member >= len(policies):
+        raise ConfigError(f"member={chosen.member} is not allowed: the run has members 0 to {len(policies) - 1}")
+    viewer = env.viewer()
+    if viewer is None:
+        raise ConfigError(f"{told}nothing draws {type(env).__name__}; predator_prey and smax can be drawn")
+    return viewer
+
+
+def _film(env: Environment, policy: GreedyPolicy, viewer: StateViewer[Any], chosen: EvaluateOptions, of: str) -> str:
+    """Writes the picture in one piece and says so."""
+    path = Path(chosen.render or "")
+    key = jax.random.key(chosen.seed, impl="threefry2x32")
+    moments = play_episode(env, policy, key)
+    temporary = path.with_name(f".{path.stem}.tmp.gif")
     try:
-        chosen = build("", {"_target_": f"{__name__}.{EvaluateOptions.__name__}", **values, **folders})
-    except ConfigError as error:
-        raise ConfigError(str(error).removeprefix(".")) from None
-    if chosen.run is not None:
-        return evaluate_run(Path(chosen.run), chosen)
-    algo = build("algo", algo_values | {"hidden_dim": pymarl.hidden_dim(chosen.pymarl or "")})
-    return {"": evaluate_pymarl(build("env", env_values), algo, chosen)}
+        viewer.film(moments, str(temporary))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return f"drawn: {path} ({of}return {moments[-1].episode_return:.2f}, {len(moments) - 1} steps)"
 
 
-def _compose(overrides: Sequence[str]) -> dict[str, Any]:
-    """What ``configs/evaluate.yaml`` and the overrides say."""
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m wqmix_jax.evaluate", usage=argparse.SUPPRESS)
+    own = (CONFIG_DIR / "evaluate.yaml").read_text().partition("run_dir:")
+    parser.format_help = lambda: _HELP + "".join(f"  {line}\n" for line in "".join(own[1:]).splitlines())
+    parser.error = _refuse  # type: ignore[method-assign]
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--config-dir")
+    return parser
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(REFUSED)
+
+
+def _compose(overrides: Sequence[str], config_dir: str | None) -> dict[str, Any]:
+    """What ``configs/evaluate.yaml`` and the overrides say; unknown keys are added, for their schema to refuse."""
+    forced = [text if text.startswith(("env=", "+", "~")) or "=" not in text else f"++{text}" for text in overrides]
+    if config_dir is not None:
+        forced.append(f"hydra.searchpath=['file://{Path(config_dir).absolute()}']")
     try:
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            composed = hydra.compose("evaluate", list(overrides))
+            composed = hydra.compose("evaluate", forced)
             return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error)) from None

@@ -60,9 +60,16 @@ def compile_trainer(trainer: Trainer, members: Sequence[Member], *, fresh: bool 
         evaluate=jax.jit(trainer.evaluate).lower(state).compile(),
     )
     if fresh:
-        init = jax.jit(trainer.init).lower(_as_array(_seeds(members))).compile()
+        init = jax.jit(trainer.init).lower(_as_array(_seeds(members))).compile(_once_options())
         compiled = compiled._replace(init=lambda seeds: init(_as_array(seeds)))
     return compiled, time.perf_counter() - started
+
+
+def _once_options() -> dict[str, bool | int]:
+    """How a program is compiled that runs once: on a CPU, optimising its many draws takes far longer than they do."""
+    if jax.default_backend() != "cpu":
+        return {}
+    return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def _as_array(seeds: Sequence[int]) -> jax.Array:

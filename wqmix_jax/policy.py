@@ -1,15 +1,20 @@
 """Policies alone, for playing: the part of the parameters that acting reads, in one ``.npz`` file."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, hyperparams
 from wqmix_jax.config import ConfigError
+from wqmix_jax.envs.base import Environment, Moment
 from wqmix_jax.members import Member
-from wqmix_jax.types import PyTree
+from wqmix_jax.types import Array, EnvSpec, PRNGKey, PyTree
 
 POLICY_DIR, BEST, LAST = "policies", "best", "last"
 
@@ -55,7 +60,20 @@ def save_policy(path: Path, policy: Policy, members: Sequence[Member]) -> None:
     temporary.replace(path)
 
 
-def load_policy(path: Path, params: PyTree) -> Policy:
+def policy_file(run_dir: Path, which: str) -> Path:
+    """Where a run's policies are.
+
+    Raises:
+        ConfigError: if there are none.
+    """
+    path = run_dir / POLICY_DIR / f"{which}.npz"
+    if not path.is_file():
+        written = "a run writes its policies with its checkpoints; of a merged run the parts have them"
+        raise ConfigError(f"{path} is not there: {written}")
+    return path
+
+
+def read_policies(path: Path, params: PyTree) -> Policy:
     """Reads the file.
 
     Args:
@@ -82,3 +100,88 @@ def flat(tree: PyTree) -> dict[str, Any]:
     """Leaves by their paths, with dots between."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+class PolicyCarry(NamedTuple):
+    """What the agents remember within an episode.
+
+    Attributes:
+        recurrent: the algorithm's own recurrent state, leaves ``[.., N, ..]``.
+        last_action: ``[.., N]`` int32, -1 before the first.
+    """
+
+    recurrent: PyTree
+    last_action: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class GreedyPolicy:
+    """How one member's agents play, each on what it sees itself; all functions are pure.
+
+    Attributes:
+        algo: how parameters are read.
+        params: one member's, what `Algorithm.acting_params` gives.
+        env_spec: the sizes of the environment.
+        matmul_precision: what `jax.default_matmul_precision` is set to.
+    """
+
+    algo: Algorithm
+    params: PyTree
+    env_spec: EnvSpec
+    matmul_precision: str
+
+    def initial_carry(self, batch_shape: tuple[int, ...] = ()) -> PolicyCarry:
+        """What is remembered at the start of ``batch_shape`` episodes side by side, ``()`` for a single one."""
+        shape = (*batch_shape, self.env_spec.num_agents)
+        return PolicyCarry(self.algo.initial_carry(shape), jnp.full(shape, -1, jnp.int32))
+
+    def act(self, carry: PolicyCarry, obs: Array, avail_actions: Array) -> tuple[Array, PolicyCarry]:
+        """The greedy action of each agent.
+
+        Args:
+            carry: of the step before, or `initial_carry`.
+            obs: ``[.., N, O]`` float32.
+            avail_actions: ``[.., N, A]`` bool.
+
+        Returns:
+            The joint action ``[.., N]`` int32 and the next carry.
+
+        Raises:
+            AssertionError: if a shape doesn't fit the environment or the carry.
+        """
+        spec, batch_shape = self.env_spec, carry.last_action.shape[:-1]
+        chex.assert_shape(obs, (*batch_shape, spec.num_agents, spec.obs_dim))
+        chex.assert_shape(avail_actions, (*batch_shape, spec.num_agents, spec.num_actions))
+        hp = jax.tree.map(jnp.asarray, hyperparams(self.algo))
+        inputs = AgentInputs(obs, carry.last_action, avail_actions)
+        key = jax.random.key(0, impl="threefry2x32")  # greedy: nothing depends on it
+        with jax.default_matmul_precision(self.matmul_precision):
+            joint_action, recurrent = self.algo.act(self.params, carry.recurrent, inputs, hp, GREEDY, key)
+        return joint_action, PolicyCarry(recurrent, joint_action)
+
+
+GREEDY = Context(epsilon=np.float32(0), env_steps=np.int32(0), learner_steps=np.int32(0))  # type: ignore[arg-type]
+"""Where training stands when nothing is explored."""
+
+
+def play_episode(env: Environment, policy: GreedyPolicy, key: PRNGKey) -> list[Moment]:
+    """All moments of one greedy episode, the first state to the last."""
+
+    @jax.jit
+    def step(env_state: Any, carry: PolicyCarry, key: PRNGKey) -> tuple[Any, ...]:
+        seen = env.observe(env_state)
+        joint_action, carry = policy.act(carry, seen.obs, seen.avail_actions)
+        env_state, outcome = env.step(env_state, joint_action, key)
+        return env_state, carry, joint_action, outcome
+
+    reset_key, step_key = jax.random.split(key)
+    carry = policy.initial_carry()
+    moments = [Moment(env_state=jax.jit(env.reset)(reset_key), episode_return=0.0)]
+    for index in range(env.spec.episode_limit):
+        last, key = moments[-1], jax.random.fold_in(step_key, index)
+        env_state, carry, joint_action, outcome = step(last.env_state, carry, key)
+        episode_return = last.episode_return + float(outcome.reward)
+        moments.append(Moment(env_state, episode_return, last.env_state, joint_action, key))
+        if outcome.terminated or outcome.truncated:
+            break
+    return moments

@@ -69,15 +69,20 @@ def save_config(run_dir: Path, values: Mapping[str, Any]) -> None:
     _write(run_dir / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(dict(values))))
 
 
-def read_config(run_dir: Path) -> dict[str, Any]:
+def read_config(run_dir: Path, *, option: str = "resume") -> dict[str, Any]:
     """The nested mappings of a run's ``config.yaml``.
+
+    Args:
+        run_dir: the run's folder.
+        option: by which it was named.
 
     Raises:
         ConfigError: if the folder is not a run's.
     """
     path = run_dir / CONFIG_FILE
     if not path.is_file():
-        raise ConfigError(f"resume={run_dir} is not allowed: there is no {CONFIG_FILE} in it")
+        found = f"there is no {CONFIG_FILE} in it" if run_dir.is_dir() else "there is no such folder"
+        raise ConfigError(f"{option}={run_dir} is not allowed: {found}")
     return OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[return-value]
 
 

@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from wqmix_jax.config import CONFIG_DIR, RESUMABLE, ConfigError, RunConfig, run_config
+from wqmix_jax.config import CONFIG_DIR, RESUMABLE, ConfigError, RunConfig, add_import_paths, run_config
 from wqmix_jax.exits import REFUSED, RunError
 from wqmix_jax.hosts import refuse_connected_processes, with_host
 
@@ -74,14 +74,6 @@ def names(group: str, config_dir: str | os.PathLike[str] | None = None) -> str:
     folders = [CONFIG_DIR] if config_dir is None else [CONFIG_DIR, Path(config_dir)]
     stems = {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
     return ", ".join(sorted(stem for stem in stems if not stem.startswith("_")))
-
-
-def add_import_paths(config_dir: str | os.PathLike[str] | None) -> None:
-    """Lets a ``_target_`` name a module in the current folder, in ``config_dir`` or beside it; they come last."""
-    folders = [Path.cwd()] if config_dir is None else [Path.cwd(), Path(config_dir), Path(config_dir).absolute().parent]
-    for folder in map(str, (folder.resolve() for folder in folders)):
-        if folder not in sys.path:
-            sys.path.append(folder)
 
 
 def check_overrides(

@@ -8,7 +8,7 @@ environment that is batched by nature (a bridge to a host simulator) overrides i
 import abc
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,28 @@ from jax.sharding import Sharding
 
 from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, PyTree, StepOutcome
 
+if TYPE_CHECKING:
+    from wqmix_jax.envs.viewer import StateViewer
+
 EnvState = Any
+
+
+class Moment(NamedTuple):
+    """A state of an episode, and the step that led to it.
+
+    Attributes:
+        env_state: the state.
+        episode_return: the undiscounted return so far.
+        before: the state before, None at the start; then there are no actions either.
+        joint_action: ``[N]`` int32.
+        key: the key of the step.
+    """
+
+    env_state: EnvState
+    episode_return: float
+    before: EnvState | None = None
+    joint_action: Array | None = None
+    key: PRNGKey | None = None
 
 
 class Host:
@@ -113,6 +134,10 @@ class Environment(abc.ABC):
     def step_batch(self, env_state: EnvState, joint_action: Array, keys: PRNGKey) -> tuple[EnvState, StepOutcome]:
         """`step` over a leading axis."""
         return jax.vmap(self.step)(env_state, joint_action, keys)
+
+    def viewer(self) -> "StateViewer[Any] | None":
+        """What draws its episodes (`envs.viewer.StateViewer`); None, the default, where nothing does."""
+        return None
 
     # The rest is for environments that live outside of JAX, where a step may fail and games must be ended.
 

@@ -5,7 +5,7 @@ order, then each prey, in a random order too, is caught or flees. A step's rando
 recorded step can be replayed exactly. Positions are ``(row, column)``; row 0 is the top.
 """
 
-from typing import Annotated, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ from pydantic import Field, model_validator
 from wqmix_jax.config import PositiveInt, options
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, StepOutcome
+
+if TYPE_CHECKING:
+    from wqmix_jax.envs.predator_prey_viewer import PredatorPreyViewer
 
 RIGHT, DOWN, LEFT, UP, STAY, CATCH = range(6)
 NUM_ACTIONS = 6
@@ -173,11 +176,18 @@ class PredatorPrey(Environment):
             The next state and its outcome. An end at the time limit is `truncated`, even if the task ended there too.
         """
         moved = self._move_agents(env_state, joint_action, noise.agent_order)
-        hunted, reward = self._hunt(moved, joint_action == CATCH, noise)
+        hunted, reward, _ = self._hunt(moved, joint_action == CATCH, noise)
         next_state = hunted._replace(steps=env_state.steps + jnp.int32(1))
         ended = ~next_state.prey_alive.any() | ~next_state.agents_active.any()
         truncated = next_state.steps >= self.episode_limit
         return next_state, StepOutcome(reward=reward, terminated=ended & ~truncated, truncated=truncated)
+
+    def miscaptures(self, env_state: EnvState, joint_action: Array, key: PRNGKey) -> Array:
+        """``[P]`` bool: the prey for which a `step` with the same arguments is punished."""
+        noise = self.sample_noise(key)
+        moved = self._move_agents(env_state, joint_action, noise.agent_order)
+        _, _, missed = self._hunt(moved, joint_action == CATCH, noise)
+        return jnp.zeros_like(missed).at[noise.prey_order].set(missed)
 
     def observe(self, env_state: EnvState) -> Observation:
         """Local windows, the whole grid and the allowed actions of ``env_state``.
@@ -195,6 +205,12 @@ class PredatorPrey(Environment):
     def metrics(self, env_state: EnvState) -> dict[str, Array]:
         """``captures``: prey caught in the episode."""
         return {"captures": (~env_state.prey_alive).sum(dtype=jnp.float32)}
+
+    def viewer(self) -> "PredatorPreyViewer":
+        """Draws the grid."""
+        from wqmix_jax.envs.predator_prey_viewer import PredatorPreyViewer  # loads matplotlib, only needed here
+
+        return PredatorPreyViewer(self)
 
     def pack(self, env_state: EnvState) -> Packed:
         """Cell indices and flags, 18 bytes in the paper's task; `observe` needs nothing else."""
@@ -240,8 +256,11 @@ class PredatorPrey(Environment):
         has_moved, _ = jax.lax.scan(turn, jnp.zeros(self.num_agents, bool), order)
         return env_state._replace(agents_pos=jnp.where(has_moved[:, None], goal, start))
 
-    def _hunt(self, env_state: EnvState, is_catching: Array, noise: Noise) -> tuple[EnvState, Array]:
-        """Lets one prey after the other be caught or flee, each fully before the next; returns the reward too."""
+    def _hunt(self, env_state: EnvState, is_catching: Array, noise: Noise) -> tuple[EnvState, Array, Array]:
+        """Lets one prey after the other be caught or flee, each fully before the next.
+
+        Returns the state, the reward, and for each prey in its turn whether a catch failed, ``[P]`` bool.
+        """
         agents, prey = env_state.agents_pos, env_state.prey_pos
         catcher_beside = _adjacent(prey, agents) & is_catching[None]  # [P, N]
         # At a wall the goal is the prey's own cell, which it takes itself: no prey rests unless it is shut in.
@@ -251,7 +270,9 @@ class PredatorPrey(Environment):
         needed = jnp.where(is_stag, jnp.int32(self.stag_catchers), jnp.int32(self.hare_catchers))
         gain = jnp.where(is_stag, jnp.float32(self.reward_stag), jnp.float32(self.reward_hare))
 
-        def turn(carry: tuple[Array, Array, Array], prey_index: Array) -> tuple[tuple[Array, Array, Array], Array]:
+        def turn(
+            carry: tuple[Array, Array, Array], prey_index: Array
+        ) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
             cells, alive, active = carry
             me = _index(self.num_prey) == prey_index
             catchers = catcher_beside[prey_index] & active
@@ -268,12 +289,12 @@ class PredatorPrey(Environment):
             flees = me & alive & (choice >= 0)
             cells = jnp.where(flees, choice, cells)
             reward = jnp.where(caught, gain[prey_index], jnp.where(missed, jnp.float32(self.punishment), 0.0))
-            return (cells, alive, active), reward
+            return (cells, alive, active), (reward, missed)
 
         start = (self._cell(prey), env_state.prey_alive, env_state.agents_active)
-        (cells, alive, active), rewards = jax.lax.scan(turn, start, noise.prey_order)
+        (cells, alive, active), (rewards, missed) = jax.lax.scan(turn, start, noise.prey_order)
         hunted = env_state._replace(prey_pos=self._position(cells), prey_alive=alive, agents_active=active)
-        return hunted, rewards.sum(dtype=jnp.float32)
+        return hunted, rewards.sum(dtype=jnp.float32), missed
 
     def _local_views(self, env_state: EnvState) -> Array:
         """``[N, (2r+1)^2 * 3]`` float32: the window around each agent."""

@@ -3,11 +3,14 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
+from wqmix_jax.envs.base import Moment
 from wqmix_jax.envs.predator_prey import EnvState, PredatorPrey
 from wqmix_jax.envs.viewer import StateViewer
 
@@ -21,12 +24,21 @@ _STYLES: dict[str, dict[str, Any]] = {
     "stag": {"marker": "s", "markerfacecolor": "#E69F00", "markeredgecolor": "#E69F00"},
     "hare": {"marker": "^", "markerfacecolor": "#009E73", "markeredgecolor": "#009E73"},
 }
+# What came of a prey in a step, on the cell where that was; a shape and a sign beside the colour.
+_EVENTS: dict[str, dict[str, Any]] = {
+    "capture": {"marker": "*", "markerfacecolor": "#F0E442", "markeredgecolor": "black"},
+    "miscapture": {"marker": "X", "markerfacecolor": "#D55E00", "markeredgecolor": "black"},
+}
 _FIGURE_SIZE = 6.0  # inches, along the grid's longer side
 _MARKER_SHARE = 0.62  # of a cell's side
 
 
-class PredatorPreyViewer(StateViewer["State"]):
-    """Agents as numbered discs (hollow once frozen), stags as squares and hares as triangles."""
+class PredatorPreyViewer(StateViewer["State | Moment"]):
+    """Agents as numbered discs (hollow once frozen), stags as squares and hares as triangles.
+
+    A film shows captures (a star) and miscaptures (a cross) with what they paid, on the cells where the prey stood, and
+    agents that have left the grid as faint rings on the cells that they left.
+    """
 
     def __init__(self, task: PredatorPrey, name: str = "PredatorPrey", render_mode: str = "rgb_array") -> None:
         """Sets the figure up.
@@ -37,12 +49,12 @@ class PredatorPreyViewer(StateViewer["State"]):
             render_mode: ``rgb_array`` to return arrays, ``human`` to show a window.
         """
         rows, columns = task.world_shape
-        self._task = task
+        self._task, self._miscaptures = task, jax.jit(task.miscaptures)
         self._cell_inches = _FIGURE_SIZE / max(rows, columns)
         size = (max(columns * self._cell_inches, 4.5) + 0.6, rows * self._cell_inches + 1.2)
         super().__init__(name, render_mode, size)
 
-    def _draw(self, ax: Axes, state: "State") -> None:
+    def _draw(self, ax: Axes, state: "State | Moment") -> None:
         env_state = state.env_state
         self._draw_grid(ax)
         for kind, label, (row, column) in self._entities(env_state):
@@ -57,6 +69,49 @@ class PredatorPreyViewer(StateViewer["State"]):
             f"caught {caught} of {self._task.num_prey}   frozen {frozen} of {self._task.num_agents}",
             fontsize=11,
         )
+
+    def _draw_moment(self, ax: Axes, moment: Moment) -> None:
+        self._draw(ax, moment)  # its `env_state` is all that is read
+        size = self._cell_inches * 72
+        if self._task.remove_frozen:
+            gone = ~np.asarray(moment.env_state.agents_active)
+            for position in np.asarray(moment.env_state.agents_pos)[gone]:
+                ring = {"marker": "o", "markerfacecolor": "none", "markeredgecolor": "#0072B2", "alpha": 0.35}
+                ax.plot(*position[::-1], **ring, markersize=size * _MARKER_SHARE, linestyle=":", zorder=1)
+        for kind, reward, (row, column) in self._events(moment):
+            ax.plot(column, row, **_EVENTS[kind], markersize=size * 0.55, linestyle="none", zorder=4)
+            sign = {"color": "black", "fontsize": size * 0.24, "ha": "center", "va": "bottom", "weight": "bold"}
+            outline = [withStroke(linewidth=2.5, foreground="white")]
+            ax.text(column, row - 0.3, f"{reward:+g}", **sign, path_effects=outline, zorder=5)
+        self._draw_event_legend(ax)
+
+    def _draw_event_legend(self, ax: Axes) -> None:
+        """A second row below that of who is on the grid."""
+        shown: dict[str, dict[str, Any]] = dict(_EVENTS)
+        if self._task.remove_frozen:
+            shown["frozen, off the grid"] = {"marker": "o", "markerfacecolor": "none", "markeredgecolor": "#99C7E0"}
+        handles = [
+            Line2D([], [], **style, markersize=10, linestyle="none", label=kind) for kind, style in shown.items()
+        ]
+        first = ax.get_legend()
+        box = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.06), "frameon": False}
+        ax.legend(handles=handles, ncols=len(handles), **box)
+        if first is not None:
+            ax.add_artist(first)
+
+    def _events(self, moment: Moment) -> Iterator[tuple[str, float, NDArray]]:
+        """Kind, reward and place of what the step brought each prey that was caught or missed."""
+        before = moment.before
+        if before is None:
+            return
+        task = self._task
+        caught = np.asarray(before.prey_alive) & ~np.asarray(moment.env_state.prey_alive)
+        missed = np.asarray(self._miscaptures(before, moment.joint_action, moment.key))
+        for index, position in enumerate(np.asarray(before.prey_pos)):
+            if caught[index]:
+                yield "capture", task.reward_stag if index < task.num_stags else task.reward_hare, position
+            elif missed[index]:
+                yield "miscapture", task.punishment, position
 
     def _draw_grid(self, ax: Axes) -> None:
         rows, columns = self._task.world_shape

@@ -10,7 +10,7 @@ import importlib.util
 import io
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ from pydantic import Field
 from wqmix_jax.config import PositiveInt, options
 from wqmix_jax.envs.base import Environment, EnvState, without_weak_types
 from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, PyTree, StepOutcome
+
+if TYPE_CHECKING:
+    from wqmix_jax.envs.smax_viewer import SMAXViewer
 
 NATIVE_MAX_RETURN = 2.0
 """Half for the enemies' lost health, half for the battle won."""
@@ -125,6 +128,12 @@ class SMAX(Environment):
             "dead_allies": (~allies).sum().astype(jnp.float32),
             "dead_enemies": (~enemies).sum().astype(jnp.float32),
         }
+
+    def viewer(self) -> "SMAXViewer":
+        """Draws the battle."""
+        from wqmix_jax.envs.smax_viewer import SMAXViewer  # loads matplotlib, only needed here
+
+        return SMAXViewer(self)
 
     def pack(self, env_state: EnvState) -> Units:
         """The units: far less than what each ally sees of them."""

@@ -11,7 +11,7 @@ from matplotlib.patches import Circle, Rectangle
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
-from wqmix_jax.envs.base import EnvState
+from wqmix_jax.envs.base import EnvState, Moment
 from wqmix_jax.envs.smax import SMAX
 from wqmix_jax.envs.viewer import StateViewer
 
@@ -73,6 +73,11 @@ class SMAXViewer(StateViewer[EnvState]):
         """Draws one frame per state, all of the same part of the map; see `StateViewer.animate`."""
         self._look_at(states)
         return super().animate(states, interval, save_path)
+
+    def film(self, moments: Sequence[Moment], save_path: str, interval: int = 250) -> None:
+        """Draws an episode, all of it on the same part of the map; see `StateViewer.film`."""
+        self._look_at([moment.env_state for moment in moments])
+        super().film(moments, save_path, interval)
 
     def units(self, env_state: EnvState) -> list[Unit]:
         """All units, allies first."""

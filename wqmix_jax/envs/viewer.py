@@ -1,7 +1,7 @@
 """What the viewers share: pictures and animations of an environment's states, drawn with matplotlib."""
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import matplotlib.pyplot as plt
@@ -11,7 +11,12 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
+from wqmix_jax.envs.base import Moment
+
 StateT = TypeVar("StateT")
+
+_LAST_FRAMES = 8
+"""How often a film's last picture is shown, so that its end can be seen."""
 
 
 class StateViewer(MatplotlibViewer, abc.ABC, Generic[StateT]):
@@ -32,6 +37,10 @@ class StateViewer(MatplotlibViewer, abc.ABC, Generic[StateT]):
     def _draw(self, ax: Axes, state: StateT) -> None:
         """Draws ``state`` on cleared axes."""
 
+    def _draw_moment(self, ax: Axes, moment: Moment) -> None:
+        """Draws a moment on cleared axes; by default its state alone. A subclass may add what happened in the step."""
+        self._draw(ax, moment.env_state)
+
     def render(self, state: StateT, save_path: str | None = None) -> NDArray | None:
         """Draws one state; see `MatplotlibViewer.render`."""
         self._clear_display()
@@ -51,15 +60,35 @@ class StateViewer(MatplotlibViewer, abc.ABC, Generic[StateT]):
             interval: milliseconds between frames.
             save_path: where the animation goes, a GIF or what else matplotlib can write.
         """
+        return self._animated(self._draw, states, interval, save_path)
+
+    def film(self, moments: Sequence[Moment], save_path: str, interval: int = 250) -> None:
+        """Draws one frame per moment of an episode, with the return so far in its title.
+
+        Args:
+            moments: consecutive, from `wqmix_jax.policy.play_episode`.
+            save_path: where the animation goes, a GIF or what else matplotlib can write.
+            interval: milliseconds between frames.
+        """
+
+        def draw(ax: Axes, moment: Moment) -> None:
+            self._draw_moment(ax, moment)
+            ax.set_title(f"{ax.get_title()}   return {moment.episode_return:.4g}", fontsize=11)
+
+        self._animated(draw, [*moments, *[moments[-1]] * (_LAST_FRAMES - 1)], interval, save_path)
+
+    def _animated(
+        self, draw: Callable[[Axes, Any], None], frames: Sequence[Any], interval: int, save_path: str | None
+    ) -> FuncAnimation:
         fig, ax = self._get_fig_ax(name_suffix="_animation", show=False)
         plt.close(fig)
 
-        def draw_frame(state: StateT) -> Sequence[Artist]:
+        def draw_frame(frame: Any) -> Sequence[Artist]:
             ax.clear()
-            self._draw(ax, state)
+            draw(ax, frame)
             return (ax,)
 
-        animation = FuncAnimation(fig, draw_frame, frames=states, interval=interval)
+        animation = FuncAnimation(fig, draw_frame, frames=frames, interval=interval)
         self._animation = animation
         if save_path:
             animation.save(save_path, writer="pillow" if save_path.endswith(".gif") else None)
