@@ -74,20 +74,19 @@ def absolute_metric(folder: Path, factor: int) -> dict[str, Row]:
     if not (folder / POLICY_DIR / f"{BEST}.npz").is_file():
         return {}
     print(f"the best policies of {folder} play {episodes} episodes", flush=True)
-    chosen = EvaluateOptions(
-        run=str(folder),
-        policy=BEST,
-        pymarl=None,
-        episodes=episodes,
-        seed=0,
-        matmul_precision=config["matmul_precision"],
-    )
-    figures = evaluate_run(folder, chosen).values()  # in the members' order
-    names = map(member_name, load_header(folder)["members"])
-    played = {"episodes": episodes, "seeds": dict(zip(names, figures, strict=True))}
+    played = {"episodes": episodes, "seeds": _best_policies(folder, episodes, config["matmul_precision"])}
     if read_summary(folder).get("status") == "finished":
         kept.write_text(json.dumps(played) + "\n")
     return played["seeds"]
+
+
+def _best_policies(folder: Path, episodes: int, matmul_precision: Any) -> dict[str, Row]:
+    """Means over the episodes that each seed's best policy plays."""
+    chosen = EvaluateOptions(
+        run=str(folder), policy=BEST, pymarl=None, episodes=episodes, seed=0, matmul_precision=matmul_precision
+    )
+    figures = evaluate_run(folder, chosen).values()  # in the members' order
+    return dict(zip(map(member_name, load_header(folder)["members"]), figures, strict=True))
 
 
 def curves(line: Line, metric: str) -> SeedCurves:
