@@ -34,6 +34,7 @@ class Figure(pydantic.BaseModel, frozen=True, extra="forbid"):
     Attributes:
         title: what it shows.
         metric: what is drawn, a field of the evaluation records.
+        lowest: where the axis ends below; what lies lower is not drawn.
         env: the environments that it can be drawn on; the first is the paper's own.
         overrides: what all its runs share.
         lines: each line's overrides, by its label in the legend.
@@ -49,6 +50,7 @@ class Figure(pydantic.BaseModel, frozen=True, extra="forbid"):
     lines: dict[str, Overrides]
     panels: dict[str, Panel]
     authors: dict[str, str] = {}
+    lowest: float | None = None
     searched: dict[str, dict[str, list[float]]]
 
     @pydantic.model_validator(mode="after")

@@ -13,7 +13,14 @@ from wqmix_jax.plotting import Style, decorate, draw_band, new_figure, save_figu
 from wqmix_jax.statistics import iqm_estimate, quartiles
 
 
-def draw(path: Path, lines: Sequence[Line], metric: str, title: Sequence[str], authors: Mapping[str, Path]) -> Path:
+def draw(
+    path: Path,
+    lines: Sequence[Line],
+    metric: str,
+    title: Sequence[str],
+    authors: Mapping[str, Path],
+    lowest: float | None = None,
+) -> Path:
     """Draws all panels, one below the other.
 
     Args:
@@ -22,6 +29,7 @@ def draw(path: Path, lines: Sequence[Line], metric: str, title: Sequence[str], a
         metric: what is drawn.
         title: its lines.
         authors: files with curves of the authors' code, by line.
+        lowest: where the axis of the metric ends below.
     """
     panels = list(dict.fromkeys(line.run.panel for line in lines))
     looks = styles(list(dict.fromkeys(line.run.line for line in lines)))
@@ -39,10 +47,12 @@ def draw(path: Path, lines: Sequence[Line], metric: str, title: Sequence[str], a
             axes.set_title(f"{panel}: {told}", fontsize=10)
             axes.set_xlabel("environment steps")
             decorate(axes, metric)
+            if lowest is not None:
+                axes.set_ylim(bottom=lowest)
         mean.set_ylabel("")
         handles, labels = paper.get_legend_handles_labels()
         mean.legend(handles, labels, frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return save_figure(figure, path)
+    return save_figure(figure, path, dpi=110)
 
 
 def _label(line: Line) -> str:

@@ -283,7 +283,7 @@ def _publish(
     rows = results.write(folder, lines, figure.metric, f"{env} ({versions})" if versions else env, made)
     same_task = not any(text.startswith("env.") for text in changes)
     authors = {line: ROOT / path for line, path in figure.authors.items() if same_task}
-    picture = pictures.draw(folder / f"{folder.name}.png", lines, figure.metric, told, authors)
+    picture = pictures.draw(folder / f"{folder.name}.png", lines, figure.metric, told, authors, figure.lowest)
     print("\n".join(told))
     show(rows)
     print(f"picture and data: {picture.parent}")

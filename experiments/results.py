@@ -121,7 +121,7 @@ def marl_eval(lines: Sequence[Line], env: str) -> dict[str, Any]:
     """All seeds in the format that marl-eval documents: environment, task, algorithm, seed, step.
 
     Each metric is a list of one number, the mean over an evaluation's episodes. The tool wants equally many steps of
-    all runs, so the evaluations are interpolated at multiples of the interval, as far as every seed of a task has come;
+    all runs, so the evaluations are interpolated on common steps, as far as every seed of a task has come;
     ``absolute_metrics`` is the best policy's evaluation.
     """
     exported: dict[str, Any] = {}
@@ -130,7 +130,8 @@ def marl_eval(lines: Sequence[Line], env: str) -> dict[str, Any]:
         interval = read_config(of_task[0].folders[0])["eval_interval"]
         first = max(of_seed[0]["env_steps"] for line in of_task for of_seed in _by_seed(line).values())
         last = min(horizon(line.records) for line in of_task)
-        steps = np.arange(first, last + 1, interval)
+        every = interval * -(-(last - first) // (interval * NUM_POINTS))  # enough, and the file stays small
+        steps = np.arange(first, last + 1, max(every, interval))
         exported[task] = {line.run.label: _seeds_of(line, steps) for line in of_task}
     return {env.lower(): exported}
 

@@ -104,10 +104,10 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Writes the file in one piece, in the format that its name ends with."""
+def save_figure(figure: Figure, path: Path, *, dpi: int = 150) -> Path:
+    """Writes the file in one piece, in the format that its name ends with, with ``dpi`` dots per inch."""
     temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format=path.suffix.removeprefix(".") or "png", dpi=150)
+    figure.savefig(temporary, format=path.suffix.removeprefix(".") or "png", dpi=dpi)
     return temporary.replace(path)
 
 
