@@ -62,11 +62,20 @@ def load_config(*overrides: str, config_dir: str | os.PathLike[str] | None = Non
     Raises:
         ConfigError: where an option is not allowed.
     """
+    return run_config(load_values(*overrides, config_dir=config_dir))
+
+
+def load_values(*overrides: str, config_dir: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """The same as nested mappings, every default included, as ``config.yaml`` of a run folder holds them.
+
+    Raises:
+        ConfigError: where an option is not known; values are checked when `run_config` builds what they describe.
+    """
     overrides = tuple(_with_open_sweep(overrides))
     add_import_paths(config_dir)
     check_overrides(overrides, config_dir)
     with _in_one_line(overrides, config_dir):
-        return run_config(_plain(_compose(overrides, config_dir)))
+        return _plain(_compose(overrides, config_dir))
 
 
 def names(group: str, config_dir: str | os.PathLike[str] | None = None) -> str:
