@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.figures import Run
-from wqmix_jax.evaluate import EvaluateOptions, evaluate_run
+from wqmix_jax.api import load_policies
+from wqmix_jax.evaluate import play_policies
 from wqmix_jax.logger import load_header, load_metrics
 from wqmix_jax.members import labels_of, member_name
 from wqmix_jax.policy import BEST, POLICY_DIR
@@ -82,11 +83,9 @@ def absolute_metric(folder: Path, factor: int) -> dict[str, Row]:
 
 def _best_policies(folder: Path, episodes: int, matmul_precision: Any) -> dict[str, Row]:
     """Means over the episodes that each seed's best policy plays."""
-    chosen = EvaluateOptions(
-        run=str(folder), policy=BEST, pymarl=None, episodes=episodes, seed=0, matmul_precision=matmul_precision
-    )
-    figures = evaluate_run(folder, chosen).values()  # in the members' order
-    return dict(zip(map(member_name, load_header(folder)["members"]), figures, strict=True))
+    env, policies = load_policies(folder, which=BEST)
+    played = play_policies(env, policies, episodes=episodes, seed=0, matmul_precision=matmul_precision)
+    return {name: {what: float(values.mean()) for what, values in figures.items()} for name, figures in played}
 
 
 def curves(line: Line, metric: str) -> SeedCurves:
