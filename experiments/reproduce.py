@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 from omegaconf import OmegaConf
 
 from experiments import pictures, results
-from experiments.figures import Figure, Run, load_figure, runs
+from experiments.figures import Figure, Run, figure_names, load_figure, runs
 from wqmix_jax import runner
 from wqmix_jax.config import CONFIG_DIR, ConfigError, PositiveInt, build, options, run_config
 from wqmix_jax.devices import claim_cores
@@ -27,6 +27,7 @@ from wqmix_jax.table import show
 from wqmix_jax.train import load_config, load_values
 
 ROOT = Path(__file__).parent.parent
+DEFAULTS = CONFIG_DIR / "reproduce.yaml"
 GAMES = {
     "smac": ", on StarCraft II",
     "smax": ", on SMAX (JaxMARL), which is not StarCraft II and not comparable with it",
@@ -85,9 +86,14 @@ class Planned(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line on ``arguments``, by default the process's own."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.reproduce", description="Makes a figure of the paper.")
-    parser.add_argument("figure", help="fig2 .. fig9")
-    parser.add_argument("options", nargs="*", metavar="key=value", help=f"see {CONFIG_DIR.name}/reproduce.yaml")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.reproduce",
+        description="Makes a figure of the paper: trains what is missing, gathers and draws.",
+        epilog=DEFAULTS.read_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("figure", help=", ".join(figure_names()))
+    parser.add_argument("options", nargs="*", metavar="key=value", help="of this command (below) or of every run")
     args = parser.parse_args(arguments)
     try:
         failed = reproduce(args.figure, args.options)
@@ -200,7 +206,7 @@ def _parsed(texts: Sequence[str]) -> tuple[ReproduceOptions, list[str]]:
         is_own = key in ReproduceOptions.__dataclass_fields__  # type: ignore[attr-defined]
         (own if is_own else overrides).append(text)
     try:
-        merged = OmegaConf.merge(OmegaConf.load(CONFIG_DIR / "reproduce.yaml"), OmegaConf.from_dotlist(own))
+        merged = OmegaConf.merge(OmegaConf.load(DEFAULTS), OmegaConf.from_dotlist(own))
         values: Any = OmegaConf.to_container(merged)
     except Exception as error:  # of omegaconf or its yaml parser
         raise ConfigError(" ".join(str(error).split())) from None
