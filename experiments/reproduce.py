@@ -34,7 +34,7 @@ GAMES = {
 }
 """How environments that stand for each other are told apart."""
 
-_CHOSEN_HERE = ("+algo", "algo", "resume", "run_dir", "hosts", "host", "sweep")
+_CHOSEN_HERE = ("resume", "run_dir", "hosts", "host", "sweep")
 _NO_MATTER = ("logger", "checkpoint", "chunk_iterations", "env.worker_python")
 
 
@@ -126,11 +126,10 @@ def reproduce(name: str, texts: Sequence[str]) -> list[str]:
     chosen, overrides = _parsed(texts)
     env = _environment(figure, chosen, overrides)
     planned = plan(figure, env, chosen, overrides)
-    failed = []
+    failed: list[str] = []
     if chosen.train:
         for line in planned:
-            with _collecting(failed):
-                train(line)
+            train(line, failed)
     lines = [results.gather(line.run, _made(line.folder), chosen.absolute_factor) for line in planned if _begun(line)]
     if not lines:
         raise ConfigError(f"train=False is not allowed: there is no run of {name} in {chosen.folder}")
@@ -165,19 +164,21 @@ def plan(figure: Figure, env: str, chosen: ReproduceOptions, overrides: Sequence
     return planned
 
 
-def train(line: Planned) -> None:
-    """Trains what is missing of a line.
+def train(line: Planned, failed: list[str]) -> None:
+    """Trains what is missing of a line, and adds to ``failed`` what is to be told of seeds that failed.
 
     Raises:
-        RunError: if a run had to stop, or seeds of it failed.
+        RunError: if a run had to stop.
     """
     for made in line.made:
         if read_summary(made).get("status") != "finished":
-            runner.resume(made, {})
+            with _collecting(failed):
+                runner.resume(made, {})
     for seeds in missing_seeds(line):
         folder = line.folder / f"seeds_{seeds[0]}-{seeds[-1]}"
         part = {"seed": seeds[0], "num_seeds": len(seeds), "run_dir": str(folder)}
-        runner.start({**line.values, **part}, algo=line.run.algo, env=line.run.env)
+        with _collecting(failed):
+            runner.start({**line.values, **part}, algo=line.run.algo, env=line.run.env)
 
 
 def missing_seeds(line: Planned) -> list[range]:
@@ -201,7 +202,8 @@ def _parsed(texts: Sequence[str]) -> tuple[ReproduceOptions, list[str]]:
         key, equals, _ = text.partition("=")
         if not equals:
             raise ConfigError(f"{text!r} can't be read: options are written key=value")
-        if key.removeprefix("+").split(".")[0] in _CHOSEN_HERE and not key.startswith("algo."):
+        name = key.lstrip("+~")
+        if name == "algo" or name.split(".")[0] in _CHOSEN_HERE:
             raise ConfigError(f"{text} is not allowed: the figure says which runs it has, and out=FOLDER where they go")
         is_own = key in ReproduceOptions.__dataclass_fields__  # type: ignore[attr-defined]
         (own if is_own else overrides).append(text)
@@ -210,7 +212,10 @@ def _parsed(texts: Sequence[str]) -> tuple[ReproduceOptions, list[str]]:
         values: Any = OmegaConf.to_container(merged)
     except Exception as error:  # of omegaconf or its yaml parser
         raise ConfigError(" ".join(str(error).split())) from None
-    return build("reproduce", {"_target_": f"{__name__}.{ReproduceOptions.__name__}", **values}), overrides
+    try:
+        return build("", {"_target_": f"{__name__}.{ReproduceOptions.__name__}", **values}), overrides
+    except ConfigError as error:
+        raise ConfigError(str(error).removeprefix(".")) from None
 
 
 def _environment(figure: Figure, chosen: ReproduceOptions, overrides: Sequence[str]) -> str:
