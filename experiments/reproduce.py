@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 from omegaconf import OmegaConf
 
 from experiments import pictures, results
-from experiments.figures import Figure, Run, load_figure, runs
+from experiments.figures import Figure, Run, figure_names, load_figure, runs
 from wqmix_jax import runner
 from wqmix_jax.config import CONFIG_DIR, ConfigError, PositiveInt, build, options, run_config
 from wqmix_jax.devices import claim_cores
@@ -27,13 +27,14 @@ from wqmix_jax.table import show
 from wqmix_jax.train import load_config, load_values
 
 ROOT = Path(__file__).parent.parent
+DEFAULTS = CONFIG_DIR / "reproduce.yaml"
 GAMES = {
     "smac": ", on StarCraft II",
     "smax": ", on SMAX (JaxMARL), which is not StarCraft II and not comparable with it",
 }
 """How environments that stand for each other are told apart."""
 
-_CHOSEN_HERE = ("+algo", "algo", "resume", "run_dir", "hosts", "host", "sweep")
+_CHOSEN_HERE = ("resume", "run_dir", "hosts", "host", "sweep")
 _NO_MATTER = ("logger", "checkpoint", "chunk_iterations", "env.worker_python")
 
 
@@ -85,9 +86,14 @@ class Planned(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line on ``arguments``, by default the process's own."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.reproduce", description="Makes a figure of the paper.")
-    parser.add_argument("figure", help="fig2 .. fig9")
-    parser.add_argument("options", nargs="*", metavar="key=value", help=f"see {CONFIG_DIR.name}/reproduce.yaml")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.reproduce",
+        description="Makes a figure of the paper: trains what is missing, gathers and draws.",
+        epilog=DEFAULTS.read_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("figure", help=", ".join(figure_names()))
+    parser.add_argument("options", nargs="*", metavar="key=value", help="of this command (below) or of every run")
     args = parser.parse_args(arguments)
     try:
         failed = reproduce(args.figure, args.options)
@@ -120,11 +126,10 @@ def reproduce(name: str, texts: Sequence[str]) -> list[str]:
     chosen, overrides = _parsed(texts)
     env = _environment(figure, chosen, overrides)
     planned = plan(figure, env, chosen, overrides)
-    failed = []
+    failed: list[str] = []
     if chosen.train:
         for line in planned:
-            with _collecting(failed):
-                train(line)
+            train(line, failed)
     lines = [results.gather(line.run, _made(line.folder), chosen.absolute_factor) for line in planned if _begun(line)]
     if not lines:
         raise ConfigError(f"train=False is not allowed: there is no run of {name} in {chosen.folder}")
@@ -159,19 +164,21 @@ def plan(figure: Figure, env: str, chosen: ReproduceOptions, overrides: Sequence
     return planned
 
 
-def train(line: Planned) -> None:
-    """Trains what is missing of a line.
+def train(line: Planned, failed: list[str]) -> None:
+    """Trains what is missing of a line, and adds to ``failed`` what is to be told of seeds that failed.
 
     Raises:
-        RunError: if a run had to stop, or seeds of it failed.
+        RunError: if a run had to stop.
     """
     for made in line.made:
         if read_summary(made).get("status") != "finished":
-            runner.resume(made, {})
+            with _collecting(failed):
+                runner.resume(made, {})
     for seeds in missing_seeds(line):
         folder = line.folder / f"seeds_{seeds[0]}-{seeds[-1]}"
         part = {"seed": seeds[0], "num_seeds": len(seeds), "run_dir": str(folder)}
-        runner.start({**line.values, **part}, algo=line.run.algo, env=line.run.env)
+        with _collecting(failed):
+            runner.start({**line.values, **part}, algo=line.run.algo, env=line.run.env)
 
 
 def missing_seeds(line: Planned) -> list[range]:
@@ -195,16 +202,20 @@ def _parsed(texts: Sequence[str]) -> tuple[ReproduceOptions, list[str]]:
         key, equals, _ = text.partition("=")
         if not equals:
             raise ConfigError(f"{text!r} can't be read: options are written key=value")
-        if key.removeprefix("+").split(".")[0] in _CHOSEN_HERE and not key.startswith("algo."):
+        name = key.lstrip("+~")
+        if name == "algo" or name.split(".")[0] in _CHOSEN_HERE:
             raise ConfigError(f"{text} is not allowed: the figure says which runs it has, and out=FOLDER where they go")
         is_own = key in ReproduceOptions.__dataclass_fields__  # type: ignore[attr-defined]
         (own if is_own else overrides).append(text)
     try:
-        merged = OmegaConf.merge(OmegaConf.load(CONFIG_DIR / "reproduce.yaml"), OmegaConf.from_dotlist(own))
+        merged = OmegaConf.merge(OmegaConf.load(DEFAULTS), OmegaConf.from_dotlist(own))
         values: Any = OmegaConf.to_container(merged)
     except Exception as error:  # of omegaconf or its yaml parser
         raise ConfigError(" ".join(str(error).split())) from None
-    return build("reproduce", {"_target_": f"{__name__}.{ReproduceOptions.__name__}", **values}), overrides
+    try:
+        return build("", {"_target_": f"{__name__}.{ReproduceOptions.__name__}", **values}), overrides
+    except ConfigError as error:
+        raise ConfigError(str(error).removeprefix(".")) from None
 
 
 def _environment(figure: Figure, chosen: ReproduceOptions, overrides: Sequence[str]) -> str:

@@ -66,3 +66,18 @@ def test_a_win_rate_stands_on_an_axis_from_0_to_1(tmp_path: Path, monkeypatch: p
     assert win_rate.get_ylim() == (-0.02, 1.02)
     assert returns.get_ylim()[0] > 2.5
     assert win_rate.lines[0].get_ydata().tolist() == [0.25, 0.25]
+
+
+def test_swept_values_have_lines_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **kw: figures.append(figure) or Path(path).touch())
+    members = [{"seed": seed, "algo.alpha": alpha} for alpha in (0.1, 0.5) for seed in (0, 1)]
+    create_metrics(tmp_path, version="0", algo="ow_qmix", env="coin", members=members)
+    with MetricsFile(tmp_path, num_bytes=0) as metrics:
+        for label in members:
+            metrics.write([line | label for line in evaluated(label["seed"], {0: 0.0, 10: 10 * label["algo.alpha"]})])
+    plot_run(tmp_path)
+    [axes] = figures[0].axes
+    assert [line.get_label() for line in axes.lines] == ["alpha=0.1: median of 2 seeds", "alpha=0.5: median of 2 seeds"]
+    assert [line.get_ydata()[-1] for line in axes.lines] == [1.0, 5.0]
+    assert axes.lines[0].get_color() != axes.lines[1].get_color()

@@ -119,8 +119,8 @@ def mann_whitney_p(values: np.ndarray, baseline: np.ndarray) -> float:
     """
     if min(len(values), len(baseline)) < 2:
         return math.nan
-    method = stats.PermutationMethod(n_resamples=PERMUTATIONS, rng=np.random.default_rng(0))
-    return float(stats.mannwhitneyu(values, baseline, method=method).pvalue)  # type: ignore[arg-type]
+    method: Any = stats.PermutationMethod(n_resamples=PERMUTATIONS, rng=np.random.default_rng(0))
+    return float(stats.mannwhitneyu(values, baseline, method=method).pvalue)
 
 
 def _wins(values: np.ndarray, baseline: np.ndarray, axis: int = -1) -> np.ndarray:

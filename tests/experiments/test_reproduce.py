@@ -89,6 +89,8 @@ class Faked:
         self.resumed.append(folder.as_posix())
         summary = json.loads((folder / SUMMARY_FILE).read_text())
         (folder / SUMMARY_FILE).write_text(json.dumps({**summary, "status": "finished"}))
+        if self.failing:
+            raise RunError("a seed failed", SEEDS_FAILED)
         return folder
 
 
@@ -188,6 +190,14 @@ def test_seeds_that_fail_are_left_out_and_told(
     assert float(rows[0]["absolute"]) == 10.0  # of 0 and 20
 
 
+def test_other_seeds_are_trained_where_a_resumed_one_fails(small: Figure, faked: Faked, tmp_path: Path) -> None:
+    faked.status, faked.failing = "interrupted", (1,)
+    assert made(tmp_path, "num_seeds=2", "lines=[iql]") == SEEDS_FAILED
+    assert made(tmp_path, "num_seeds=3", "lines=[iql]") == SEEDS_FAILED
+    assert faked.resumed == [faked.started[0][0]]
+    assert faked.started[1][1] == [2]
+
+
 @pytest.mark.parametrize(
     ("texts", "told"),
     [
@@ -197,11 +207,12 @@ def test_seeds_that_fail_are_left_out_and_told(
         ),
         (("total_env_steps=9",), "was made with total_env_steps=1000000, and total_env_steps=9 is asked for"),
         (("quick=true",), "was made with eval_episodes=16, and eval_episodes=4 is asked for"),
-        (("num_seeds=0",), "num_seeds=0 is not allowed"),
+        (("num_seeds=0",), "error: num_seeds=0 is not allowed"),
         (("lines=[iql,coma]",), "lines=['coma'] is not allowed: this figure has iql, vdn_slow"),
         (("algo.lrr=0.1",), "IQL: algo.lrr is unknown: did you mean algo.lr?"),
         (("env=smac",), "env=smac is not allowed: this figure is drawn on matrix_game"),
         (("+algo=vdn",), "+algo=vdn is not allowed: the figure says which runs it has"),
+        (("++sweep.lr=[1,2]",), "++sweep.lr=[1,2] is not allowed: the figure says which runs it has"),
         (("run_dir=here",), "run_dir=here is not allowed"),
         (("quick",), "'quick' can't be read: options are written key=value"),
     ],
