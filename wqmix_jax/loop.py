@@ -65,7 +65,7 @@ def compile_trainer(trainer: Trainer, members: Sequence[Member], *, fresh: bool 
     return compiled, time.perf_counter() - started
 
 
-def _once_options() -> dict[str, bool | int]:
+def _once_options() -> Any:
     """How a program is compiled that runs once: on a CPU, optimising its many draws takes far longer than they do."""
     if jax.default_backend() != "cpu":
         return {}
