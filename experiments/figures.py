@@ -5,6 +5,8 @@ panel's, then the line's, then what the panel adds to that line. Values are spel
 algorithm's own defaults: a figure keeps the paper's settings whatever becomes of those.
 """
 
+import re
+from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
 import pydantic
@@ -32,10 +34,12 @@ class Figure(pydantic.BaseModel, frozen=True, extra="forbid"):
     Attributes:
         title: what it shows.
         metric: what is drawn, a field of the evaluation records.
+        lowest: where the axis ends below; what lies lower is not drawn.
         env: the environments that it can be drawn on; the first is the paper's own.
         overrides: what all its runs share.
         lines: each line's overrides, by its label in the legend.
         panels: by their titles.
+        authors: files with curves of the authors' code, by line.
         searched: the values among which the paper chose a line's settings, by line and key.
     """
 
@@ -45,11 +49,13 @@ class Figure(pydantic.BaseModel, frozen=True, extra="forbid"):
     overrides: Overrides
     lines: dict[str, Overrides]
     panels: dict[str, Panel]
+    authors: dict[str, str] = {}
+    lowest: float | None = None
     searched: dict[str, dict[str, list[float]]]
 
     @pydantic.model_validator(mode="after")
     def _names_known_lines(self) -> Self:
-        named = {label for panel in self.panels.values() for label in panel.lines} | set(self.searched)
+        named = {label for panel in self.panels.values() for label in panel.lines} | {*self.searched, *self.authors}
         if unknown := sorted(named - set(self.lines)):
             raise ValueError(f"lines={unknown} is not allowed: the figure's lines are {', '.join(self.lines)}")
         return self
@@ -67,6 +73,41 @@ class Run(NamedTuple):
     panel: str
     line: str
     overrides: tuple[str, ...]
+
+    @property
+    def algo(self) -> str:
+        """The name of the algorithm's yaml."""
+        return self._chosen("+algo") or ""
+
+    @property
+    def env(self) -> str:
+        """The name of the environment's yaml."""
+        return self._chosen("env") or ""
+
+    @property
+    def task(self) -> str:
+        """The map, or the panel's title where there are no maps."""
+        return self._chosen("env.map") or self.panel
+
+    @property
+    def label(self) -> str:
+        """The line's label, and what else the panel's title says than its task: ``CW-QMIX, alpha = 0.1``."""
+        return ", ".join(part for part in [*self.panel.split(", "), self.line] if part != self.task)
+
+    @property
+    def folder(self) -> Path:
+        """Where it is kept, inside the figure's folder: ``3s5z/qmix_qstar``."""
+        return Path(_plain(self.panel), _plain(self.line))
+
+    def _chosen(self, key: str) -> str | None:
+        """The value of the last override of a key."""
+        pairs = (override.partition("=") for override in self.overrides)
+        return {name: value for name, _, value in pairs}.get(key)
+
+
+def _plain(title: str) -> str:
+    """A title as a file's name."""
+    return re.sub(r"[^a-z0-9.]+", "_", title.lower().replace("*", "star").replace(" + ", "_")).strip("_")
 
 
 def figure_names() -> list[str]:

@@ -1,7 +1,11 @@
 """Which host this is, and which seeds are its."""
 
+from pathlib import Path
+
+import jax
 import pytest
 
+from tests.running import TINY, main
 from wqmix_jax import load_config
 from wqmix_jax.config import ConfigError
 from wqmix_jax.hosts import with_host
@@ -62,3 +66,12 @@ def test_every_seed_is_one_hosts() -> None:
 def test_impossible_hosts_are_refused(overrides: list[str], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         load_config("+algo=iql", *overrides)
+
+
+def test_processes_that_jax_connects_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    assert main(*TINY, f"run_dir={tmp_path / 'run'}") == 2
+    assert capsys.readouterr().err.startswith("error: a run of 4 processes that JAX connects is not allowed: hosts=N")
+    assert not (tmp_path / "run").exists()

@@ -19,9 +19,10 @@ LAYERS = (
     ("evaluator", "policy"),
     ("trainer",),
     ("loop",),
-    ("logger", "checkpoint", "tabular", "interop"),
+    ("logger", "checkpoint", "tabular", "interop", "statistics"),
     ("plotting", "progress", "runs"),
     ("api", "runner", "merge", "table"),
+    ("compare",),
     ("train", "evaluate"),
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}

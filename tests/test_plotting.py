@@ -41,7 +41,9 @@ def test_a_win_rate_gets_a_panel_of_its_own(num_seeds: int, tmp_path: Path) -> N
     for more in ({}, {"win_rate": 0.5}):
         run_dir = tmp_path / str(len(more))
         run_dir.mkdir()
-        create_metrics(run_dir, version="0", algo="iql", env="coin", seeds=range(num_seeds))
+        create_metrics(
+            run_dir, version="0", algo="iql", env="coin", members=[{"seed": seed} for seed in range(num_seeds)]
+        )
         with MetricsFile(run_dir, num_bytes=0) as metrics:
             for seed in range(num_seeds):
                 metrics.write(evaluated(seed, {0: 0.0, 10: seed, 20: float("nan")}, **more))
@@ -56,7 +58,7 @@ def test_a_win_rate_stands_on_an_axis_from_0_to_1(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(
         Figure, "savefig", lambda figure, *args, **kw: figures.append(figure) or save(figure, *args, **kw)
     )
-    create_metrics(tmp_path, version="0", algo="iql", env="coin", seeds=[0])
+    create_metrics(tmp_path, version="0", algo="iql", env="coin", members=[{"seed": 0}])
     with MetricsFile(tmp_path, num_bytes=0) as metrics:
         metrics.write(evaluated(0, {0: 3.0, 10: 4.0}, win_rate=0.25))
     plot_run(tmp_path)

@@ -6,7 +6,7 @@ or the checkpoint is told in one line on stderr, with exit code 2, before anythi
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -162,16 +162,17 @@ def _pymarl_policy(env: Environment, algo_values: Mapping[str, Any], chosen: Eva
 
 def evaluate_policies(env: Environment, policies: Mapping[str, GreedyPolicy], chosen: EvaluateOptions) -> Iterator[str]:
     """One line per member and figure, then, where several seeds trained alike, one per figure over their means."""
-    play = _player(env, next(iter(policies.values())), chosen)
     means: dict[str, dict[str, list[float]]] = {}
-    for name, policy in policies.items():
+    precision = chosen.matmul_precision
+    played = play_policies(env, policies, episodes=chosen.episodes, seed=chosen.seed, matmul_precision=precision)
+    for name, figures in played:
         seed, _, swept = name.partition("-")
-        for what, values in play(policy.params).items():
+        for what, values in figures.items():
             told = estimate(values, is_share=what == "win_rate")
             means.setdefault(swept, {}).setdefault(what, []).append(told.mean)
             yield _line(f"seed {name}: " if seed else "", what, told)
-    for swept, figures in means.items():
-        for what, values in figures.items():
+    for swept, of_swept in means.items():
+        for what, values in of_swept.items():
             if len(values) > 1:
                 over = f"{len(values)} seeds{f', {swept}' if swept else ''}: "
                 yield _line(over, what, estimate(np.array(values), is_share=what == "win_rate"))
@@ -179,30 +180,40 @@ def evaluate_policies(env: Environment, policies: Mapping[str, GreedyPolicy], ch
 
 def _line(of: str, what: str, told: Estimate) -> str:
     interval = "" if math.isnan(told.low) else f"95% interval {told.low:.2f} to {told.high:.2f}, "
-    return f"{of}{what} {told.mean:.2f} ({interval}standard deviation {told.std:.2f})"
+    return f"{of}{what.removeprefix('episode_')} {told.mean:.2f} ({interval}standard deviation {told.std:.2f})"
 
 
-def _player(
-    env: Environment, policy: GreedyPolicy, chosen: EvaluateOptions
-) -> Callable[[PyTree], dict[str, np.ndarray]]:
-    """Plays one member's episodes: its parameters to figures ``[episodes]``; compiled once for all members."""
-    hp = jax.tree.map(jnp.asarray, hyperparams(policy.algo))
-    key = jax.random.key(chosen.seed, impl="threefry2x32")
+def play_policies(
+    env: Environment, policies: Mapping[str, GreedyPolicy], *, episodes: int, seed: int, matmul_precision: str
+) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Plays greedy episodes with each of a run's policies; compiled once for all of them.
+
+    Args:
+        env: where.
+        policies: of one algorithm, by their names.
+        episodes: of each.
+        seed: of the episodes' randomness, the same for all.
+        matmul_precision: what `jax.default_matmul_precision` is set to.
+
+    Yields:
+        The policy's name, and its figures ``[episodes]`` by their names in the records.
+    """
+    algo = next(iter(policies.values())).algo
+    hp = jax.tree.map(jnp.asarray, hyperparams(algo))
+    key = jax.random.key(seed, impl="threefry2x32")
     env.host.sharding()  # refuses where the host can't be called
 
     @jax.jit
     def play(params: PyTree, hp: PyTree, ctx: Context, keys: PRNGKey) -> Figures:
-        with jax.default_matmul_precision(chosen.matmul_precision):
-            return greedy_episodes(env, policy.algo, params, hp, ctx, keys, num_episodes=chosen.episodes)
+        with jax.default_matmul_precision(matmul_precision):
+            return greedy_episodes(env, algo, params, hp, ctx, keys, num_episodes=episodes)
 
-    def figures(params: PyTree) -> dict[str, np.ndarray]:
-        one_seed = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (params, hp, GREEDY, key))
-        with env.host.running([chosen.seed]):
+    for name, policy in policies.items():
+        one_seed = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (policy.params, hp, GREEDY, key))
+        with env.host.running([seed]):
             played = jax.tree.map(lambda leaf: np.asarray(leaf)[0], play(*one_seed))
-        told = {"return": played.episode_return, "length": played.episode_length, **played.metrics}
-        return {name: values[played.whole] for name, values in told.items()}
-
-    return figures
+        figures = {"episode_return": played.episode_return, "episode_length": played.episode_length, **played.metrics}
+        yield name, {what: values[played.whole] for what, values in figures.items()}
 
 
 def _viewer(

@@ -6,6 +6,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from wqmix_jax.config import ConfigError
 
 
@@ -27,6 +29,17 @@ def with_host(values: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str
         told = f"write host=0 .. host={hosts - 1}"
         raise ConfigError(f"host is missing: SLURM runs {count} task(s) here and not hosts={hosts}; {told}")
     return {**values, "hosts": count, "host": index}
+
+
+def refuse_connected_processes() -> None:
+    """Refuses to run where JAX connects this process with others; asking it starts the backend.
+
+    Raises:
+        ConfigError: if so.
+    """
+    if jax.process_count() > 1:  # orbax would write the first one's checkpoints alone
+        alone = "hosts=N host=i train without that, on a TPU pod with TPU_PROCESS_BOUNDS=1,1,1 on every host"
+        raise ConfigError(f"a run of {jax.process_count()} processes that JAX connects is not allowed: {alone}")
 
 
 def _from_slurm(environ: Mapping[str, str]) -> tuple[int, int]:

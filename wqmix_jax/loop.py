@@ -65,11 +65,11 @@ def compile_trainer(trainer: Trainer, members: Sequence[Member], *, fresh: bool 
     return compiled, time.perf_counter() - started
 
 
-def _once_options() -> Any:
+def _once_options() -> dict[str, str | bool]:
     """How a program is compiled that runs once: on a CPU, optimising its many draws takes far longer than they do."""
     if jax.default_backend() != "cpu":
         return {}
-    return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
 
 
 def _as_array(seeds: Sequence[int]) -> jax.Array:

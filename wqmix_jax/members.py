@@ -57,3 +57,9 @@ def member_name(labels: Mapping[str, Any]) -> str:
     """A short name for labels: ``3``, in a sweep ``3-alpha0.1``."""
     swept = (f"{key.removeprefix('algo.')}{value}" for key, value in labels.items() if key != "seed")
     return "-".join([str(labels["seed"]), *swept])
+
+
+def setting_name(labels: Mapping[str, Any]) -> str:
+    """A sweep's values without the seed, ``alpha=0.1, lr=0.001``; empty outside a sweep."""
+    swept = {key: value for key, value in labels_of(labels).items() if key != "seed"}
+    return ", ".join(f"{key.removeprefix('algo.')}={value}" for key, value in swept.items())

@@ -18,15 +18,13 @@ from wqmix_jax.plotting import plot_run
 from wqmix_jax.runs import (
     SUMMARY_FILE,
     find_runs,
-    kept_options,
     make_run_dir,
     new_run_dir,
     read_config,
     read_summary,
     save_config,
+    shared_options,
 )
-
-_OF_A_PART = ("seed", "num_seeds", "hosts", "host")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -81,8 +79,7 @@ def merge(runs: Sequence[Path], out: Path) -> None:
 
 def _identity(header: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """All that parts of a run have in common."""
-    options = kept_options({key: value for key, value in config.items() if key not in _OF_A_PART})
-    return {"version": header["version"], **options, "total_env_steps": config["total_env_steps"]}
+    return {"version": header["version"], **shared_options(config)}
 
 
 def _refuse_other(run: Path, found: dict[str, Any], first: Path, wanted: dict[str, Any]) -> None:

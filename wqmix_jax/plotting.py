@@ -1,25 +1,29 @@
-"""The picture of a run: median and quartiles over seeds, as in the paper's figures."""
+"""Learning curves: median and quartiles over seeds, as in the paper's figures."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from wqmix_jax.logger import load_header, load_metrics
+from wqmix_jax.members import setting_name
+from wqmix_jax.statistics import Estimate, quartiles, seed_curves
 
 CURVE_FILE = "learning_curve.png"
 
-_BLUE, _ORANGE = "#0072B2", "#D55E00"  # of the Okabe-Ito palette, told apart with any colour vision
-# Label, colour and limits; a win rate's are all that it can be, so that the pictures of two runs can be compared.
-_PANELS = {
-    "episode_return": ("evaluation return", _BLUE, (None, None)),
-    "win_rate": ("win rate", _ORANGE, (-0.02, 1.02)),
-}
+# Of the Okabe-Ito palette, told apart with any colour vision; its yellow is too faint on white and left out.
+COLOURS = ("#D55E00", "#0072B2", "#000000", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+MARKERS = "os^vDPX*"
+LINE_STYLES = ("-", "--", "-.", ":")
+
+# Label and limits; a win rate's are all that it can be, so that the pictures of two runs can be compared.
+_METRICS = {"episode_return": ("evaluation return", (None, None)), "win_rate": ("win rate", (-0.02, 1.02))}
 
 
 class Curve(NamedTuple):
@@ -38,53 +42,123 @@ class Curve(NamedTuple):
     high: np.ndarray
 
 
+class Style(NamedTuple):
+    """How one line looks; any two differ in grey, too.
+
+    Attributes:
+        colour: of the line and its shade.
+        marker: on the line.
+        line: its dashes.
+    """
+
+    colour: str
+    marker: str
+    line: str
+
+
+def styles(labels: Sequence[str]) -> dict[str, Style]:
+    """A style for each label; those that begin alike (``QMIX, 50k`` and ``QMIX, 1M``) share colour and marker."""
+    families: dict[str, list[str]] = {}
+    for label in labels:
+        families.setdefault(label.split(",")[0], []).append(label)
+    return {
+        label: Style(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], LINE_STYLES[k % len(LINE_STYLES)])
+        for i, family in enumerate(families.values())
+        for k, label in enumerate(family)
+    }
+
+
 def learning_curve(records: Sequence[dict[str, Any]], name: str = "episode_return") -> Curve:
     """Median and quartiles of ``name`` over the seeds of eval records.
 
     Each seed is interpolated on its own environment steps, and nothing is drawn past the seed that came least far.
     """
-    seeds = sorted({record["seed"] for record in records})
-    series = [_series(records, seed, name) for seed in seeds]
-    last = min(steps[-1] for steps, _ in series)
-    grid = np.unique(np.concatenate([steps[steps <= last] for steps, _ in series]))
-    values = np.stack([np.interp(grid, steps, figures) for steps, figures in series])
-    return Curve(grid, *np.percentile(values, (25, 50, 75), axis=0))
+    curves = seed_curves(records, name)
+    median, low, high = quartiles(curves.values)
+    return Curve(curves.env_steps, low, median, high)
 
 
 def plot_run(run_dir: str | os.PathLike[str]) -> Path:
     """Draws ``learning_curve.png`` from a run's ``metrics.jsonl``, as far as it has come, and returns its path."""
     folder = Path(run_dir)
     header, records = load_header(folder), load_metrics(folder, kind="eval")
-    names = [name for name in _PANELS if all(name in record for record in records)]
-    figure = Figure(figsize=(6.4, 3.9 * len(names)), layout="constrained")
-    FigureCanvasAgg(figure)
+    settings: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        settings.setdefault(setting_name(record), []).append(record)
+    names = [name for name in _METRICS if all(name in record for record in records)]
+    figure = new_figure(6.4, 3.9 * len(names))
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     for name, axes in zip(names, panels, strict=True):
-        _draw(axes, learning_curve(records, name), *_PANELS[name], num_seeds=len(header["seeds"]))
+        _draw_settings(axes, settings, name)
+        decorate(axes, name)
+        axes.legend(frameon=False)
     panels[0].set_title(f"{header['algo']} on {header['env']}")
     panels[-1].set_xlabel("environment steps")
-    path = folder / CURVE_FILE
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=150)
+    return save_figure(figure, folder / CURVE_FILE)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of a size in inches, which needs no display."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path, *, dpi: int = 150) -> Path:
+    """Writes the file in one piece, in the format that its name ends with, with ``dpi`` dots per inch."""
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format=path.suffix.removeprefix(".") or "png", dpi=dpi)
     return temporary.replace(path)
 
 
-def _series(records: Sequence[dict[str, Any]], seed: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    points = [(record["env_steps"], record[name]) for record in records if record["seed"] == seed]
-    steps, figures = np.asarray(points, np.float64).T
-    return steps, figures
+def draw_band(
+    axes: Axes, env_steps: np.ndarray, estimate: Estimate, style: Style, label: str, shade: str | None = None
+) -> None:
+    """One line with what lies around it shaded, where there is anything.
+
+    Args:
+        axes: where.
+        env_steps: ``[P]``.
+        estimate: ``[P]`` each.
+        style: how it looks.
+        label: of the line in the legend.
+        shade: of the shade; it has no line of its own in the legend when absent.
+    """
+    dashes = {"marker": style.marker, "markersize": 5, "markevery": 0.15, "linestyle": style.line}
+    axes.plot(env_steps, estimate.value, color=style.colour, linewidth=1.8, label=label, **dashes)
+    if np.any(estimate.low != estimate.high) and np.isfinite(estimate.low).any():
+        around = {"color": style.colour, "alpha": 0.2, "linewidth": 0}
+        axes.fill_between(env_steps, estimate.low, estimate.high, label=shade, **around)
 
 
-def _draw(axes: Any, curve: Curve, name: str, colour: str, limits: tuple[Any, Any], *, num_seeds: int) -> None:
-    label = f"median of {num_seeds} seeds" if num_seeds > 1 else "1 seed"
-    axes.plot(curve.env_steps, curve.median, color=colour, linewidth=1.8, label=label)
-    if num_seeds > 1:
-        shade = {"color": colour, "alpha": 0.25, "linewidth": 0}
-        axes.fill_between(curve.env_steps, curve.low, curve.high, label="25-75% quartiles", **shade)
-    axes.set_ylabel(name)
+def decorate(axes: Axes, metric: str) -> None:
+    """Gives axes of ``metric`` over environment steps their labels and limits."""
+    label, limits = _METRICS.get(metric, (metric, (None, None)))
+    axes.set_ylabel(label)
     axes.set_ylim(*limits)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.margins(x=0.01)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def metric_label(metric: str) -> str:
+    """What an axis calls it."""
+    return _METRICS[metric][0] if metric in _METRICS else metric
+
+
+def seeds_label(num_seeds: int) -> str:
+    """``1 seed``, ``3 seeds``."""
+    return f"{num_seeds} seed" if num_seeds == 1 else f"{num_seeds} seeds"
+
+
+def _draw_settings(axes: Axes, settings: Mapping[str, Sequence[dict[str, Any]]], metric: str) -> None:
+    """A line for every combination of swept values, of most runs the only one."""
+    looks = styles(list(settings))
+    for setting, records in settings.items():
+        curves = seed_curves(records, metric)
+        num_seeds = curves.values.shape[1]
+        told = f"median of {num_seeds} seeds" if num_seeds > 1 else "1 seed"
+        label = f"{setting}: {told}" if setting else told
+        shade = "25-75% quartiles" if num_seeds > 1 and len(settings) == 1 else None
+        draw_band(axes, curves.env_steps, quartiles(curves.values), looks[setting], label, shade)

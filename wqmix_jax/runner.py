@@ -109,11 +109,9 @@ def resume(run_dir: Path, changes: Mapping[str, Any]) -> Path:
         RunError: if the run had to stop, or seeds of it failed.
         SystemExit: if a signal ended it.
     """
-    old = read_config(run_dir)
-    if "merged" in load_header(run_dir):
-        raise ConfigError(
-            f"resume={run_dir} is not allowed: it was merged from {', '.join(load_header(run_dir)['merged'])}"
-        )
+    old, header = read_config(run_dir), load_header(run_dir)
+    if "merged" in header:
+        raise ConfigError(f"resume={run_dir} is not allowed: it was merged from {', '.join(header['merged'])}")
     values = _merged(old, changes)
     claim_cores()  # before an environment's library starts the backend
     config = run_config(values)
@@ -121,6 +119,9 @@ def resume(run_dir: Path, changes: Mapping[str, Any]) -> Path:
     if config.total_env_steps < old["total_env_steps"]:
         longer = f"at least {old['total_env_steps']}, what the run was started with, is needed"
         raise ConfigError(f"total_env_steps={config.total_env_steps} is not allowed with resume: {longer}")
+    before, now = header.get("simulator", {}), config.env.host.versions()
+    if before != now:  # battles of different versions can't be compared, so one curve must not mix them
+        raise ConfigError(f"resume={run_dir} is not allowed: it was played with {before}, and here is {now}")
     members = make_members(config.algo, config.seeds, config.sweep)
     _train(config, values, run_dir, _make_trainer(config, members), members)
     return run_dir

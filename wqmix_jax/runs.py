@@ -31,8 +31,11 @@ from wqmix_jax.trainer import Trainer
 CONFIG_FILE, SUMMARY_FILE, CHECKPOINT_DIR = "config.yaml", "summary.json", "checkpoints"
 
 _PACKAGES = (
-    "jax", "jaxlib", "flax", "optax", "chex", "flashbax", "jumanji", "orbax-checkpoint", "numpy", "hydra-core", "wandb"
+    "jax", "jaxlib", "flax", "optax", "chex", "flashbax", "jumanji", "jaxmarl", "orbax-checkpoint", "numpy",
+    "hydra-core", "wandb",
 )  # fmt: skip
+
+_OF_A_PART = ("seed", "num_seeds", "hosts", "host")
 
 
 def new_run_dir(run_dir: str | None, *, algo: str, env: str) -> Path:
@@ -111,6 +114,12 @@ def kept_options(values: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a run that can't be changed when it is resumed, by their dotted names."""
     free = (*RESUMABLE, "run_dir", "resume", "chunk_iterations")
     return _dotted({name: value for name, value in values.items() if name not in free})
+
+
+def shared_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """All that runs of different seeds have in common when they belong together, by dotted names."""
+    options = kept_options({name: value for name, value in values.items() if name not in _OF_A_PART})
+    return {**options, "total_env_steps": values["total_env_steps"]}
 
 
 def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

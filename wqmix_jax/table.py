@@ -14,11 +14,10 @@ import numpy as np
 from wqmix_jax.exits import OneLineParser, refuse
 from wqmix_jax.logger import load_header, load_metrics
 from wqmix_jax.members import labels_of, member_name
-from wqmix_jax.runs import find_runs, kept_options, read_config, read_summary
+from wqmix_jax.runs import find_runs, read_config, read_summary, shared_options
+from wqmix_jax.statistics import quartiles
 
 Row = dict[str, Any]
-
-_NOT_COMPARED = ("seed", "num_seeds", "hosts", "host", "sweep")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,12 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = table(find_runs(args.runs))
     except ValueError as error:
         refuse(str(error))
-    _show(rows)
+    show(rows)
     if args.csv is not None:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, _columns(rows))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(rows, args.csv)
 
 
 def table(runs: Sequence[Path]) -> list[Row]:
@@ -65,8 +61,8 @@ def table(runs: Sequence[Path]) -> list[Row]:
 
 def _settings(run: Path) -> Row:
     config, header = read_config(run), load_header(run)
-    options = kept_options({name: value for name, value in config.items() if name not in _NOT_COMPARED})
-    return {"algo": header["algo"], "env": header["env"], **options, "total_env_steps": config["total_env_steps"]}
+    options = shared_options({name: value for name, value in config.items() if name != "sweep"})
+    return {"algo": header["algo"], "env": header["env"], **options}
 
 
 def _differing(settings: Sequence[Row]) -> list[str]:
@@ -90,21 +86,30 @@ def _figures(members: Sequence[Row]) -> Row:
     for name in ("episode_return", "win_rate"):
         values = [line[name] for line in sound if name in line]
         if values:
-            low, median, high = np.percentile(values, (25, 50, 75))
+            median, low, high = quartiles(np.array(values))
             figures |= {name: f"{median:.4g}", f"{name}_q25": f"{low:.4g}", f"{name}_q75": f"{high:.4g}"}
     return figures
 
 
-def _columns(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(key for row in rows for key in row))
-
-
-def _show(rows: Sequence[Row]) -> None:
+def show(rows: Sequence[Row]) -> None:
+    """Prints a table; what a row doesn't have stays empty."""
     columns = _columns(rows)
     texts = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     for text in texts:
         print("  ".join(cell.rjust(width) for cell, width in zip(text, widths, strict=True)).rstrip())
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """Writes a table; what a row doesn't have stays empty."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, _columns(rows), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(key for row in rows for key in row))
 
 
 if __name__ == "__main__":

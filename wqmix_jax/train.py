@@ -13,6 +13,7 @@ from typing import Any
 
 import hydra
 import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -24,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wqmix_jax.config import CONFIG_DIR, RESUMABLE, ConfigError, RunConfig, add_import_paths, run_config
 from wqmix_jax.exits import RunError, refuse
-from wqmix_jax.hosts import with_host
+from wqmix_jax.hosts import refuse_connected_processes, with_host
 
 _GROUPS = ("algo", "env")
 
@@ -43,9 +44,10 @@ def main() -> None:
         shows_only = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
         if not shows_only:
             check_overrides(args.overrides, args.config_dir, multirun=multirun)
-        if multirun:  # the runs' folder is where hydra keeps its own
+        if multirun and not shows_only:
+            _check_each_run(args.overrides, args.config_dir)
             given = [text for text in args.overrides if text.startswith("run_dir=")]
-            sys.argv += [f"hydra.sweep.dir={text.removeprefix('run_dir=')}" for text in given]
+            sys.argv += [f"hydra.sweep.dir={text.removeprefix('run_dir=')}" for text in given]  # hydra's own key
         with _in_one_line(args.overrides, args.config_dir):
             _run()
 
@@ -60,11 +62,20 @@ def load_config(*overrides: str, config_dir: str | os.PathLike[str] | None = Non
     Raises:
         ConfigError: where an option is not allowed.
     """
+    return run_config(load_values(*overrides, config_dir=config_dir))
+
+
+def load_values(*overrides: str, config_dir: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """The same as nested mappings, every default included, as ``config.yaml`` of a run folder holds them.
+
+    Raises:
+        ConfigError: where an option is not known; values are checked when `run_config` builds what they describe.
+    """
     overrides = tuple(_with_open_sweep(overrides))
     add_import_paths(config_dir)
     check_overrides(overrides, config_dir)
     with _in_one_line(overrides, config_dir):
-        return run_config(_plain(_compose(overrides, config_dir)))
+        return _plain(_compose(overrides, config_dir))
 
 
 def names(group: str, config_dir: str | os.PathLike[str] | None = None) -> str:
@@ -111,6 +122,22 @@ def check_overrides(
         raise ConfigError(f"{algo.input_line} is not allowed: write +algo={name} (NAME is one of {listed})")
 
 
+def _check_each_run(overrides: Sequence[str], config_dir: str | os.PathLike[str] | None) -> None:
+    """Refuses a sweep before its first run where one of them is not allowed.
+
+    Not for SLURM's launcher: what a run needs, StarCraft II say, may be there and not here.
+    """
+    parsed = _parsed(overrides)
+    if any(override.key_or_group == "hydra/launcher" and "submitit" in str(override.value()) for override in parsed):
+        return
+    from wqmix_jax.devices import claim_cores
+
+    claim_cores()  # before an environment's library starts the backend
+    for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None):
+        for run in batch:
+            load_config(*run, config_dir=config_dir)
+
+
 def _is_choice(override: Override, multirun: bool) -> bool:
     return isinstance(override.value(), str) or (multirun and override.is_sweep_override())
 
@@ -145,6 +172,7 @@ def _start(values: dict[str, Any], choices: Mapping[str, str]) -> None:
 
     claim_cores()  # before an environment's library starts the backend
     run_config(values)  # refuses before the slow imports
+    refuse_connected_processes()
     from wqmix_jax import runner
 
     runner.start(values, algo=choices["algo"], env=choices["env"])

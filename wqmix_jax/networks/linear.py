@@ -1,4 +1,4 @@
-"""A linear layer initialised as torch does."""
+"""Linear layers and their company, initialised and differentiated as torch does."""
 
 import flax.linen as nn
 import jax
@@ -11,6 +11,11 @@ def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default for weights and biases alike."""
     bound = fan_in**-0.5
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def magnitude(inputs: Array) -> Array:
+    """The absolute value, whose slope at zero is 0 as in torch; that of `jnp.abs` is 1."""
+    return inputs * jnp.sign(inputs)
 
 
 class Linear(nn.Module):

@@ -5,7 +5,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from wqmix_jax.networks.linear import Linear, TwoLayer
+from wqmix_jax.networks.linear import Linear, TwoLayer, magnitude
 from wqmix_jax.types import Array
 
 
@@ -35,9 +35,9 @@ class QMIXMixer(nn.Module):
         chex.assert_equal_shape_prefix([chosen_qs, state], chosen_qs.ndim - 1)
         num_agents = chosen_qs.shape[-1]
         w_1 = TwoLayer(self.hypernet_dim, num_agents * self.embed_dim, name="hyper_w_1")(state)
-        w_1 = jnp.abs(w_1).reshape(*state.shape[:-1], num_agents, self.embed_dim)
+        w_1 = magnitude(w_1).reshape(*state.shape[:-1], num_agents, self.embed_dim)
         b_1 = Linear(self.embed_dim, name="hyper_b_1")(state)
-        w_final = jnp.abs(TwoLayer(self.hypernet_dim, self.embed_dim, name="hyper_w_final")(state))
+        w_final = magnitude(TwoLayer(self.hypernet_dim, self.embed_dim, name="hyper_w_final")(state))
         v = TwoLayer(self.embed_dim, 1, name="v")(state)
         hidden = nn.elu((chosen_qs[..., None] * w_1).sum(-2) + b_1)
         return (hidden * w_final).sum(-1) + v[..., 0]
@@ -69,6 +69,6 @@ class QattenMixer(nn.Module):
         query, keys = query.reshape(*state.shape[:-1], *heads), keys.reshape(*features.shape[:-1], *heads)
         logits = jnp.einsum("...he,...nhe->...hn", query, keys) / self.embed_dim**0.5
         head_qs = (jax.nn.softmax(logits) * chosen_qs[..., None, :]).sum(-1)
-        weights = jnp.abs(TwoLayer(self.hypernet_dim, self.num_heads, name="head")(state))
+        weights = magnitude(TwoLayer(self.hypernet_dim, self.num_heads, name="head")(state))
         c = TwoLayer(self.embed_dim, 1, name="c")(state)
         return (weights * head_qs).sum(-1) + c[..., 0]

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from wqmix_jax.networks.linear import MLP, TwoLayer
+from wqmix_jax.networks.linear import MLP, TwoLayer, magnitude
 from wqmix_jax.types import Array
 
 TINY = 1e-10
@@ -42,7 +42,7 @@ class AdvantageWeights(nn.Module):
         """``[.., D]``, one-hot ``[.., N, A]`` -> ``[.., N]``."""
         num_agents = actions.shape[-2]
         with_actions = jnp.concatenate([state, actions.reshape(*state.shape[:-1], -1)], axis=-1)
-        keys = jnp.abs(self._heads("key_extractors", 1)(state)) + TINY
+        keys = magnitude(self._heads("key_extractors", 1)(state)) + TINY
         agents = nn.sigmoid(self._heads("agents_extractors", num_agents)(state))
         taken = nn.sigmoid(self._heads("action_extractors", num_agents)(with_actions))
         return (keys * agents * taken).sum(0)
@@ -87,7 +87,7 @@ class QPLEXMixer(nn.Module):
         chex.assert_equal_shape([chosen_qs, greedy_qs])
         chex.assert_equal_shape_prefix([chosen_qs, state], chosen_qs.ndim - 1)
         num_agents = chosen_qs.shape[-1]
-        w = jnp.abs(TwoLayer(self.hypernet_dim, num_agents, name="hyper_w_final")(state)) + TINY
+        w = magnitude(TwoLayer(self.hypernet_dim, num_agents, name="hyper_w_final")(state)) + TINY
         b = TwoLayer(self.hypernet_dim, num_agents, name="v")(state)
         weights = AdvantageWeights(self.attention_dim, self.num_heads, name="si_weight")(state, actions)
         advantages = jax.lax.stop_gradient((w * chosen_qs + b) - (w * greedy_qs + b))

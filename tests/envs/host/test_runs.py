@@ -28,7 +28,9 @@ def configs(folder: Path, **toy: Any) -> Path:
     return folder
 
 
-def test_a_run_that_fails_is_saved_and_says_why(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_fails_is_saved_and_goes_on_with_the_same_version_only(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The fault is in the third episode of some worker, once."""
     marks = tmp_path / "marks"
     marks.mkdir()
@@ -46,6 +48,12 @@ def test_a_run_that_fails_is_saved_and_says_why(tmp_path: Path, capfd: pytest.Ca
     assert (summary["status"], summary["worker_restarts"]) == ("failed", 0)
     [saved] = (run_dir / "checkpoints").iterdir()
     assert 0 < int(saved.name) < 60
+
+    header = run_dir / "run.json"
+    header.write_text(header.read_text().replace('"1.2"', '"1.1"'))
+    assert main(f"resume={run_dir}", config_dir=folder) == 2
+    told = "it was played with {'toy': '1.1'}, and here is {'toy': '1.2'}"
+    assert capfd.readouterr().err == f"error: resume={run_dir} is not allowed: {told}\n"
 
 
 @pytest.mark.slow

@@ -1,0 +1,69 @@
+"""Draws a figure: median and quartiles as in the paper on the left, the IQM with its interval on the right."""
+
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from experiments.results import Line, curves
+from wqmix_jax.plotting import Style, decorate, draw_band, new_figure, save_figure, seeds_label, styles
+from wqmix_jax.statistics import iqm_estimate, quartiles
+
+
+def draw(
+    path: Path,
+    lines: Sequence[Line],
+    metric: str,
+    title: Sequence[str],
+    authors: Mapping[str, Path],
+    lowest: float | None = None,
+) -> Path:
+    """Draws all panels, one below the other.
+
+    Args:
+        path: of the picture.
+        lines: of all panels.
+        metric: what is drawn.
+        title: its lines.
+        authors: files with curves of the authors' code, by line.
+        lowest: where the axis of the metric ends below.
+    """
+    panels = list(dict.fromkeys(line.run.panel for line in lines))
+    looks = styles(list(dict.fromkeys(line.run.line for line in lines)))
+    figure = new_figure(14, 0.8 + 3.9 * len(panels))
+    figure.suptitle("\n".join(textwrap.fill(line, 150) for line in title), fontsize=11)
+    for panel, (paper, mean) in zip(panels, figure.subplots(len(panels), 2, squeeze=False, sharey="row"), strict=True):
+        for line in (line for line in lines if line.run.panel == panel):
+            drawn, look = curves(line, metric), looks[line.run.line]
+            draw_band(paper, drawn.env_steps, quartiles(drawn.values), look, _label(line))
+            draw_band(mean, drawn.env_steps, iqm_estimate(drawn.values), look, _label(line))
+        last = max(line.records[-1]["env_steps"] for line in lines if line.run.panel == panel)
+        for label in (label for label in authors if label in looks):
+            _draw_authors(paper, authors[label], looks[label], label, last)
+        for axes, told in ((paper, "median, 25-75% quartiles"), (mean, "IQM, 95% bootstrap interval")):
+            axes.set_title(f"{panel}: {told}", fontsize=10)
+            axes.set_xlabel("environment steps")
+            decorate(axes, metric)
+            if lowest is not None:
+                axes.set_ylim(bottom=lowest)
+        mean.set_ylabel("")
+        handles, labels = paper.get_legend_handles_labels()
+        mean.legend(handles, labels, frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return save_figure(figure, path, dpi=110)
+
+
+def _label(line: Line) -> str:
+    told = seeds_label(line.num_seeds)
+    return f"{line.run.line} ({told}{f', {len(line.failed)} failed' if line.failed else ''})"
+
+
+def _draw_authors(axes: Axes, path: Path, style: Style, label: str, last: int) -> None:
+    """A curve of the authors' own code, with the settings in the file's first line, as far as ours come."""
+    header, *points = map(json.loads, path.read_text().splitlines())
+    shown = [(point["env_steps"], point["episode_return"]) for point in points if point["env_steps"] <= last]
+    steps, returns = np.array(shown).reshape(-1, 2).T
+    told = f"{label}, authors' code,\n  epsilon over {header['epsilon_anneal_time'] // 1000}k (1 seed)"
+    axes.plot(steps, returns, color=style.colour, linewidth=1.2, linestyle=":", label=told)

@@ -1,0 +1,201 @@
+"""What the runs of a figure amount to: curves and tables over seeds, and the files that keep them.
+
+``evaluations.jsonl`` has every evaluation of every seed, ``curves.csv`` the statistics that are drawn, ``table.csv``
+the last of them and the absolute metric, ``marl_eval.json`` all seeds in the format of marl-eval, ``made.json`` how all
+this was made.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.figures import Run
+from wqmix_jax.api import load_policies
+from wqmix_jax.evaluate import play_policies
+from wqmix_jax.logger import load_header, load_metrics
+from wqmix_jax.members import labels_of, member_name
+from wqmix_jax.policy import BEST, POLICY_DIR
+from wqmix_jax.runs import read_config, read_summary
+from wqmix_jax.statistics import Estimate, SeedCurves, horizon, iqm_estimate, quartiles, seed_curves
+from wqmix_jax.table import Row, write_csv
+
+NUM_POINTS = 101
+ABSOLUTE_FILE = "absolute.json"
+METRICS = ("episode_return", "win_rate")
+
+
+class Line(NamedTuple):
+    """One line of one panel.
+
+    Attributes:
+        run: what it shows.
+        folders: of its runs.
+        records: eval records of the seeds that didn't fail.
+        absolute: the best policy's figures of each of these seeds, by its name; none where there is no policy.
+        failed: names of the seeds that did.
+    """
+
+    run: Run
+    folders: list[Path]
+    records: list[Row]
+    absolute: dict[str, Row]
+    failed: list[str]
+
+    @property
+    def num_seeds(self) -> int:
+        """How many seeds it shows."""
+        return len({record["seed"] for record in self.records})
+
+
+def gather(run: Run, folders: Sequence[Path], absolute_factor: int) -> Line:
+    """Reads the runs of a line, as far as they have come, and has their best policies play."""
+    line = Line(run, list(folders), [], {}, [])
+    for folder in folders:
+        failed = [member_name(labels_of(failure)) for failure in read_summary(folder).get("failed", [])]
+        line.failed.extend(failed)
+        records = load_metrics(folder, kind="eval")
+        line.records.extend(record for record in records if str(record["seed"]) not in failed)
+        played = absolute_metric(folder, absolute_factor)
+        line.absolute.update({name: figures for name, figures in played.items() if name not in failed})
+    return line
+
+
+def absolute_metric(folder: Path, factor: int) -> dict[str, Row]:
+    """Figures of each seed's best policy over ``factor`` times as many episodes as an evaluation has.
+
+    They are kept in the folder of a run that is finished.
+    """
+    config, kept = read_config(folder), folder / ABSOLUTE_FILE
+    episodes = factor * config["eval_episodes"]
+    if kept.is_file() and (known := json.loads(kept.read_text()))["episodes"] == episodes:
+        return known["seeds"]
+    if not (folder / POLICY_DIR / f"{BEST}.npz").is_file():
+        return {}
+    print(f"the best policies of {folder} play {episodes} episodes", flush=True)
+    played = {"episodes": episodes, "seeds": _best_policies(folder, episodes, config["matmul_precision"])}
+    if read_summary(folder).get("status") == "finished":
+        kept.write_text(json.dumps(played) + "\n")
+    return played["seeds"]
+
+
+def _best_policies(folder: Path, episodes: int, matmul_precision: Any) -> dict[str, Row]:
+    """Means over the episodes that each seed's best policy plays."""
+    env, policies = load_policies(folder, which=BEST)
+    played = play_policies(env, policies, episodes=episodes, seed=0, matmul_precision=matmul_precision)
+    return {name: {what: float(values.mean()) for what, values in figures.items()} for name, figures in played}
+
+
+def curves(line: Line, metric: str) -> SeedCurves:
+    """`NUM_POINTS` points as far as every seed has come."""
+    first = max(of_seed[0]["env_steps"] for of_seed in _by_seed(line).values())
+    return seed_curves(line.records, metric, np.linspace(first, horizon(line.records), NUM_POINTS))
+
+
+def curve_rows(line: Line, metric: str) -> Iterator[Row]:
+    """Median and quartiles, IQM and its interval, at each point."""
+    drawn = curves(line, metric)
+    columns = _columns(quartiles(drawn.values), iqm_estimate(drawn.values))
+    for index, steps in enumerate(drawn.env_steps):
+        figures = {name: f"{column[index]:.5g}" for name, column in columns.items()}
+        yield {"panel": line.run.panel, "line": line.run.line, "env_steps": round(steps), **figures}
+
+
+def table_row(line: Line, metric: str) -> Row:
+    """The last point of its curve, and the absolute metric."""
+    last = curves(line, metric)
+    final = _columns(*(estimate(last.values[-1]) for estimate in (quartiles, iqm_estimate)))
+    absolute = np.array([figures[metric] for figures in line.absolute.values()])
+    row = {"panel": line.run.panel, "line": line.run.line, "seeds": line.num_seeds, "failed": len(line.failed)}
+    row |= {"env_steps": round(last.env_steps[-1]), **{name: f"{value:.4g}" for name, value in final.items()}}
+    if absolute.size:
+        best = iqm_estimate(absolute)
+        row |= {"absolute": f"{best.value:.4g}", "absolute_low": f"{best.low:.4g}", "absolute_high": f"{best.high:.4g}"}
+    return row
+
+
+def marl_eval(lines: Sequence[Line], env: str) -> dict[str, Any]:
+    """All seeds in the format that marl-eval documents: environment, task, algorithm, seed, step.
+
+    Each metric is a list of one number, the mean over an evaluation's episodes. The tool wants equally many steps of
+    all runs, so the evaluations are interpolated on common steps, as far as every seed of a task has come;
+    ``absolute_metrics`` is the best policy's evaluation.
+    """
+    exported: dict[str, Any] = {}
+    for task in dict.fromkeys(line.run.task for line in lines):
+        of_task = [line for line in lines if line.run.task == task]
+        interval = read_config(of_task[0].folders[0])["eval_interval"]
+        first = max(of_seed[0]["env_steps"] for line in of_task for of_seed in _by_seed(line).values())
+        last = min(horizon(line.records) for line in of_task)
+        every = interval * -(-(last - first) // (interval * NUM_POINTS))  # enough, and the file stays small
+        steps = np.arange(first, last + 1, max(every, interval))
+        exported[task] = {line.run.label: _seeds_of(line, steps) for line in of_task}
+    return {env.lower(): exported}
+
+
+def _seeds_of(line: Line, steps: np.ndarray) -> dict[str, Any]:
+    metrics = [name for name in METRICS if name in line.records[0]]
+    values = {name: seed_curves(line.records, name, steps).values for name in metrics}
+    exported = {}
+    for index, seed in enumerate(_by_seed(line)):
+        exported[seed] = {
+            f"step_{at}": {"step_count": int(step)}
+            | {name: [round(float(values[name][at, index]), 4)] for name in metrics}
+            for at, step in enumerate(steps)
+        }
+        if seed in line.absolute:
+            exported[seed]["absolute_metrics"] = {name: [round(line.absolute[seed][name], 4)] for name in metrics}
+    return exported
+
+
+def write(folder: Path, lines: Sequence[Line], metric: str, env: str, made: Mapping[str, Any]) -> list[Row]:
+    """Writes all files but the picture, and returns the table's rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [table_row(line, metric) for line in lines]
+    write_csv(rows, folder / "table.csv")
+    write_csv([row for line in lines for row in curve_rows(line, metric)], folder / "curves.csv")
+    _write_lines(folder / "evaluations.jsonl", (row for line in lines for row in _evaluations(line)))
+    (folder / "marl_eval.json").write_text(json.dumps(marl_eval(lines, env)) + "\n")
+    runs = [_how(line, path) for line in lines for path in line.folders]
+    (folder / "made.json").write_text(json.dumps({**made, "runs": runs}, indent=2) + "\n")
+    return rows
+
+
+def _evaluations(line: Line) -> Iterator[Row]:
+    """A row per seed."""
+    for seed, records in _by_seed(line).items():
+        names = ["env_steps", *(name for name in METRICS if name in records[0])]
+        columns = {name: [round(record[name], 4) for record in records] for name in names}
+        yield {"panel": line.run.panel, "line": line.run.line, "seed": int(seed), **columns}
+
+
+def _how(line: Line, folder: Path) -> Row:
+    summary, header = read_summary(folder), load_header(folder)
+    facts = {name: summary[name] for name in ("status", "wall_seconds", "device", "versions") if name in summary}
+    command = ["python -m wqmix_jax.train", *map(_quoted, line.run.overrides), f"run_dir={folder}"]
+    seeds = f"seed={header['seeds'][0]} num_seeds={len(header['seeds'])}"
+    game = {"game": header["simulator"]} if "simulator" in header else {}
+    named = {"panel": line.run.panel, "line": line.run.line, "seeds": header["seeds"], "failed": line.failed}
+    return {**named, "command": f"{' '.join(command)} {seeds}", **game, **facts}
+
+
+def _quoted(override: str) -> str:
+    return f"'{override}'" if set(override) & set("[]{} ") else override
+
+
+def _by_seed(line: Line) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for record in line.records:
+        found.setdefault(str(record["seed"]), []).append(record)
+    return found
+
+
+def _columns(of_paper: Estimate, of_iqm: Estimate) -> dict[str, np.ndarray]:
+    named = {"median": of_paper.value, "q25": of_paper.low, "q75": of_paper.high}
+    return named | {"iqm": of_iqm.value, "iqm_low": of_iqm.low, "iqm_high": of_iqm.high}
+
+
+def _write_lines(path: Path, rows: Iterator[Row]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,350 @@
+"""A figure by its command: what is trained, kept and refused, and what the files and the picture say.
+
+But for one test training is faked: a run's folder appears with curves that are known.
+"""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure as Picture
+
+from experiments import figures, pictures, reproduce, results
+from experiments.figures import Figure, Panel
+from tests.recorded import evaluated, record_run
+from tests.running import shared_programs
+from wqmix_jax import load_metrics
+from wqmix_jax.config import ConfigError
+from wqmix_jax.exits import SEEDS_FAILED, RunError
+from wqmix_jax.logger import HEADER_FILE, load_header
+from wqmix_jax.runs import SUMMARY_FILE
+
+TINY = (
+    "algo.batch_size=2",
+    "algo.buffer_size=4",
+    "algo.hidden_dim=4",
+    "total_env_steps=12",
+    "eval_interval=4",
+    "eval_episodes=3",
+)
+
+DRAW = pictures.draw
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Figure:
+    """A figure of two lines on games of one step."""
+    figure = Figure(
+        title="Small",
+        metric="episode_return",
+        env=["matrix_game"],
+        overrides=["eval_interval=4"],
+        lines={"IQL": ["+algo=iql"], "VDN, slow": ["+algo=vdn", "algo.lr=0.0001"]},
+        panels={"game": Panel()},
+        searched={},
+    )
+    monkeypatch.setattr(reproduce, "load_figure", lambda name: figure)
+    return figure
+
+
+class Faked:
+    """Stands in the place of training: notes what is asked for.
+
+    Attributes:
+        started: folders and seeds of new runs.
+        resumed: folders of those that go on.
+        curve: the returns of a seed's evaluations at 0, 4, 8 and 12 steps.
+        failing: seeds that fail.
+        status: of the runs that are started.
+    """
+
+    def __init__(self) -> None:
+        self.started: list[tuple[str, list[int]]] = []
+        self.resumed: list[str] = []
+        self.curve: Callable[[str, int], list[float]] = lambda algo, seed: [0.0, 1.0, 2.0, 3.0 + seed]
+        self.failing: tuple[int, ...] = ()
+        self.status = "finished"
+
+    def start(self, values: dict[str, Any], *, algo: str, env: str) -> Path:
+        folder = Path(values["run_dir"])
+        seeds = list(range(values["seed"], values["seed"] + values["num_seeds"]))
+        self.started.append((folder.as_posix(), seeds))
+        failed = [seed for seed in seeds if seed in self.failing]
+        lines = [
+            line
+            for seed in seeds
+            for line in evaluated(seed, dict(zip((0, 4, 8, 12), self.curve(algo, seed), strict=True)))
+        ]
+        record_run(folder, values, lines, algo=algo, env=env, failed=failed, status=self.status)
+        if failed:
+            raise RunError(f"{len(failed)} of {len(seeds)} seeds failed", SEEDS_FAILED)
+        return folder
+
+    def resume(self, folder: Path, changes: dict[str, Any]) -> Path:
+        assert not changes
+        self.resumed.append(folder.as_posix())
+        summary = json.loads((folder / SUMMARY_FILE).read_text())
+        (folder / SUMMARY_FILE).write_text(json.dumps({**summary, "status": "finished"}))
+        return folder
+
+
+@pytest.fixture
+def faked(monkeypatch: pytest.MonkeyPatch) -> Faked:
+    training = Faked()
+    monkeypatch.setattr(reproduce.runner, "start", training.start)
+    monkeypatch.setattr(reproduce.runner, "resume", training.resume)
+    monkeypatch.setattr(results, "absolute_metric", lambda folder, factor: absolute(folder))
+    monkeypatch.setattr(pictures, "draw", lambda path, *others: path)  # it takes most of the time
+    return training
+
+
+def absolute(folder: Path) -> dict[str, dict[str, float]]:
+    """Best policies that are worth ten times their seed's number."""
+    return {str(seed): {"episode_return": 10.0 * seed} for seed in load_header(folder)["seeds"]}
+
+
+def made(tmp_path: Path, *texts: str) -> int:
+    """Runs the command and returns its exit code."""
+    try:
+        reproduce.main(["fig2", *texts, f"out={tmp_path}/out"])
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_figure_is_trained_gathered_and_drawn(small: Figure, tmp_path: Path) -> None:
+    """The whole way, with real training."""
+    with shared_programs():
+        assert made(tmp_path, *TINY, "num_seeds=2", "absolute_factor=2", "lines=[iql]") == 0
+    run = tmp_path / "out" / "matrix_game" / "game" / "iql" / "seeds_0-1"
+    last = {line["seed"]: line["episode_return"] for line in load_metrics(run, kind="eval")}
+    folder = tmp_path / "out" / "fig2"
+    [row] = rows_of(folder / "table.csv")
+    assert (row["line"], row["seeds"], row["failed"], row["env_steps"]) == ("IQL", "2", "0", "12")
+    np.testing.assert_allclose(float(row["median"]), (last[0] + last[1]) / 2, rtol=1e-3)
+    played = json.loads((run / results.ABSOLUTE_FILE).read_text())
+    assert played["episodes"] == 6
+    assert set(played["seeds"]) == {"0", "1"}
+    best = [figures["episode_return"] for figures in played["seeds"].values()]
+    np.testing.assert_allclose(float(row["absolute"]), np.mean(best), rtol=1e-3)
+    assert (folder / "fig2.png").read_bytes().startswith(b"\x89PNG")
+    [how] = json.loads((folder / "made.json").read_text())["runs"]
+    assert "algo.hidden_dim=4" in how["command"]
+    assert how["status"] == "finished"
+
+
+def test_only_what_is_missing_is_trained(small: Figure, faked: Faked, tmp_path: Path) -> None:
+    assert made(tmp_path, "num_seeds=2") == 0
+    assert [seeds for _, seeds in faked.started] == [[0, 1], [0, 1]]
+    assert made(tmp_path, "num_seeds=2") == 0
+    assert len(faked.started) == 2
+    assert made(tmp_path, "num_seeds=4", "lines=[iql]") == 0
+    assert faked.started[2:] == [(f"{tmp_path}/out/matrix_game/game/iql/seeds_2-3", [2, 3])]
+    assert [row["seeds"] for row in rows_of(tmp_path / "out" / "fig2" / "table.csv")] == ["4"]
+
+
+def test_missing_seeds_between_others_are_found(small: Figure, faked: Faked, tmp_path: Path) -> None:
+    assert made(tmp_path, "lines=[iql]", "num_seeds=1", "seed=1") == 0
+    assert made(tmp_path, "lines=[iql]", "num_seeds=4") == 0
+    assert [seeds for _, seeds in faked.started] == [[1], [0], [2, 3]]
+
+
+def test_an_interrupted_run_goes_on(small: Figure, faked: Faked, tmp_path: Path) -> None:
+    faked.status = "interrupted"
+    assert made(tmp_path, "lines=[iql]") == 0
+    assert json.loads((tmp_path / "out" / "fig2" / "made.json").read_text())["title"][-1] == "not finished yet"
+    assert made(tmp_path, "lines=[iql]") == 0
+    assert faked.resumed == [faked.started[0][0]]
+    assert made(tmp_path, "lines=[iql]") == 0
+    assert (len(faked.started), len(faked.resumed)) == (1, 1)
+
+
+def test_what_is_there_is_drawn_without_training(small: Figure, faked: Faked, tmp_path: Path) -> None:
+    faked.status = "interrupted"
+    assert made(tmp_path, "lines=[iql]") == 0
+    assert made(tmp_path, "train=false") == 0
+    assert (len(faked.started), faked.resumed) == (1, [])
+    assert [row["line"] for row in rows_of(tmp_path / "out" / "fig2" / "table.csv")] == ["IQL"]
+
+
+def test_seeds_that_fail_are_left_out_and_told(
+    small: Figure, faked: Faked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faked.failing = (1,)
+    assert made(tmp_path, "num_seeds=3") == SEEDS_FAILED
+    assert "error: 1 of 3 seeds failed; 1 of 3 seeds failed" in capsys.readouterr().err
+    rows = rows_of(tmp_path / "out" / "fig2" / "table.csv")
+    assert [(row["line"], row["seeds"], row["failed"]) for row in rows] == [("IQL", "2", "1"), ("VDN, slow", "2", "1")]
+    assert float(rows[0]["median"]) == 4.0  # of 3 and 5
+    assert float(rows[0]["absolute"]) == 10.0  # of 0 and 20
+
+
+@pytest.mark.parametrize(
+    ("texts", "told"),
+    [
+        (
+            ("algo.lr=0.1",),
+            "iql/seeds_0-0 was made with algo.lr=0.0005, and algo.lr=0.1 is asked for; out=FOLDER keeps",
+        ),
+        (("total_env_steps=9",), "was made with total_env_steps=1000000, and total_env_steps=9 is asked for"),
+        (("quick=true",), "was made with eval_episodes=16, and eval_episodes=4 is asked for"),
+        (("num_seeds=0",), "num_seeds=0 is not allowed"),
+        (("lines=[iql,coma]",), "lines=['coma'] is not allowed: this figure has iql, vdn_slow"),
+        (("algo.lrr=0.1",), "IQL: algo.lrr is unknown: did you mean algo.lr?"),
+        (("env=smac",), "env=smac is not allowed: this figure is drawn on matrix_game"),
+        (("+algo=vdn",), "+algo=vdn is not allowed: the figure says which runs it has"),
+        (("run_dir=here",), "run_dir=here is not allowed"),
+        (("quick",), "'quick' can't be read: options are written key=value"),
+    ],
+)
+def test_what_is_not_allowed_is_refused_in_one_line(
+    texts: tuple[str, ...],
+    told: str,
+    small: Figure,
+    faked: Faked,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert made(tmp_path, "num_seeds=1", "lines=[iql]") == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert made(tmp_path, "num_seeds=1", *texts) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert told in line
+    assert len(faked.started) == 1
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_an_unknown_figure_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        reproduce.main(["fig1"])
+    assert ended.value.code == 2
+    assert "figure=fig1 is not allowed: choose one of fig2, " in capsys.readouterr().err
+
+
+def test_versions_of_a_game_are_not_mixed(
+    small: Figure, faked: Faked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert made(tmp_path) == 0
+    for run, version in (("iql", "4.6.2"), ("vdn_slow", "4.10")):
+        path = tmp_path / "out" / "matrix_game" / "game" / run / "seeds_0-2" / HEADER_FILE
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"simulator": {"StarCraft II": version}}))
+    capsys.readouterr()
+    assert made(tmp_path) == 2
+    told = "iql/seeds_0-2 was made with {'StarCraft II': '4.6.2'}, and here is {}; out=FOLDER keeps them apart"
+    assert told in capsys.readouterr().err
+    assert made(tmp_path, "train=false") == 2
+    told = "vdn_slow/seeds_0-2 was made with {'StarCraft II': '4.10'}, and here is {'StarCraft II': '4.6.2'}"
+    assert told in capsys.readouterr().err
+
+
+def test_the_game_is_played_where_it_is_and_smax_elsewhere(
+    faked: Faked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figure = figures.load_figure("fig4")
+    chosen, _ = reproduce._parsed([f"out={tmp_path}"])
+    asked = []
+
+    def load_config(*overrides: str) -> None:
+        asked.append(overrides[0])
+        raise ConfigError("SMAC can't be used: no StarCraft II")
+
+    monkeypatch.setattr(reproduce, "load_config", load_config)
+    assert reproduce._environment(figure, chosen, []) == "smax"
+    assert asked == ["env=smac"]
+    assert "smax takes the place of smac: SMAC can't be used: no StarCraft II" in capsys.readouterr().out
+    monkeypatch.setattr(reproduce, "load_config", lambda *overrides: None)
+    assert reproduce._environment(figure, chosen, []) == "smac"
+    chosen, _ = reproduce._parsed([f"out={tmp_path}", "train=false"])
+    (tmp_path / "smac").mkdir()
+    assert reproduce._environment(figure, chosen, []) == "smac"
+
+
+def test_the_files_hold_the_curves_and_what_they_come_to(small: Figure, faked: Faked, tmp_path: Path) -> None:
+    faked.curve = lambda algo, seed: [0.0, 0.0, 4.0, 8.0] if algo == "iql" else [0.0, seed, 2.0 * seed, 3.0 * seed]
+    assert made(tmp_path, "num_seeds=5") == 0
+    folder = tmp_path / "out" / "fig2"
+    drawn = [row for row in rows_of(folder / "curves.csv") if row["line"] == "VDN, slow"]
+    assert len(drawn) == results.NUM_POINTS
+    end = drawn[-1]  # 0, 3, 6, 9 and 12
+    assert (end["env_steps"], end["median"], end["q25"], end["q75"], end["iqm"]) == ("12", "6", "3", "9", "6")
+    assert 0 <= float(end["iqm_low"]) < 6 < float(end["iqm_high"]) <= 12
+    halfway = rows_of(folder / "curves.csv")[results.NUM_POINTS // 2]
+    assert (halfway["line"], halfway["env_steps"]) == ("IQL", "6")
+    assert halfway["median"] == halfway["iqm_low"] == "2"  # between 0 at 4 steps and 4 at 8
+    kept = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    assert len(kept) == 10
+    assert kept[6] == {
+        "panel": "game",
+        "line": "VDN, slow",
+        "seed": 1,
+        "env_steps": [0, 4, 8, 12],
+        "episode_return": [0.0, 1.0, 2.0, 3.0],
+    }
+
+
+def test_the_export_is_laid_out_as_marl_eval_documents(small: Figure, faked: Faked, tmp_path: Path) -> None:
+    assert made(tmp_path, "num_seeds=2") == 0
+    exported = json.loads((tmp_path / "out" / "fig2" / "marl_eval.json").read_text())
+    assert list(exported) == ["matrix_game"]
+    assert list(exported["matrix_game"]) == ["game"]
+    assert list(exported["matrix_game"]["game"]) == ["IQL", "VDN, slow"]
+    runs = exported["matrix_game"]["game"]["IQL"]
+    assert list(runs) == ["0", "1"]
+    assert list(runs["1"]) == ["step_0", "step_1", "step_2", "step_3", "absolute_metrics"]
+    assert runs["1"]["step_3"] == {"step_count": 12, "episode_return": [4.0]}
+    assert runs["1"]["absolute_metrics"] == {"episode_return": [10.0]}
+
+
+def test_changes_are_told_and_authors_curves_stand_beside_ours(
+    small: Figure, faked: Faked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "draw", DRAW)
+    drawn: list[Picture] = []
+    save = Picture.savefig
+    monkeypatch.setattr(Picture, "savefig", lambda self, *args, **kw: drawn.append(self) or save(self, *args, **kw))
+    (tmp_path / "theirs.jsonl").write_text(
+        '{"seed": 0, "epsilon_anneal_time": 50000}\n'
+        '{"env_steps": 2, "episode_return": -1.0}\n{"env_steps": 400, "episode_return": 90.0}\n'
+    )
+    figure = small.model_copy(update={"authors": {"IQL": str(tmp_path / "theirs.jsonl")}})
+    monkeypatch.setattr(reproduce, "load_figure", lambda name: figure)
+    assert made(tmp_path, "quick=true", "num_seeds=2", "logger.progress=false") == 0
+    paper, mean = drawn[0].axes
+    [legend] = [axes.get_legend() for axes in (paper, mean) if axes.get_legend()]
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "IQL (2 seeds)",
+        "VDN, slow (2 seeds)",
+        "IQL, authors' code,\n  epsilon over 50k (1 seed)",
+    ]
+    assert paper.lines[-1].get_xydata().tolist() == [[2.0, -1.0]]  # theirs end where ours do
+    assert len({line.get_color() for line in paper.lines}) == 2
+    assert (paper.get_xlabel(), paper.get_ylabel()) == ("environment steps", "evaluation return")
+    told = "quick run, not as in the paper: total_env_steps=10000, eval_interval=1000, eval_episodes=4"
+    assert drawn[0].get_suptitle() == f"Figure 2: Small\n{told}"
+    assert json.loads((tmp_path / "out" / "fig2" / "made.json").read_text())["title"] == ["Figure 2: Small", told]
+
+
+def test_figures_share_the_runs_that_they_have_in_common() -> None:
+    folders: dict[Path, set[tuple[str, ...]]] = {}
+    for name in figures.figure_names():
+        for run in figures.runs(figures.load_figure(name)):
+            folders.setdefault(run.folder, set()).add(tuple(sorted(set(run.overrides))))
+    assert len(folders[Path("predator_prey/cw_qmix")]) == 1
+    assert all(len(overrides) == 1 for overrides in folders.values())
+
+
+def test_a_run_is_named_by_its_task_and_label() -> None:
+    run = next(run for run in figures.runs(figures.load_figure("fig9")) if run.panel == "OW-QMIX, 5m_vs_6m")
+    assert (run.task, run.label, run.algo) == ("5m_vs_6m", "OW-QMIX, alpha = 0.01", "ow_qmix")
+    run = next(run for run in figures.runs(figures.load_figure("fig7")) if run.line == "QMIX + Q*")
+    assert (run.task, run.label, run.folder) == ("predator-prey", "QMIX + Q*", Path("predator_prey/qmix_qstar"))

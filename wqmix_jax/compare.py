@@ -1,0 +1,287 @@
+"""Compares runs of one task: ``python -m wqmix_jax.compare RUN_A RUN_B .. [--metric NAME] [--out FILE]``.
+
+A RUN is a run's folder, or a folder of them; seeds of equal options are joined, and a sweep's values stand apart. The
+first is the baseline. All are compared over the environment steps that every seed of every run has reached: ``final``
+is the metric there, ``mean`` its mean over training until there, the area under the curve divided by its length.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from wqmix_jax.config import ConfigError, load_group
+from wqmix_jax.exits import REFUSED
+from wqmix_jax.logger import load_header, load_metrics
+from wqmix_jax.members import labels_of, setting_name
+from wqmix_jax.plotting import (
+    COLOURS,
+    Style,
+    decorate,
+    draw_band,
+    metric_label,
+    new_figure,
+    save_figure,
+    seeds_label,
+    styles,
+)
+from wqmix_jax.runs import find_runs, read_config, read_summary, shared_options
+from wqmix_jax.statistics import (
+    Estimate,
+    horizon,
+    iqm_difference,
+    iqm_estimate,
+    mann_whitney_p,
+    mean_over_training,
+    probability_of_improvement,
+    quartiles,
+    seed_curves,
+)
+from wqmix_jax.table import Row, show
+
+PICTURE = Path("outputs") / "comparison.png"
+
+_VERSION = "version of "
+
+
+class Group(NamedTuple):
+    """Seeds of equal options.
+
+    Attributes:
+        folders: of the runs that they are of.
+        algo: the algorithm's name.
+        task: what the figures are about: the environment, its options and its versions.
+        options: all others.
+        records: eval records of the seeds that didn't fail.
+        num_failed: how many did.
+    """
+
+    folders: list[Path]
+    algo: str
+    task: Row
+    options: Row
+    records: list[Row]
+    num_failed: int
+
+
+class Scores(NamedTuple):
+    """One number per seed, ``[S]`` each.
+
+    Attributes:
+        final: at the common last step.
+        mean: over training until there.
+    """
+
+    final: np.ndarray
+    mean: np.ndarray
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line on ``arguments``, by default the process's own."""
+    parser = argparse.ArgumentParser(prog="python -m wqmix_jax.compare", description="Compares runs of one task.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of them")
+    parser.add_argument("--metric", help="of the evaluation records (win_rate where there is one, or episode_return)")
+    parser.add_argument("--out", type=Path, default=PICTURE, metavar="FILE", help=f"the picture ({PICTURE})")
+    args = parser.parse_args(arguments)
+    try:
+        groups = find_groups(args.runs)
+        metric = choose_metric(groups, args.metric)
+        last = min(horizon(group.records) for group in groups.values())
+        scores = {name: score(group, metric, last) for name, group in groups.items()}
+        _tell(groups, scores, metric, last)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        print(f"picture: {draw(groups, scores, metric, last, args.out)}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(REFUSED)
+
+
+def find_groups(folders: Sequence[Path]) -> dict[str, Group]:
+    """The groups by their letters, ``A`` and so on.
+
+    Raises:
+        ConfigError: if they are of different tasks, fewer than two or too many, or if a seed is there twice.
+    """
+    found: list[Group] = []
+    for folder in folders:
+        found += _joined([group for run in find_runs([folder]) for group in _of(run)])
+    if len(found) < 2:
+        raise ConfigError(f"{', '.join(map(str, folders))} can't be compared: two runs with evaluations are needed")
+    if len(found) > len(COLOURS):
+        raise ConfigError(f"{len(found)} runs are too many for one picture: python -m wqmix_jax.table lists them")
+    for group in found:
+        _refuse_other_task(group, found[0])
+        if not group.records:
+            raise ConfigError(f"{group.folders[0]} can't be compared: all of its seeds failed")
+    return {chr(ord("A") + index): group for index, group in enumerate(found)}
+
+
+def choose_metric(groups: Mapping[str, Group], wanted: str | None) -> str:
+    """The metric to compare.
+
+    Raises:
+        ConfigError: if ``wanted`` is not one that all groups have.
+    """
+    records = [record for group in groups.values() for record in group.records]
+    numbers = {name for name in records[0] if isinstance(records[0][name], float)}
+    shared = sorted(name for name in numbers if all(name in record for record in records))
+    if wanted is None:
+        return "win_rate" if "win_rate" in shared else "episode_return"
+    if wanted not in shared:
+        raise ConfigError(f"metric={wanted} is not allowed: all of these runs have {', '.join(shared)}")
+    return wanted
+
+
+def score(group: Group, metric: str, last: int) -> Scores:
+    """What each seed of a group has reached at ``last`` environment steps."""
+    curves = seed_curves(group.records, metric)
+    until = np.append(curves.env_steps[curves.env_steps < last], last)
+    curves = seed_curves(group.records, metric, until)
+    return Scores(curves.values[-1], mean_over_training(curves))
+
+
+def draw(groups: Mapping[str, Group], scores: Mapping[str, Scores], metric: str, last: int, path: Path) -> Path:
+    """Curves as in the paper, the final IQM of each run, and how likely each is better than the first."""
+    looks, baseline = styles(list(groups)), next(iter(groups))
+    figure = new_figure(13, 4.4)
+    curves, final, better = figure.subplots(1, 3, width_ratios=(2, 1, 1))
+    for name, group in groups.items():
+        drawn = seed_curves(group.records, metric)
+        label = f"{_title(name, group)} ({seeds_label(drawn.values.shape[1])})"
+        draw_band(curves, drawn.env_steps, quartiles(drawn.values), looks[name], label)
+    curves.axvline(last, color="0.5", linewidth=1, linestyle=":", label="compared until here")
+    curves.set_title("median and 25-75% quartiles")
+    curves.set_xlabel("environment steps")
+    decorate(curves, metric)
+    curves.legend(frameon=False, fontsize=9)
+    estimates = {name: iqm_estimate(scores[name].final) for name in groups}
+    _draw_intervals(final, estimates, looks, f"{metric_label(metric)} at {last:,} steps")
+    final.set_title("IQM with 95% interval")
+    others = [name for name in groups if name != baseline]
+    wins = {name: probability_of_improvement(scores[name].final, scores[baseline].final) for name in others}
+    _draw_intervals(better, wins, looks, f"probability of improvement on {baseline}")
+    better.axvline(0.5, color="0.5", linewidth=1, linestyle="--")
+    better.set_xlim(-0.03, 1.03)
+    better.set_title(f"against {baseline}, with 95% interval")
+    return save_figure(figure, path)
+
+
+def _draw_intervals(axes: Axes, estimates: Mapping[str, Estimate], looks: Mapping[str, Style], label: str) -> None:
+    """A point with its interval in a row for each."""
+    for row, (name, estimate) in enumerate(estimates.items()):
+        look = looks[name]
+        ends = [estimate.low, estimate.high]
+        axes.plot(ends, [row, row], color=look.colour, linewidth=5, alpha=0.4, solid_capstyle="butt")
+        axes.plot(estimate.value, row, color=look.colour, marker=look.marker, markersize=8, linestyle="")
+    axes.set_yticks(range(len(estimates)), list(estimates))
+    axes.set_ylim(len(estimates) - 0.5, -0.5)
+    axes.set_xlabel(label)
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _tell(groups: Mapping[str, Group], scores: Mapping[str, Scores], metric: str, last: int) -> None:
+    baseline = next(iter(groups))
+    for name, group in groups.items():
+        seeds = seeds_label(len(scores[name].final))
+        failed = f", {group.num_failed} failed and left out" if group.num_failed else ""
+        print(f"{_title(name, group)}: {', '.join(map(str, group.folders))} ({seeds}{failed})")
+    print("\noptions that differ:")
+    show(list(_differences(groups)) or [{"option": "none"}])
+    print(f"\n{metric_label(metric)}, interquartile mean over seeds [95% interval], until {last:,} environment steps:")
+    show([{"run": name, "seeds": len(of.final)} | _told(of) for name, of in scores.items()])
+    print(f"\nagainst {baseline}, at the last of these steps:")
+    show([{"run": name} | _against(scores[name], scores[baseline]) for name in groups if name != baseline])
+
+
+def _told(scores: Scores) -> Row:
+    return {"final": _text(iqm_estimate(scores.final)), "mean over training": _text(iqm_estimate(scores.mean))}
+
+
+def _against(scores: Scores, baseline: Scores) -> Row:
+    return {
+        "difference of final": _text(iqm_difference(scores.final, baseline.final)),
+        "of mean over training": _text(iqm_difference(scores.mean, baseline.mean)),
+        "probability of improvement": _text(probability_of_improvement(scores.final, baseline.final)),
+        "Mann-Whitney p": f"{mann_whitney_p(scores.final, baseline.final):.3g}",
+    }
+
+
+def _text(estimate: Estimate) -> str:
+    interval = f"[{estimate.low:.4g}, {estimate.high:.4g}]" if np.isfinite(estimate.low) else "[-]"
+    return f"{estimate.value:.4g} {interval}"
+
+
+def _differences(groups: Mapping[str, Group]) -> Iterator[Row]:
+    settings = {name: {"algo": group.algo, **group.task, **group.options} for name, group in groups.items()}
+    for option in dict.fromkeys(option for of_one in settings.values() for option in of_one):
+        values = {name: _shown(of_one, option) for name, of_one in settings.items()}
+        if len(set(values.values())) > 1:
+            yield {"option": option, **values}
+
+
+def _shown(options: Mapping[str, Any], option: str) -> str:
+    return str(options[option]) if option in options else "-"
+
+
+def _title(name: str, group: Group) -> str:
+    return f"{name} {group.algo}"
+
+
+def _of(run: Path) -> list[Group]:
+    """The groups of one run: one, or one for each combination of a sweep's values."""
+    header, values, records = load_header(run), read_config(run), load_metrics(run, kind="eval")
+    options = shared_options({name: value for name, value in values.items() if name != "sweep"})
+    workers = load_group("env", "_host")
+    task = {"env": header["env"]} | {_VERSION + name: told for name, told in header.get("simulator", {}).items()}
+    task |= {key: options.pop(key) for key in list(options) if key.startswith("env.") and key[4:] not in workers}
+    failed = [labels_of(failure) for failure in read_summary(run).get("failed", [])]
+    found: dict[str, Group] = {}
+    for record in records:
+        labels = labels_of(record)
+        swept = {key: value for key, value in labels.items() if key != "seed"}
+        num_failed = sum(swept.items() <= failure.items() for failure in failed)
+        new = Group([run], header["algo"], task, {**options, **swept}, [], num_failed)
+        group = found.setdefault(setting_name(labels), new)
+        if labels not in failed:
+            group.records.append(record)
+    return list(found.values())
+
+
+def _joined(groups: Sequence[Group]) -> list[Group]:
+    """Groups of equal options as one.
+
+    Raises:
+        ConfigError: if they have a seed in common.
+    """
+    joined: list[Group] = []
+    for group in groups:
+        index = next((i for i, one in enumerate(joined) if one[1:4] == group[1:4]), None)
+        if index is None:
+            joined.append(group)
+            continue
+        same = joined[index]
+        twice = {record["seed"] for record in same.records} & {record["seed"] for record in group.records}
+        if twice:
+            raise ConfigError(f"seed {min(twice)} is in both {same.folders[0]} and {group.folders[0]}")
+        joined[index] = Group(
+            same.folders + group.folders, *same[1:4], same.records + group.records, same.num_failed + group.num_failed
+        )
+    return joined
+
+
+def _refuse_other_task(group: Group, first: Group) -> None:
+    """An option that one of them doesn't have, of another version of this project, is only told."""
+    for name in dict.fromkeys([*first.task, *group.task]):
+        one, other = (of.task.get(name, "unknown") for of in (first, group))
+        if one != other and ("unknown" not in (one, other) or name.startswith(_VERSION)):
+            told = f"{first.folders[0]} has {name}={one}, and {group.folders[0]} has {name}={other}"
+            raise ConfigError(f"{told}: figures of different tasks can't be compared")
+
+
+if __name__ == "__main__":
+    main()
