@@ -23,12 +23,15 @@ DEVELOP  := $(VENV)/.installed-dev$(if $(EXTRAS),-$(EXTRAS))
 WORKERS  := -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow lint format benchmark clean
+.PHONY: help setup demo train test test-slow lint format benchmark clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(DEVELOP) ## make .venv with all that development needs
+
+demo: $(USE) ## see QMIX fail and OW-QMIX learn, in three minutes on a laptop
+	$(RUN) -m experiments.demo $(ARGS)
 
 train: $(USE) ## train OW-QMIX on predator-prey (ALGO=NAME for another algorithm, ARGS for options)
 	$(RUN) -m wqmix_jax.train +algo=$(ALGO) $(ARGS)

@@ -58,6 +58,9 @@ TASKS = {
     ),
 }  # fmt: skip
 
+NARROW = {"ow_qmix": ("algo.q_star_dim=64",)}
+"""Small nets for small tasks."""
+
 # Okabe and Ito's colours and a line style each: told apart with any colour vision, and in grey.
 ALGORITHMS = {"ow_qmix": ("OW-QMIX", "#D55E00", "-"), "qmix": ("QMIX", "#0072B2", "--")}
 
@@ -110,7 +113,7 @@ def train(task: Task, algo: str, film: Path | None = None) -> Records:
                 f"{ALGORITHMS[algo][0]}, {task.title}: {line['env_steps']:,} steps, return {line['episode_return']:.1f}"
             )
 
-    config = load_config(f"+algo={algo}", *task.overrides)
+    config = load_config(f"+algo={algo}", *task.overrides, *NARROW.get(algo, ()))
     state, records = train_seeds(config, range(task.num_seeds), callback=tell)
     if film is not None:
         moments = play_episode(config.env, trained_policy(config, state), jax.random.key(0))

@@ -54,7 +54,25 @@ REFUSED = [
     (["+algo=ow_qmix", "num_seeds=[1"], "'num_seeds=[1' can't be read: options are written key=value"),
     (["+algo=ow_qmix", "num_seeds=${nonsense}"], "num_seeds is not allowed: Interpolation key 'nonsense' not found"),
     (["+algo=ow_qmix", "--nonsense"], "unrecognized arguments: --nonsense"),
-    (["resume=nowhere"], "resume=nowhere is not allowed: there is no config.yaml in it"),
+    (
+        ["+algo=ow_qmix", "num_seeds=1,2"],
+        "num_seeds=1,2 is not allowed: several values make several runs with -m, and a",
+    ),
+    (
+        ["+algo=ow_qmix", "+algo=qmix"],
+        "+algo=ow_qmix, +algo=qmix is not allowed: an algorithm is chosen once; -m +algo=",
+    ),
+    (["+algo=ow_qmix", "algo=qmix"], "+algo=ow_qmix, algo=qmix is not allowed: an algorithm is chosen once; -m +algo="),
+    (["+algo=ow_qmix", "lr=0.1"], "lr is unknown: did you mean algo.lr?"),
+    (["+algo=ow_qmix", "punishment=-1"], "punishment is unknown: did you mean env.punishment?"),
+    (["+algo=ow_qmix", "hosts=0"], "hosts=0 is not allowed: a positive integer is needed"),
+    (
+        ["+algo=ow_qmix", "total_env_steps=1e6"],
+        "total_env_steps=1000000.0 is not allowed: input should be a valid integer",
+    ),
+    (["ow_qmix"], "'ow_qmix' can't be read: options are written key=value"),
+    (["resume=nowhere"], "resume=nowhere is not allowed: there is no such folder"),
+    (["resume="], "resume=. is not allowed: there is no config.yaml in it"),
     (["resume=nowhere", "+algo=ow_qmix"], "+algo=ow_qmix is not allowed with resume: a run keeps its options, except "),
     (["resume=nowhere", "env.punishment=0"], "env.punishment=0 is not allowed with resume: a run keeps its options"),
 ]

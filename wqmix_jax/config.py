@@ -147,6 +147,7 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
         ConfigError: at the first key that is unknown, missing or out of its range.
     """
     plain = _plain(values)
+    _refuse_key_of_a_group(plain)
     parts = {"algo": build, "env": build, "checkpoint": _section(CheckpointOptions), "logger": _section(LoggerOptions)}
     for name, make in parts.items():
         if not isinstance(plain.get(name), Mapping):
@@ -159,6 +160,14 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
         for value in swept:
             build("algo", {**values["algo"], name: value})
     return config
+
+
+def _refuse_key_of_a_group(plain: Mapping[str, Any]) -> None:
+    """An option that lacks its group's name: ``lr`` for ``algo.lr``."""
+    for name in sorted(plain.keys() - RunConfig.__dataclass_fields__.keys()):  # type: ignore[attr-defined]
+        for group in ("algo", "env", "checkpoint", "logger"):
+            if name in (plain.get(group) or {}):
+                raise ConfigError(f"{name} is unknown: did you mean {group}.{name}?")
 
 
 def _slice_of_host(num_seeds: int, hosts: int | None, host: int | None) -> slice:

@@ -5,19 +5,17 @@ episodes, prints what came of them with confidence intervals, and draws one of t
 or the checkpoint is told in one line on stderr, with exit code 2, before anything is compiled.
 """
 
-import argparse
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn
+from typing import Annotated, Any, Literal, NamedTuple
 
 import hydra
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
@@ -28,7 +26,7 @@ from wqmix_jax.config import CONFIG_DIR, ConfigError, PositiveInt, add_import_pa
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.envs.viewer import StateViewer
 from wqmix_jax.evaluator import Figures, greedy_episodes
-from wqmix_jax.exits import REFUSED
+from wqmix_jax.exits import OneLineParser, refuse
 from wqmix_jax.interop import pymarl
 from wqmix_jax.policy import GREEDY, GreedyPolicy, play_episode
 from wqmix_jax.types import PRNGKey, PyTree
@@ -99,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for line in _evaluate(args.overrides, args.config_dir):
             print(line, flush=True)
     except (ConfigError, pymarl.PyMARLError) as error:
-        _refuse(str(error))
+        refuse(str(error))
 
 
 def estimate(values: np.ndarray, *, is_share: bool = False) -> Estimate:
@@ -255,30 +253,32 @@ def _film(env: Environment, policy: GreedyPolicy, viewer: StateViewer[Any], chos
     return f"drawn: {path} ({of}return {moments[-1].episode_return:.2f}, {len(moments) - 1} steps)"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m wqmix_jax.evaluate", usage=argparse.SUPPRESS)
+def _parser() -> OneLineParser:
+    parser = OneLineParser(prog="python -m wqmix_jax.evaluate")
     own = (CONFIG_DIR / "evaluate.yaml").read_text().partition("run_dir:")
     parser.format_help = lambda: _HELP + "".join(f"  {line}\n" for line in "".join(own[1:]).splitlines())
-    parser.error = _refuse  # type: ignore[method-assign]
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--config-dir")
     return parser
 
 
-def _refuse(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(REFUSED)
-
-
 def _compose(overrides: Sequence[str], config_dir: str | None) -> dict[str, Any]:
     """What ``configs/evaluate.yaml`` and the overrides say; unknown keys are added, for their schema to refuse."""
-    forced = [text if text.startswith(("env=", "+", "~")) or "=" not in text else f"++{text}" for text in overrides]
+    for text in overrides:
+        if "=" not in text:
+            raise ConfigError(f"{text!r} can't be read: options are written key=value, as in run_dir=outputs/first")
+    forced = [text if text.startswith(("env=", "+", "~")) else f"++{text}" for text in overrides]
     if config_dir is not None:
         forced.append(f"hydra.searchpath=['file://{Path(config_dir).absolute()}']")
     try:
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             composed = hydra.compose("evaluate", forced)
             return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]
+    except MissingConfigException as error:
+        known = ", ".join(name for name in error.options or () if not name.startswith("_"))
+        raise ConfigError(
+            f"{str(error.missing_cfg_file).replace('/', '=')} is not allowed: choose one of {known}"
+        ) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error)) from None
 

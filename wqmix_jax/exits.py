@@ -4,6 +4,7 @@ Python's own handlers wait until the main thread is back from compiled code, whi
 own hears of every signal the moment it comes.
 """
 
+import argparse
 import contextlib
 import os
 import signal
@@ -11,12 +12,26 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Self
+from typing import NoReturn, Self
 
 FAULT, REFUSED, SEEDS_FAILED = 1, 2, 3
 """Exit codes: something outside the run stopped it; an option was refused; the run is over but some seeds failed."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Tells what is wrong in one line, where argparse would add its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process as an option that is refused does."""
+        refuse(message)
+
+
+def refuse(message: str, exit_code: int = REFUSED) -> NoReturn:
+    """Ends the process with one line on stderr."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(exit_code)
 
 
 class RunError(Exception):

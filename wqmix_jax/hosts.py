@@ -24,7 +24,9 @@ def with_host(values: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str
         return {**values, "host": host or 0}
     count, index = _from_slurm(environ)
     if hosts is not None and hosts != count:
-        told = f"write host=0 .. host={hosts - 1}" if isinstance(hosts, int) else "an integer is needed"
+        if not isinstance(hosts, int) or hosts < 1:
+            raise ConfigError(f"hosts={hosts} is not allowed: a positive integer is needed")
+        told = f"write host=0 .. host={hosts - 1}"
         raise ConfigError(f"host is missing: SLURM runs {count} task(s) here and not hosts={hosts}; {told}")
     return {**values, "hosts": count, "host": index}
 

@@ -4,7 +4,6 @@ A RUN is a run's folder, or a folder of such. The parts differ in their seeds al
 one line, with exit code 2. FOLDER then holds what a run's folder holds, but for checkpoints.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wqmix_jax.config import ConfigError
-from wqmix_jax.exits import REFUSED
+from wqmix_jax.exits import OneLineParser, refuse
 from wqmix_jax.logger import HEADER_FILE, METRICS_FILE, load_header, load_metrics
 from wqmix_jax.members import member_name
 from wqmix_jax.plotting import plot_run
@@ -30,15 +29,17 @@ from wqmix_jax.runs import (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line on ``arguments``, by default the process's own."""
-    parser = argparse.ArgumentParser(prog="python -m wqmix_jax.merge", description="Joins parts of a run.")
+    parser = OneLineParser(
+        prog="python -m wqmix_jax.merge",
+        description="Joins parts of a run that were trained apart, on several hosts say.",
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of them")
-    parser.add_argument("--out", required=True, type=Path, help="a new folder")
+    parser.add_argument("--out", required=True, type=Path, help="a new folder, for the joined run")
     args = parser.parse_args(arguments)
     try:
         merge(find_runs(args.runs), args.out)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(REFUSED)
+        refuse(str(error))
     print(f"merged: {args.out}")
 
 

@@ -4,16 +4,14 @@ A row for every combination of options that differ between the runs or are swept
 and quartiles of their last evaluation.
 """
 
-import argparse
 import csv
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from wqmix_jax.exits import REFUSED
+from wqmix_jax.exits import OneLineParser, refuse
 from wqmix_jax.logger import load_header, load_metrics
 from wqmix_jax.members import labels_of, member_name
 from wqmix_jax.runs import find_runs, read_config, read_summary, shared_options
@@ -24,15 +22,17 @@ Row = dict[str, Any]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line on ``arguments``, by default the process's own."""
-    parser = argparse.ArgumentParser(prog="python -m wqmix_jax.table", description="One table of many runs.")
+    parser = OneLineParser(
+        prog="python -m wqmix_jax.table",
+        description="One table of many runs: median and quartiles over seeds of the last evaluations.",
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of them")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there, too")
     args = parser.parse_args(arguments)
     try:
         rows = table(find_runs(args.runs))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(REFUSED)
+        refuse(str(error))
     show(rows)
     if args.csv is not None:
         write_csv(rows, args.csv)

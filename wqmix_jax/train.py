@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 import yaml
@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wqmix_jax.config import CONFIG_DIR, RESUMABLE, ConfigError, RunConfig, add_import_paths, run_config
-from wqmix_jax.exits import REFUSED, RunError
+from wqmix_jax.exits import RunError, refuse
 from wqmix_jax.hosts import refuse_connected_processes, with_host
 
 _GROUPS = ("algo", "env")
@@ -34,7 +34,7 @@ def main() -> None:
     """Runs the command line."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra raises its errors as they are, for `_in_one_line`
     parser = get_args_parser()
-    parser.error = _refuse  # type: ignore[method-assign]
+    parser.error = refuse  # type: ignore[method-assign]
     sys.argv = [sys.argv[0], *_with_open_sweep(sys.argv[1:])]
     args = parser.parse_args()
     multirun = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
@@ -103,12 +103,20 @@ def check_overrides(
     if "resume" in by_key and by_key["resume"].value() is not None:
         _check_resume(parsed)
         return
+    swept = [override for override in parsed if override.is_sweep_override()]
+    if swept and not multirun and swept[0].key_or_group not in _GROUPS:
+        several = "several values make several runs with -m, and a list is written [A,B]"
+        raise ConfigError(f"{swept[0].input_line} is not allowed: {several}")
     env, algo = by_key.get("env"), by_key.get("algo")
     if env is not None and (env.is_add() or not _is_choice(env, multirun)):
         raise ConfigError(f"{env.input_line} is not allowed: write env=NAME, NAME one of {names('env', config_dir)}")
     listed = names("algo", config_dir)
     if algo is None:
         raise ConfigError(f"an algorithm is missing: write +algo=NAME, NAME one of {listed}")
+    if len([override for override in parsed if override.key_or_group == "algo"]) > 1:
+        chosen = ", ".join(str(override.input_line) for override in parsed if override.key_or_group == "algo")
+        several = "-m +algo=NAME,NAME runs several one after the other"
+        raise ConfigError(f"{chosen} is not allowed: an algorithm is chosen once; {several}")
     if not algo.is_add() or algo.is_force_add() or not _is_choice(algo, multirun):
         name = algo.value() if isinstance(algo.value(), str) else "NAME"
         raise ConfigError(f"{algo.input_line} is not allowed: write +algo={name} (NAME is one of {listed})")
@@ -253,16 +261,11 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        _refuse(str(error))
+        refuse(str(error))
     except RunError as error:
-        _refuse(str(error), error.exit_code)
+        refuse(str(error), error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _refuse(message: str, exit_code: int = REFUSED) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(exit_code)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from PIL import Image
 
 import wqmix_jax.envs
 from wqmix_jax.config import ConfigError
+from wqmix_jax.envs.base import Moment
 from wqmix_jax.envs.predator_prey import CATCH, STAY
 from wqmix_jax.envs.predator_prey_jumanji import PredatorPreyJumanji, State
 from wqmix_jax.envs.predator_prey_viewer import PredatorPreyViewer
@@ -199,3 +200,45 @@ def test_an_animation_is_saved(env: PredatorPreyJumanji, state: State, step: Any
     with Image.open(tmp_path / "hunt.gif") as saved:
         assert saved.n_frames == 3
     env.close()
+
+
+@pytest.mark.parametrize(
+    ("actions", "events"),
+    [
+        ([CATCH, CATCH], [("capture", 10.0, [0, 1])]),
+        ([CATCH, STAY], [("miscapture", -2.0, [0, 1])]),
+        ([STAY, STAY], []),
+    ],
+)
+def test_a_film_marks_captures_and_miscaptures(actions: list[int], events: list[Any]) -> None:
+    """Two agents with a stag between them; the mark is where the stag stood."""
+    env = PredatorPreyJumanji(world_shape=[1, 4], num_agents=2, num_stags=1, num_hares=0, punishment=-2.0)
+    task = env.task
+    before = task.reset(jax.random.key(0))._replace(
+        agents_pos=jnp.array([[0, 0], [0, 2]]), prey_pos=jnp.array([[0, 1]])
+    )
+    joint_action, key = jnp.array(actions), jax.random.key(1)
+    after, outcome = task.step(before, joint_action, key)
+    moment = Moment(after, float(outcome.reward), before, joint_action, key)
+    seen = [(kind, reward, position.tolist()) for kind, reward, position in task.viewer()._events(moment)]
+    assert seen == events
+    assert sum(reward for _, reward, _ in seen) == float(outcome.reward)
+    assert list(task.viewer()._events(Moment(before, 0.0))) == []
+
+
+def test_miscaptures_are_what_is_punished() -> None:
+    """On random steps of a crowded grid: the reward is that of the captures and one punishment for each."""
+    task = PredatorPreyJumanji(world_shape=[3, 3], num_agents=4, num_stags=2, num_hares=1, punishment=-1.5).task
+
+    def one(key: Any) -> Any:
+        state = task.reset(key)
+        joint_action = jax.random.randint(key, (4,), 4, 6)
+        after, outcome = task.step(state, joint_action, key)
+        caught = state.prey_alive & ~after.prey_alive
+        return outcome.reward, caught, task.miscaptures(state, joint_action, key)
+
+    reward, caught, missed = map(np.asarray, jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 200)))
+    assert caught.any()
+    assert missed.any()
+    np.testing.assert_allclose(reward, caught @ np.array([10.0, 10.0, 1.0]) - 1.5 * missed.sum(-1))
+    assert not (caught & missed).any()

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from wqmix_jax.config import build, load_group
+from wqmix_jax.envs.base import Moment
 from wqmix_jax.envs.smax import SMAX
 from wqmix_jax.envs.smax_viewer import SMAXViewer
 
@@ -105,3 +107,19 @@ def test_an_animation_is_saved_and_its_view_stays(env: SMAX, start: Any, fought:
     for position in (far.state.unit_positions[0], start.state.unit_positions[9]):
         assert (viewer._low < position).all()
         assert (position < viewer._high).all()
+
+
+def test_a_film_shows_the_return_and_one_part_of_the_map(env: SMAX, start: Any, fought: Any, tmp_path: Path) -> None:
+    titles: list[str] = []
+    viewer = SMAXViewer(env)
+    moments = [Moment(start, 0.0), Moment(fought, 0.25, start)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Axes,
+            "set_title",
+            lambda axes, text, real=Axes.set_title, **how: titles.append(text) or real(axes, text, **how),
+        )
+        viewer.film(moments, str(tmp_path / "battle.gif"))
+    assert any(title.startswith("2s3z   step 1 of") and title.endswith("   return 0.25") for title in titles)
+    with Image.open(tmp_path / "battle.gif") as film:
+        assert film.n_frames >= 2

@@ -88,6 +88,8 @@ class StateViewer(MatplotlibViewer, abc.ABC, Generic[StateT]):
             draw(ax, frame)
             return (ax,)
 
+        draw_frame(frames[0])
+        fig.canvas.draw()  # else the axes would shrink after the first frame, when room is made for the legend
         animation = FuncAnimation(fig, draw_frame, frames=frames, interval=interval)
         self._animation = animation
         if save_path:

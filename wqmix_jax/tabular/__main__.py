@@ -4,17 +4,16 @@ It prints a payoff and its projections side by side, as the paper's tables do. W
 in one line on stderr, with exit code 2.
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from wqmix_jax.envs.payoffs import PRESETS, payoff_tensor
+from wqmix_jax.exits import OneLineParser
 from wqmix_jax.tabular.projection import Projection, project
 from wqmix_jax.tabular.search import MAX_ORDERINGS, is_enumerable, num_orderings
 from wqmix_jax.tabular.weightings import NAMES, checked_alpha
@@ -27,14 +26,6 @@ MAX_SHOWN = 8
 
 _MAX_DENOMINATOR = 30
 """Numbers within rounding of a fraction with a denominator up to this are printed as one."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """Tells what is wrong in one line, where argparse would add its usage."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -100,8 +91,10 @@ def as_text(payoff: np.ndarray, projection: Projection) -> str:
     return "\n".join(lines)
 
 
-def _parser() -> _Parser:
-    parser = _Parser(prog="python -m wqmix_jax.tabular", description="Projects a payoff as QMIX or Weighted QMIX do.")
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog="python -m wqmix_jax.tabular", description="Projects a payoff as QMIX or Weighted QMIX do."
+    )
     parser.add_argument("payoff", help=f"{', '.join(PRESETS)}, or a JSON file: a nested list, one axis per agent")
     parser.add_argument("--weighting", choices=NAMES, default="uniform", help="w(u); uniform by default")
     parser.add_argument("--alpha", type=float, default=0.1, help="in (0, 1], 0.1 by default; uniform doesn't use it")

@@ -1,0 +1,124 @@
+"""The README's commands and programs are what they claim to be: all of them compose, and the slow test runs them."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+import wqmix_jax
+from tests.running import ROOT
+from wqmix_jax import evaluate, load_config, train
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+    if line.strip()
+]
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+# What makes a run of seconds of any; with `resume` only the first may change.
+SHORT = ("total_env_steps=200", "eval_episodes=2", "algo.batch_size=2", "algo.buffer_size=8", "env.episode_limit=20")
+
+
+def of(module: str) -> list[list[str]]:
+    """The arguments of each command ``python -m MODULE``."""
+    return [command[command.index(module) + 1 :] for command in COMMANDS if module in command]
+
+
+def test_every_command_is_of_a_known_kind() -> None:
+    assert len(COMMANDS) > 15
+    assert len(of("wqmix_jax.train")) > 5
+    for command in COMMANDS:
+        assert command[0] in ("make", "python", "cd")
+        if "-m" in command:
+            module = command[command.index("-m") + 1].replace(".", "/")
+            assert (ROOT / f"{module}.py").is_file() or (ROOT / module / "__main__.py").is_file()
+
+
+def test_every_make_target_is_there() -> None:
+    targets = {command[1] for command in COMMANDS if command[0] == "make"}
+    assert targets >= {"demo", "train", "setup", "test"}
+    for command in COMMANDS:
+        if command[0] == "make":
+            planned = subprocess.run(
+                ["make", "-n", *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False
+            )
+            assert planned.returncode == 0, planned.stderr
+
+
+@pytest.mark.parametrize("arguments", of("wqmix_jax.train"), ids=" ".join)
+def test_the_options_of_every_training_compose(arguments: list[str]) -> None:
+    multirun = "-m" in arguments
+    config_dir = ROOT / "experiments" / "my_project" / "configs" if "--config-dir" in arguments else None
+    overrides = [text for text in arguments if "=" in text and not text.startswith("hydra/")]
+    train.check_overrides(train._with_open_sweep(overrides), config_dir, multirun=multirun)
+    if not any(text.startswith("resume=") for text in overrides):
+        for first in (0, -1) if multirun else (0,):
+            one = [text.split("=", 1) for text in overrides]
+            load_config(
+                *[f"{key}={value.split(',')[first] if multirun else value}" for key, value in one],
+                config_dir=config_dir,
+            )
+
+
+@pytest.mark.parametrize("arguments", of("wqmix_jax.evaluate"), ids=" ".join)
+def test_the_options_of_every_evaluation_compose(arguments: list[str]) -> None:
+    values = evaluate._compose(arguments, None)
+    del values["env"], values["algo"]
+    chosen = evaluate._options(values, arguments)
+    assert (chosen.run_dir, chosen.pymarl) in {("outputs/first", None), (None, "FOLDER")}
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=["train", "policy"] if len(PROGRAMS) == 2 else None)
+def test_every_program_uses_what_the_package_offers(program: str) -> None:
+    compile(program, "README.md", "exec")
+    for imported in re.findall(r"from wqmix_jax import (.*)", program):
+        assert set(imported.split(", ")) <= set(wqmix_jax.__all__)
+
+
+def test_every_link_leads_somewhere() -> None:
+    for path in re.findall(r"\]\((?!http|#)([^)#]+)", README):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.slow
+def test_the_commands_and_programs_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in COMMANDS:
+        if command[0] == "python" and not any("hydra/launcher" in text or "FOLDER env=" in text for text in command):
+            run(command, tmp_path)
+    run([text.replace("host=0", "host=1") for text in next(each for each in COMMANDS if "host=0" in each)], tmp_path)
+    short = lambda *overrides: load_config(*overrides[:1], *SHORT)  # noqa: E731
+    monkeypatch.setattr(wqmix_jax, "load_config", short, raising=False)
+    for program in PROGRAMS:
+        spec = load_config("+algo=cw_qmix").env.spec
+        given = {
+            "obs": jnp.zeros((5, spec.num_agents, spec.obs_dim)),
+            "avail_actions": jnp.ones((5, spec.num_agents, spec.num_actions), bool),
+        }
+        names: dict[str, Any] = dict(given)
+        exec(program, names)
+        if "joint_action" in names:
+            assert names["joint_action"].shape == (5, spec.num_agents)
+
+
+def run(command: list[str], folder: Path) -> None:
+    """Runs a command in ``folder``, a training shortened and what has placeholders left out."""
+    arguments = command[1:]
+    if "wqmix_jax.train" in arguments:
+        resumes = any(text.startswith("resume=") for text in arguments)
+        arguments = [text for text in arguments if not text.startswith("total_env_steps=")]
+        arguments += ["total_env_steps=400"] if resumes else SHORT
+    if any("outputs/FOLDER" in text or "pymarl=FOLDER" in text for text in arguments):
+        return
+    if "wqmix_jax.merge" in arguments or "experiments" in " ".join(arguments):
+        return
+    ended = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, (arguments, ended.stderr)
