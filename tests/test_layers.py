@@ -19,7 +19,7 @@ LAYERS = (
     ("evaluator", "policy"),
     ("trainer",),
     ("loop",),
-    ("logger", "checkpoint", "tabular", "interop"),
+    ("logger", "checkpoint", "memory", "tabular", "interop"),
     ("plotting", "progress", "runs"),
     ("api", "runner", "merge", "table"),
     ("train", "evaluate"),
