@@ -40,7 +40,8 @@ from wqmix_jax.train import names
 from wqmix_jax.trainer import Trainer, TrainState, train_sharding
 from wqmix_jax.types import Array, Episode, StepOutcome
 
-REPETITIONS = 5
+REPETITIONS, CHUNKS = 5, 3
+"""Of a call, and of the loop."""
 
 MAX_SEEDS = 64
 """Of ``seeds=all``."""
@@ -227,7 +228,7 @@ def loop_rows(config: RunConfig, name: str) -> list[Row]:
     if not plan.fits:
         return []
     state, rates = trainer.init(config.seeds), []
-    while len(rates) < REPETITIONS:
+    while len(rates) < CHUNKS:
         before, started = int(state.counters.env_steps.sum()), time.perf_counter()
         state, record = jax.block_until_ready(trainer.train_chunk(state))
         seconds = time.perf_counter() - started

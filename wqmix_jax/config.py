@@ -92,7 +92,7 @@ class RunConfig:
         eval_episodes: greedy episodes of one evaluation.
         chunk_iterations: the most iterations of one compiled call; never changes a number.
         matmul_precision: what `jax.default_matmul_precision` is set to; without effect on a CPU.
-        compute_dtype: what nets compute in; parameters, losses and targets are float32 in any case.
+        compute_dtype: of the matrices that nets multiply; all else, the parameters too, is float32.
         run_dir: the run's folder; a dated one under ``outputs`` when absent.
         resume: a run's folder to continue.
         checkpoint: see `CheckpointOptions`.

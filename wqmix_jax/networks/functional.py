@@ -7,7 +7,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from wqmix_jax.types import PRNGKey, PyTree
 
@@ -16,7 +15,7 @@ _compute_dtype = contextvars.ContextVar("compute_dtype", default="float32")
 
 @contextlib.contextmanager
 def compute_in(dtype: str) -> Iterator[None]:
-    """Traces nets so that they compute in ``dtype``; parameters, what nets return and everything else stay float32."""
+    """Traces nets so that they multiply matrices of ``dtype``; parameters, sums and everything else stay float32."""
     token = _compute_dtype.set(dtype)
     try:
         yield
@@ -32,12 +31,6 @@ def init_net(net: nn.Module, key: PRNGKey, *inputs: Any) -> PyTree:
 def apply_net(net: nn.Module, params: PyTree, *inputs: Any, method: str = "__call__") -> Any:
     """What the net, or another method of it, makes of its inputs; see `compute_in`."""
     dtype = _compute_dtype.get()
-    if dtype == "float32":
-        return net.apply({"params": params}, *inputs, method=method)
-    params, inputs = _cast((params, inputs), "float32", dtype)
-    return _cast(net.apply({"params": params}, *inputs, method=method), dtype, "float32")
-
-
-def _cast(tree: PyTree, old: str, new: str) -> PyTree:
-    """The leaves of one dtype in another."""
-    return jax.tree.map(lambda leaf: leaf.astype(new) if jnp.asarray(leaf).dtype == old else leaf, tree)
+    if dtype != "float32":
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, params)
+    return net.apply({"params": params}, *inputs, method=method)

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from wqmix_jax.networks.linear import torch_uniform
+from wqmix_jax.networks.linear import product, torch_uniform
 from wqmix_jax.types import Array
 
 
@@ -56,8 +56,8 @@ def gru_unroll(weights: GRUWeights, carry: Array, inputs: Array) -> Array:
 
 
 def _gates(weights: GRUWeights, carry: Array, inputs: Array) -> _Gates:
-    from_inputs = inputs @ weights.input_kernel + weights.input_bias[None, :]
-    from_hidden = carry @ weights.hidden_kernel + weights.hidden_bias[None, :]
+    from_inputs = product(inputs, weights.input_kernel) + weights.input_bias[None, :]
+    from_hidden = product(carry, weights.hidden_kernel) + weights.hidden_bias[None, :]
     input_reset, input_update, input_new = jnp.split(from_inputs, 3, axis=-1)
     hidden_reset, hidden_update, hidden_new = jnp.split(from_hidden, 3, axis=-1)
     reset = nn.sigmoid(input_reset + hidden_reset)
@@ -91,7 +91,7 @@ def _unroll_forward(weights: GRUWeights, carry: Array, inputs: Array) -> tuple[A
 
 def _unroll_backward(residuals: _Residuals, d_hiddens: Array) -> tuple[GRUWeights, Array, Array]:
     weights, carry, inputs, hiddens, gates = residuals
-    wide = jnp.promote_types(carry.dtype, jnp.float32)  # for sums over many steps
+    narrow = weights.hidden_kernel.dtype
 
     def step(grads: tuple[Array, GRUWeights], at: Any) -> tuple[tuple[Array, GRUWeights], Array]:
         (d_carry, d_weights), (index, x, d_hidden, (reset, update, new, hidden_new)) = grads, at
@@ -104,15 +104,15 @@ def _unroll_backward(residuals: _Residuals, d_hiddens: Array) -> tuple[GRUWeight
         d_from_inputs = jnp.concatenate([d_reset, d_update, d_new], axis=-1)
         d_from_hidden = jnp.concatenate([d_reset, d_update, d_new * reset], axis=-1)
         of_step = GRUWeights(
-            jnp.matmul(x.T, d_from_inputs, preferred_element_type=wide),
-            jnp.matmul(before.T, d_from_hidden, preferred_element_type=wide),
-            d_from_inputs.sum(0, dtype=wide),
-            d_from_hidden.sum(0, dtype=wide),
+            product(x.T, d_from_inputs.astype(narrow)),
+            product(before.T, d_from_hidden.astype(narrow)),
+            d_from_inputs.sum(0),
+            d_from_hidden.sum(0),
         )
-        d_carry = d_hidden * update + d_from_hidden @ weights.hidden_kernel.T
-        return (d_carry, jax.tree.map(jnp.add, d_weights, of_step)), d_from_inputs @ weights.input_kernel.T
+        d_carry = d_hidden * update + product(d_from_hidden, weights.hidden_kernel.T)
+        return (d_carry, jax.tree.map(jnp.add, d_weights, of_step)), product(d_from_inputs, weights.input_kernel.T)
 
-    start = jnp.zeros_like(carry), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, wide), weights)
+    start = jnp.zeros_like(carry), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, carry.dtype), weights)
     steps = jnp.arange(len(inputs)), inputs, d_hiddens, gates
     (d_carry, d_weights), d_inputs = jax.lax.scan(step, start, steps, reverse=True)
     return jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), d_weights, weights), d_carry, d_inputs
