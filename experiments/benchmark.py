@@ -1,15 +1,22 @@
-"""How fast this machine trains: ``python -m experiments.benchmark [algo=NAME|all] [key=value ..] [--out FILE]``.
+"""How fast this machine trains: ``python -m experiments.benchmark [algo=NAME|all] [seeds=all] [KEY=VALUE] [--out F]``.
 
-Prints one table, and with ``--out`` writes it as a JSON list of ``{"name", "value", "unit", "algo"}`` rows. Times are
-medians of several repetitions, after one that is not counted; compile time stands apart. ``algo=all`` times one learner
-call of every algorithm and no loop. Nothing else should run meanwhile.
+Prints one table, and with ``--out`` writes its rows as JSON, ``{"name", "value", "unit", "algo", "num_seeds"}`` each;
+the first says what the machine was. Times are medians of several repetitions, after one that is not counted; compile
+time stands apart. ``algo=all`` times one learner call of every algorithm and no loop; ``seeds=all`` the loop alone, for
+1, 2, 4, .. seeds while they fit into the memory. Nothing else should run meanwhile.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import json
+import math
+import os
+import platform
+import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,18 +25,28 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
+from experiments.plain_learner import make_plain_learner
 from wqmix_jax import load_config, make_trainer
 from wqmix_jax.algos.base import Context, hyperparams
 from wqmix_jax.config import RunConfig
 from wqmix_jax.devices import claim_cores
-from wqmix_jax.learner import init_learner, learner_step
+from wqmix_jax.loop import compile_trainer
+from wqmix_jax.members import make_members
+from wqmix_jax.memory import memory_plan
 from wqmix_jax.replay import make_replay
 from wqmix_jax.rollout import rollout
+from wqmix_jax.runs import versions
 from wqmix_jax.train import names
-from wqmix_jax.trainer import train_sharding
-from wqmix_jax.types import Episode
+from wqmix_jax.trainer import Trainer, TrainState, train_sharding
+from wqmix_jax.types import Array, Episode, StepOutcome
 
-REPETITIONS = 5
+REPETITIONS, CHUNKS = 5, 3
+"""Of a call, and of the loop."""
+
+MAX_SEEDS = 64
+"""Of ``seeds=all``."""
+
+MATMUL_SIZE = 4096
 
 AUTHORS = {
     "iql": 0.31, "vdn": 0.31, "qmix": 0.40, "ow_qmix": 0.89, "cw_qmix": 0.94, "qtran": 0.52, "qplex": 0.80,
@@ -45,25 +62,23 @@ class Row(NamedTuple):
     value: float
     unit: str
     algo: str = ""
+    num_seeds: int = 1
 
 
 def main() -> None:
     """Measures what the command line names and prints the table."""
     parser = argparse.ArgumentParser(description=str(__doc__))
-    parser.add_argument("overrides", nargs="*", help="options of a run, as for wqmix_jax.train")
+    parser.add_argument("overrides", nargs="*", help="options of a run, as for wqmix_jax.train, and seeds=all")
     parser.add_argument("--out", type=Path, help="where the rows go as JSON")
     args = parser.parse_args()
     algo, overrides = chosen_algorithm(args.overrides)
     claim_cores()
-    if algo == "all":
-        configs = {name: load_config(f"+algo={name}", *overrides) for name in names("algo").split(", ")}
-        rows = [row for name, config in configs.items() for row in learner_rows(config, name)]
-    else:
-        config = load_config(f"+algo={algo}", *overrides)
-        rows = [*learner_rows(config, algo), *rollout_rows(config, algo), *loop_rows(config, algo)]
+    rows = with_ratios(list(measured(algo, overrides)))
+    rows.append(Row("peak_memory_bytes", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0, "B", algo))
     show(rows)
     if args.out is not None:
-        args.out.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+        listed = [{"name": "machine", **machine()}, *(row._asdict() for row in rows)]
+        args.out.write_text(json.dumps(listed, indent=1) + "\n")
 
 
 def chosen_algorithm(overrides: list[str]) -> tuple[str, list[str]]:
@@ -73,27 +88,83 @@ def chosen_algorithm(overrides: list[str]) -> tuple[str, list[str]]:
     return algo, [override for override in overrides if override not in named]
 
 
+def measured(algo: str, overrides: list[str]) -> Iterator[Row]:
+    """The rows that the command line asks for."""
+    options = [override for override in overrides if override != "seeds=all"]
+    if algo == "all":
+        for name in names("algo").split(", "):
+            yield from learner_rows(load_config(f"+algo={name}", *options), name)
+    elif options != overrides:
+        for num_seeds in (2**power for power in range(MAX_SEEDS.bit_length())):
+            rows = loop_rows(
+                load_config(f"+algo={algo}", *options, f"num_seeds={num_seeds}", "chunk_iterations=1"), algo
+            )
+            if not rows:
+                return
+            yield from rows
+    else:
+        config = load_config(f"+algo={algo}", *options)
+        yield from learner_rows(config, algo)
+        yield from counterpart_rows(config, algo)
+        yield from rollout_rows(config, algo)
+        yield from loop_rows(config, algo)
+        yield from [row._replace(name=f"full_episodes_{row.name}") for row in loop_rows(endless(config), algo)[:1]]
+
+
 def learner_rows(config: RunConfig, name: str) -> list[Row]:
-    """One learner call of one seed on a batch of episodes that all last to the time limit, on one device."""
-    algo, hp = config.algo, hyperparams(config.algo)
-    learner = init_learner(algo.init(jax.random.key(0), config.env.spec))
-
-    def call(learner: Any, batch: Episode) -> Any:
-        return learner_step(algo, learner, batch, hp, at_random(), jax.random.key(0))
-
-    batch = full_episodes(config)
-    seconds, _ = timed(jax.jit(call), learner, batch)
-    rows = [Row("learner_call_seconds", seconds, "s", name)]
+    """One learner call of one seed on a batch of episodes that all last to the time limit, as a run makes it."""
+    batch_size = config.algo.batch_size
+    algo = dataclasses.replace(config.algo, buffer_size=batch_size)
+    one_batch = dataclasses.replace(config, algo=algo)
+    trainer = make_trainer(one_batch, sharding=train_sharding(config, 1), cut_batches=False)
+    state = with_full_episodes(trainer, config)
+    seconds, _ = timed(trainer.learn, state)
+    flops = matmul_flops(jax.make_jaxpr(trainer.learn)(state).jaxpr)
+    rows = [
+        Row("learner_call_seconds", seconds, "s", name),
+        Row("learner_call_gflop", flops / 1e9, "GFLOP", name),
+        Row("learner_call_gflop_per_second", flops / 1e9 / seconds, "GFLOP/s", name),
+        Row("matmul_gflop_per_second", matmul_speed() / 1e9, "GFLOP/s"),
+    ]
     return rows + [Row("learner_call_seconds_authors", AUTHORS[name], "s", name)] * (name in AUTHORS)
 
 
-def full_episodes(config: RunConfig) -> Episode:
-    """A batch played at random and declared to have lasted to the limit: what comes after an early end is zero."""
+def counterpart_rows(config: RunConfig, name: str) -> list[Row]:
+    """The same call of OW-QMIX in plain JAX, and in PyTorch where it is there; ratios of ours are to these."""
+    if name != "ow_qmix":
+        return []
+    batch = full_episodes(config)
+    learner, call = make_plain_learner(config.algo, batch)
+    rows = [Row("learner_call_plain_jax_seconds", timed(jax.jit(call), learner, batch)[0], "s", name)]
+    with contextlib.suppress(ImportError):
+        from experiments.torch_learner import make_torch_learner
+
+        rows.append(Row("learner_call_pytorch_seconds", timed(make_torch_learner(config.algo, batch))[0], "s", name))
+    return rows
+
+
+def with_ratios(rows: list[Row]) -> list[Row]:
+    """The rows, and after each counterpart's time how much of it ours takes."""
+    ours = [row.value for row in rows if row.name == "learner_call_seconds"]
+    with_them = []
+    for row in rows:
+        with_them.append(row)
+        if row.name in ("learner_call_plain_jax_seconds", "learner_call_pytorch_seconds"):
+            name = row.name.replace("call_", "call_vs_").removesuffix("_seconds")
+            with_them.append(Row(name, ours[0] / row.value, "of its time", row.algo))
+    return with_them
+
+
+def full_rows(config: RunConfig) -> Array:
+    """A batch ``[B, row_bytes]`` as it is stored, played at random and declared to have lasted to the limit.
+
+    What comes after an early end is zero.
+    """
     algo, env, batch_size = config.algo, config.env, config.algo.batch_size
     replay = make_replay(env, buffer_size=batch_size, batch_size=batch_size)
 
     @jax.jit
-    def play() -> Episode:
+    def play() -> Array:
         params, hp, ctx = jax.tree.map(
             lambda leaf: jnp.asarray(leaf)[None],
             (algo.init(jax.random.key(0), env.spec), hyperparams(algo), at_random()),
@@ -102,10 +173,35 @@ def full_episodes(config: RunConfig) -> Episode:
         played = rollout(env, algo, params, hp, ctx, keys, num_envs=batch_size)
         episodes = jax.tree.map(lambda leaf: leaf[0], played.episodes)
         episodes = episodes._replace(length=jnp.full_like(episodes.length, env.spec.episode_limit))
-        rows = replay.add(replay.init(), episodes, jnp.bool_(True)).experience[0]
-        return replay.decode(rows, env.spec.episode_limit)
+        return replay.add(replay.init(), episodes, jnp.bool_(True)).experience[0]
 
     return play()
+
+
+def full_episodes(config: RunConfig) -> Episode:
+    """The batch of `full_rows`, decoded."""
+    algo, env = config.algo, config.env
+    replay = make_replay(env, buffer_size=algo.batch_size, batch_size=algo.batch_size)
+    return jax.jit(lambda rows: replay.decode(rows, env.spec.episode_limit))(full_rows(config))
+
+
+def with_full_episodes(trainer: Trainer, config: RunConfig) -> TrainState:
+    """One seed at its start whose replay, of one batch, holds `full_rows`."""
+    state = trainer.init([config.seed])
+    experience = jax.device_put(full_rows(config).reshape(state.replay.experience.shape), trainer.sharding)
+    return state._replace(replay=state.replay.replace(experience=experience, is_full=~state.replay.is_full))
+
+
+def endless(config: RunConfig) -> RunConfig:
+    """The same run, where only the time limit ends an episode."""
+
+    class Endless(type(config.env)):
+        def step(self, env_state: Any, joint_action: Array, key: Any) -> tuple[Any, StepOutcome]:
+            env_state, outcome = super().step(env_state, joint_action, key)
+            return env_state, outcome._replace(terminated=jnp.zeros_like(outcome.terminated))
+
+    fields = {field.name: getattr(config.env, field.name) for field in dataclasses.fields(config.env)}
+    return dataclasses.replace(config, env=Endless(**fields))
 
 
 def rollout_rows(config: RunConfig, name: str) -> list[Row]:
@@ -116,32 +212,38 @@ def rollout_rows(config: RunConfig, name: str) -> list[Row]:
     hp, ctx = jax.tree.map(lambda leaf: jnp.full(num_seeds, leaf), (hyperparams(algo), at_random()))
     call = jax.jit(lambda params, keys: rollout(env, algo, params, hp, ctx, keys, num_envs=config.num_envs))
     seconds, played = timed(call, params, keys)
-    return [Row("rollout_env_steps_per_second", float(played.episodes.length.sum()) / seconds, "1/s", name)]
+    steps_per_second = float(played.episodes.length.sum()) / seconds
+    return [Row("rollout_env_steps_per_second", steps_per_second, "1/s", name, num_seeds)]
 
 
 def loop_rows(config: RunConfig, name: str) -> list[Row]:
-    """The compiled loop as a run uses it, from the first chunk in which every iteration learns."""
+    """The compiled loop as a run uses it, from the first chunk in which every iteration learns.
+
+    Nothing where the plan of its memory doesn't fit. Rates are the sum over seeds.
+    """
     trainer = make_trainer(config, sharding=train_sharding(config, config.num_seeds))
-    state = trainer.init(range(config.seed, config.seed + config.num_seeds))
-    started = time.perf_counter()
-    train_chunk = trainer.train_chunk.lower(state).compile()  # type: ignore[attr-defined]
-    compile_seconds = time.perf_counter() - started
-    started = time.perf_counter()
-    trainer.evaluate.lower(state).compile()  # type: ignore[attr-defined]
-    evaluation_seconds = time.perf_counter() - started
-    rates = []
-    while len(rates) < REPETITIONS:
+    members = make_members(config.algo, config.seeds, {})
+    trainer, compile_seconds = compile_trainer(trainer, members)
+    plan = memory_plan(trainer, members)
+    if not plan.fits:
+        return []
+    state, rates = trainer.init(config.seeds), []
+    while len(rates) < CHUNKS:
         before, started = int(state.counters.env_steps.sum()), time.perf_counter()
-        state, record = jax.block_until_ready(train_chunk(state))
+        state, record = jax.block_until_ready(trainer.train_chunk(state))
         seconds = time.perf_counter() - started
         if (record.updates > 0).all():
             rates.append((int(state.counters.env_steps.sum()) - before) / seconds)
-    return [
-        Row("end_to_end_env_steps_per_second", statistics.median(rates), "1/s", name),
-        Row("compile_seconds", compile_seconds, "s", name),
-        Row("evaluation_compile_seconds", evaluation_seconds, "s", name),
-        Row("replay_bytes_per_seed", trainer.replay_bytes, "B", name),
-    ]
+    seconds, evaluated = timed(trainer.evaluate, state)
+    evaluation_steps = float(evaluated.metrics["episode_length"].sum()) * config.eval_episodes
+    rows = {
+        "end_to_end_env_steps_per_second": (statistics.median(rates), "1/s"),
+        "evaluation_env_steps_per_second": (evaluation_steps / seconds, "1/s"),
+        "compile_seconds": (compile_seconds, "s"),
+        "replay_bytes_per_seed": (trainer.replay_bytes, "B"),
+        "planned_memory_bytes": (plan.total, "B"),
+    }
+    return [Row(row, value, unit, name, config.num_seeds) for row, (value, unit) in rows.items()]
 
 
 def at_random() -> Context:
@@ -159,14 +261,50 @@ def timed(call: Callable[..., Any], *args: Any) -> tuple[float, Any]:
     return statistics.median(times), result
 
 
+def matmul_speed() -> float:
+    """Floating point operations per second of a large matrix product on one device of the default backend."""
+    square = jnp.ones((MATMUL_SIZE, MATMUL_SIZE))
+    return 2 * MATMUL_SIZE**3 / timed(jax.jit(jnp.matmul), square, square)[0]
+
+
+def matmul_flops(jaxpr: Any) -> int:
+    """Floating point operations of all matrix products of a traced function, the longest of each branch.
+
+    XLA's own count takes the body of a loop once.
+    """
+    return sum(_flops(eqn) for eqn in jaxpr.eqns)
+
+
+def _flops(eqn: Any) -> int:
+    params = eqn.params
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        inner = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+        return 2 * inner * math.prod(eqn.outvars[0].aval.shape)
+    if eqn.primitive.name == "cond":
+        return max(matmul_flops(branch.jaxpr) for branch in params["branches"])
+    inside = (getattr(value, "jaxpr", value) for value in params.values())
+    times = params.get("length", 1) * (params["mesh"].size if "mesh" in params else 1)
+    return times * sum(matmul_flops(jaxpr) for jaxpr in inside if hasattr(jaxpr, "eqns"))
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    devices = f"{jax.devices()[0].device_kind} x {jax.device_count()}"
+    return {"cpu": cpu, "cores": os.cpu_count(), "devices": devices, "versions": versions()}
+
+
 def show(rows: list[Row]) -> None:
     """The table; rates are the sum over seeds."""
     device = jax.devices()[0]
     title = f"jax {jax.__version__}, {device.device_kind} x {jax.device_count()}"
-    table = Table("measurement", "algorithm", "value", "unit", title=title)
+    table = Table("measurement", "algorithm", "seeds", "value", "unit", title=title)
     for row in rows:
         value = f"{row.value:,.3f}" if row.value < 1000 else f"{row.value:,.0f}"
-        table.add_row(row.name, row.algo, value, row.unit)
+        table.add_row(row.name, row.algo, str(row.num_seeds), value, row.unit)
     Console().print(table)
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from experiments.plain_learner import Mixer
 from wqmix_jax.envs.base import without_weak_types
 from wqmix_jax.types import Array, PRNGKey, PyTree
 
@@ -73,23 +74,9 @@ class _Agent(nn.Module):
         return carry, nn.Dense(self.num_actions)(hidden)
 
 
-class _Mixer(nn.Module):
-    """Utilities ``[T, B, N]`` and states ``[T, B, state]`` to ``[T, B]``."""
-
-    @nn.compact
-    def __call__(self, qs: Array, state: Array) -> Array:
-        def hypernet(hidden_dim: int, out_dim: int) -> Array:
-            return nn.Dense(out_dim)(nn.relu(nn.Dense(hidden_dim)(state)))
-
-        w_1 = jnp.abs(hypernet(HYPERNET_DIM, qs.shape[-1] * MIXER_DIM)).reshape(*qs.shape, MIXER_DIM)
-        w_2 = jnp.abs(hypernet(HYPERNET_DIM, MIXER_DIM))
-        hidden = nn.elu((qs[..., None] * w_1).sum(-2) + nn.Dense(MIXER_DIM)(state))
-        return (hidden * w_2).sum(-1) + hypernet(MIXER_DIM, 1)[..., 0]
-
-
 def make_plain_qmix(game: Any) -> PlainQmix:
     """Binds the loop to JaxMARL's environment."""
-    agent, mixer, num_agents = _Agent(game.num_ally_actions), _Mixer(), len(game.agents)
+    agent, mixer, num_agents = _Agent(game.num_ally_actions), Mixer(MIXER_DIM, HYPERNET_DIM), len(game.agents)
     optimiser = optax.chain(optax.clip_by_global_norm(MAX_GRAD_NORM), optax.radam(LEARNING_RATE))
     buffer = flashbax.make_trajectory_buffer(
         add_batch_size=NUM_ENVS,

@@ -130,6 +130,7 @@ def tiny_run(algo: Algorithm, env: Environment, **changes: Any) -> Any:
         "eval_episodes": 2,
         "chunk_iterations": 1,
         "matmul_precision": "float32",
+        "compute_dtype": "float32",
         "run_dir": None,
         "resume": None,
         "sweep": {},

@@ -19,7 +19,7 @@ LAYERS = (
     ("evaluator", "policy"),
     ("trainer",),
     ("loop",),
-    ("logger", "checkpoint", "tabular", "interop", "statistics"),
+    ("logger", "checkpoint", "memory", "tabular", "interop", "statistics"),
     ("plotting", "progress", "runs"),
     ("api", "runner", "merge", "table"),
     ("compare",),

@@ -69,7 +69,8 @@ def known_trainer(*, chunk_iterations: int, eval_iterations: int, total_env_step
         return EvalRecord(state.counters, metrics)
 
     sharding = SingleDeviceSharding(jax.local_devices()[0])
-    return Trainer(init, train_chunk, evaluate, chunk_iterations, eval_iterations, replay_bytes=0, sharding=sharding)
+    lengths = {"chunk_iterations": chunk_iterations, "eval_iterations": eval_iterations}
+    return Trainer(init, train_chunk, evaluate, learn=NotImplemented, **lengths, replay_bytes=0, sharding=sharding)
 
 
 def run(trainer: Trainer) -> tuple[Loop, list[list[Line]]]:

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from wqmix_jax.config import MAX_SEED, ConfigError, RunConfig, build, run_config
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.logger import load_header
-from wqmix_jax.loop import advance, begin, compile_trainer, is_finished
+from wqmix_jax.loop import advance, begin, is_finished
 from wqmix_jax.members import make_members, member_name
+from wqmix_jax.memory import compile_within_memory
 from wqmix_jax.policy import GreedyPolicy, policy_file, read_policies
 from wqmix_jax.runs import read_config
-from wqmix_jax.trainer import TrainState, make_trainer, train_sharding
+from wqmix_jax.trainer import Trainer, TrainState, make_trainer, train_sharding
 
 
 def train_seeds(
@@ -40,11 +41,16 @@ def train_seeds(
 
     Raises:
         ConfigError: if an option or a seed is not allowed.
-        RunError: if an environment outside of JAX fails too often.
+        RunError: if an environment outside of JAX fails too often, or the memory is too small.
     """
     config = config if isinstance(config, RunConfig) else run_config(config)
     members = make_members(config.algo, _checked(seeds), config.sweep)
-    trainer, _ = compile_trainer(make_trainer(config, sharding=train_sharding(config, len(members))), members)
+    sharding = train_sharding(config, len(members))
+
+    def grouped(learner_groups: int) -> Trainer:
+        return make_trainer(config, sharding=sharding, learner_groups=learner_groups)
+
+    trainer, _, _ = compile_within_memory(grouped(1), members, grouped)
     records: list[dict[str, Any]] = []
 
     def take(lines: list[dict[str, Any]]) -> None:

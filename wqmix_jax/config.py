@@ -93,7 +93,8 @@ class RunConfig:
         eval_interval: environment steps between evaluations, counted in iterations of full episodes.
         eval_episodes: greedy episodes of one evaluation.
         chunk_iterations: the most iterations of one compiled call; never changes a number.
-        matmul_precision: what `jax.default_matmul_precision` is set to.
+        matmul_precision: what `jax.default_matmul_precision` is set to; without effect on a CPU.
+        compute_dtype: of the matrices that nets multiply; all else, the parameters too, is float32.
         run_dir: the run's folder; a dated one under ``outputs`` when absent.
         resume: a run's folder to continue.
         checkpoint: see `CheckpointOptions`.
@@ -114,6 +115,7 @@ class RunConfig:
     eval_episodes: PositiveInt
     chunk_iterations: PositiveInt
     matmul_precision: Literal["float32", "tensorfloat32", "bfloat16"]
+    compute_dtype: Literal["float32", "bfloat16"]
     run_dir: str | None
     resume: str | None
     checkpoint: CheckpointOptions

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import functools
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -24,13 +25,13 @@ from wqmix_jax.loop import (
     abstract_state,
     advance,
     begin,
-    compile_trainer,
     env_steps,
     failures,
     is_finished,
     slowest_steps,
 )
 from wqmix_jax.members import Member, labels_of, make_members
+from wqmix_jax.memory import compile_within_memory, refuse_small_memory
 from wqmix_jax.plotting import plot_run
 from wqmix_jax.policy import BEST, LAST, POLICY_DIR, Policy, better, no_policy, save_policy
 from wqmix_jax.progress import make_display
@@ -77,6 +78,7 @@ def start(values: Mapping[str, Any], *, algo: str, env: str) -> Path:
     members = make_members(config.algo, config.seeds, config.sweep)
     run_dir = new_run_dir(_folder_of_host(config), algo=algo, env=env)
     trainer = _make_trainer(config, members)
+    refuse_small_memory(trainer, members)
     refuse_full_disk(run_dir, checkpoint_bytes(trainer, members, _no_policy(config, trainer, members)))
     make_run_dir(run_dir)
     create_metrics(
@@ -230,14 +232,19 @@ class _Session:
 
     def _set_chunk(self, iterations: int) -> None:
         if iterations != self.trainer.chunk_iterations:
-            shorter = dataclasses.replace(self.config, chunk_iterations=iterations)
-            self.trainer = make_trainer(shorter, sharding=self.trainer.sharding)
+            self.trainer = self._rebuilt(iterations, self.trainer.learner_groups)
+
+    def _rebuilt(self, chunk_iterations: int, learner_groups: int) -> Trainer:
+        config = dataclasses.replace(self.config, chunk_iterations=chunk_iterations)
+        return make_trainer(config, sharding=self.trainer.sharding, learner_groups=learner_groups)
 
     def _compile(self, *, fresh: bool) -> None:
         print("compiling", flush=True)
-        self.trainer, seconds = compile_trainer(self.trainer, self.members, fresh=fresh)
+        regroup = functools.partial(self._rebuilt, self.trainer.chunk_iterations)
+        self.trainer, seconds, lines = compile_within_memory(self.trainer, self.members, regroup, fresh=fresh)
         self.compile_seconds += seconds
-        print(f"compiled in {seconds:.1f} s", flush=True)
+        for line in (f"compiled in {seconds:.1f} s", *lines):
+            print(line, flush=True)
 
     def _advance(self, loop: Loop) -> tuple[Loop, list[Line]]:
         """Trains for one chunk, and sees to it that the next is not too long."""

@@ -4,8 +4,9 @@
 seeds, so "has learning started" and "how long is the longest episode of this batch" are real branches, not selects.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from wqmix_jax.envs.base import Environment
 from wqmix_jax.evaluator import evaluate
 from wqmix_jax.exploration import linear_epsilon
 from wqmix_jax.learner import LearnerState, apply_gradients, copy_targets, gradients, init_learner
+from wqmix_jax.networks.functional import compute_in
 from wqmix_jax.replay import Replay, ReplayState, make_replay
 from wqmix_jax.rollout import rollout
 from wqmix_jax.types import Array, PRNGKey, PyTree
@@ -124,20 +126,25 @@ class Trainer(NamedTuple):
         train_chunk: ``TrainState -> (TrainState, TrainRecord)``, `chunk_iterations` iterations, records ``[K, S]``; the
             argument's buffers are donated.
         evaluate: ``TrainState -> EvalRecord``; draws from keys of its own.
+        learn: ``TrainState -> (LearnerState, losses)``, one learner step of every seed on a batch of its replay, apart
+            from the loop: what a benchmark times.
         chunk_iterations: iterations of one `train_chunk`.
         eval_iterations: iterations between two evaluations, a multiple of `chunk_iterations`.
         replay_bytes: bytes of replay per seed.
         sharding: where the leaves of a `TrainState` lie.
+        learner_groups: in how many groups a device's seeds learn, one after the other; see `make_trainer`.
         failure: what ended the environment, see `wqmix_jax.envs.base.Host.failure`.
     """
 
     init: Callable[[Sequence[int]], TrainState]
     train_chunk: Callable[[TrainState], tuple[TrainState, TrainRecord]]
     evaluate: Callable[[TrainState], EvalRecord]
+    learn: Callable[[TrainState], tuple[LearnerState, dict[str, Array]]]
     chunk_iterations: int
     eval_iterations: int
     replay_bytes: int
     sharding: Sharding
+    learner_groups: int = 1
     failure: Callable[[], BaseException | None] = lambda: None
 
 
@@ -149,7 +156,9 @@ class _Parts(NamedTuple):
     replay: Replay
     num_envs: int
     updates_per_iteration: int
+    lengths: list[int]
     batch_parts: int
+    learner_groups: int
 
 
 def train_sharding(config: RunConfig, num_seeds: int) -> Sharding:
@@ -158,7 +167,9 @@ def train_sharding(config: RunConfig, num_seeds: int) -> Sharding:
     return config.env.host.sharding() or seed_sharding(num_seeds, batch_size=batch_size)
 
 
-def make_trainer(config: RunConfig, *, sharding: Sharding | None = None) -> Trainer:
+def make_trainer(
+    config: RunConfig, *, sharding: Sharding | None = None, learner_groups: int = 1, cut_batches: bool = True
+) -> Trainer:
     """Binds a run's options; nothing is compiled before the returned functions are called.
 
     Args:
@@ -166,12 +177,20 @@ def make_trainer(config: RunConfig, *, sharding: Sharding | None = None) -> Trai
         sharding: over which devices the seeds are spread, see `train_sharding`; each runs a loop of its own, whose
             branches go by its own seeds. Devices that share seeds all do the same, but learn from parts of a batch. The
             first device alone when absent.
+        learner_groups: in how many equal groups the seeds of a device take their learner steps, one group after the
+            other, so that only one group's intermediate arrays are there at a time.
+        cut_batches: whether batches are cut to a length that holds their longest episode; it ties a seed's rounding to
+            the seeds beside it, and saves time.
     """
     sharding = SingleDeviceSharding(jax.local_devices()[0]) if sharding is None else sharding
     batch_parts = sharding.mesh.shape[BATCH_AXIS] if isinstance(sharding, NamedSharding) else 1
     env, algo = config.env, config.algo
     replay = make_replay(env, buffer_size=algo.buffer_size, batch_size=algo.batch_size)
-    parts = _Parts(env, algo, replay, config.num_envs, config.updates_per_iteration, batch_parts)
+    limit = env.spec.episode_limit
+    lengths = _static_lengths(limit) if cut_batches else [limit]
+    parts = _Parts(
+        env, algo, replay, config.num_envs, config.updates_per_iteration, lengths, batch_parts, learner_groups
+    )
     eval_iterations = max(1, config.eval_interval // (config.num_envs * env.spec.episode_limit))
     chunk_iterations = max(k for k in range(1, config.chunk_iterations + 1) if eval_iterations % k == 0)
 
@@ -179,11 +198,15 @@ def make_trainer(config: RunConfig, *, sharding: Sharding | None = None) -> Trai
         return _init(parts, hyperparams(algo), config.total_env_steps, seeds)
 
     def train_chunk(state: TrainState) -> tuple[TrainState, TrainRecord]:
-        with jax.default_matmul_precision(config.matmul_precision):
+        with _precision(config):
             return jax.lax.scan(lambda s, _: _iteration(parts, s), state, length=chunk_iterations)
 
+    def learn(state: TrainState) -> tuple[LearnerState, dict[str, Array]]:
+        with _precision(config):
+            return _update(parts, state, state.learner, _context(state), state.counters.episodes)
+
     def evaluation(state: TrainState) -> EvalRecord:
-        with jax.default_matmul_precision(config.matmul_precision):
+        with _precision(config):
             return _evaluate(parts, state, config.eval_episodes)
 
     jitted_init = jax.jit(_spread(init, sharding), out_shardings=sharding)
@@ -191,12 +214,20 @@ def make_trainer(config: RunConfig, *, sharding: Sharding | None = None) -> Trai
         init=lambda seeds: jitted_init(jnp.asarray(seeds, jnp.uint32)),
         train_chunk=jax.jit(_spread(train_chunk, sharding, with_records=True), donate_argnums=0),
         evaluate=jax.jit(_spread(evaluation, sharding)),
+        learn=jax.jit(_spread(learn, sharding)),
         chunk_iterations=chunk_iterations,
         eval_iterations=eval_iterations,
         replay_bytes=replay.num_bytes,
         sharding=sharding,
+        learner_groups=learner_groups,
         failure=env.host.failure,
     )
+
+
+@contextlib.contextmanager
+def _precision(config: RunConfig) -> Iterator[None]:
+    with jax.default_matmul_precision(config.matmul_precision), compute_in(config.compute_dtype):
+        yield
 
 
 def _spread(function: Callable[..., Any], sharding: Sharding, *, with_records: bool = False) -> Callable[..., Any]:
@@ -303,7 +334,7 @@ def _update(
     noise = jax.vmap(lambda key: parts.algo.sample_noise(key, shapes))(loss_keys)
     rows, noise = _own_part(parts, (rows, noise))
     lengths = jax.vmap(parts.replay.lengths)(rows)
-    grads, metrics = _gradients(parts, learner, rows, noise, state.hp, ctx, lengths.max())
+    grads, metrics = _gradients(parts, learner, rows, noise, state.hp, ctx, lengths.max(-1))
     grads, metrics = _averaged(parts, (grads, metrics), lengths.sum(-1))
     learner, grad_norm = jax.vmap(apply_gradients)(learner, grads, state.hp)
     return copy_targets(learner, state.hp, episodes_before), metrics | {"grad_norm": grad_norm}
@@ -318,19 +349,35 @@ def _gradients(
     ctx: Context,
     longest: Array,
 ) -> tuple[PyTree, dict[str, Array]]:
-    """Each seed's gradient and metrics, its episodes cut to the shortest static length that holds the longest."""
-    limit = parts.env.spec.episode_limit
-    lengths = _static_lengths(limit)
+    """Each seed's gradient and metrics, its episodes cut to the shortest static length that holds the longest.
 
-    def on_first(num_steps: int) -> Callable[[Array, PyTree], tuple[PyTree, dict[str, Array]]]:
-        def one_seed(learner, rows, noise, hp, ctx):
+    ``longest`` is ``[S]``. The length is the same for all seeds of a group, since the branch is a real one.
+    """
+    limit = parts.env.spec.episode_limit
+
+    def on_first(num_steps: int) -> Callable[..., tuple[PyTree, dict[str, Array]]]:
+        def one_seed(
+            learner: LearnerState, rows: Array, noise: PyTree, hp: Hyperparams, ctx: Context
+        ) -> tuple[PyTree, dict[str, Array]]:
             noise = jax.tree.map(lambda leaf: leaf[:, : leaf.shape[1] - limit + num_steps], noise)
             return gradients(parts.algo, learner, parts.replay.decode(rows, num_steps), hp, ctx, noise)
 
-        return lambda rows, noise: jax.vmap(one_seed)(learner, rows, noise, hp, ctx)
+        return jax.vmap(one_seed)
 
-    choice = (longest > jnp.asarray(lengths[:-1], jnp.int32)).sum()
-    return jax.lax.switch(choice, [on_first(length) for length in lengths], rows, noise)
+    def one_group(longest: Array, *seeds: PyTree) -> tuple[PyTree, dict[str, Array]]:
+        choice = (longest.max() > jnp.asarray(parts.lengths[:-1], jnp.int32)).sum()
+        return jax.lax.switch(choice, [on_first(length) for length in parts.lengths], *seeds)
+
+    return _in_groups(one_group, parts.learner_groups, (longest, learner, rows, noise, hp, ctx))
+
+
+def _in_groups(function: Callable[..., PyTree], num_groups: int, args: tuple[PyTree, ...]) -> PyTree:
+    """``function(*args)`` for leaves ``[S, ..]``, a part of the seeds after the other."""
+    if num_groups == 1:
+        return function(*args)
+    grouped = jax.tree.map(lambda leaf: leaf.reshape(num_groups, -1, *leaf.shape[1:]), args)
+    results = jax.lax.map(lambda group: function(*group), grouped)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), results)
 
 
 def _own_part(parts: _Parts, batch: PyTree) -> PyTree:

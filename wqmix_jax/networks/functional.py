@@ -1,10 +1,26 @@
 """flax modules as pure functions of a plain tree of parameters."""
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
+import jax
 
 from wqmix_jax.types import PRNGKey, PyTree
+
+_compute_dtype = contextvars.ContextVar("compute_dtype", default="float32")
+
+
+@contextlib.contextmanager
+def compute_in(dtype: str) -> Iterator[None]:
+    """Traces nets so that they multiply matrices of ``dtype``; parameters, sums and everything else stay float32."""
+    token = _compute_dtype.set(dtype)
+    try:
+        yield
+    finally:
+        _compute_dtype.reset(token)
 
 
 def init_net(net: nn.Module, key: PRNGKey, *inputs: Any) -> PyTree:
@@ -13,5 +29,8 @@ def init_net(net: nn.Module, key: PRNGKey, *inputs: Any) -> PyTree:
 
 
 def apply_net(net: nn.Module, params: PyTree, *inputs: Any, method: str = "__call__") -> Any:
-    """What the net, or another method of it, makes of its inputs."""
+    """What the net, or another method of it, makes of its inputs; see `compute_in`."""
+    dtype = _compute_dtype.get()
+    if dtype != "float32":
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, params)
     return net.apply({"params": params}, *inputs, method=method)

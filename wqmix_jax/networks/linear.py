@@ -18,6 +18,11 @@ def magnitude(inputs: Array) -> Array:
     return inputs * jnp.sign(inputs)
 
 
+def product(inputs: Array, kernel: Array) -> Array:
+    """``inputs @ kernel``, both in the dtype of the kernel, summed and given in that of the inputs."""
+    return jnp.matmul(inputs.astype(kernel.dtype), kernel, preferred_element_type=inputs.dtype)
+
+
 class Linear(nn.Module):
     """``[.., F] -> [.., features]``; flax's Dense can't initialise its bias from the fan-in."""
 
@@ -29,7 +34,7 @@ class Linear(nn.Module):
         init = torch_uniform(inputs.shape[-1])
         kernel = self.param("kernel", init, (inputs.shape[-1], self.features))
         bias = self.param("bias", init, (self.features,))
-        outputs = inputs @ kernel
+        outputs = product(inputs, kernel)
         return outputs + bias.reshape((1,) * (outputs.ndim - 1) + (-1,))
 
 

@@ -1,0 +1,42 @@
+"""What the benchmark counts and divides; its times are nobody's business here."""
+
+import jax
+import jax.numpy as jnp
+
+from experiments.benchmark import Row, endless, matmul_flops, with_ratios
+from wqmix_jax import load_config
+
+
+def test_flops_of_loops_branches_and_gradients_are_counted_as_often_as_they_run():
+    a, b = jnp.ones((2, 3)), jnp.ones((3, 5))
+    one = 2 * 2 * 3 * 5
+
+    def flops(function, *args):
+        return matmul_flops(jax.make_jaxpr(function)(*args).jaxpr)
+
+    assert flops(jnp.matmul, a, b) == one
+    assert flops(jax.jit(lambda a, b: jax.lax.map(lambda _: a @ b, jnp.arange(7))), a, b) == 7 * one
+    assert flops(lambda a, b: jax.lax.cond(a.sum() > 0, lambda: a @ b, lambda: jnp.zeros((2, 5))), a, b) == one
+    assert flops(jax.vmap(jnp.matmul, (0, None)), jnp.ones((4, 2, 3)), b) == 4 * one
+    assert flops(jax.grad(lambda a, b: (a @ b).sum(), argnums=(0, 1)), a, b) == 3 * one
+
+
+def test_a_ratio_stands_after_each_counterpart():
+    rows = [Row("learner_call_seconds", 2.0, "s"), Row("learner_call_plain_jax_seconds", 4.0, "s")]
+    assert [(row.name, row.value) for row in with_ratios(rows)][2:] == [("learner_call_vs_plain_jax", 0.5)]
+
+
+def test_an_endless_environment_plays_on_after_its_end():
+    options = (
+        "env.world_shape=[2,3]",
+        "env.num_agents=2",
+        "env.num_stags=1",
+        "env.num_hares=0",
+        "env.episode_limit=30",
+    )
+    config = endless(load_config("+algo=vdn", *options))
+    env, spec = config.env, config.env.spec
+    state = env.reset(jax.random.key(0))._replace(prey_alive=jnp.zeros(1, bool))
+    _, outcome = env.step(state, jnp.zeros(spec.num_agents, jnp.int32), jax.random.key(1))
+    assert not outcome.terminated
+    assert load_config("+algo=vdn", *options).env.step(state, jnp.zeros(2, jnp.int32), jax.random.key(1))[1].terminated

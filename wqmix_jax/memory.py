@@ -1,0 +1,187 @@
+"""What a run takes of the memory, read off its compiled programs before anything is allocated.
+
+Where the backward passes of all seeds at once would not fit, the seeds learn in groups, one after the other.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from wqmix_jax.config import ConfigError
+from wqmix_jax.exits import RunError
+from wqmix_jax.loop import abstract_state, compile_trainer
+from wqmix_jax.members import Member
+from wqmix_jax.trainer import Trainer
+
+PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+
+
+class MemoryPlan(NamedTuple):
+    """What the programs take of one memory: that of the machine for a CPU, of one device otherwise.
+
+    Attributes:
+        members: how many trainings share it.
+        state: bytes of their train states, the replays among them.
+        temporaries: bytes of what the programs compute on their way, and of their records.
+        limit: bytes that are there for it; None where nobody tells.
+    """
+
+    members: int
+    state: int
+    temporaries: int
+    limit: int | None
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return self.state + self.temporaries
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is there."""
+        return self.limit is None or self.total <= self.limit
+
+    def __str__(self) -> str:
+        parts = f"{_megabytes(self.state)} of states and replays, {_megabytes(self.temporaries)} of temporaries"
+        there = "" if self.limit is None else f"; {_megabytes(self.limit)} are there"
+        each = _megabytes(self.total / self.members)
+        return f"memory: {each} per seed, {_megabytes(self.total)} in all ({parts}){there}"
+
+
+def refuse_small_memory(trainer: Trainer, members: Sequence[Member]) -> None:
+    """Says before anything compiles that not even the train states would fit.
+
+    Raises:
+        ConfigError: if so.
+    """
+    num_bytes, limit = _state_bytes(trainer, members), memory_limit(trainer)
+    if limit is not None and num_bytes > limit:
+        told = f"their states and replays take {_megabytes(num_bytes)}, and {_megabytes(limit)} are there"
+        raise ConfigError(f"training {len(members)} seeds at once is not allowed: {told}")
+
+
+def compile_within_memory(
+    trainer: Trainer, members: Sequence[Member], regroup: Callable[[int], Trainer], *, fresh: bool = True
+) -> tuple[Trainer, float, list[str]]:
+    """`compile_trainer`, in as few groups of seeds as fit into the memory.
+
+    Args:
+        trainer: the trainer.
+        members: as many as will train.
+        regroup: the same trainer with another `Trainer.learner_groups`.
+        fresh: see `compile_trainer`.
+
+    Returns:
+        The compiled trainer, the seconds that it took, and lines that say what it takes.
+
+    Raises:
+        RunError: where the seeds don't fit one by one either.
+    """
+    trainer, seconds = compile_trainer(trainer, members, fresh=fresh)
+    plan = memory_plan(trainer, members)
+    for groups in _numbers_of_groups(plan, _seeds_per_device(trainer, members)):
+        trainer, more = compile_trainer(regroup(groups), members, fresh=fresh)
+        plan, seconds = memory_plan(trainer, members), seconds + more
+        if plan.fits:
+            break
+    if not plan.fits:
+        raise RunError(f"too little memory, fewer seeds may do: {plan}")
+    return trainer, seconds, list(_lines(trainer, members, plan))
+
+
+def memory_plan(trainer: Trainer, members: Sequence[Member]) -> MemoryPlan:
+    """What a compiled trainer's programs say of themselves."""
+    programs: Any = (trainer.train_chunk, trainer.evaluate)  # compiled
+    train, evaluate = (program.memory_analysis() for program in programs)
+    beside_state = max(
+        train.temp_size_in_bytes + train.output_size_in_bytes - train.alias_size_in_bytes,
+        evaluate.temp_size_in_bytes + evaluate.output_size_in_bytes,
+    )
+    sharing = _devices_per_memory(trainer)
+    num_members = len(members) if sharing > 1 else _seeds_per_device(trainer, members)
+    return MemoryPlan(
+        num_members, sharing * train.argument_size_in_bytes, sharing * beside_state, memory_limit(trainer)
+    )
+
+
+def memory_limit(trainer: Trainer) -> int | None:
+    """Bytes for arrays in the memory that a device of the trainer uses, those that lie there now included.
+
+    A CPU's is what Linux has left for everyone, for this process (``ulimit -v``) and for its control group (version 2).
+    """
+    device = _device(trainer)
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    left = [size for size in (_machine_left(), _process_left(), _control_group_left()) if size is not None]
+    return min(left) + sum(array.nbytes for array in jax.live_arrays()) if left else None
+
+
+def _machine_left() -> int | None:
+    lines = _lines_of(PROC / "meminfo")
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _process_left() -> int | None:
+    limits = (line.split()[3] for line in _lines_of(PROC / "self/limits") if line.startswith("Max address space"))
+    limit = next(limits, "unlimited")
+    used = (int(line.split()[1]) * 1024 for line in _lines_of(PROC / "self/status") if line.startswith("VmSize:"))
+    return None if limit == "unlimited" else max(0, int(limit) - next(used, 0))
+
+
+def _control_group_left() -> int | None:
+    """The least of the process's own group and those that it is in."""
+    path = next((line[3:] for line in _lines_of(PROC / "self/cgroup") if line.startswith("0::")), "/")
+    group, left = CGROUP / path.lstrip("/"), []
+    for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(CGROUP))):
+        limit = _lines_of(folder / "memory.max") or ["max"]
+        if limit != ["max"]:
+            left.append(max(0, int(limit[0]) - int(_lines_of(folder / "memory.current")[0])))
+    return min(left, default=None)
+
+
+def _lines_of(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+def _numbers_of_groups(plan: MemoryPlan, num_seeds: int) -> Iterator[int]:
+    """What to try where the seeds don't fit at once: what should do, as their temporaries shrink, then one by one."""
+    if plan.fits or num_seeds == 1:
+        return
+    divisors = [number for number in range(2, num_seeds + 1) if num_seeds % number == 0]
+    should_do = (number for number in divisors if plan._replace(temporaries=plan.temporaries // number).fits)
+    yield from dict.fromkeys((next(should_do, num_seeds), num_seeds))
+
+
+def _lines(trainer: Trainer, members: Sequence[Member], plan: MemoryPlan) -> Iterator[str]:
+    yield str(plan)
+    if trainer.learner_groups > 1:
+        size = _seeds_per_device(trainer, members) // trainer.learner_groups
+        seeds = "1 seed" if size == 1 else f"{size} seeds"
+        yield f"memory: not all seeds fit at once: on each device they learn {seeds} at a time"
+
+
+def _state_bytes(trainer: Trainer, members: Sequence[Member]) -> int:
+    """Of the train states in one memory; devices that share a batch hold a copy each."""
+    leaves = jax.tree.leaves(abstract_state(trainer, members))
+    per_device = (math.prod(trainer.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    return _devices_per_memory(trainer) * sum(per_device)
+
+
+def _devices_per_memory(trainer: Trainer) -> int:
+    """Those of a CPU all use the machine's."""
+    return len(trainer.sharding.device_set) if _device(trainer).platform == "cpu" else 1
+
+
+def _seeds_per_device(trainer: Trainer, members: Sequence[Member]) -> int:
+    return trainer.sharding.shard_shape((len(members),))[0]
+
+
+def _device(trainer: Trainer) -> Any:
+    return next(iter(trainer.sharding.device_set))
+
+
+def _megabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB"
