@@ -36,14 +36,16 @@ def main() -> None:
     parser.add_argument("algos", nargs="*", default=names("algo").split(", "), help="all of them when left out")
     parser.add_argument("--out", type=Path, help="where the rows go as JSON")
     args = parser.parse_args()
-    rows = [train(algo) for algo in args.algos]
+    rows = []
+    for algo in args.algos:
+        rows.append(train(algo))
+        if args.out is not None:  # as soon as it is known
+            args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = Table("algorithm", "right of 10 seeds", "greedy payoffs", "seconds with compilation")
     for row in rows:
         payoffs = ", ".join(f"{payoff:g}" for payoff in row["payoffs"])
         table.add_row(row["algo"], str(row["right"]), payoffs, f"{row['seconds']:.0f}")
     Console().print(table)
-    if args.out is not None:
-        args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def train(algo: str) -> dict[str, Any]:
