@@ -38,7 +38,7 @@ TASKS = {
     "table2": Task(
         "Table 2's game",
         (
-            "env=matrix_game", "env.payoff=table2", "num_envs=8", "total_env_steps=8000", "eval_interval=400",
+            "env=matrix_game", "env.payoff=table2", "num_envs=8", "total_env_steps=3200", "eval_interval=200",
             "eval_episodes=1", "chunk_iterations=50", "algo.batch_size=64", "algo.buffer_size=500",
             "algo.epsilon_start=1.0", "algo.epsilon_finish=1.0",
         ),
@@ -49,7 +49,7 @@ TASKS = {
         "a small predator-prey",
         (
             "env=predator_prey", "env.world_shape=[4,4]", "env.num_agents=3", "env.num_stags=1", "env.episode_limit=20",
-            "num_envs=4", "total_env_steps=50000", "eval_interval=2500", "eval_episodes=32", "chunk_iterations=100",
+            "num_envs=4", "total_env_steps=40000", "eval_interval=5000", "eval_episodes=32", "chunk_iterations=100",
             "algo.batch_size=32", "algo.buffer_size=1000", "algo.hidden_dim=32", "algo.lr=0.001",
             "algo.epsilon_anneal_steps=15000", "algo.target_update_interval=100",
         ),

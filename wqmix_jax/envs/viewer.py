@@ -18,6 +18,8 @@ StateT = TypeVar("StateT")
 _LAST_FRAMES = 8
 """How often a film's last picture is shown, so that its end can be seen."""
 
+_LAYOUT_PASSES = 5
+
 
 class StateViewer(MatplotlibViewer, abc.ABC, Generic[StateT]):
     """Draws states one by one or as an animation; a subclass says how one state lies on the axes."""
@@ -89,7 +91,9 @@ class StateViewer(MatplotlibViewer, abc.ABC, Generic[StateT]):
             return (ax,)
 
         draw_frame(frames[0])
-        fig.canvas.draw()  # else the axes would shrink after the first frame, when room is made for the legend
+        for _ in range(_LAYOUT_PASSES):  # room is made for the legend bit by bit; then nothing moves any more
+            fig.draw_without_rendering()
+        fig.set_layout_engine("none")
         animation = FuncAnimation(fig, draw_frame, frames=frames, interval=interval)
         self._animation = animation
         if save_path:
