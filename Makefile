@@ -30,7 +30,7 @@ help: ## list the targets
 
 setup: $(DEVELOP) ## make .venv with all that development needs
 
-demo: $(USE) ## see QMIX fail and OW-QMIX learn, in three minutes on a laptop
+demo: $(USE) ## see QMIX fail and OW-QMIX learn, in minutes on a laptop
 	$(RUN) -m experiments.demo $(ARGS)
 
 train: $(USE) ## train OW-QMIX on predator-prey (ALGO=NAME for another algorithm, ARGS for options)

@@ -1,4 +1,4 @@
-"""Learning in three minutes on a laptop: ``python -m experiments.demo [--out FOLDER]``, or ``make demo``.
+"""Learning in minutes on a laptop: ``python -m experiments.demo [--out FOLDER]``, or ``make demo``.
 
 QMIX and OW-QMIX on the paper's Table 2, a game of one step that QMIX gets wrong, and on a predator-prey task that is
 small enough to be solved, with the paper's punishment for catching alone. Two trainings run side by side, on the CPU.
