@@ -9,6 +9,7 @@ time stands apart. ``algo=all`` times one learner call of every algorithm and no
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -73,7 +74,7 @@ def main() -> None:
     args = parser.parse_args()
     algo, overrides = chosen_algorithm(args.overrides)
     claim_cores()
-    rows = with_ratios(list(measured(algo, overrides)))
+    rows = list(measured(algo, overrides))
     rows.append(Row("peak_memory_bytes", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0, "B", algo))
     show(rows)
     if args.out is not None:
@@ -105,7 +106,6 @@ def measured(algo: str, overrides: list[str]) -> Iterator[Row]:
     else:
         config = load_config(f"+algo={algo}", *options)
         yield from learner_rows(config, algo)
-        yield from counterpart_rows(config, algo)
         yield from rollout_rows(config, algo)
         yield from loop_rows(config, algo)
         yield from [row._replace(name=f"full_episodes_{row.name}") for row in loop_rows(endless(config), algo)[:1]]
@@ -118,7 +118,8 @@ def learner_rows(config: RunConfig, name: str) -> list[Row]:
     one_batch = dataclasses.replace(config, algo=algo)
     trainer = make_trainer(one_batch, sharding=train_sharding(config, 1), cut_batches=False)
     state = with_full_episodes(trainer, config)
-    seconds, _ = timed(trainer.learn, state)
+    beside = counterparts(config, name)
+    seconds, *others = timed_in_turn([lambda: trainer.learn(state), *beside.values()])
     flops = matmul_flops(jax.make_jaxpr(trainer.learn)(state).jaxpr)
     rows = [
         Row("learner_call_seconds", seconds, "s", name),
@@ -126,33 +127,26 @@ def learner_rows(config: RunConfig, name: str) -> list[Row]:
         Row("learner_call_gflop_per_second", flops / 1e9 / seconds, "GFLOP/s", name),
         Row("matmul_gflop_per_second", matmul_speed() / 1e9, "GFLOP/s"),
     ]
+    for counterpart, its_seconds in zip(beside, others, strict=True):
+        rows += [
+            Row(f"learner_call_{counterpart}_seconds", its_seconds, "s", name),
+            Row(f"learner_call_vs_{counterpart}", seconds / its_seconds, "of its time", name),
+        ]
     return rows + [Row("learner_call_seconds_authors", AUTHORS[name], "s", name)] * (name in AUTHORS)
 
 
-def counterpart_rows(config: RunConfig, name: str) -> list[Row]:
-    """The same call of OW-QMIX in plain JAX, and in PyTorch where it is there; ratios of ours are to these."""
+def counterparts(config: RunConfig, name: str) -> dict[str, Callable[[], Any]]:
+    """The same call of OW-QMIX in plain JAX, and in PyTorch where that is installed."""
     if name != "ow_qmix":
-        return []
+        return {}
     batch = full_episodes(config)
     learner, call = make_plain_learner(config.algo, batch)
-    rows = [Row("learner_call_plain_jax_seconds", timed(jax.jit(call), learner, batch)[0], "s", name)]
+    calls: dict[str, Callable[[], Any]] = {"plain_jax": functools.partial(jax.jit(call), learner, batch)}
     with contextlib.suppress(ImportError):
         from experiments.torch_learner import make_torch_learner
 
-        rows.append(Row("learner_call_pytorch_seconds", timed(make_torch_learner(config.algo, batch))[0], "s", name))
-    return rows
-
-
-def with_ratios(rows: list[Row]) -> list[Row]:
-    """The rows, and after each counterpart's time how much of it ours takes."""
-    ours = [row.value for row in rows if row.name == "learner_call_seconds"]
-    with_them = []
-    for row in rows:
-        with_them.append(row)
-        if row.name in ("learner_call_plain_jax_seconds", "learner_call_pytorch_seconds"):
-            name = row.name.replace("call_", "call_vs_").removesuffix("_seconds")
-            with_them.append(Row(name, ours[0] / row.value, "of its time", row.algo))
-    return with_them
+        calls["pytorch"] = make_torch_learner(config.algo, batch)
+    return calls
 
 
 def full_rows(config: RunConfig) -> Array:
@@ -259,6 +253,17 @@ def timed(call: Callable[..., Any], *args: Any) -> tuple[float, Any]:
         result = jax.block_until_ready(call(*args))
         times.append(time.perf_counter() - started)
     return statistics.median(times), result
+
+
+def timed_in_turn(calls: list[Callable[[], Any]]) -> list[float]:
+    """`timed` for several calls, one of each in turn: what else the machine does slows all of them."""
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(1 + REPETITIONS):
+        for call, its_times in zip(calls, times, strict=True):
+            started = time.perf_counter()
+            jax.block_until_ready(call())
+            its_times.append(time.perf_counter() - started)
+    return [statistics.median(its_times[1:]) for its_times in times]
 
 
 def matmul_speed() -> float:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmark import Row, endless, matmul_flops, with_ratios
+from experiments.benchmark import endless, matmul_flops
 from wqmix_jax import load_config
 
 
@@ -19,11 +19,6 @@ def test_flops_of_loops_branches_and_gradients_are_counted_as_often_as_they_run(
     assert flops(lambda a, b: jax.lax.cond(a.sum() > 0, lambda: a @ b, lambda: jnp.zeros((2, 5))), a, b) == one
     assert flops(jax.vmap(jnp.matmul, (0, None)), jnp.ones((4, 2, 3)), b) == 4 * one
     assert flops(jax.grad(lambda a, b: (a @ b).sum(), argnums=(0, 1)), a, b) == 3 * one
-
-
-def test_a_ratio_stands_after_each_counterpart():
-    rows = [Row("learner_call_seconds", 2.0, "s"), Row("learner_call_plain_jax_seconds", 4.0, "s")]
-    assert [(row.name, row.value) for row in with_ratios(rows)][2:] == [("learner_call_vs_plain_jax", 0.5)]
 
 
 def test_an_endless_environment_plays_on_after_its_end():
