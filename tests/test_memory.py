@@ -27,10 +27,10 @@ def grouped(learner_groups):
 
 @pytest.fixture(scope="module")
 def programs():
-    """The compiled trainer with all seeds at once, and with one at a time."""
+    """The compiled trainer with all seeds at once, with two and with one at a time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "memory_limit", lambda _: None)
-        return {groups: compile_within_memory(grouped(groups), MEMBERS, grouped)[0] for groups in (1, 4)}
+        return {groups: compile_within_memory(grouped(groups), MEMBERS, grouped)[0] for groups in (1, 2, 4)}
 
 
 def test_the_plan_is_the_programs_own_and_nothing_copies_the_replay(programs):
@@ -47,7 +47,7 @@ def test_the_plan_is_the_programs_own_and_nothing_copies_the_replay(programs):
 def test_groups_take_less_memory_and_give_the_same_numbers(programs):
     assert memory_plan(programs[4], MEMBERS).temporaries < memory_plan(programs[1], MEMBERS).temporaries / 2
     states = {}
-    for groups, trainer in programs.items():
+    for groups, trainer in ((groups, programs[groups]) for groups in (1, 4)):
         state = trainer.init([member.seed for member in MEMBERS])
         for _ in range(5):
             state, record = trainer.train_chunk(state)
@@ -62,6 +62,7 @@ def test_as_few_groups_as_fit(programs, shortage, monkeypatch):
     whole, least = (memory_plan(programs[groups], MEMBERS).total for groups in (1, 4))
     limit = {"none": whole, "some": whole - 1, "most": least, "too much": least - 1}[shortage]
     monkeypatch.setattr(memory, "memory_limit", lambda _: limit)
+    monkeypatch.setattr(memory, "compile_trainer", lambda trainer, *_, **__: (programs[trainer.learner_groups], 0.0))
     if shortage == "too much":
         with pytest.raises(RunError, match=r"too little memory, .* MB are there"):
             compile_within_memory(grouped(1), MEMBERS, grouped)

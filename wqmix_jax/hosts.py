@@ -6,8 +6,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from wqmix_jax.config import ConfigError
 
 
@@ -37,6 +35,8 @@ def refuse_connected_processes() -> None:
     Raises:
         ConfigError: if so.
     """
+    import jax  # here, because the command line must answer at once where it has nothing to train
+
     if jax.process_count() > 1:  # orbax would write the first one's checkpoints alone
         alone = "hosts=N host=i train without that, on a TPU pod with TPU_PROCESS_BOUNDS=1,1,1 on every host"
         raise ConfigError(f"a run of {jax.process_count()} processes that JAX connects is not allowed: {alone}")
