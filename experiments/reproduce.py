@@ -19,7 +19,7 @@ from experiments.figures import Figure, Run, figure_names, load_figure, runs
 from wqmix_jax import runner
 from wqmix_jax.config import CONFIG_DIR, ConfigError, PositiveInt, build, options, run_config
 from wqmix_jax.devices import claim_cores
-from wqmix_jax.exits import REFUSED, SEEDS_FAILED, RunError
+from wqmix_jax.exits import REFUSED, SEEDS_FAILED, OneLineParser, RunError
 from wqmix_jax.hosts import with_host
 from wqmix_jax.logger import HEADER_FILE, load_header, load_metrics
 from wqmix_jax.runs import read_config, read_summary, shared_options
@@ -86,7 +86,7 @@ class Planned(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line on ``arguments``, by default the process's own."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m experiments.reproduce",
         description="Makes a figure of the paper: trains what is missing, gathers and draws.",
         epilog=DEFAULTS.read_text(),

@@ -105,3 +105,12 @@ def test_a_folder_without_runs_is_refused(tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(SystemExit):
         table.main([str(tmp_path)])
     assert "there is no run in it" in capsys.readouterr().err
+
+
+def test_runs_from_before_sweeps_are_tabled(tmp_path: Path) -> None:
+    folder = part(tmp_path / "run", [0, 1], [2.0, 4.0])
+    header = json.loads((folder / "run.json").read_text())
+    del header["members"]
+    (folder / "run.json").write_text(json.dumps(header))
+    [row] = table.table([folder])
+    assert (row["seeds"], row["episode_return"]) == (2, "3")

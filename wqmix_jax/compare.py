@@ -5,7 +5,6 @@ first is the baseline. All are compared over the environment steps that every se
 is the metric there, ``mean`` its mean over training until there, the area under the curve divided by its length.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from wqmix_jax.config import ConfigError, load_group
-from wqmix_jax.exits import REFUSED
+from wqmix_jax.exits import REFUSED, OneLineParser
 from wqmix_jax.logger import load_header, load_metrics
 from wqmix_jax.members import labels_of, setting_name
 from wqmix_jax.plotting import (
@@ -82,7 +81,7 @@ class Scores(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line on ``arguments``, by default the process's own."""
-    parser = argparse.ArgumentParser(prog="python -m wqmix_jax.compare", description="Compares runs of one task.")
+    parser = OneLineParser(prog="python -m wqmix_jax.compare", description="Compares runs of one task.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of them")
     parser.add_argument("--metric", help="of the evaluation records (win_rate where there is one, or episode_return)")
     parser.add_argument("--out", type=Path, default=PICTURE, metavar="FILE", help=f"the picture ({PICTURE})")

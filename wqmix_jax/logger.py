@@ -128,7 +128,7 @@ def load_header(run_dir: str | os.PathLike[str]) -> Line:
         raise ValueError(f"{path} is damaged: {error}") from None
     if header.get("schema") != SCHEMA:
         raise ValueError(f"{path} has schema={header.get('schema')}; this version of wqmix_jax reads schema {SCHEMA}")
-    return header
+    return {"members": [{"seed": seed} for seed in header["seeds"]], **header}  # runs before sweeps had seeds alone
 
 
 def load_metrics(
