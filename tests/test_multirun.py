@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.running import TINY, main
-from wqmix_jax import load_metrics
+from wqmix_jax import load_metrics, train
 from wqmix_jax.runs import find_runs, read_config
 from wqmix_jax.table import table
 
@@ -26,3 +26,11 @@ def test_a_refused_sweep_is_one_line_and_leaves_nothing(tmp_path: Path, capsys: 
     assert main("-m", *SHORT, "algo.lr=0.001,-1", f"run_dir={tmp_path / 'sweep'}") == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_sweep_over_algorithms_takes_options_of_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra by itself would look for them before an algorithm is chosen."""
+    seen = []
+    monkeypatch.setattr(train, "_start", lambda values, choices: seen.append((choices["algo"], values["algo"]["lr"])))
+    assert main("-m", "+algo=qmix,ow_qmix", "algo.lr=0.25", "env.episode_limit=7", f"run_dir={tmp_path}") == 0
+    assert seen == [("qmix", 0.25), ("ow_qmix", 0.25)]

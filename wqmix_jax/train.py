@@ -46,6 +46,7 @@ def main() -> None:
             check_overrides(args.overrides, args.config_dir, multirun=multirun)
         if multirun and not shows_only:
             _check_each_run(args.overrides, args.config_dir)
+            sys.argv = _with_late_options(sys.argv, args.overrides)
             given = [text for text in args.overrides if text.startswith("run_dir=")]
             sys.argv += [f"hydra.sweep.dir={text.removeprefix('run_dir=')}" for text in given]  # hydra's own key
         with _in_one_line(args.overrides, args.config_dir):
@@ -136,6 +137,22 @@ def _check_each_run(overrides: Sequence[str], config_dir: str | os.PathLike[str]
     for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None):
         for run in batch:
             load_config(*run, config_dir=config_dir)
+
+
+def _with_late_options(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """Lets the options of an algorithm or environment be set where several of these are swept.
+
+    Hydra composes all that is not swept once before the first run, when such an option has no place yet; as a sweep of
+    one value it waits for its run.
+    """
+    parsed = _parsed(overrides)
+    swept = tuple(f"{each.key_or_group}." for each in parsed if each.is_sweep_override() and each.key_or_group in _GROUPS)
+    late = {}
+    for override in parsed:
+        if override.key_or_group.startswith(swept) and not override.is_sweep_override():
+            key, _, value = str(override.input_line).partition("=")
+            late[override.input_line] = f"{key}=choice({value})"
+    return [late.get(text, text) for text in arguments]
 
 
 def _is_choice(override: Override, multirun: bool) -> bool:
