@@ -44,6 +44,10 @@ from wqmix_jax.types import Array, Episode, StepOutcome
 REPETITIONS, CHUNKS = 5, 3
 """Of a call, and of the loop."""
 
+CALLS = 4
+"""Learner calls of one repetition, one after the other in a compiled loop, as a run makes them. A call by itself would
+also be charged for fetching a third of a gigabyte of memory from the system and giving it back."""
+
 MAX_SEEDS = 64
 """Of ``seeds=all``."""
 
@@ -119,7 +123,8 @@ def learner_rows(config: RunConfig, name: str) -> list[Row]:
     trainer = make_trainer(one_batch, sharding=train_sharding(config, 1), cut_batches=False)
     state = with_full_episodes(trainer, config)
     beside = counterparts(config, name)
-    seconds, *others = timed_in_turn([lambda: trainer.learn(state), *beside.values()])
+    calls = jax.jit(lambda state: one_after_another(functools.partial(next_step, trainer), state))
+    seconds, *others = timed_in_turn([lambda: calls(state), *beside.values()])
     flops = matmul_flops(jax.make_jaxpr(trainer.learn)(state).jaxpr)
     rows = [
         Row("learner_call_seconds", seconds, "s", name),
@@ -135,17 +140,31 @@ def learner_rows(config: RunConfig, name: str) -> list[Row]:
     return rows + [Row("learner_call_seconds_authors", AUTHORS[name], "s", name)] * (name in AUTHORS)
 
 
+def next_step(trainer: Trainer, state: TrainState) -> TrainState:
+    """The state after one learner step on a batch of its own."""
+    learner, _ = trainer.learn(state)
+    counters = state.counters._replace(learner_steps=state.counters.learner_steps + 1)
+    return state._replace(learner=learner, counters=counters)
+
+
+def one_after_another(step: Callable[[Any], Any], state: Any) -> Any:
+    """The state after `CALLS` steps in one compiled loop."""
+    return jax.lax.scan(lambda state, _: (step(state), None), state, length=CALLS)[0]
+
+
 def counterparts(config: RunConfig, name: str) -> dict[str, Callable[[], Any]]:
     """The same call of OW-QMIX in plain JAX, and in PyTorch where that is installed."""
     if name != "ow_qmix":
         return {}
     batch = full_episodes(config)
     learner, call = make_plain_learner(config.algo, batch)
-    calls: dict[str, Callable[[], Any]] = {"plain_jax": functools.partial(jax.jit(call), learner, batch)}
+    plain_calls = jax.jit(lambda learner, batch: one_after_another(lambda it: call(it, batch)[0], learner))
+    calls: dict[str, Callable[[], Any]] = {"plain_jax": functools.partial(plain_calls, learner, batch)}
     with contextlib.suppress(ImportError):
         from experiments.torch_learner import make_torch_learner
 
-        calls["pytorch"] = make_torch_learner(config.algo, batch)
+        torch_call = make_torch_learner(config.algo, batch)
+        calls["pytorch"] = lambda: [torch_call() for _ in range(CALLS)]
     return calls
 
 
@@ -256,14 +275,14 @@ def timed(call: Callable[..., Any], *args: Any) -> tuple[float, Any]:
 
 
 def timed_in_turn(calls: list[Callable[[], Any]]) -> list[float]:
-    """`timed` for several calls, one of each in turn: what else the machine does slows all of them."""
+    """The median seconds of one of the `CALLS` that each makes, in turn: what else the machine does slows all."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(1 + REPETITIONS):
         for call, its_times in zip(calls, times, strict=True):
             started = time.perf_counter()
             jax.block_until_ready(call())
             its_times.append(time.perf_counter() - started)
-    return [statistics.median(its_times[1:]) for its_times in times]
+    return [statistics.median(its_times[1:]) / CALLS for its_times in times]
 
 
 def matmul_speed() -> float:

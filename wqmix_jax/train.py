@@ -146,10 +146,11 @@ def _with_late_options(arguments: Sequence[str], overrides: Sequence[str]) -> li
     one value it waits for its run.
     """
     parsed = _parsed(overrides)
-    swept = tuple(f"{each.key_or_group}." for each in parsed if each.is_sweep_override() and each.key_or_group in _GROUPS)
+    swept = [each.key_or_group for each in parsed if each.is_sweep_override() and each.key_or_group in _GROUPS]
+    prefixes = tuple(f"{group}." for group in swept)
     late = {}
     for override in parsed:
-        if override.key_or_group.startswith(swept) and not override.is_sweep_override():
+        if override.key_or_group.startswith(prefixes) and not override.is_sweep_override():
             key, _, value = str(override.input_line).partition("=")
             late[override.input_line] = f"{key}=choice({value})"
     return [late.get(text, text) for text in arguments]

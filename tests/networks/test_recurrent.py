@@ -3,7 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wqmix_jax.networks.recurrent import GRU, GRUWeights, gru_step, gru_unroll
+from wqmix_jax.networks.agent import RecurrentAgent
+from wqmix_jax.networks.linear import LinearWeights
+from wqmix_jax.networks.recurrent import GRUWeights, encoded_unroll, gru_step
 
 
 def weights_and_inputs(num_steps, rows=3, features=4, hidden=5):
@@ -13,9 +15,15 @@ def weights_and_inputs(num_steps, rows=3, features=4, hidden=5):
     return GRUWeights(*arrays[:4]), arrays[4], inputs
 
 
-def plain_unroll(weights, carry, inputs):
+def encoder_of(inputs, features=4):
+    kernel_key, bias_key = jax.random.split(jax.random.key(3))
+    width = inputs.shape[-1]
+    return LinearWeights(jax.random.normal(kernel_key, (width, features)), jax.random.normal(bias_key, (features,)))
+
+
+def plain_unroll(encoder, weights, carry, inputs):
     def step(hidden, x):
-        hidden = gru_step(weights, hidden, x)
+        hidden = gru_step(weights, hidden, jax.nn.relu(x @ encoder.kernel + encoder.bias[None]))
         return hidden, hidden
 
     return jax.lax.scan(step, carry, inputs)[1]
@@ -35,21 +43,25 @@ def test_one_step_is_torchs_cell():
 
 @pytest.mark.parametrize("num_steps", range(1, 8))
 def test_written_backward_pass_equals_autodiff(num_steps):
-    weights, carry, inputs = weights_and_inputs(num_steps)
+    weights, carry, _ = weights_and_inputs(num_steps)
+    inputs = jax.random.normal(jax.random.key(4), (num_steps, len(carry), 6))
+    args = (encoder_of(inputs), weights, carry, inputs)
     target = jax.random.normal(jax.random.key(2), (num_steps, *carry.shape))
 
     def gradients(unroll):
-        return jax.grad(lambda *args: (unroll(*args) * target).sum(), argnums=(0, 1, 2))(weights, carry, inputs)
+        return jax.grad(lambda *args: (unroll(*args) * target).sum(), argnums=(0, 1, 2, 3))(*args)
 
-    np.testing.assert_array_equal(gru_unroll(weights, carry, inputs), plain_unroll(weights, carry, inputs))
-    for ours, autodiff in zip(*map(jax.tree.leaves, (gradients(gru_unroll), gradients(plain_unroll))), strict=True):
+    np.testing.assert_array_equal(encoded_unroll(*args), plain_unroll(*args))
+    for ours, autodiff in zip(*map(jax.tree.leaves, (gradients(encoded_unroll), gradients(plain_unroll))), strict=True):
         np.testing.assert_allclose(ours, autodiff, rtol=1e-4, atol=1e-5)
 
 
-def test_module_starts_uniform_in_torchs_range_and_keeps_batch_axes():
-    gru, inputs = GRU(16), jnp.ones((3, 2, 4, 7))
-    params = gru.init(jax.random.key(0), jnp.zeros((2, 4, 16)), inputs)
-    assert gru.apply(params, jnp.zeros((2, 4, 16)), inputs).shape == (3, 2, 4, 16)
-    for leaf in jax.tree.leaves(params):
-        assert 0.2 < float(jnp.abs(leaf).max()) <= 0.25
-        assert abs(float(leaf.mean())) < 0.1
+def test_agent_starts_uniform_in_torchs_range_and_keeps_batch_axes():
+    agent, inputs = RecurrentAgent(16, 5), jnp.ones((3, 2, 4, 64))
+    params = agent.init(jax.random.key(0), jnp.zeros((2, 4, 16)), inputs)
+    carry, utilities = agent.apply(params, jnp.zeros((2, 4, 16)), inputs)
+    assert (carry.shape, utilities.shape) == ((2, 4, 16), (3, 2, 4, 5))
+    for layer, bound in {"encoder": 64**-0.5, "gru": 0.25, "head": 0.25}.items():
+        for leaf in jax.tree.leaves(params["params"][layer]):
+            assert 0.8 * bound < float(jnp.abs(leaf).max()) <= bound
+            assert abs(float(leaf.mean())) < 0.4 * bound

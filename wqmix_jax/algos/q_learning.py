@@ -59,7 +59,7 @@ class QLearner(Algorithm):
         num_actions = batch.avail_actions.shape[-1]
         first = jnp.full_like(batch.joint_action[:, :1], -1)
         last_action = jnp.concatenate([first, batch.joint_action], axis=1)
-        features = agent_inputs(batch.obs, last_action, num_actions).swapaxes(0, 1)
+        features = agent_inputs(batch.obs.swapaxes(0, 1), last_action.swapaxes(0, 1), num_actions)
         carry = self.initial_carry(features.shape[1:3]).astype(features.dtype)
         agent = RecurrentAgent(self.hidden_dim, num_actions)
         hiddens, agent_qs = apply_net(agent, agent_params, carry, features, method="unroll")

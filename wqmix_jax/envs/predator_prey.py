@@ -22,6 +22,7 @@ RIGHT, DOWN, LEFT, UP, STAY, CATCH = range(6)
 NUM_ACTIONS = 6
 NUM_CHANNELS = 3
 """Features of one cell: agents, stags, hares."""
+WORD_BITS = 32
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 
@@ -385,6 +386,15 @@ def _choose(cells: Array, possible: Array, uniform: Array) -> Array:
 
 
 def _ones_at(features: Array, size: int) -> Array:
-    """``[.., size]`` float32, 1 at each of ``features`` (``[.., J]``); -1 is nowhere."""
-    every = _index(size).reshape((1,) * features.ndim + (size,))
-    return (features[..., None] == every).any(-2).astype(jnp.float32)
+    """``[.., size]`` float32, 1 at each of ``features`` (``[.., J]``); -1 is nowhere.
+
+    Collects the ones as bits of words first: comparing every feature with every place takes a replayed batch as long as
+    a sixth of its learner step.
+    """
+    word, bit = jnp.divmod(features, WORD_BITS)  # -1 is in word -1
+    index = _index(-(-size // WORD_BITS)).reshape((1,) * features.ndim + (-1,))
+    ones = jnp.where(word[..., None] == index, jnp.uint32(1) << bit.astype(jnp.uint32)[..., None], jnp.uint32(0))
+    words = jax.lax.reduce(ones, jnp.uint32(0), jax.lax.bitwise_or, (features.ndim - 1,))
+    shifts = jnp.arange(WORD_BITS, dtype=jnp.uint32).reshape((1,) * features.ndim + (-1,))
+    bits = (words[..., None] >> shifts) & jnp.uint32(1)
+    return bits.reshape(*features.shape[:-1], -1)[..., :size].astype(jnp.float32)

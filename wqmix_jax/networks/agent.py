@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from wqmix_jax.networks.linear import Linear
-from wqmix_jax.networks.recurrent import GRU
+from wqmix_jax.networks.recurrent import GRU, encoded_unroll
 from wqmix_jax.types import Array
 
 
@@ -60,5 +60,8 @@ class RecurrentAgent(nn.Module):
 
     def unroll(self, carry: Array, inputs: Array) -> tuple[Array, Array]:
         """As a call, but with the hidden states after every step, ``[T, .., H]``."""
-        hiddens = self.gru(carry, nn.relu(self.encoder(inputs)))
+        encoder, gru = self.encoder.weights(inputs.shape[-1]), self.gru(self.hidden_dim)
+        rows = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
+        hiddens = encoded_unroll(encoder, gru, carry.reshape(-1, self.hidden_dim), rows)
+        hiddens = hiddens.reshape(*inputs.shape[:-1], self.hidden_dim)
         return hiddens, self.head(hiddens)

@@ -1,5 +1,8 @@
 """Linear layers and their company, initialised and differentiated as torch does."""
 
+import itertools
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -23,18 +26,54 @@ def product(inputs: Array, kernel: Array) -> Array:
     return jnp.matmul(inputs.astype(kernel.dtype), kernel, preferred_element_type=inputs.dtype)
 
 
+@jax.custom_vjp
+def _product_side_by_side(kernel: Array, *inputs: Array) -> Array:
+    """The `product` of the inputs in one row, whose gradient by each of them is a product of its own.
+
+    Autodiff would compute that by all of them even where most are data, a state say.
+    """
+    return product(jnp.concatenate(inputs, axis=-1), kernel)
+
+
+def _forward(kernel: Array, *inputs: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _product_side_by_side(kernel, *inputs), (kernel, *inputs)
+
+
+def _backward(residuals: tuple[Array, ...], d_outputs: Array) -> tuple[Array, ...]:
+    kernel, *inputs = residuals
+    rows = jnp.concatenate(inputs, axis=-1).reshape(-1, len(kernel))
+    d_kernel = product(d_outputs.reshape(len(rows), -1).T, rows.astype(kernel.dtype)).T
+    parts = jnp.split(kernel, list(itertools.accumulate(part.shape[-1] for part in inputs[:-1])))
+    return d_kernel.astype(kernel.dtype), *(product(d_outputs, part.T) for part in parts)
+
+
+_product_side_by_side.defvjp(_forward, _backward)
+
+
+class LinearWeights(NamedTuple):
+    """A layer's ``kernel`` ``[I, F]`` and ``bias`` ``[F]``."""
+
+    kernel: Array
+    bias: Array
+
+
 class Linear(nn.Module):
     """``[.., F] -> [.., features]``; flax's Dense can't initialise its bias from the fan-in."""
 
     features: int
 
     @nn.compact
-    def __call__(self, inputs: Array) -> Array:
-        """Applies the layer."""
-        init = torch_uniform(inputs.shape[-1])
-        kernel = self.param("kernel", init, (inputs.shape[-1], self.features))
-        bias = self.param("bias", init, (self.features,))
-        outputs = product(inputs, kernel)
+    def weights(self, num_inputs: int) -> LinearWeights:
+        """For inputs of this width."""
+        init = torch_uniform(num_inputs)
+        return LinearWeights(
+            self.param("kernel", init, (num_inputs, self.features)), self.param("bias", init, (self.features,))
+        )
+
+    def __call__(self, *inputs: Array) -> Array:
+        """Applies the layer to ``[.., F_1]``, ``[.., F_2]``, .. side by side."""
+        kernel, bias = self.weights(sum(part.shape[-1] for part in inputs))
+        outputs = product(*inputs, kernel) if len(inputs) == 1 else _product_side_by_side(kernel, *inputs)
         return outputs + bias.reshape((1,) * (outputs.ndim - 1) + (-1,))
 
 

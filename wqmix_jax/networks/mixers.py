@@ -39,7 +39,7 @@ class QMIXMixer(nn.Module):
         b_1 = Linear(self.embed_dim, name="hyper_b_1")(state)
         w_final = magnitude(TwoLayer(self.hypernet_dim, self.embed_dim, name="hyper_w_final")(state))
         v = TwoLayer(self.embed_dim, 1, name="v")(state)
-        hidden = nn.elu((chosen_qs[..., None] * w_1).sum(-2) + b_1)
+        hidden = nn.elu(jnp.einsum("...n,...ne->...e", chosen_qs, w_1) + b_1)
         return (hidden * w_final).sum(-1) + v[..., 0]
 
 

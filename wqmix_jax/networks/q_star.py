@@ -3,7 +3,6 @@
 import chex
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from wqmix_jax.networks.linear import Linear, TwoLayer
 from wqmix_jax.types import Array
@@ -52,7 +51,7 @@ class FeedForwardQStar(nn.Module):
 
     def _first_layer(self, chosen_qs: Array, state: Array) -> Array:
         chex.assert_equal_shape_prefix([chosen_qs, state], chosen_qs.ndim - 1)
-        return self.net_0(jnp.concatenate([state, chosen_qs], axis=-1))
+        return self.net_0(state, chosen_qs)
 
     def _after_first_layer(self, first: Array) -> Array:
         hidden = nn.relu(self.net_1(nn.relu(first)))

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from wqmix_jax.networks.linear import product, torch_uniform
-from wqmix_jax.types import Array
+from wqmix_jax.networks.linear import LinearWeights, product, torch_uniform
+from wqmix_jax.types import Array, PyTree
 
 
 class GRUWeights(NamedTuple):
@@ -41,18 +41,23 @@ def gru_step(weights: GRUWeights, carry: Array, inputs: Array) -> Array:
 
 
 @jax.custom_vjp
-def gru_unroll(weights: GRUWeights, carry: Array, inputs: Array) -> Array:
-    """All hidden states of a sequence: ``[R, H]``, ``[T, R, F]`` -> ``[T, R, H]``.
+def encoded_unroll(encoder: LinearWeights, weights: GRUWeights, carry: Array, inputs: Array) -> Array:
+    """All hidden states of a sequence: ``[R, H]``, ``[T, R, I]`` -> ``[T, R, H]``.
 
-    The backward pass is written out: the forward one stores its gates, and the weights' gradients are added up step by
-    step while what they are made of is in the cache, where autodiff would store every intermediate and reread it.
+    A linear layer and a ReLU come before the unit. The backward pass is written out: the forward one stores its gates,
+    and the weights' gradients are added up step by step while what they are made of is in the cache, where autodiff
+    would store every intermediate and reread it.
     """
 
     def step(hidden: Array, x: Array) -> tuple[Array, Array]:
-        hidden = gru_step(weights, hidden, x)
+        hidden = gru_step(weights, hidden, _encode(encoder, x))
         return hidden, hidden
 
     return jax.lax.scan(step, carry, inputs)[1]
+
+
+def _encode(encoder: LinearWeights, inputs: Array) -> Array:
+    return nn.relu(product(inputs, encoder.kernel) + encoder.bias[None, :])
 
 
 def _gates(weights: GRUWeights, carry: Array, inputs: Array) -> _Gates:
@@ -70,55 +75,70 @@ def _next_hidden(gates: _Gates, hidden: Array) -> Array:
 
 
 class _Residuals(NamedTuple):
-    """What the backward pass reads; the gates and ``hiddens`` are those of every step."""
+    """What the backward pass reads; ``encoded``, ``hiddens`` and the gates are those of every step."""
 
+    encoder: LinearWeights
     weights: GRUWeights
     carry: Array
     inputs: Array
+    encoded: Array
     hiddens: Array
     gates: _Gates
 
 
-def _unroll_forward(weights: GRUWeights, carry: Array, inputs: Array) -> tuple[Array, _Residuals]:
-    def step(hidden: Array, x: Array) -> tuple[Array, tuple[Array, _Gates]]:
-        gates = _gates(weights, hidden, x)
+def _unroll_forward(
+    encoder: LinearWeights, weights: GRUWeights, carry: Array, inputs: Array
+) -> tuple[Array, _Residuals]:
+    def step(hidden: Array, x: Array) -> tuple[Array, tuple[Array, Array, _Gates]]:
+        encoded = _encode(encoder, x)
+        gates = _gates(weights, hidden, encoded)
         hidden = _next_hidden(gates, hidden)
-        return hidden, (hidden, gates)
+        return hidden, (encoded, hidden, gates)
 
-    hiddens, gates = jax.lax.scan(step, carry, inputs)[1]
-    return hiddens, _Residuals(weights, carry, inputs, hiddens, gates)
+    encoded, hiddens, gates = jax.lax.scan(step, carry, inputs)[1]
+    return hiddens, _Residuals(encoder, weights, carry, inputs, encoded, hiddens, gates)
 
 
-def _unroll_backward(residuals: _Residuals, d_hiddens: Array) -> tuple[GRUWeights, Array, Array]:
-    weights, carry, inputs, hiddens, gates = residuals
+def _unroll_backward(residuals: _Residuals, d_hiddens: Array) -> tuple[LinearWeights, GRUWeights, Array, Array]:
+    encoder, weights, carry, inputs, encoded, hiddens, gates = residuals
     narrow = weights.hidden_kernel.dtype
+    # Transposed once: within the loop XLA would do it at every step.
+    encoder_kernel, input_kernel, hidden_kernel = encoder.kernel.T, weights.input_kernel.T, weights.hidden_kernel.T
 
-    def step(grads: tuple[Array, GRUWeights], at: Any) -> tuple[tuple[Array, GRUWeights], Array]:
-        (d_carry, d_weights), (index, x, d_hidden, (reset, update, new, hidden_new)) = grads, at
+    def step(grads: tuple[Array, PyTree], at: Any) -> tuple[tuple[Array, PyTree], Array]:
+        (d_carry, d_weights), (index, x, features, d_hidden, (reset, update, new, hidden_new)) = grads, at
         before = jax.lax.dynamic_index_in_dim(hiddens, jnp.maximum(index - 1, 0), keepdims=False)
         before = jnp.where(index > 0, before, carry)
         d_hidden = d_carry + d_hidden
         d_new = d_hidden * (1 - update) * (1 - new * new)
         d_update = d_hidden * (before - new) * update * (1 - update)
         d_reset = d_new * hidden_new * reset * (1 - reset)
+        d_hidden_new = d_new * reset
         d_from_inputs = jnp.concatenate([d_reset, d_update, d_new], axis=-1)
-        d_from_hidden = jnp.concatenate([d_reset, d_update, d_new * reset], axis=-1)
-        of_step = GRUWeights(
-            product(x.T, d_from_inputs.astype(narrow)),
-            product(before.T, d_from_hidden.astype(narrow)),
-            d_from_inputs.sum(0),
-            d_from_hidden.sum(0),
+        d_from_hidden = jnp.concatenate([d_reset, d_update, d_hidden_new], axis=-1)
+        d_encoded = jnp.where(features > 0, product(d_from_inputs, input_kernel), 0)
+        d_input_bias = d_from_inputs.sum(0)
+        of_step = (
+            LinearWeights(product(x.T, d_encoded.astype(narrow)), d_encoded.sum(0)),
+            GRUWeights(
+                product(features.T, d_from_inputs.astype(narrow)),
+                product(before.T, d_from_hidden.astype(narrow)),
+                d_input_bias,
+                jnp.concatenate([d_input_bias[: -hidden_kernel.shape[-1]], d_hidden_new.sum(0)]),
+            ),
         )
-        d_carry = d_hidden * update + product(d_from_hidden, weights.hidden_kernel.T)
-        return (d_carry, jax.tree.map(jnp.add, d_weights, of_step)), product(d_from_inputs, weights.input_kernel.T)
+        d_carry = d_hidden * update + product(d_from_hidden, hidden_kernel)
+        return (d_carry, jax.tree.map(jnp.add, d_weights, of_step)), product(d_encoded, encoder_kernel)
 
-    start = jnp.zeros_like(carry), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, carry.dtype), weights)
-    steps = jnp.arange(len(inputs)), inputs, d_hiddens, gates
-    (d_carry, d_weights), d_inputs = jax.lax.scan(step, start, steps, reverse=True)
-    return jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), d_weights, weights), d_carry, d_inputs
+    both = (encoder, weights)
+    start = jnp.zeros_like(carry), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, carry.dtype), both)
+    steps = jnp.arange(len(inputs)), inputs, encoded, d_hiddens, gates
+    (d_carry, d_both), d_inputs = jax.lax.scan(step, start, steps, reverse=True)
+    d_encoder, d_weights = jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), d_both, both)
+    return d_encoder, d_weights, d_carry, d_inputs
 
 
-gru_unroll.defvjp(_unroll_forward, _unroll_backward)
+encoded_unroll.defvjp(_unroll_forward, _unroll_backward)
 
 
 class GRU(nn.Module):
@@ -127,15 +147,12 @@ class GRU(nn.Module):
     hidden_dim: int
 
     @nn.compact
-    def __call__(self, carry: Array, inputs: Array) -> Array:
-        """Unrolls ``[T, .., F]`` from ``carry`` ``[.., H]`` to all hidden states ``[T, .., H]``."""
+    def __call__(self, num_features: int) -> GRUWeights:
+        """For inputs of this width."""
         init, gates = torch_uniform(self.hidden_dim), 3 * self.hidden_dim
-        weights = GRUWeights(
-            self.param("input_kernel", init, (inputs.shape[-1], gates)),
+        return GRUWeights(
+            self.param("input_kernel", init, (num_features, gates)),
             self.param("hidden_kernel", init, (self.hidden_dim, gates)),
             self.param("input_bias", init, (gates,)),
             self.param("hidden_bias", init, (gates,)),
         )
-        rows = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
-        hiddens = gru_unroll(weights, carry.reshape(-1, self.hidden_dim), rows)
-        return hiddens.reshape(*inputs.shape[:-1], self.hidden_dim)
