@@ -1,6 +1,7 @@
 """The loop as a whole, on small nets: what it counts, when it learns, and that company and chunks change nothing."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import pytest
 from tests.environments import TINY, Clock, tiny_masac, tiny_run, tiny_wqmix
 from wqmix_jax.config import build
 from wqmix_jax.devices import seed_sharding
-from wqmix_jax.trainer import _static_lengths, make_trainer, train_sharding
+from wqmix_jax.replay import make_replay
+from wqmix_jax.trainer import _num_groups, _static_lengths, make_trainer, train_sharding
 
 ENV = Clock(episode_limit=4, ends_from=1)
 BIG_BATCH = {"batch_size": 8, "buffer_size": 12}  # large enough for two devices
@@ -234,3 +236,18 @@ def test_a_batch_is_cut_to_the_shortest_static_length_that_holds_it(algo):
     whole, _ = trained(config, [0], 5, cut_batches=False)
     for one, other in zip(jax.tree.leaves(cut.learner), jax.tree.leaves(whole.learner), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("cache_bytes", "asked_for", "expected"),
+    [(None, 1, 1), (None, 3, 3), (10**9, 1, 1), (10**9, 2, 2), (1, 1, 6), ("three batches", 1, 2), ("five", 1, 2)],
+)
+def test_seeds_learn_in_groups_that_a_cpus_cache_holds(cache_bytes, asked_for, expected):
+    env = Clock(episode_limit=8, ends_from=8)
+    replay = make_replay(env, buffer_size=4, batch_size=2)
+    rows = jnp.zeros((6, 2, replay.row_bytes), jnp.uint8)
+    batch = jax.eval_shape(lambda row: replay.decode(row, 8), rows[0])
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
+    cache_bytes = {"three batches": 3 * size, "five": 6 * size - 1}.get(cache_bytes, cache_bytes)
+    parts = SimpleNamespace(env=env, replay=replay, learner_groups=asked_for, cache_bytes=cache_bytes)
+    assert _num_groups(parts, rows) == expected

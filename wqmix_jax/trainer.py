@@ -6,6 +6,7 @@ seeds, so "has learning started" and "how long is the longest episode of this ba
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +28,11 @@ from wqmix_jax.types import Array, PRNGKey, PyTree
 
 MAX_LENGTHS, MIN_LENGTH = 4, 16
 """A batch is cut to the shortest of a few static lengths that holds its longest episode. Each costs compile time."""
+
+
+CPU_CACHE_BYTES = 4 * 2**20
+"""On a CPU, seeds learn together while their decoded batches are no larger: eight seeds of predator-prey that learn one
+after the other take three quarters of the time that they take at once, and an eighth of its temporaries."""
 
 
 class Keys(NamedTuple):
@@ -159,6 +165,7 @@ class _Parts(NamedTuple):
     lengths: list[int]
     batch_parts: int
     learner_groups: int
+    cache_bytes: int | None
 
 
 def train_sharding(config: RunConfig, num_seeds: int) -> Sharding:
@@ -177,8 +184,9 @@ def make_trainer(
         sharding: over which devices the seeds are spread, see `train_sharding`; each runs a loop of its own, whose
             branches go by its own seeds. Devices that share seeds all do the same, but learn from parts of a batch. The
             first device alone when absent.
-        learner_groups: in how many equal groups the seeds of a device take their learner steps, one group after the
-            other, so that only one group's intermediate arrays are there at a time.
+        learner_groups: in at least how many equal groups the seeds of a device take their learner steps, one group
+            after the other, so that only one group's intermediate arrays are there at a time. On a CPU they are as
+            small as `CPU_CACHE_BYTES` asks for.
         cut_batches: whether batches are cut to a length that holds their longest episode; it ties a seed's rounding to
             the seeds beside it, and saves time.
     """
@@ -188,8 +196,17 @@ def make_trainer(
     replay = make_replay(env, buffer_size=algo.buffer_size, batch_size=algo.batch_size)
     limit = env.spec.episode_limit
     lengths = _static_lengths(limit) if cut_batches else [limit]
+    cache_bytes = CPU_CACHE_BYTES if next(iter(sharding.device_set)).platform == "cpu" else None
     parts = _Parts(
-        env, algo, replay, config.num_envs, config.updates_per_iteration, lengths, batch_parts, learner_groups
+        env,
+        algo,
+        replay,
+        config.num_envs,
+        config.updates_per_iteration,
+        lengths,
+        batch_parts,
+        learner_groups,
+        cache_bytes,
     )
     eval_iterations = max(1, config.eval_interval // (config.num_envs * env.spec.episode_limit))
     chunk_iterations = max(k for k in range(1, config.chunk_iterations + 1) if eval_iterations % k == 0)
@@ -368,7 +385,18 @@ def _gradients(
         choice = (longest.max() > jnp.asarray(parts.lengths[:-1], jnp.int32)).sum()
         return jax.lax.switch(choice, [on_first(length) for length in parts.lengths], *seeds)
 
-    return _in_groups(one_group, parts.learner_groups, (longest, learner, rows, noise, hp, ctx))
+    return _in_groups(one_group, _num_groups(parts, rows), (longest, learner, rows, noise, hp, ctx))
+
+
+def _num_groups(parts: _Parts, rows: Array) -> int:
+    """In how many groups the seeds of ``rows`` ``[S, B, ..]`` learn, a divisor of ``S``."""
+    num_seeds, wanted = rows.shape[0], parts.learner_groups
+    if parts.cache_bytes is not None:
+        batch = jax.eval_shape(lambda row: parts.replay.decode(row, parts.env.spec.episode_limit), rows[0])
+        num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
+        at_once = max(1, min(num_seeds, parts.cache_bytes // num_bytes))
+        wanted = max(wanted, math.ceil(num_seeds / at_once))
+    return next(number for number in range(wanted, num_seeds + 1) if num_seeds % number == 0)
 
 
 def _in_groups(function: Callable[..., PyTree], num_groups: int, args: tuple[PyTree, ...]) -> PyTree:
