@@ -137,7 +137,9 @@ def learner_rows(config: RunConfig, name: str) -> list[Row]:
             Row(f"learner_call_{counterpart}_seconds", its_seconds, "s", name),
             Row(f"learner_call_vs_{counterpart}", seconds / its_seconds, "of its time", name),
         ]
-    return rows + [Row("learner_call_seconds_authors", AUTHORS[name], "s", name)] * (name in AUTHORS)
+    if name in AUTHORS:
+        rows.append(Row("learner_call_seconds_authors", AUTHORS[name], "s", name))
+    return rows
 
 
 def next_step(trainer: Trainer, state: TrainState) -> TrainState:

@@ -2,9 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
+from experiments import benchmark
 from experiments.benchmark import endless, matmul_flops
 from wqmix_jax import load_config
+
+SMALL = ("env=matrix_game", "algo.batch_size=4", "algo.hidden_dim=8")
 
 
 def test_flops_of_loops_branches_and_gradients_are_counted_as_often_as_they_run():
@@ -35,3 +39,11 @@ def test_an_endless_environment_plays_on_after_its_end():
     _, outcome = env.step(state, jnp.zeros(spec.num_agents, jnp.int32), jax.random.key(1))
     assert not outcome.terminated
     assert load_config("+algo=vdn", *options).env.step(state, jnp.zeros(2, jnp.int32), jax.random.key(1))[1].terminated
+
+
+@pytest.mark.parametrize("name", ["iql", "hysteretic_iql"])
+def test_a_call_is_timed_beside_the_authors_where_they_have_the_algorithm(name, monkeypatch):
+    monkeypatch.setattr(benchmark, "MATMUL_SIZE", 8)
+    rows = {row.name: row.value for row in benchmark.learner_rows(load_config(f"+algo={name}", *SMALL), name)}
+    assert rows["learner_call_seconds"] > 0
+    assert rows.get("learner_call_seconds_authors") == {"iql": 0.31}.get(name)
