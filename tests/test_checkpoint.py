@@ -251,6 +251,18 @@ def test_another_run_in_the_same_folder_is_refused(
     assert err.count("\n") == 1
 
 
+def test_a_run_that_is_older_than_an_option_goes_on_with_its_default(tmp_path: Path, straight: Path) -> None:
+    run_dir = Path(shutil.copytree(straight, tmp_path / "run"))
+    edit(run_dir / "config.yaml", "compute_dtype: float32\n", "")
+    steps = sorted((run_dir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    truncate(steps.pop())  # so that something is left to do
+    for step in steps:
+        options = json.loads((step / "host" / "metadata").read_text())["options"]
+        change_host(step, options={name: value for name, value in options.items() if name != "compute_dtype"})
+    assert main(f"resume={run_dir}") == 0
+    assert_same_run(run_dir, straight)
+
+
 def edit(path: Path, old: str, new: str, without: str = "") -> None:
     text = path.read_text()
     assert old in text

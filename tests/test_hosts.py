@@ -1,14 +1,18 @@
 """Which host this is, and which seeds are its."""
 
+import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import pytest
 
-from tests.running import TINY, main
-from wqmix_jax import load_config
+from tests.running import TINY, last_checkpoint, main, popen, process, timeless
+from wqmix_jax import load_config, load_metrics
 from wqmix_jax.config import ConfigError
-from wqmix_jax.hosts import with_host
+from wqmix_jax.hosts import connected, with_host
+from wqmix_jax.logger import load_header
+from wqmix_jax.merge import merge
 
 STEP = {"SLURM_PROCID": "2", "SLURM_NTASKS": "3", "SLURM_STEP_NUM_TASKS": "3"}
 ARRAY = {
@@ -33,7 +37,7 @@ ARRAY = {
     ],
 )
 def test_what_is_given_counts_and_slurm_fills_in(hosts, host, environ, expected) -> None:
-    values = with_host({"hosts": hosts, "host": host}, environ)
+    values = with_host({"hosts": hosts, "host": host, "distributed": False}, environ)
     assert (values["hosts"], values["host"]) == expected
 
 
@@ -48,7 +52,7 @@ def test_what_is_given_counts_and_slurm_fills_in(hosts, host, environ, expected)
 )
 def test_what_can_not_be_known_is_refused(hosts, host, environ, told) -> None:
     with pytest.raises(ConfigError, match=told):
-        with_host({"hosts": hosts, "host": host}, environ)
+        with_host({"hosts": hosts, "host": host, "distributed": False}, environ)
 
 
 def test_every_seed_is_one_hosts() -> None:
@@ -68,10 +72,62 @@ def test_impossible_hosts_are_refused(overrides: list[str], told: str) -> None:
         load_config("+algo=iql", *overrides)
 
 
-def test_processes_that_jax_connects_are_refused(
+def test_processes_that_jax_connects_unasked_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     assert main(*TINY, f"run_dir={tmp_path / 'run'}") == 2
-    assert capsys.readouterr().err.startswith("error: a run of 4 processes that JAX connects is not allowed: hosts=N")
+    assert capsys.readouterr().err == "error: distributed=false is not allowed: JAX connects 4 processes\n"
     assert not (tmp_path / "run").exists()
+
+
+def test_jax_numbers_the_hosts_where_it_connects_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"distributed": True, "hosts": None, "host": None}
+    assert with_host(asked, STEP) == asked  # what SLURM says, JAX finds itself
+    for name, value in {"process_count": 4, "process_index": 3, "distributed.is_initialized": True}.items():
+        monkeypatch.setattr(f"jax.{name}", lambda value=value: value)
+    assert connected(asked) == {"distributed": True, "hosts": 4, "host": 3}
+    assert connected(asked | {"host": 1})["host"] == 1
+    with pytest.raises(ConfigError, match="hosts=2 is not allowed with distributed: JAX connects 4 process"):
+        connected(asked | {"hosts": 2})
+
+
+def test_hosts_that_can_not_be_connected_are_refused(tmp_path: Path) -> None:
+    ended = process(*TINY, "distributed=true", "hosts=2", f"run_dir={tmp_path / 'run'}")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: distributed=true is not possible: ")
+    assert ended.stderr.endswith("set JAX_COORDINATOR_ADDRESS and write hosts=N host=i\n")
+    assert ended.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_connected_hosts_train_resume_and_merge_as_hosts_apart(tmp_path: Path) -> None:
+    """Two processes that `jax.distributed` connects over loopback: exit codes, numbers and checkpoints of both."""
+    apart, together = tmp_path / "apart", tmp_path / "together"
+    new = (*TINY, "num_seeds=3", "hosts=2")
+    for host in range(2):
+        ended = process(*new, f"host={host}", f"run_dir={apart}", "total_env_steps=61")
+        assert ended.returncode == 0, ended.stderr
+
+    both_connected([(*new, f"host={host}", f"run_dir={together}") for host in range(2)])
+    assert [len(last_checkpoint(together / f"host_{host}")["env_steps"]) for host in range(2)] == [1, 2]
+    both_connected([(f"resume={together / f'host_{host}'}", "total_env_steps=61") for host in range(2)])
+
+    for host in ("host_0", "host_1"):
+        assert timeless(load_metrics(together / host)) == timeless(load_metrics(apart / host))
+        assert last_checkpoint(together / host)["crc32"] == last_checkpoint(apart / host)["crc32"]  # of all arrays
+    merge([together / "host_0", together / "host_1"], tmp_path / "merged")
+    assert sorted(load_header(tmp_path / "merged")["seeds"]) == [3, 4, 5]
+
+
+def both_connected(hosts: Sequence[Sequence[str]]) -> None:
+    """Runs hosts to their ends, all at once."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    first = f"import os; os.environ['JAX_COORDINATOR_ADDRESS'] = '{address}'"
+    running = [popen(*arguments, "distributed=true", first=first) for arguments in hosts]
+    for host in running:
+        _, err = host.communicate(timeout=600)
+        assert host.returncode == 0, err

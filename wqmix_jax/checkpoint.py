@@ -4,6 +4,7 @@ A checkpoint is named by `loop.slowest_steps` and appears under that name only w
 device at once and written by other threads while training goes on.
 """
 
+import asyncio
 import contextlib
 import errno
 import functools
@@ -21,7 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Sharding, SingleDeviceSharding
+from orbax.checkpoint.options import MultiprocessingOptions
+from orbax.checkpoint.type_handlers import NumpyHandler, create_type_handler_registry, get_json_tspec_write
 
 from wqmix_jax.config import ConfigError
 from wqmix_jax.exits import RunError
@@ -106,11 +108,7 @@ class Checkpoints:
         _hush_orbax()
         self._directory = directory.absolute()
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=False, cleanup_tmp_directories=True),
-            item_handlers={"arrays": ocp.StandardCheckpointHandler(), "host": ocp.JsonCheckpointHandler()},
-        )
+        self._manager = _manager(self._directory, keep)
         self._latest = self._manager.latest_step()
 
     def save(self, loop: Loop, best: Policy, *, chunk_iterations: int, metrics_bytes: int, wall_seconds: float) -> None:
@@ -143,7 +141,7 @@ class Checkpoints:
         }
         with self._writing():
             self._manager.save(
-                step, args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), host=ocp.args.JsonSave(host))
+                step, args=ocp.args.Composite(arrays=ocp.args.PyTreeSave(arrays), host=ocp.args.JsonSave(host))
             )
         self._latest = step
 
@@ -214,8 +212,8 @@ class Checkpoints:
         path = self._directory / str(step)
         if host["schema"] != SCHEMA:
             raise ConfigError(f"{path} has schema {host['schema']}; this version of wqmix_jax reads schema {SCHEMA}")
-        for name in sorted(host["options"].keys() | self._origin.options.keys()):
-            there, here = (options.get(name) for options in (host["options"], self._origin.options))
+        for name, there in sorted(host["options"].items()):  # options that are newer have their defaults
+            here = self._origin.options.get(name)
             if there != here:
                 raise ConfigError(f"{path} was made with {name}={there!r}, but the run's config.yaml has {here!r}")
         if host["run"] != self._origin.run:
@@ -224,17 +222,12 @@ class Checkpoints:
 
     def _read(self, step: int, host: dict[str, Any], total_env_steps: int) -> Restored:
         self._check_fits(step)
-        on_device = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharding_of(name))
-            for name, leaf in self._abstract.items()
-        }
-        request = ocp.args.Composite(arrays=ocp.args.StandardRestore(on_device))
-        arrays = self._manager.restore(step, args=request)["arrays"]
+        arrays = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore()))["arrays"]
         if _checksum(arrays) != host["crc32"]:
             raise ValueError("its arrays are not those that were saved (crc32)")
-        state = _typed_keys(_unflat("state", arrays, self._state))
+        state = _typed_keys(jax.device_put(_unflat("state", arrays, self._state), self._sharding))
         padded = _unflat("pending", arrays, self._interval)
-        pending = jax.tree.map(lambda leaf: np.array(leaf)[: host["num_pending"]], padded)
+        pending = jax.tree.map(lambda leaf: leaf[: host["num_pending"]], padded)
         loop = Loop(
             state=state._replace(total_env_steps=jnp.full_like(state.total_env_steps, total_env_steps)),
             members=self._members,
@@ -242,12 +235,8 @@ class Checkpoints:
             evaluated_at=np.array(host["evaluated_at"]),
             seconds=host["seconds"],
         )
-        best = jax.tree.map(np.array, _unflat("best", arrays, self._best))
+        best = _unflat("best", arrays, self._best)
         return Restored(loop, best, host["chunk_iterations"], host["metrics_bytes"], host["wall_seconds"])
-
-    def _sharding_of(self, name: str) -> Sharding:
-        """All but the state is only on its way to the host."""
-        return self._sharding if name.startswith("state.") else SingleDeviceSharding(jax.local_devices()[0])
 
     def _check_fits(self, step: int) -> None:
         saved = self._manager.item_metadata(step)["arrays"]
@@ -313,6 +302,47 @@ def _num_bytes(arrays: Mapping[str, Any]) -> int:
 def _named(state: TrainState, pending: TrainRecord, best: Policy) -> dict[str, Any]:
     """All arrays of a checkpoint by their names there."""
     return {**_flat("state", state), **_flat("pending", pending), **_flat("best", best)}
+
+
+def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
+    """Orbax's manager, for this process alone even where JAX connects it with others."""
+    index = jax.process_index()
+    alone = MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
+    )
+    arrays = ocp.PyTreeCheckpointHandler(
+        multiprocessing_options=alone,
+        type_handler_registry=create_type_handler_registry((np.ndarray, _WrittenByEveryProcess())),
+    )
+    return ocp.CheckpointManager(
+        directory,
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=False, cleanup_tmp_directories=True, multiprocessing_options=alone
+        ),
+        item_handlers={"arrays": arrays, "host": ocp.JsonCheckpointHandler(multiprocessing_options=alone)},
+    )
+
+
+class _WrittenByEveryProcess(NumpyHandler):
+    """Numpy arrays that each process has for itself; orbax takes them for copies, and writes those of process 0."""
+
+    async def _background_serialize(
+        self, values: Sequence[np.ndarray], infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> None:
+        writes = []
+        for value, info, arg in zip(values, infos, args or [None] * len(values), strict=True):
+            await info.await_path_creation()
+            spec = get_json_tspec_write(
+                info,
+                use_ocdbt=info.is_ocdbt_checkpoint,
+                global_shape=value.shape,
+                local_shape=value.shape,
+                dtype=value.dtype,
+                process_index=jax.process_index(),
+                arg=arg,
+            )
+            writes.append(self._open_and_write(value, spec, info.ts_context))
+        await asyncio.gather(*writes)
 
 
 @functools.cache

@@ -30,7 +30,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 
 MAX_SEED = 2**31 - 1
 
-RESUMABLE = ("total_env_steps", "checkpoint", "logger")
+RESUMABLE = ("total_env_steps", "distributed", "checkpoint", "logger")
 """Options that may differ when a run is resumed."""
 
 
@@ -87,6 +87,7 @@ class RunConfig:
         sweep: values of traced options of ``algo`` by their names; all seeds train with every combination, in one call.
         hosts: over how many hosts the seeds are spread; SLURM's number of tasks, or 1, when absent.
         host: which of them this is, from 0; SLURM's when absent.
+        distributed: whether `jax.distributed` is started first, which then numbers the hosts.
         num_envs: environments per seed that collect one episode each per iteration.
         updates_per_iteration: learner steps per iteration, once ``batch_size`` episodes are stored.
         total_env_steps: environment steps after which a seed is finished.
@@ -108,6 +109,7 @@ class RunConfig:
     sweep: dict[str, Annotated[list[Any], Field(min_length=1)]]
     hosts: PositiveInt | None
     host: Annotated[int, Field(ge=0)] | None
+    distributed: bool
     num_envs: PositiveInt
     updates_per_iteration: PositiveInt
     total_env_steps: Annotated[int, Field(gt=0, lt=2**31)]
@@ -208,6 +210,12 @@ def build(name: str, values: Mapping[str, Any]) -> Any:
 def load_group(group: str, option: str) -> dict[str, Any]:
     """The plain values of ``configs/GROUP/OPTION.yaml``, for one that inherits nothing."""
     return _plain(OmegaConf.load(CONFIG_DIR / group / f"{option}.yaml"))
+
+
+def run_defaults() -> dict[str, Any]:
+    """The options of a run beside its algorithm and environment, with their defaults."""
+    values = OmegaConf.load(CONFIG_DIR / "train.yaml")
+    return _plain({name: value for name, value in values.items() if name not in ("defaults", "hydra")})
 
 
 def _section(cls: type) -> Any:

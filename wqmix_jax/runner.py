@@ -18,6 +18,7 @@ from wqmix_jax.checkpoint import Checkpoints, Origin, Restored, checkpoint_bytes
 from wqmix_jax.config import ConfigError, RunConfig, run_config
 from wqmix_jax.devices import claim_cores
 from wqmix_jax.exits import SEEDS_FAILED, RunError, StopSignals, exit_code_of
+from wqmix_jax.hosts import connected
 from wqmix_jax.logger import MetricsFile, WandbRuns, create_metrics, load_header, load_metrics, refuse_missing_wandb
 from wqmix_jax.loop import (
     Line,
@@ -100,8 +101,8 @@ def resume(run_dir: Path, changes: Mapping[str, Any]) -> Path:
 
     Args:
         run_dir: the run's folder.
-        changes: ``total_env_steps``, ``checkpoint`` and ``logger`` may differ from the run's ``config.yaml``; nested
-            mappings.
+        changes: ``total_env_steps``, ``distributed``, ``checkpoint`` and ``logger`` may differ from the run's
+            ``config.yaml``; nested mappings.
 
     Returns:
         The run's folder.
@@ -116,6 +117,7 @@ def resume(run_dir: Path, changes: Mapping[str, Any]) -> Path:
         raise ConfigError(f"resume={run_dir} is not allowed: it was merged from {', '.join(header['merged'])}")
     values = _merged(old, changes)
     claim_cores()  # before an environment's library starts the backend
+    values = connected(values)
     config = run_config(values)
     refuse_missing_wandb(config.logger)
     if config.total_env_steps < old["total_env_steps"]:

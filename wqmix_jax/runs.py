@@ -22,7 +22,7 @@ import jax
 from omegaconf import OmegaConf
 
 import wqmix_jax
-from wqmix_jax.config import RESUMABLE, ConfigError, RunConfig
+from wqmix_jax.config import RESUMABLE, ConfigError, RunConfig, run_defaults
 from wqmix_jax.devices import num_cores
 from wqmix_jax.logger import HEADER_FILE, load_metrics
 from wqmix_jax.members import labels_of, member_name
@@ -73,7 +73,7 @@ def save_config(run_dir: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_config(run_dir: Path, *, option: str = "resume") -> dict[str, Any]:
-    """The nested mappings of a run's ``config.yaml``.
+    """The nested mappings of a run's ``config.yaml``; options that are newer than the run have their defaults.
 
     Args:
         run_dir: the run's folder.
@@ -86,7 +86,7 @@ def read_config(run_dir: Path, *, option: str = "resume") -> dict[str, Any]:
     if not path.is_file():
         found = f"there is no {CONFIG_FILE} in it" if run_dir.is_dir() else "there is no such folder"
         raise ConfigError(f"{option}={run_dir} is not allowed: {found}")
-    return OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[return-value]
+    return {**run_defaults(), **OmegaConf.to_container(OmegaConf.load(path))}  # type: ignore[dict-item]
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def save_summary(run_dir: Path, config: RunConfig, trainer: Trainer, **facts: An
         "learner_steps_per_env_step": learner_steps_per_env_step(config),
         "device": {
             "platform": jax.default_backend(),
-            "kind": jax.devices()[0].device_kind,
+            "kind": jax.local_devices()[0].device_kind,
             "count": len(trainer.sharding.device_set),
             "cpu_cores": os.cpu_count(),
         },

@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wqmix_jax.config import CONFIG_DIR, RESUMABLE, ConfigError, RunConfig, add_import_paths, run_config
 from wqmix_jax.exits import RunError, refuse
-from wqmix_jax.hosts import refuse_connected_processes, with_host
+from wqmix_jax.hosts import connected, refuse_unexpected_processes, with_host
 
 _GROUPS = ("algo", "env")
 
@@ -189,8 +189,9 @@ def _start(values: dict[str, Any], choices: Mapping[str, str]) -> None:
     from wqmix_jax.devices import claim_cores
 
     claim_cores()  # before an environment's library starts the backend
+    values = connected(values)
     run_config(values)  # refuses before the slow imports
-    refuse_connected_processes()
+    refuse_unexpected_processes(values)
     from wqmix_jax import runner
 
     runner.start(values, algo=choices["algo"], env=choices["env"])
