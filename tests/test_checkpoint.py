@@ -342,6 +342,25 @@ def test_chunks_that_take_long_are_cut(
     assert timeless(load_metrics(run_dir)) == timeless(load_metrics(straight))
 
 
+@pytest.mark.parametrize(("slow", "cut_to"), [((3,), 2), ((2,), 2), ((2, 3), 1), ((1,), 1)])
+def test_one_slow_chunk_is_chance(
+    slow: tuple[int, ...], cut_to: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of two iterations; the slow ones, counted from 1, take 25 s and the others 1 s."""
+    clock, chunks = [0.0], []
+
+    def advance(trainer: Trainer, loop: Loop, real: Any = runner.advance) -> Any:
+        chunks.append(loop)
+        clock[0] += 25.0 if len(chunks) in slow else 1.0
+        return real(trainer, loop)
+
+    monkeypatch.setattr(runner, "advance", advance)
+    monkeypatch.setattr(runner, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert main(*TINY, f"run_dir={tmp_path / 'run'}") == 0
+    assert len(chunks) > max(slow)
+    assert last_checkpoint(tmp_path / "run")["chunk_iterations"] == cut_to
+
+
 def test_a_run_that_could_not_save_even_once_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ import sys
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from tests.running import ROOT
 from wqmix_jax.devices import seed_sharding
 
 
@@ -49,3 +50,21 @@ print(len(devices.seed_sharding({seeds}, batch_size=32).device_set))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) == count
+
+
+def test_no_import_starts_the_backend() -> None:
+    """It would be too late for `claim_cores` then, and a run would have one core."""
+    modules = [
+        path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem not in ("__init__", "torch_learner")
+    ]
+    names = [f"experiments.{name}" for name in modules] + ["wqmix_jax.train", "wqmix_jax.evaluate", "wqmix_jax.compare"]
+    statements = [f"import {name}; started('{name}')" for name in sorted(names)]
+    code = "\n".join(
+        [
+            "from jax._src import xla_bridge",
+            "started = lambda name: print(name) if xla_bridge.backends_are_initialized() else None",
+            *statements,
+        ]
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout == ""

@@ -8,7 +8,7 @@ or the checkpoint is told in one line on stderr, with exit code 2, before anythi
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import hydra
 import jax
@@ -24,12 +24,14 @@ from wqmix_jax.algos.base import Context, hyperparams
 from wqmix_jax.api import load_policies
 from wqmix_jax.config import CONFIG_DIR, ConfigError, PositiveInt, add_import_paths, build, options
 from wqmix_jax.envs.base import Environment
-from wqmix_jax.envs.viewer import StateViewer
 from wqmix_jax.evaluator import Figures, greedy_episodes
 from wqmix_jax.exits import OneLineParser, refuse
 from wqmix_jax.interop import pymarl
 from wqmix_jax.policy import GREEDY, GreedyPolicy, play_episode
 from wqmix_jax.types import PRNGKey, PyTree
+
+if TYPE_CHECKING:
+    from wqmix_jax.envs.viewer import StateViewer  # jumanji's import starts the backend
 
 CONFIDENCE = 0.95
 
@@ -218,7 +220,7 @@ def play_policies(
 
 def _viewer(
     env: Environment, policies: Mapping[str, GreedyPolicy], chosen: EvaluateOptions, path: Path
-) -> StateViewer[Any]:
+) -> "StateViewer[Any]":
     """What draws the episode.
 
     Raises:
@@ -239,7 +241,7 @@ def _viewer(
     return viewer
 
 
-def _film(env: Environment, policy: GreedyPolicy, viewer: StateViewer[Any], chosen: EvaluateOptions, of: str) -> str:
+def _film(env: Environment, policy: GreedyPolicy, viewer: "StateViewer[Any]", chosen: EvaluateOptions, of: str) -> str:
     """Writes the picture in one piece and says so."""
     path = Path(chosen.render or "")
     key = jax.random.key(chosen.seed, impl="threefry2x32")

@@ -57,6 +57,9 @@ from wqmix_jax.trainer import Trainer, make_trainer, train_sharding
 MAX_CHUNK_SECONDS = 10.0
 """A chunk that takes longer is cut into shorter ones: a signal waits for its end."""
 
+AIMED_SHARE = 0.7
+"""Of that, what a shorter one is to take; much shorter ones cost a CPU up to a fifth, for each fetches its memory anew."""
+
 
 def start(values: Mapping[str, Any], *, algo: str, env: str) -> Path:
     """Trains a new run to its end.
@@ -195,6 +198,7 @@ class _Session:
     signals: StopSignals
     told_failures: list[Line] = dataclasses.field(default_factory=list)
     compile_seconds: float = 0.0
+    last_chunk_seconds: float | None = None
     seconds_before: float = 0.0
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
@@ -253,13 +257,16 @@ class _Session:
         started = time.perf_counter()
         loop, lines = advance(self.trainer, loop)
         seconds, now = time.perf_counter() - started, self.trainer.chunk_iterations
-        if seconds > MAX_CHUNK_SECONDS and now > 1 and not is_finished(loop) and self.signals.received is None:
-            most = max(1, int(now * MAX_CHUNK_SECONDS / 2 / seconds))
+        # The faster of two, the first counted as half: one that was slow by chance must not shorten all that follow.
+        usual, self.last_chunk_seconds = min(seconds, self.last_chunk_seconds or seconds / 2), seconds
+        if usual > MAX_CHUNK_SECONDS and now > 1 and not is_finished(loop) and self.signals.received is None:
+            most = max(1, int(now * AIMED_SHARE * MAX_CHUNK_SECONDS / usual))
             self._set_chunk(max(k for k in range(1, most + 1) if now % k == 0))  # so that evaluations come as before
             print(
                 f"a chunk took {seconds:.0f} s: from now on {self.trainer.chunk_iterations} iterations each", flush=True
             )
             self._compile(fresh=False)
+            self.last_chunk_seconds = None
         return loop, lines
 
     def _end_if_failed(self, loop: Loop | None) -> None:
