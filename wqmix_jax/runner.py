@@ -58,7 +58,7 @@ MAX_CHUNK_SECONDS = 10.0
 """A chunk that takes longer is cut into shorter ones: a signal waits for its end."""
 
 AIMED_SHARE = 0.7
-"""Of that, what a shorter one is to take; much shorter ones cost a CPU up to a fifth, for each fetches its memory anew."""
+"""Of that, what a shorter one is to take; the shortest cost a CPU a fifth, for each fetches its memory anew."""
 
 
 def start(values: Mapping[str, Any], *, algo: str, env: str) -> Path:
