@@ -34,7 +34,7 @@ GAMES = {
 }
 """How environments that stand for each other are told apart."""
 
-_CHOSEN_HERE = ("resume", "run_dir", "hosts", "host", "sweep")
+_CHOSEN_HERE = ("resume", "run_dir", "hosts", "host", "distributed", "sweep")
 _NO_MATTER = ("logger", "checkpoint", "chunk_iterations", "env.worker_python")
 
 

@@ -118,24 +118,14 @@ def tiny_masac(**changes: Any) -> Algorithm:
 
 def tiny_run(algo: Algorithm, env: Environment, **changes: Any) -> Any:
     """A run of a few small episodes."""
-    from wqmix_jax.config import CheckpointOptions, LoggerOptions, RunConfig
+    from wqmix_jax.config import CheckpointOptions, LoggerOptions, RunConfig, run_defaults
 
     values: dict[str, Any] = {
-        "num_seeds": 1,
-        "seed": 0,
-        "num_envs": 1,
-        "updates_per_iteration": 1,
+        **run_defaults(),
         "total_env_steps": 10_000,
         "eval_interval": env.spec.episode_limit,
         "eval_episodes": 2,
         "chunk_iterations": 1,
-        "matmul_precision": "float32",
-        "compute_dtype": "float32",
-        "run_dir": None,
-        "resume": None,
-        "sweep": {},
-        "hosts": None,
-        "host": None,
         "checkpoint": CheckpointOptions(every=1000, keep=1),
         "logger": LoggerOptions(wandb="disabled", project="test", group=None, progress=False),
     }

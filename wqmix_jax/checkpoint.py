@@ -310,9 +310,9 @@ def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
     alone = MultiprocessingOptions(
         primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
     )
+    handler = _WrittenByEveryProcess(deepcopy_host_arrays=False)  # `Checkpoints.save` hands over copies
     arrays = ocp.PyTreeCheckpointHandler(
-        multiprocessing_options=alone,
-        type_handler_registry=create_type_handler_registry((np.ndarray, _WrittenByEveryProcess())),
+        multiprocessing_options=alone, type_handler_registry=create_type_handler_registry((np.ndarray, handler))
     )
     return ocp.CheckpointManager(
         directory,

@@ -69,9 +69,8 @@ def merge(runs: Sequence[Path], out: Path) -> None:
     with open(out / METRICS_FILE, "w") as file:
         for run in runs:
             file.writelines(line + "\n" for line in (run / METRICS_FILE).read_text().split("\n")[:-1])
-    save_config(
-        out, {**configs[0], "seed": seeds[0], "num_seeds": len(seeds), "hosts": 1, "host": 0, "run_dir": str(out)}
-    )
+    alone = {"hosts": 1, "host": 0, "distributed": False}
+    save_config(out, {**configs[0], **alone, "seed": seeds[0], "num_seeds": len(seeds), "run_dir": str(out)})
     (out / SUMMARY_FILE).write_text(json.dumps(_joined(summaries), indent=2) + "\n")
     if load_metrics(out, kind="eval"):
         plot_run(out)
