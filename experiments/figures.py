@@ -135,8 +135,10 @@ def runs(figure: Figure, env: str | None = None) -> list[Run]:
     env = figure.env[0] if env is None else env
     if env not in figure.env:
         raise ConfigError(f"env={env} is not allowed: this figure is drawn on {' or '.join(figure.env)}")
+    scale = ("env.max_return=20",) if env == "smax" else ()  # SMAC's, for which the paper chose its settings
+    shared = (f"env={env}", *scale, *figure.overrides)
     return [
-        Run(title, label, (f"env={env}", *figure.overrides, *panel.overrides, *line, *panel.lines.get(label, [])))
+        Run(title, label, (*shared, *panel.overrides, *line, *panel.lines.get(label, [])))
         for title, panel in figure.panels.items()
         for label, line in figure.lines.items()
     ]

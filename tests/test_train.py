@@ -134,7 +134,13 @@ def test_help_is_short_and_lists_what_there_is(capfd: pytest.CaptureFixture[str]
     assert out.startswith("Trains one algorithm on one environment")
     assert f"algo: {ALGORITHMS}\n" in out
     assert "Hydra" not in out
-    assert "total_env_steps: 1000000\n" in out
+    assert "total_env_steps: 1000000 # per seed\n" in out
+    assert "  punishment: -2\n" in out
+    assert "lr:" not in out
+    assert main("+algo=ow_qmix", "env=matrix_game", "--help") == 0
+    out = capfd.readouterr().out
+    assert "  alpha: 0.1\n" in out
+    assert "  payoff: table2\n" in out
 
 
 def test_load_config_reads_what_the_command_line_reads(tmp_path: Path) -> None:

@@ -44,6 +44,9 @@ from wqmix_jax.table import Row, show
 
 PICTURE = Path("outputs") / "comparison.png"
 
+FEW_SEEDS = 5
+"""With fewer, intervals are told but warned of: they come from the few seeds that are there."""
+
 _VERSION = "version of "
 
 
@@ -159,13 +162,14 @@ def draw(groups: Mapping[str, Group], scores: Mapping[str, Scores], metric: str,
     curves.legend(frameon=False, fontsize=9)
     estimates = {name: iqm_estimate(scores[name].final) for name in groups}
     _draw_intervals(final, estimates, looks, f"{metric_label(metric)} at {last:,} steps")
-    final.set_title("IQM with 95% interval")
+    warning = " (few seeds)" if _has_few_seeds(scores) else ""
+    final.set_title(f"IQM with 95% interval{warning}")
     others = [name for name in groups if name != baseline]
     wins = {name: probability_of_improvement(scores[name].final, scores[baseline].final) for name in others}
     _draw_intervals(better, wins, looks, f"probability of improvement on {baseline}")
     better.axvline(0.5, color="0.5", linewidth=1, linestyle="--")
     better.set_xlim(-0.03, 1.03)
-    better.set_title(f"against {baseline}, with 95% interval")
+    better.set_title(f"against {baseline}, with 95% interval{warning}")
     return save_figure(figure, path)
 
 
@@ -195,6 +199,12 @@ def _tell(groups: Mapping[str, Group], scores: Mapping[str, Scores], metric: str
     show([{"run": name, "seeds": len(of.final)} | _told(of) for name, of in scores.items()])
     print(f"\nagainst {baseline}, at the last of these steps:")
     show([{"run": name} | _against(scores[name], scores[baseline]) for name in groups if name != baseline])
+    if _has_few_seeds(scores):
+        print(f"\nfewer than {FEW_SEEDS} seeds: the intervals are those of the few that are there, and say little")
+
+
+def _has_few_seeds(scores: Mapping[str, Scores]) -> bool:
+    return min(len(of_run.final) for of_run in scores.values()) < FEW_SEEDS
 
 
 def _told(scores: Scores) -> Row:

@@ -40,7 +40,7 @@ def main() -> None:
     multirun = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
     with _refusals():
         add_import_paths(args.config_dir)
-        OmegaConf.register_new_resolver("wqmix_jax.names", lambda group: names(group, args.config_dir), replace=True)
+        _register_help(args.config_dir)
         shows_only = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
         if not shows_only:
             check_overrides(args.overrides, args.config_dir, multirun=multirun)
@@ -84,6 +84,21 @@ def names(group: str, config_dir: str | os.PathLike[str] | None = None) -> str:
     folders = [CONFIG_DIR] if config_dir is None else [CONFIG_DIR, Path(config_dir)]
     stems = {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
     return ", ".join(sorted(stem for stem in stems if not stem.startswith("_")))
+
+
+def _register_help(config_dir: str | None) -> None:
+    """What the help in ``train.yaml`` refers to: a group's names, and options with their comments or values."""
+
+    def described() -> str:
+        options = (CONFIG_DIR / "train.yaml").read_text().partition("\nnum_seeds:")
+        return "".join(options[1:]).partition("\n# Hydra")[0].strip()
+
+    def chosen(*, _root_: DictConfig) -> str:
+        return OmegaConf.to_yaml({name: _root_[name] for name in reversed(_GROUPS) if name in _root_})
+
+    resolvers = {"names": lambda group: names(group, config_dir), "described": described, "chosen": chosen}
+    for name, resolver in resolvers.items():
+        OmegaConf.register_new_resolver(f"wqmix_jax.{name}", resolver, replace=True)
 
 
 def check_overrides(

@@ -108,6 +108,7 @@ def test_what_was_searched_holds_what_was_chosen():
 def test_a_figure_is_drawn_on_its_own_environments_alone():
     figure = load_figure("fig3")
     assert {run.overrides[0] for run in runs(figure, "smax")} == {"env=smax"}
+    assert {load_config(*run.overrides).env.max_return for run in runs(figure, "smax")} == {20.0}
     with pytest.raises(ConfigError, match=r"env=predator_prey is not allowed: this figure is drawn on smac or smax"):
         runs(figure, "predator_prey")
     with pytest.raises(ConfigError, match=r"figure=fig1 is not allowed: choose one of fig2, "):
