@@ -251,7 +251,9 @@ def test_another_run_in_the_same_folder_is_refused(
     assert err.count("\n") == 1
 
 
-def test_a_run_that_is_older_than_an_option_goes_on_with_its_default(tmp_path: Path, straight: Path) -> None:
+def test_a_run_that_is_older_than_an_option_goes_on_with_its_default(
+    tmp_path: Path, straight: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     run_dir = Path(shutil.copytree(straight, tmp_path / "run"))
     edit(run_dir / "config.yaml", "compute_dtype: float32\n", "")
     steps = sorted((run_dir / "checkpoints").iterdir(), key=lambda path: int(path.name))
@@ -261,6 +263,9 @@ def test_a_run_that_is_older_than_an_option_goes_on_with_its_default(tmp_path: P
         change_host(step, options={name: value for name, value in options.items() if name != "compute_dtype"})
     assert main(f"resume={run_dir}") == 0
     assert_same_run(run_dir, straight)
+    edit(run_dir / "config.yaml", "compute_dtype: float32\n", "compute_dtype: bfloat16\n")
+    assert main(f"resume={run_dir}") == 2  # older checkpoints have the default
+    assert "was made with compute_dtype='float32', but the run's config.yaml has 'bfloat16'" in capfd.readouterr().err
 
 
 def edit(path: Path, old: str, new: str, without: str = "") -> None:

@@ -1,16 +1,20 @@
 """Which host this is, and which seeds are its."""
 
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
 
-from tests.running import TINY, last_checkpoint, main, popen, process, timeless
+from tests.running import ROOT, TINY, last_checkpoint, main, popen, process, timeless
 from wqmix_jax import load_config, load_metrics
 from wqmix_jax.config import ConfigError
-from wqmix_jax.hosts import connected, with_host
+from wqmix_jax.hosts import ADDRESS, connected, with_host
 from wqmix_jax.logger import load_header
 from wqmix_jax.merge import merge
 
@@ -86,19 +90,46 @@ def test_jax_numbers_the_hosts_where_it_connects_them(monkeypatch: pytest.Monkey
     assert with_host(asked, STEP) == asked  # what SLURM says, JAX finds itself
     for name, value in {"process_count": 4, "process_index": 3, "distributed.is_initialized": True}.items():
         monkeypatch.setattr(f"jax.{name}", lambda value=value: value)
-    assert connected(asked) == {"distributed": True, "hosts": 4, "host": 3}
-    assert connected(asked | {"host": 1})["host"] == 1
+    assert connected(asked, {}) == {"distributed": True, "hosts": 4, "host": 3}
+    assert connected(asked | {"host": 1}, {})["host"] == 1
     with pytest.raises(ConfigError, match="hosts=2 is not allowed with distributed: JAX connects 4 process"):
-        connected(asked | {"hosts": 2})
+        connected(asked | {"hosts": 2}, {})
 
 
-def test_hosts_that_can_not_be_connected_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("hosts", "host", "environ", "told"),
+    [
+        (2, None, {}, "distributed=true is not possible: coordinator_address should be defined.; where JAX doesn't"),
+        (2, 2, {}, "host=2 is not allowed: hosts=2 are counted from 0"),
+        (0, None, {}, "hosts=0 is not allowed: an integer of at least 1 is needed"),
+        (2.5, 0, {}, "hosts=2.5 is not allowed: an integer"),
+        (2, -1, {}, "host=-1 is not allowed: an integer of at least 0 is needed"),
+        (2, 0, {ADDRESS: "10.0.0.1"}, "JAX_COORDINATOR_ADDRESS=10.0.0.1 is not allowed: HOST:PORT of host 0 is needed"),
+        (2, 1, {ADDRESS: "127.0.0.1:1"}, "JAX_COORDINATOR_ADDRESS=127.0.0.1:1 is not allowed: host 0 doesn't answer"),
+        (None, None, ARRAY, "hosts is missing: JAX can't number SLURM's job array"),
+    ],
+)
+def test_hosts_that_can_not_be_connected_are_refused(
+    hosts: Any, host: Any, environ: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wqmix_jax.hosts.CONNECT_SECONDS", 0)
+    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)  # as in a fresh process
+    with pytest.raises(ConfigError, match=told):
+        connected({"distributed": True, "hosts": hosts, "host": host}, environ)
+
+
+def test_a_refusal_before_the_backend_starts_writes_nothing(tmp_path: Path) -> None:
     ended = process(*TINY, "distributed=true", "hosts=2", f"run_dir={tmp_path / 'run'}")
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: distributed=true is not possible: ")
-    assert ended.stderr.endswith("set JAX_COORDINATOR_ADDRESS and write hosts=N host=i\n")
+    assert ended.stderr.endswith("set JAX_COORDINATOR_ADDRESS=HOST:PORT and write hosts=N host=i\n")
     assert ended.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_several_runs_are_not_distributed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("-m", *TINY, "distributed=true") == 2
+    assert capsys.readouterr().err == "error: distributed=true is not allowed with -m: connected hosts train one run\n"
 
 
 @pytest.mark.slow
@@ -121,13 +152,82 @@ def test_connected_hosts_train_resume_and_merge_as_hosts_apart(tmp_path: Path) -
     assert sorted(load_header(tmp_path / "merged")["seeds"]) == [3, 4, 5]
 
 
-def both_connected(hosts: Sequence[Sequence[str]]) -> None:
-    """Runs hosts to their ends, all at once."""
+SAVES = """
+from pathlib import Path
+import time
+from types import SimpleNamespace
+import jax, numpy as np
+from wqmix_jax import checkpoint, hosts
+import orbax.checkpoint as ocp
+hosts.connected({{"distributed": True, "hosts": 2, "host": {host}}}, {{hosts.ADDRESS: "{address}"}})
+folder = Path("{folder}") / "{host}"
+folder.mkdir()
+manager = checkpoint._manager(folder, 2)
+client = jax._src.distributed.global_state.client
+for step in range(60):
+    client.wait_at_barrier(f"step {{step}}", 60_000)  # both at once
+    arrays = {{"a.b": np.full((50, 50), step + {host}, np.float32)}}
+    manager.save(step, args=ocp.args.Composite(arrays=ocp.args.PyTreeSave(arrays), host=ocp.args.JsonSave({{}})))
+    manager.wait_until_finished()
+restored = manager.restore(59, args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore()))["arrays"]
+assert (restored["a.b"] == 59 + {host}).all()
+manager.close()
+time.sleep({lasts})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("last", "lasts"), [(0, 5), (1, 330)])
+def test_connected_hosts_save_at_once_and_wait_for_each_other(last: int, lasts: int, tmp_path: Path) -> None:
+    """One is done before the other, once by more than five minutes, after which JAX alone would end them both."""
+    address, started = free_address(), time.monotonic()
+    hosts = [
+        python(SAVES.format(host=host, address=address, folder=tmp_path, lasts=lasts if host == last else 0))
+        for host in range(2)
+    ]
+    end_well(hosts)
+    assert time.monotonic() - started > lasts
+
+
+@pytest.mark.slow
+def test_a_connected_host_that_is_refused_ends_at_once(tmp_path: Path) -> None:
+    (tmp_path / "run" / "host_1").mkdir(parents=True)
+    (tmp_path / "run" / "host_1" / "thesis.txt").write_text("precious")
+    first = f"import os; os.environ['JAX_COORDINATOR_ADDRESS'] = '{free_address()}'"
+    hosts = [
+        popen(*TINY, "hosts=2", f"host={host}", "distributed=true", f"run_dir={tmp_path / 'run'}", first=first)
+        for host in range(2)
+    ]
+    _, err = hosts[1].communicate(timeout=100)
+    hosts[0].kill()
+    hosts[0].communicate()
+    assert hosts[1].returncode == 2
+    assert "host_1 is not allowed: it isn't empty" in err
+
+
+def free_address() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    first = f"import os; os.environ['JAX_COORDINATOR_ADDRESS'] = '{address}'"
-    running = [popen(*arguments, "distributed=true", first=first) for arguments in hosts]
-    for host in running:
-        _, err = host.communicate(timeout=600)
-        assert host.returncode == 0, err
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def both_connected(hosts: Sequence[Sequence[str]]) -> None:
+    """Runs hosts to their ends, all at once."""
+    first = f"import os; os.environ['JAX_COORDINATOR_ADDRESS'] = '{free_address()}'"
+    end_well([popen(*arguments, "distributed=true", first=first) for arguments in hosts])
+
+
+def end_well(hosts: Sequence[subprocess.Popen[str]]) -> None:
+    """Waits for all of them."""
+    try:
+        for host in hosts:
+            _, err = host.communicate(timeout=600)
+            assert host.returncode == 0, err
+    finally:
+        for host in hosts:
+            host.kill()
+            host.communicate()
+
+
+def python(code: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stderr=subprocess.PIPE)

@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.options import MultiprocessingOptions
+from orbax.checkpoint.options import AsyncOptions, MultiprocessingOptions
 from orbax.checkpoint.type_handlers import NumpyHandler, create_type_handler_registry, get_json_tspec_write
 
-from wqmix_jax.config import ConfigError
+from wqmix_jax.config import ConfigError, run_defaults
 from wqmix_jax.exits import RunError
 from wqmix_jax.loop import Loop, abstract_interval, abstract_state, env_steps, join, num_pending, slowest_steps
 from wqmix_jax.members import Member
@@ -212,8 +212,9 @@ class Checkpoints:
         path = self._directory / str(step)
         if host["schema"] != SCHEMA:
             raise ConfigError(f"{path} has schema {host['schema']}; this version of wqmix_jax reads schema {SCHEMA}")
-        for name, there in sorted(host["options"].items()):  # options that are newer have their defaults
-            here = self._origin.options.get(name)
+        defaults = run_defaults()  # of options that are newer than the checkpoint
+        for name in sorted(host["options"].keys() | self._origin.options.keys()):
+            there, here = host["options"].get(name, defaults.get(name)), self._origin.options.get(name)
             if there != here:
                 raise ConfigError(f"{path} was made with {name}={there!r}, but the run's config.yaml has {here!r}")
         if host["run"] != self._origin.run:
@@ -317,7 +318,12 @@ def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
         directory,
         options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=False, cleanup_tmp_directories=True, multiprocessing_options=alone
+            max_to_keep=keep,
+            create=False,
+            cleanup_tmp_directories=True,
+            multiprocessing_options=alone,
+            # Otherwise connected processes take each other's signals that a folder is there.
+            async_options=AsyncOptions(create_directories_asynchronously=False),
         ),
         item_handlers={"arrays": arrays, "host": ocp.JsonCheckpointHandler(multiprocessing_options=alone)},
     )

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -120,7 +121,7 @@ def resume(run_dir: Path, changes: Mapping[str, Any]) -> Path:
         raise ConfigError(f"resume={run_dir} is not allowed: it was merged from {', '.join(header['merged'])}")
     values = _merged(old, changes)
     claim_cores()  # before an environment's library starts the backend
-    values = connected(values)
+    values = connected(values, os.environ)
     config = run_config(values)
     refuse_missing_wandb(config.logger)
     if config.total_env_steps < old["total_env_steps"]:

@@ -73,7 +73,9 @@ def save_config(run_dir: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_config(run_dir: Path, *, option: str = "resume") -> dict[str, Any]:
-    """The nested mappings of a run's ``config.yaml``; options that are newer than the run have their defaults.
+    """The nested mappings of a run's ``config.yaml``.
+
+    Options that are newer than the run have their defaults, except those of algorithms and environments.
 
     Args:
         run_dir: the run's folder.

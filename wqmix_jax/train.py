@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wqmix_jax.config import CONFIG_DIR, RESUMABLE, ConfigError, RunConfig, add_import_paths, run_config
 from wqmix_jax.exits import RunError, refuse
-from wqmix_jax.hosts import connected, refuse_unexpected_processes, with_host
+from wqmix_jax.hosts import abandon_others, connected, refuse_unexpected_processes, with_host
 
 _GROUPS = ("algo", "env")
 
@@ -123,6 +123,8 @@ def check_overrides(
     if swept and not multirun and swept[0].key_or_group not in _GROUPS:
         several = "several values make several runs with -m, and a list is written [A,B]"
         raise ConfigError(f"{swept[0].input_line} is not allowed: {several}")
+    if multirun and "distributed" in by_key and by_key["distributed"].value() is not False:
+        raise ConfigError(f"{by_key['distributed'].input_line} is not allowed with -m: connected hosts train one run")
     env, algo = by_key.get("env"), by_key.get("algo")
     if env is not None and (env.is_add() or not _is_choice(env, multirun)):
         raise ConfigError(f"{env.input_line} is not allowed: write env=NAME, NAME one of {names('env', config_dir)}")
@@ -204,7 +206,7 @@ def _start(values: dict[str, Any], choices: Mapping[str, str]) -> None:
     from wqmix_jax.devices import claim_cores
 
     claim_cores()  # before an environment's library starts the backend
-    values = connected(values)
+    values = connected(values, os.environ)
     run_config(values)  # refuses before the slow imports
     refuse_unexpected_processes(values)
     from wqmix_jax import runner
@@ -295,7 +297,10 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        refuse(str(error))
+        try:
+            refuse(str(error))
+        finally:
+            abandon_others()
     except RunError as error:
         refuse(str(error), error.exit_code)
     except KeyboardInterrupt:
