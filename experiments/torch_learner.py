@@ -64,7 +64,7 @@ class QStar(nn.Module):
 
 def make_torch_learner(algo: WQMIX, batch: Episode) -> Callable[[], float]:
     """The learner on one batch of episodes; each call is one optimiser step, and returns its loss."""
-    data: Any = Episode(*(torch.tensor(jax.device_get(leaf)) for leaf in batch))  # type: ignore[arg-type]
+    data: Any = jax.tree.map(lambda leaf: torch.tensor(jax.device_get(leaf)), batch)
     inputs, num_agents, state_dim = _inputs(data), data.obs.shape[-2], data.state.shape[-1]
 
     def nets() -> nn.ModuleDict:

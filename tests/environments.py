@@ -116,6 +116,12 @@ def tiny_masac(**changes: Any) -> Algorithm:
     return build("algo", {"_target_": "wqmix_jax.algos.masac.MASAC", **TINY, **own, **changes})
 
 
+def tiny_maddpg(**changes: Any) -> Algorithm:
+    """MADDPG with narrow nets."""
+    own = {"gumbel_temperature": 0.5, "q_star_dim": 6}
+    return build("algo", {"_target_": "wqmix_jax.algos.maddpg.MADDPG", **TINY, **own, **changes})
+
+
 def tiny_run(algo: Algorithm, env: Environment, **changes: Any) -> Any:
     """A run of a few small episodes."""
     from wqmix_jax.config import CheckpointOptions, LoggerOptions, RunConfig, run_defaults

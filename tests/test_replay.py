@@ -5,6 +5,7 @@ import pytest
 
 from tests.environments import Clock
 from wqmix_jax.config import build, load_group
+from wqmix_jax.packing import pack
 from wqmix_jax.replay import StoredEpisode, make_replay
 from wqmix_jax.types import Episode
 
@@ -64,7 +65,9 @@ def test_samples_are_bit_identical_to_a_plain_float32_replay(env):
     plain = stacked([episode for _, episode in pairs])
     drawn = [int(np.flatnonzero((np.array(plain.state) == state_).all((1, 2)))[-1]) for state_ in np.array(batch.state)]
     assert set(drawn) == {1, 2, 3, 4}
-    for ours, expected in zip(batch, jax.tree.map(lambda leaf: leaf[jnp.array(drawn)], plain), strict=True):
+    assert batch.starts is None
+    plain = jax.tree.map(lambda leaf: leaf[jnp.array(drawn)], plain)
+    for ours, expected in zip(*map(jax.tree.leaves, (batch, plain)), strict=True):
         assert ours.dtype == expected.dtype
         np.testing.assert_array_equal(ours, expected)
 
@@ -77,8 +80,32 @@ def test_a_cut_batch_is_the_beginning_of_the_whole_one():
     rows = replay.sample(state, jax.random.key(0))
     whole, cut = replay.decode(rows, 12), replay.decode(rows, 6)
     np.testing.assert_array_equal(replay.lengths(rows), [5] * 4)
-    for full, short in zip(whole, cut, strict=True):
+    for full, short in zip(*map(jax.tree.leaves, (whole, cut)), strict=True):
         np.testing.assert_array_equal(full[:, : short.shape[1]], short)
+
+
+@pytest.mark.parametrize("env", [predator_prey(episode_limit=12), Clock(episode_limit=12, ends_from=3)])
+def test_a_packed_batch_has_what_the_whole_one_has_at_each_place(env):
+    """Three of the four episodes share a row; everything else is zero."""
+    replay = make_replay(env, buffer_size=4, batch_size=4)
+    ends = [(12, False), (2, True), (1, True), (6, False)]
+    pairs = [plain_episode(env, jax.random.key(i), *end) for i, end in enumerate(ends)]
+    state = replay.add(replay.init(), stacked([stored for stored, _ in pairs]), jnp.bool_(True))
+    rows = state.experience[0]
+    slots, num_rows = pack(replay.lengths(rows), 12)
+    assert int(num_rows) == 2
+    whole, packed = replay.decode(rows, 12), jax.jit(replay.decode_packed)(rows, slots)
+    np.testing.assert_array_equal(packed.starts, slots.filled & (slots.step == 0))
+    assert int(packed.starts.sum()) == 4
+    assert int(packed.mask.sum()) == 12 + 2 + 1 + 6
+    assert int((1 - packed.discount).sum()) == 2
+    for name in Episode._fields[:-1]:
+        plain, ours = np.array(getattr(whole, name)), np.array(getattr(packed, name))
+        nothing = np.full(plain.shape[2:], name == "discount", plain.dtype)
+        for row, place in np.ndindex(ours.shape[:2]):
+            episode, step = int(slots.episode[row, place]), int(slots.step[row, place])
+            is_real = slots.filled[row, place] and step < plain.shape[1]
+            np.testing.assert_array_equal(ours[row, place], plain[episode, step] if is_real else nothing)
 
 
 def test_nothing_changes_where_nothing_is_kept():

@@ -8,13 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.environments import TINY, Clock, tiny_masac, tiny_run, tiny_wqmix
+from tests.environments import TINY, Clock, tiny_maddpg, tiny_masac, tiny_run, tiny_wqmix
+from tests.test_replay import plain_episode, stacked
+from wqmix_jax import trainer as trainer_module
 from wqmix_jax.config import build
 from wqmix_jax.devices import seed_sharding
 from wqmix_jax.replay import make_replay
 from wqmix_jax.trainer import _num_groups, _static_lengths, make_trainer, train_sharding
 
 ENV = Clock(episode_limit=4, ends_from=1)
+SIX = {"batch_size": 6, "buffer_size": 12}
 BIG_BATCH = {"batch_size": 8, "buffer_size": 12}  # large enough for two devices
 
 
@@ -224,9 +227,15 @@ def test_sweeping_a_traced_option_compiles_once():
     assert trainer.train_chunk._cache_size() == 1
 
 
+def learners_agree(one, other):
+    for ours, its in zip(*map(jax.tree.leaves, (one.learner, other.learner)), strict=True):
+        np.testing.assert_allclose(ours, its, rtol=2e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("algo", [tiny_wqmix(), tiny_masac()], ids=["cw_qmix", "masac"])
-def test_a_batch_is_cut_to_the_shortest_static_length_that_holds_it(algo):
+def test_a_batch_is_cut_to_the_shortest_static_length_that_holds_it(algo, monkeypatch):
     """Cutting changes no number: short episodes are learned from 16 of 32 steps, and give the same parameters."""
+    monkeypatch.setattr(trainer_module, "is_mean_over_steps", lambda algo: False)
     config = tiny_run(algo, Clock(episode_limit=32, ends_from=1))
     assert _static_lengths(200) == [50, 100, 150, 200]
     assert _static_lengths(32) == [16, 32]
@@ -234,8 +243,35 @@ def test_a_batch_is_cut_to_the_shortest_static_length_that_holds_it(algo):
     cut, records = trained(config, [0], 5)
     assert records.episode_length.max() <= 16
     whole, _ = trained(config, [0], 5, cut_batches=False)
-    for one, other in zip(jax.tree.leaves(cut.learner), jax.tree.leaves(whole.learner), strict=True):
-        np.testing.assert_allclose(one, other, rtol=2e-4, atol=1e-6)
+    learners_agree(cut, whole)
+
+
+LENGTHS = [[20, 28, 7, 14, 13, 7], [7, 0, 8, 7, 9, 8]]
+"""Of two seeds' six episodes: they fill four rows of 32 steps, and two."""
+
+
+@pytest.mark.parametrize(
+    "algo",
+    [tiny_wqmix(**SIX, returns="td_lambda"), tiny_masac(**SIX), tiny_maddpg(**SIX)],
+    ids=lambda algo: type(algo).__name__,
+)
+def test_short_episodes_that_share_rows_teach_what_they_teach_apart(algo, monkeypatch):
+    """Tiles of two rows and of one; in the last ones a seed has none, and so no mean."""
+    monkeypatch.setattr(trainer_module, "LARGE_TILE", 4)
+    monkeypatch.setattr(trainer_module, "SMALL_TILE", 2)
+    config = tiny_run(algo, Clock(episode_limit=32, ends_from=1))
+    episodes = [
+        stacked([plain_episode(config.env, jax.random.key(length), length, True)[0] for length in of]) for of in LENGTHS
+    ]
+    replay = make_replay(config.env, buffer_size=6, batch_size=6)
+    rows = [replay.add(replay.init(), of_seed, jnp.bool_(True)).experience for of_seed in episodes]
+    learners = []
+    for trainer in (make_trainer(config), make_trainer(config, cut_batches=False)):
+        state = trainer.init([0, 1])
+        state = state._replace(replay=state.replay.replace(experience=jnp.stack(rows)))
+        learners.append(trainer.learn(state))
+    for packed, whole in zip(*map(jax.tree.leaves, learners), strict=True):
+        np.testing.assert_allclose(packed, whole, rtol=2e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

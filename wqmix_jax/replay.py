@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from wqmix_jax.envs.base import Environment
-from wqmix_jax.types import Array, Episode, PRNGKey, PyTree
+from wqmix_jax.packing import Slots
+from wqmix_jax.types import Array, Episode, Observation, PRNGKey, PyTree
 
 ReplayState = Any
 
@@ -48,6 +49,7 @@ class Replay(NamedTuple):
         sample: ``(state, key) -> rows``, a batch ``[B, row_bytes]`` drawn uniformly with replacement.
         lengths: ``rows -> [B]`` int32, the episodes' lengths.
         decode: ``(rows, num_steps) -> Episode``, cut to the first ``num_steps`` (static) steps.
+        decode_packed: ``(rows, slots) -> Episode``, the steps of these episodes that `Slots` ``[R, T+1]`` name.
         row_bytes: bytes of one stored episode.
         num_bytes: bytes of a seed's whole replay.
     """
@@ -57,6 +59,7 @@ class Replay(NamedTuple):
     sample: Callable[[ReplayState, PRNGKey], Array]
     lengths: Callable[[Array], Array]
     decode: Callable[[Array, int], Episode]
+    decode_packed: Callable[[Array, Slots], Episode]
     row_bytes: int
     num_bytes: int
 
@@ -94,7 +97,11 @@ def make_replay(env: Environment, *, buffer_size: int, batch_size: int) -> Repla
         stored = jax.vmap(functools.partial(_from_row, template=template))(rows)
         return _unpack(env, stored, num_steps)
 
-    return Replay(init, add, sample, lengths, decode, row_bytes, row_bytes * buffer_size)
+    def decode_packed(rows: Array, slots: Slots) -> Episode:
+        stored = jax.vmap(functools.partial(_from_row, template=template))(rows)
+        return _unpack_slots(env, stored, slots)
+
+    return Replay(init, add, sample, lengths, decode, decode_packed, row_bytes, row_bytes * buffer_size)
 
 
 def stored_template(env: Environment) -> StoredEpisode:
@@ -118,17 +125,42 @@ def stored_template(env: Environment) -> StoredEpisode:
 def _unpack(env: Environment, stored: StoredEpisode, num_steps: int) -> Episode:
     """``StoredEpisode`` leaves ``[B, ..]`` to the `Episode` of their first ``num_steps`` steps, padding all zero."""
     steps = jnp.arange(num_steps + 1)[None, :]
-    seen = jax.vmap(jax.vmap(env.unpack))(jax.tree.map(lambda leaf: leaf[:, : num_steps + 1], stored.steps))
-    real = steps <= stored.length[:, None]
-    seen = jax.tree.map(lambda leaf: jax.vmap(jax.vmap(jnp.where))(real, leaf, jnp.zeros_like(leaf)), seen)
-    mask = steps[:, :-1] < stored.length[:, None]
-    ends = stored.terminated[:, None] & (steps[:, :-1] == stored.length[:, None] - 1)
+    return _episode(
+        _seen(env, jax.tree.map(lambda leaf: leaf[:, : num_steps + 1], stored.steps), steps <= stored.length[:, None]),
+        joint_action=stored.joint_action[:, :num_steps],
+        reward=stored.reward[:, :num_steps],
+        ends=stored.terminated[:, None] & (steps[:, :-1] == stored.length[:, None] - 1),
+        mask=steps[:, :-1] < stored.length[:, None],
+    )
+
+
+def _unpack_slots(env: Environment, stored: StoredEpisode, slots: Slots) -> Episode:
+    """``StoredEpisode`` leaves ``[B, ..]`` to the `Episode` of what lies in ``slots``, padding all zero."""
+    episode, step = slots.episode[:, :-1], slots.step[:, :-1]
+    mask = slots.filled[:, :-1] & (step < stored.length[episode])
+    packed = _episode(
+        _seen(env, jax.tree.map(lambda leaf: leaf[slots.episode, slots.step], stored.steps), slots.filled),
+        joint_action=jnp.where(mask[..., None], stored.joint_action[episode, step], 0),
+        reward=jnp.where(mask, stored.reward[episode, step], 0.0),
+        ends=mask & stored.terminated[episode] & (step == stored.length[episode] - 1),
+        mask=mask,
+    )
+    return packed._replace(starts=slots.filled & (slots.step == 0))
+
+
+def _seen(env: Environment, steps: PyTree, real: Array) -> Observation:
+    """What was seen at packed states, leaves ``[R, T+1, ..]``, zero where they aren't ``real`` ``[R, T+1]``."""
+    seen = jax.vmap(jax.vmap(env.unpack))(steps)
+    return jax.tree.map(lambda leaf: jax.vmap(jax.vmap(jnp.where))(real, leaf, jnp.zeros_like(leaf)), seen)
+
+
+def _episode(seen: Observation, *, joint_action: Array, reward: Array, ends: Array, mask: Array) -> Episode:
     return Episode(
         obs=seen.obs,
         state=seen.state,
         avail_actions=seen.avail_actions,
-        joint_action=stored.joint_action[:, :num_steps].astype(jnp.int32),
-        reward=stored.reward[:, :num_steps],
+        joint_action=joint_action.astype(jnp.int32),
+        reward=reward,
         discount=1.0 - ends.astype(jnp.float32),
         mask=mask.astype(jnp.float32),
     )

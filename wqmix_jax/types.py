@@ -62,6 +62,9 @@ class StepOutcome(NamedTuple):
 class Episode(NamedTuple):
     """Padded whole episodes; everything past an episode's end is zero.
 
+    A row holds one episode, or several, one after another. Each has a place more than it has steps, for what is seen
+    after the last of them, so that a masked step lies between two episodes.
+
     Attributes:
         obs: ``[.., T+1, N, O]`` float32.
         state: ``[.., T+1, D]`` float32.
@@ -70,6 +73,7 @@ class Episode(NamedTuple):
         reward: ``[.., T]`` float32.
         discount: ``[.., T]`` float32, 0 where the task terminated, 1 elsewhere (an end by the time limit included).
         mask: ``[.., T]`` float32, 1 for a real step.
+        starts: ``[.., T+1]`` bool, where an episode begins; None where each row is one episode.
     """
 
     obs: Array
@@ -79,3 +83,4 @@ class Episode(NamedTuple):
     reward: Array
     discount: Array
     mask: Array
+    starts: Array | None = None

@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +23,16 @@ def encoder_of(inputs, features=4):
     return LinearWeights(jax.random.normal(kernel_key, (width, features)), jax.random.normal(bias_key, (features,)))
 
 
-def plain_unroll(encoder, weights, carry, inputs):
+def plain_unroll(encoder, weights, carry, inputs, starts=None):
+    """Row by row and episode by episode, each from the carry, where rows hold several."""
+    if starts is not None:
+        rows = []
+        for row, begins in enumerate(np.array(starts).T):
+            cuts = [0, *(np.flatnonzero(begins[1:]) + 1), len(inputs)]
+            parts = [inputs[one:other, row, None] for one, other in itertools.pairwise(cuts)]
+            rows.append(jnp.concatenate([plain_unroll(encoder, weights, carry[row, None], part) for part in parts]))
+        return jnp.concatenate(rows, axis=1)
+
     def step(hidden, x):
         hidden = gru_step(weights, hidden, jax.nn.relu(x @ encoder.kernel + encoder.bias[None]))
         return hidden, hidden
@@ -41,17 +52,23 @@ def test_one_step_is_torchs_cell():
     np.testing.assert_allclose(gru_step(weights, carry, inputs[0]), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("num_steps", range(1, 8))
-def test_written_backward_pass_equals_autodiff(num_steps):
+SHARED = jnp.array([[1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0]], bool)
+"""Where the episodes of three rows begin, ``[T, R]``; the last row is one episode and says so nowhere."""
+
+
+@pytest.mark.parametrize(("num_steps", "starts"), [*((number, None) for number in range(1, 8)), (7, SHARED)])
+def test_written_backward_pass_equals_autodiff(num_steps, starts):
+    """Also where rows hold several episodes, whose hidden states and gradients have nothing to do with each other."""
     weights, carry, _ = weights_and_inputs(num_steps)
     inputs = jax.random.normal(jax.random.key(4), (num_steps, len(carry), 6))
     args = (encoder_of(inputs), weights, carry, inputs)
     target = jax.random.normal(jax.random.key(2), (num_steps, *carry.shape))
 
     def gradients(unroll):
-        return jax.grad(lambda *args: (unroll(*args) * target).sum(), argnums=(0, 1, 2, 3))(*args)
+        return jax.grad(lambda *args: (unroll(*args, starts) * target).sum(), argnums=(0, 1, 2, 3))(*args)
 
-    np.testing.assert_array_equal(encoded_unroll(*args), plain_unroll(*args))
+    tolerance = 0 if starts is None else 1e-6
+    np.testing.assert_allclose(encoded_unroll(*args, starts), plain_unroll(*args, starts), atol=tolerance, rtol=0)
     for ours, autodiff in zip(*map(jax.tree.leaves, (gradients(encoded_unroll), gradients(plain_unroll))), strict=True):
         np.testing.assert_allclose(ours, autodiff, rtol=1e-4, atol=1e-5)
 

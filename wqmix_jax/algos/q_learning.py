@@ -59,10 +59,15 @@ class QLearner(Algorithm):
         num_actions = batch.avail_actions.shape[-1]
         first = jnp.full_like(batch.joint_action[:, :1], -1)
         last_action = jnp.concatenate([first, batch.joint_action], axis=1)
+        starts = batch.starts
+        if starts is not None:
+            starts = jnp.broadcast_to(starts[..., None], last_action.shape)
+            last_action = jnp.where(starts, -1, last_action)
+            starts = starts.swapaxes(0, 1)
         features = agent_inputs(batch.obs.swapaxes(0, 1), last_action.swapaxes(0, 1), num_actions)
         carry = self.initial_carry(features.shape[1:3]).astype(features.dtype)
         agent = RecurrentAgent(self.hidden_dim, num_actions)
-        hiddens, agent_qs = apply_net(agent, agent_params, carry, features, method="unroll")
+        hiddens, agent_qs = apply_net(agent, agent_params, carry, features, starts, method="unroll")
         return hiddens.swapaxes(0, 1), agent_qs.swapaxes(0, 1)
 
 

@@ -58,10 +58,14 @@ class RecurrentAgent(nn.Module):
         hiddens, utilities = self.unroll(carry, inputs)
         return hiddens[-1], utilities
 
-    def unroll(self, carry: Array, inputs: Array) -> tuple[Array, Array]:
-        """As a call, but with the hidden states after every step, ``[T, .., H]``."""
+    def unroll(self, carry: Array, inputs: Array, starts: Array | None = None) -> tuple[Array, Array]:
+        """As a call, but with the hidden states after every step, ``[T, .., H]``.
+
+        Before a step where ``starts`` ``[T, ..]`` is true the hidden state is ``carry`` again.
+        """
         encoder, gru = self.encoder.weights(inputs.shape[-1]), self.gru(self.hidden_dim)
         rows = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
-        hiddens = encoded_unroll(encoder, gru, carry.reshape(-1, self.hidden_dim), rows)
+        starts = None if starts is None else starts.reshape(len(rows), -1)
+        hiddens = encoded_unroll(encoder, gru, carry.reshape(-1, self.hidden_dim), rows, starts)
         hiddens = hiddens.reshape(*inputs.shape[:-1], self.hidden_dim)
         return hiddens, self.head(hiddens)

@@ -41,19 +41,29 @@ def gru_step(weights: GRUWeights, carry: Array, inputs: Array) -> Array:
 
 
 @jax.custom_vjp
-def encoded_unroll(encoder: LinearWeights, weights: GRUWeights, carry: Array, inputs: Array) -> Array:
+def encoded_unroll(
+    encoder: LinearWeights, weights: GRUWeights, carry: Array, inputs: Array, starts: Array | None = None
+) -> Array:
     """All hidden states of a sequence: ``[R, H]``, ``[T, R, I]`` -> ``[T, R, H]``.
+
+    Where ``starts`` ``[T, R]`` is true, the hidden state before the step is ``carry`` again.
 
     A linear layer and a ReLU come before the unit. The backward pass is written out: the forward one stores its gates,
     and the weights' gradients are added up step by step while what they are made of is in the cache, where autodiff
     would store every intermediate and reread it.
     """
 
-    def step(hidden: Array, x: Array) -> tuple[Array, Array]:
-        hidden = gru_step(weights, hidden, _encode(encoder, x))
+    def step(hidden: Array, at: tuple[Array, Array | None]) -> tuple[Array, Array]:
+        x, start = at
+        hidden = gru_step(weights, _restarted(hidden, carry, start), _encode(encoder, x))
         return hidden, hidden
 
-    return jax.lax.scan(step, carry, inputs)[1]
+    return jax.lax.scan(step, carry, (inputs, starts))[1]
+
+
+def _restarted(hidden: Array, carry: Array, start: Array | None) -> Array:
+    """The hidden state before a step: ``carry`` where the rows ``start``, all ``[R, ..]``."""
+    return hidden if start is None else jnp.where(start[:, None], carry, hidden)
 
 
 def _encode(encoder: LinearWeights, inputs: Array) -> Array:
@@ -81,35 +91,38 @@ class _Residuals(NamedTuple):
     weights: GRUWeights
     carry: Array
     inputs: Array
+    starts: Array | None
     encoded: Array
     hiddens: Array
     gates: _Gates
 
 
 def _unroll_forward(
-    encoder: LinearWeights, weights: GRUWeights, carry: Array, inputs: Array
+    encoder: LinearWeights, weights: GRUWeights, carry: Array, inputs: Array, starts: Array | None
 ) -> tuple[Array, _Residuals]:
-    def step(hidden: Array, x: Array) -> tuple[Array, tuple[Array, Array, _Gates]]:
-        encoded = _encode(encoder, x)
+    def step(hidden: Array, at: tuple[Array, Array | None]) -> tuple[Array, tuple[Array, Array, _Gates]]:
+        x, start = at
+        hidden, encoded = _restarted(hidden, carry, start), _encode(encoder, x)
         gates = _gates(weights, hidden, encoded)
         hidden = _next_hidden(gates, hidden)
         return hidden, (encoded, hidden, gates)
 
-    encoded, hiddens, gates = jax.lax.scan(step, carry, inputs)[1]
-    return hiddens, _Residuals(encoder, weights, carry, inputs, encoded, hiddens, gates)
+    encoded, hiddens, gates = jax.lax.scan(step, carry, (inputs, starts))[1]
+    return hiddens, _Residuals(encoder, weights, carry, inputs, starts, encoded, hiddens, gates)
 
 
-def _unroll_backward(residuals: _Residuals, d_hiddens: Array) -> tuple[LinearWeights, GRUWeights, Array, Array]:
-    encoder, weights, carry, inputs, encoded, hiddens, gates = residuals
+def _unroll_backward(residuals: _Residuals, d_hiddens: Array) -> tuple[LinearWeights, GRUWeights, Array, Array, None]:
+    encoder, weights, carry, inputs, starts, encoded, hiddens, gates = residuals
     narrow = weights.hidden_kernel.dtype
     # Transposed once: within the loop XLA would do it at every step.
     encoder_kernel, input_kernel, hidden_kernel = encoder.kernel.T, weights.input_kernel.T, weights.hidden_kernel.T
 
-    def step(grads: tuple[Array, PyTree], at: Any) -> tuple[tuple[Array, PyTree], Array]:
-        (d_carry, d_weights), (index, x, features, d_hidden, (reset, update, new, hidden_new)) = grads, at
+    def step(grads: tuple[Array, Array, PyTree], at: Any) -> tuple[tuple[Array, Array, PyTree], Array]:
+        d_carry, d_before, d_weights = grads
+        index, x, start, features, d_hidden, (reset, update, new, hidden_new) = at
         before = jax.lax.dynamic_index_in_dim(hiddens, jnp.maximum(index - 1, 0), keepdims=False)
-        before = jnp.where(index > 0, before, carry)
-        d_hidden = d_carry + d_hidden
+        before = _restarted(jnp.where(index > 0, before, carry), carry, start)
+        d_hidden = d_before + d_hidden
         d_new = d_hidden * (1 - update) * (1 - new * new)
         d_update = d_hidden * (before - new) * update * (1 - update)
         d_reset = d_new * hidden_new * reset * (1 - reset)
@@ -127,15 +140,19 @@ def _unroll_backward(residuals: _Residuals, d_hiddens: Array) -> tuple[LinearWei
                 jnp.concatenate([d_input_bias[: -hidden_kernel.shape[-1]], d_hidden_new.sum(0)]),
             ),
         )
-        d_carry = d_hidden * update + product(d_from_hidden, hidden_kernel)
-        return (d_carry, jax.tree.map(jnp.add, d_weights, of_step)), product(d_encoded, encoder_kernel)
+        d_before = d_hidden * update + product(d_from_hidden, hidden_kernel)
+        if start is not None:
+            d_carry += jnp.where(start[:, None], d_before, 0)
+            d_before = jnp.where(start[:, None], 0, d_before)
+        return (d_carry, d_before, jax.tree.map(jnp.add, d_weights, of_step)), product(d_encoded, encoder_kernel)
 
     both = (encoder, weights)
-    start = jnp.zeros_like(carry), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, carry.dtype), both)
-    steps = jnp.arange(len(inputs)), inputs, encoded, d_hiddens, gates
-    (d_carry, d_both), d_inputs = jax.lax.scan(step, start, steps, reverse=True)
+    none = jnp.zeros_like(carry)
+    begin = none, none, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, carry.dtype), both)
+    steps = jnp.arange(len(inputs)), inputs, starts, encoded, d_hiddens, gates
+    (d_carry, d_before, d_both), d_inputs = jax.lax.scan(step, begin, steps, reverse=True)
     d_encoder, d_weights = jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), d_both, both)
-    return d_encoder, d_weights, d_carry, d_inputs
+    return d_encoder, d_weights, d_carry + d_before, d_inputs, None
 
 
 encoded_unroll.defvjp(_unroll_forward, _unroll_backward)
