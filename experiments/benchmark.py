@@ -116,21 +116,28 @@ def measured(algo: str, overrides: list[str]) -> Iterator[Row]:
 
 
 def learner_rows(config: RunConfig, name: str) -> list[Row]:
-    """One learner call of one seed on a batch of episodes that all last to the time limit, as a run makes it."""
+    """One learner call of one seed on a batch of episodes that all last to the time limit, as a run makes it.
+
+    And on one of shorter episodes, from a twentieth of the limit to eleven of them, 30% of it on average.
+    """
     batch_size = config.algo.batch_size
     algo = dataclasses.replace(config.algo, buffer_size=batch_size)
     one_batch = dataclasses.replace(config, algo=algo)
     trainer = make_trainer(one_batch, sharding=train_sharding(config, 1), cut_batches=False)
-    state = with_full_episodes(trainer, config)
+    limit = config.env.spec.episode_limit
+    full = calls_on_episodes(trainer, config, jnp.full(batch_size, limit))
+    short_trainer = make_trainer(one_batch, sharding=trainer.sharding)
+    short = calls_on_episodes(short_trainer, config, jnp.linspace(limit / 20, limit * 11 / 20, batch_size))
     beside = counterparts(config, name)
-    calls = jax.jit(lambda state: one_after_another(functools.partial(next_step, trainer), state))
-    seconds, *others = timed_in_turn([lambda: calls(state), *beside.values()])
-    flops = matmul_flops(jax.make_jaxpr(trainer.learn)(state).jaxpr)
+    seconds, short_seconds, *others = timed_in_turn([full, short, *beside.values()])
+    flops = matmul_flops(jax.make_jaxpr(trainer.learn)(trainer.init([config.seed])).jaxpr)
     rows = [
         Row("learner_call_seconds", seconds, "s", name),
         Row("learner_call_gflop", flops / 1e9, "GFLOP", name),
         Row("learner_call_gflop_per_second", flops / 1e9 / seconds, "GFLOP/s", name),
         Row("matmul_gflop_per_second", matmul_speed() / 1e9, "GFLOP/s"),
+        Row("learner_call_short_episodes_seconds", short_seconds, "s", name),
+        Row("learner_call_short_episodes_vs_full", short_seconds / seconds, "of its time", name),
     ]
     for counterpart, its_seconds in zip(beside, others, strict=True):
         rows += [
@@ -140,6 +147,13 @@ def learner_rows(config: RunConfig, name: str) -> list[Row]:
     if name in AUTHORS:
         rows.append(Row("learner_call_seconds_authors", AUTHORS[name], "s", name))
     return rows
+
+
+def calls_on_episodes(trainer: Trainer, config: RunConfig, lengths: Array) -> Callable[[], TrainState]:
+    """Learner calls of one seed, one after the other, on episodes of these lengths, ``[B]``."""
+    state = with_episodes(trainer, config, lengths)
+    calls = jax.jit(lambda state: one_after_another(functools.partial(next_step, trainer), state))
+    return lambda: calls(state)
 
 
 def next_step(trainer: Trainer, state: TrainState) -> TrainState:
@@ -170,8 +184,8 @@ def counterparts(config: RunConfig, name: str) -> dict[str, Callable[[], Any]]:
     return calls
 
 
-def full_rows(config: RunConfig) -> Array:
-    """A batch ``[B, row_bytes]`` as it is stored, played at random and declared to have lasted to the limit.
+def stored_rows(config: RunConfig, lengths: Array) -> Array:
+    """A batch ``[B, row_bytes]`` as it is stored, played at random and declared to have had these lengths ``[B]``.
 
     What comes after an early end is zero.
     """
@@ -187,23 +201,26 @@ def full_rows(config: RunConfig) -> Array:
         keys = jax.random.split(jax.random.key(1), 1)
         played = rollout(env, algo, params, hp, ctx, keys, num_envs=batch_size)
         episodes = jax.tree.map(lambda leaf: leaf[0], played.episodes)
-        episodes = episodes._replace(length=jnp.full_like(episodes.length, env.spec.episode_limit))
+        episodes = episodes._replace(length=lengths.astype(jnp.int32))
         return replay.add(replay.init(), episodes, jnp.bool_(True)).experience[0]
 
     return play()
 
 
 def full_episodes(config: RunConfig) -> Episode:
-    """The batch of `full_rows`, decoded."""
+    """A batch of episodes that all last to the time limit, decoded."""
     algo, env = config.algo, config.env
     replay = make_replay(env, buffer_size=algo.batch_size, batch_size=algo.batch_size)
-    return jax.jit(lambda rows: replay.decode(rows, env.spec.episode_limit))(full_rows(config))
+    limit = env.spec.episode_limit
+    rows = stored_rows(config, jnp.full(algo.batch_size, limit))
+    return jax.jit(lambda rows: replay.decode(rows, limit))(rows)
 
 
-def with_full_episodes(trainer: Trainer, config: RunConfig) -> TrainState:
-    """One seed at its start whose replay, of one batch, holds `full_rows`."""
+def with_episodes(trainer: Trainer, config: RunConfig, lengths: Array) -> TrainState:
+    """One seed at its start whose replay, of one batch, holds `stored_rows`."""
     state = trainer.init([config.seed])
-    experience = jax.device_put(full_rows(config).reshape(state.replay.experience.shape), trainer.sharding)
+    rows = stored_rows(config, lengths)
+    experience = jax.device_put(rows.reshape(state.replay.experience.shape), trainer.sharding)
     return state._replace(replay=state.replay.replace(experience=experience, is_full=~state.replay.is_full))
 
 

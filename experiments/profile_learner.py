@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from experiments.benchmark import CALLS, next_step, one_after_another, with_full_episodes
+from experiments.benchmark import CALLS, next_step, one_after_another, with_episodes
 from wqmix_jax import load_config, make_trainer
 from wqmix_jax.config import RunConfig
 
@@ -51,7 +52,8 @@ def profiled(config: RunConfig) -> list[Operation]:
     """The operations of a learner call, the longest first."""
     one_batch = dataclasses.replace(config, algo=dataclasses.replace(config.algo, buffer_size=config.algo.batch_size))
     trainer = make_trainer(one_batch, cut_batches=False)
-    state = with_full_episodes(trainer, config)
+    lengths = jnp.full(config.algo.batch_size, config.env.spec.episode_limit)
+    state = with_episodes(trainer, config, lengths)
     call = jax.jit(lambda state: one_after_another(functools.partial(next_step, trainer), state)).lower(state).compile()
     jax.block_until_ready(call(state))
     options = jax.profiler.ProfileOptions()

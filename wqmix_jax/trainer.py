@@ -1,7 +1,7 @@
 """The compiled training loop: one scan over iterations whose state carries the seed axis inside.
 
 `make_trainer` binds a run's options into pure, jitted functions. Everything that decides a branch is a scalar over all
-seeds, so "has learning started" and "how long is the longest episode of this batch" are real branches, not selects.
+seeds, so "has learning started" and "how much of this batch is padding" are real branches, not selects.
 """
 
 import contextlib

@@ -150,7 +150,9 @@ Loss = TypeVar("Loss", bound=Callable[..., tuple[Array, Aux]])
 def mean_over_steps(loss: Loss) -> Loss:
     """Marks an `Algorithm.loss` that is a mean over the batch's real steps, all its metrics too.
 
-    Its gradient on a batch is then that on the batch's parts, averaged by their steps, and devices may share a batch.
+    Its gradient on a batch is then that on the batch's parts, averaged by their steps, so that devices may share a
+    batch, and short episodes a row of it: what such a loss carries from step to step has to begin anew where
+    `Episode.starts` says so, as `QLearner.unroll` does.
     The mark is the function's own: a subclass with a loss of another kind has none.
     """
     vars(loss)["is_mean_over_steps"] = True
