@@ -123,14 +123,17 @@ def learner_rows(config: RunConfig, name: str) -> list[Row]:
     batch_size = config.algo.batch_size
     algo = dataclasses.replace(config.algo, buffer_size=batch_size)
     one_batch = dataclasses.replace(config, algo=algo)
-    trainer = make_trainer(one_batch, sharding=train_sharding(config, 1), cut_batches=False)
+    trainer = make_trainer(one_batch, sharding=train_sharding(config, 1), batches="whole")
     limit = config.env.spec.episode_limit
-    full = calls_on_episodes(trainer, config, jnp.full(batch_size, limit))
+    state = with_episodes(trainer, config, jnp.full(batch_size, limit))
     short_trainer = make_trainer(one_batch, sharding=trainer.sharding)
-    short = calls_on_episodes(short_trainer, config, jnp.linspace(limit / 20, limit * 11 / 20, batch_size))
+    short_state = with_episodes(short_trainer, config, jnp.linspace(limit / 20, limit * 11 / 20, batch_size))
+    calls, short_calls = learner_calls(trainer), learner_calls(short_trainer)
     beside = counterparts(config, name)
-    seconds, short_seconds, *others = timed_in_turn([full, short, *beside.values()])
-    flops = matmul_flops(jax.make_jaxpr(trainer.learn)(trainer.init([config.seed])).jaxpr)
+    seconds, short_seconds, *others = timed_in_turn(
+        [lambda: calls(state), lambda: short_calls(short_state), *beside.values()]
+    )
+    flops = matmul_flops(jax.make_jaxpr(trainer.learn)(state).jaxpr)
     rows = [
         Row("learner_call_seconds", seconds, "s", name),
         Row("learner_call_gflop", flops / 1e9, "GFLOP", name),
@@ -149,11 +152,9 @@ def learner_rows(config: RunConfig, name: str) -> list[Row]:
     return rows
 
 
-def calls_on_episodes(trainer: Trainer, config: RunConfig, lengths: Array) -> Callable[[], TrainState]:
-    """Learner calls of one seed, one after the other, on episodes of these lengths, ``[B]``."""
-    state = with_episodes(trainer, config, lengths)
-    calls = jax.jit(lambda state: one_after_another(functools.partial(next_step, trainer), state))
-    return lambda: calls(state)
+def learner_calls(trainer: Trainer) -> Callable[[TrainState], TrainState]:
+    """Learner calls of all seeds, one after another, compiled."""
+    return jax.jit(lambda state: one_after_another(functools.partial(next_step, trainer), state))
 
 
 def next_step(trainer: Trainer, state: TrainState) -> TrainState:
@@ -216,11 +217,11 @@ def full_episodes(config: RunConfig) -> Episode:
     return jax.jit(lambda rows: replay.decode(rows, limit))(rows)
 
 
-def with_episodes(trainer: Trainer, config: RunConfig, lengths: Array) -> TrainState:
-    """One seed at its start whose replay, of one batch, holds `stored_rows`."""
-    state = trainer.init([config.seed])
-    rows = stored_rows(config, lengths)
-    experience = jax.device_put(rows.reshape(state.replay.experience.shape), trainer.sharding)
+def with_episodes(trainer: Trainer, config: RunConfig, lengths: Array, *, num_seeds: int = 1) -> TrainState:
+    """Seeds at their start, the replay of each, of one batch, holding `stored_rows`."""
+    state = trainer.init(range(config.seed, config.seed + num_seeds))
+    rows = jnp.broadcast_to(stored_rows(config, lengths)[None, None], state.replay.experience.shape)
+    experience = jax.device_put(rows, trainer.sharding)
     return state._replace(replay=state.replay.replace(experience=experience, is_full=~state.replay.is_full))
 
 

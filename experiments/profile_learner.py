@@ -51,7 +51,7 @@ def main() -> None:
 def profiled(config: RunConfig) -> list[Operation]:
     """The operations of a learner call, the longest first."""
     one_batch = dataclasses.replace(config, algo=dataclasses.replace(config.algo, buffer_size=config.algo.batch_size))
-    trainer = make_trainer(one_batch, cut_batches=False)
+    trainer = make_trainer(one_batch, batches="whole")
     lengths = jnp.full(config.algo.batch_size, config.env.spec.episode_limit)
     state = with_episodes(trainer, config, lengths)
     call = jax.jit(lambda state: one_after_another(functools.partial(next_step, trainer), state)).lower(state).compile()

@@ -66,7 +66,7 @@ def test_the_picture_shows_curves_intervals_and_chances(tmp_path: Path, monkeypa
     one, other = run(tmp_path / "one", {0: 8.0, 1: 6.0}), run(tmp_path / "other", {0: 4.0, 1: 7.0})
     compare.main([str(one), str(other), "--out", str(tmp_path / "picture.png")])
     curves, final, better = drawn[0].axes
-    assert [text.get_text() for text in curves.get_legend().get_texts()][:2] == ["A iql (2 seeds)", "B iql (2 seeds)"]
+    assert [text.get_text() for text in curves.get_legend().get_texts()][:2] == ["A one (2 seeds)", "B other (2 seeds)"]
     assert (curves.get_xlabel(), curves.get_ylabel()) == ("environment steps", "evaluation return")
     points = [line.get_xdata()[0] for line in final.lines if line.get_marker() != "None"]
     assert [float(point) for point in points] == [7.0, 5.5]

@@ -233,16 +233,15 @@ def learners_agree(one, other):
 
 
 @pytest.mark.parametrize("algo", [tiny_wqmix(), tiny_masac()], ids=["cw_qmix", "masac"])
-def test_a_batch_is_cut_to_the_shortest_static_length_that_holds_it(algo, monkeypatch):
+def test_a_batch_is_cut_to_the_shortest_static_length_that_holds_it(algo):
     """Cutting changes no number: short episodes are learned from 16 of 32 steps, and give the same parameters."""
-    monkeypatch.setattr(trainer_module, "is_mean_over_steps", lambda algo: False)
     config = tiny_run(algo, Clock(episode_limit=32, ends_from=1))
     assert _static_lengths(200) == [50, 100, 150, 200]
     assert _static_lengths(32) == [16, 32]
     assert _static_lengths(4) == [4]
-    cut, records = trained(config, [0], 5)
+    cut, records = trained(config, [0], 5, batches="cut")
     assert records.episode_length.max() <= 16
-    whole, _ = trained(config, [0], 5, cut_batches=False)
+    whole, _ = trained(config, [0], 5, batches="whole")
     learners_agree(cut, whole)
 
 
@@ -266,7 +265,7 @@ def test_short_episodes_that_share_rows_teach_what_they_teach_apart(algo, monkey
     replay = make_replay(config.env, buffer_size=5, batch_size=5)
     rows = [replay.add(replay.init(), of_seed, jnp.bool_(True)).experience for of_seed in episodes]
     learners = []
-    for trainer in (make_trainer(config), make_trainer(config, cut_batches=False)):
+    for trainer in (make_trainer(config), make_trainer(config, batches="whole")):
         state = trainer.init([0, 1])
         state = state._replace(replay=state.replay.replace(experience=jnp.stack(rows)))
         learners.append(trainer.learn(state))

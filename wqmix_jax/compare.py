@@ -153,7 +153,7 @@ def draw(groups: Mapping[str, Group], scores: Mapping[str, Scores], metric: str,
     curves, final, better = figure.subplots(1, 3, width_ratios=(2, 1, 1))
     for name, group in groups.items():
         drawn = seed_curves(group.records, metric)
-        label = f"{_title(name, group)} ({seeds_label(drawn.values.shape[1])})"
+        label = f"{_title(name, groups)} ({seeds_label(drawn.values.shape[1])})"
         draw_band(curves, drawn.env_steps, quartiles(drawn.values), looks[name], label)
     curves.axvline(last, color="0.5", linewidth=1, linestyle=":", label="compared until here")
     curves.set_title("median and 25-75% quartiles")
@@ -192,7 +192,7 @@ def _tell(groups: Mapping[str, Group], scores: Mapping[str, Scores], metric: str
     for name, group in groups.items():
         seeds = seeds_label(len(scores[name].final))
         failed = f", {group.num_failed} failed and left out" if group.num_failed else ""
-        print(f"{_title(name, group)}: {', '.join(map(str, group.folders))} ({seeds}{failed})")
+        print(f"{name} {group.algo}: {', '.join(map(str, group.folders))} ({seeds}{failed})")
     print("\noptions that differ:")
     show(list(_differences(groups)) or [{"option": "none"}])
     print(f"\n{metric_label(metric)}, interquartile mean over seeds [95% interval], until {last:,} environment steps:")
@@ -237,8 +237,12 @@ def _shown(options: Mapping[str, Any], option: str) -> str:
     return str(options[option]) if option in options else "-"
 
 
-def _title(name: str, group: Group) -> str:
-    return f"{name} {group.algo}"
+def _title(name: str, groups: Mapping[str, Group]) -> str:
+    """With the algorithm; where several runs have the same, with the folder's name if that tells them apart."""
+    folders = {key: "+".join(folder.resolve().name for folder in group.folders) for key, group in groups.items()}
+    algos = {key: group.algo for key, group in groups.items()}
+    by_folder = len(set(algos.values())) < len(algos) == len(set(folders.values()))
+    return f"{name} {(folders if by_folder else algos)[name]}"
 
 
 def _of(run: Path) -> list[Group]:

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ LARGE_TILE, SMALL_TILE = 128, 32
 """On a CPU, where a learner step costs what it computes, short episodes share rows, and the rows are learned from in
 tiles, as many as there are. These are rows times agents; of OW-QMIX on predator-prey small tiles cost 9% more per row,
 and larger ones no less."""
+
+Batches = Literal["whole", "cut", "packed"]
 
 CPU_CACHE_BYTES = 4 * 2**20
 """On a CPU, seeds learn together while their decoded batches are no larger: eight seeds of predator-prey that learn one
@@ -181,7 +183,7 @@ def train_sharding(config: RunConfig, num_seeds: int) -> Sharding:
 
 
 def make_trainer(
-    config: RunConfig, *, sharding: Sharding | None = None, learner_groups: int = 1, cut_batches: bool = True
+    config: RunConfig, *, sharding: Sharding | None = None, learner_groups: int = 1, batches: Batches | None = None
 ) -> Trainer:
     """Binds a run's options; nothing is compiled before the returned functions are called.
 
@@ -193,26 +195,28 @@ def make_trainer(
         learner_groups: in at least how many equal groups the seeds of a device take their learner steps, one group
             after the other, so that only one group's intermediate arrays are there at a time. On a CPU they are as
             small as `CPU_CACHE_BYTES` asks for.
-        cut_batches: whether most of a batch's padding is left out; it ties a seed's rounding to the seeds beside it,
-            and saves time. On a CPU the batch is packed, see `LARGE_TILE`, if the loss is marked by `mean_over_steps`;
-            elsewhere, where a loop costs by its length, it is cut to one that holds its longest episode.
+        batches: what becomes of a batch's padding. ``packed`` into few rows, see `LARGE_TILE`, needs a loss that is
+            marked by `mean_over_steps`, and is the default with one on a CPU. ``cut`` to one of a few lengths, see
+            `MAX_LENGTHS`, is the default elsewhere, where a loop costs by its length. Both save time, and tie a seed's
+            rounding to the seeds beside it; ``whole`` batches are for comparison.
     """
     sharding = SingleDeviceSharding(jax.local_devices()[0]) if sharding is None else sharding
     batch_parts = sharding.mesh.shape[BATCH_AXIS] if isinstance(sharding, NamedSharding) else 1
     env, algo = config.env, config.algo
     replay = make_replay(env, buffer_size=algo.buffer_size, batch_size=algo.batch_size)
     limit = env.spec.episode_limit
-    lengths = _static_lengths(limit) if cut_batches else [limit]
+    lengths = _static_lengths(limit)
     on_cpu = next(iter(sharding.device_set)).platform == "cpu"
-    packs = on_cpu and is_mean_over_steps(algo) and len(lengths) > 1
+    if batches is None:
+        batches = "packed" if on_cpu and is_mean_over_steps(algo) and len(lengths) > 1 else "cut"
     parts = _Parts(
         env,
         algo,
         replay,
         config.num_envs,
         config.updates_per_iteration,
-        lengths,
-        _tiles(env.spec.num_agents, algo.batch_size // batch_parts) if packs else None,
+        [limit] if batches == "whole" else lengths,
+        _tiles(env.spec.num_agents, algo.batch_size // batch_parts) if batches == "packed" else None,
         batch_parts,
         learner_groups,
         CPU_CACHE_BYTES if on_cpu else None,

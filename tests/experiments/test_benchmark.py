@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import benchmark
+from experiments import benchmark, short_episodes
 from experiments.benchmark import endless, matmul_flops
 from wqmix_jax import load_config
 
@@ -47,3 +47,10 @@ def test_a_call_is_timed_beside_the_authors_where_they_have_the_algorithm(name, 
     rows = {row.name: row.value for row in benchmark.learner_rows(load_config(f"+algo={name}", *SMALL), name)}
     assert rows["learner_call_seconds"] > 0
     assert rows.get("learner_call_seconds_authors") == {"iql": 0.31}.get(name)
+
+
+def test_short_episodes_are_timed_with_every_way_with_padding():
+    options = (*SMALL, "num_seeds=2")
+    rows = short_episodes.measured(load_config("+algo=vdn", *options), "vdn")
+    assert len(rows) == 4 * 3
+    assert all(row.value > 0 and row.num_seeds == 2 for row in rows)

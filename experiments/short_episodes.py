@@ -1,0 +1,82 @@
+"""What short episodes cost a learner call: ``python -m experiments.short_episodes [ALGO] [KEY=VALUE ..] [--out FILE]``.
+
+Learner calls on batches of made-up lengths, in turn: with all their padding, cut to the longest episode (what a GPU
+does), and packed (what a CPU does); see `wqmix_jax.trainer.make_trainer`. Seconds are one seed's share of a call of all
+``num_seeds``. Nothing else should run meanwhile.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import jax.numpy as jnp
+
+from experiments.benchmark import Row, learner_calls, machine, show, timed_in_turn, with_episodes
+from wqmix_jax import load_config, make_trainer
+from wqmix_jax.config import RunConfig
+from wqmix_jax.devices import claim_cores
+from wqmix_jax.trainer import Batches, train_sharding
+from wqmix_jax.types import Array
+
+
+def main() -> None:
+    """Measures, prints the table and writes it."""
+    parser = argparse.ArgumentParser(description=str(__doc__))
+    parser.add_argument("algo", nargs="?", default="ow_qmix")
+    parser.add_argument("overrides", nargs="*", help="options of a run, as for wqmix_jax.train")
+    parser.add_argument("--out", type=Path, help="where the rows go as JSON")
+    args = parser.parse_args()
+    claim_cores()
+    rows = measured(load_config(f"+algo={args.algo}", *args.overrides), args.algo)
+    show(rows)
+    if args.out is not None:
+        listed = [{"name": "machine", **machine()}, *(row._asdict() for row in rows)]
+        args.out.write_text(json.dumps(listed, indent=1) + "\n")
+
+
+def batches_of(config: RunConfig) -> dict[str, Array]:
+    """Lengths ``[B]`` by name: as at the start of training, and as agents leave behind that learn to end sooner."""
+    limit, size = config.env.spec.episode_limit, config.algo.batch_size
+    spread = jnp.linspace(0.2, 1, size) ** 2  # few long ones, many short
+    return {
+        "all to the limit": jnp.full(size, limit),
+        "a fifth to the limit, the others to 0.7 of it": jnp.where(jnp.arange(size) % 5 == 0, 1.0, 0.7 * spread)
+        * limit,
+        "to 0.7 of the limit": 0.7 * spread * limit,
+        "to a quarter of the limit": 0.25 * spread * limit,
+    }
+
+
+def measured(config: RunConfig, name: str) -> list[Row]:
+    """Every way with padding, on every batch."""
+    algo = dataclasses.replace(config.algo, buffer_size=config.algo.batch_size)
+    one_batch = dataclasses.replace(config, algo=algo)
+    cases: dict[tuple[str, str], Callable[[], Any]] = {}
+    for way in get_args(Batches):
+        trainer = make_trainer(one_batch, sharding=train_sharding(config, config.num_seeds), batches=way)
+        states = {
+            lengths: with_episodes(trainer, config, of, num_seeds=config.num_seeds)
+            for lengths, of in batches_of(config).items()
+        }
+        calls = learner_calls(trainer)
+        cases |= {(lengths, way): functools.partial(calls, state) for lengths, state in states.items()}
+    times = dict(zip(cases, timed_in_turn(list(cases.values())), strict=True))
+    return [
+        Row(
+            f"{lengths}, {float(of.astype(int).mean()):.0f} steps on average: {way}",
+            times[lengths, way] / config.num_seeds,
+            "s",
+            name,
+            config.num_seeds,
+        )
+        for lengths, of in batches_of(config).items()
+        for way in get_args(Batches)
+    ]
+
+
+if __name__ == "__main__":
+    main()
