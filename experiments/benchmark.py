@@ -123,17 +123,16 @@ def learner_rows(config: RunConfig, name: str) -> list[Row]:
     batch_size = config.algo.batch_size
     algo = dataclasses.replace(config.algo, buffer_size=batch_size)
     one_batch = dataclasses.replace(config, algo=algo)
-    trainer = make_trainer(one_batch, sharding=train_sharding(config, 1), batches="whole")
-    limit = config.env.spec.episode_limit
-    state = with_episodes(trainer, config, jnp.full(batch_size, limit))
-    short_trainer = make_trainer(one_batch, sharding=trainer.sharding)
-    short_state = with_episodes(short_trainer, config, jnp.linspace(limit / 20, limit * 11 / 20, batch_size))
-    calls, short_calls = learner_calls(trainer), learner_calls(short_trainer)
+    trainer, limit = make_trainer(one_batch, sharding=train_sharding(config, 1)), config.env.spec.episode_limit
+    full = with_episodes(trainer, config, jnp.full(batch_size, limit))
+    short = with_episodes(trainer, config, jnp.linspace(limit / 20, limit * 11 / 20, batch_size))
+    calls = learner_calls(trainer)
     beside = counterparts(config, name)
-    seconds, short_seconds, *others = timed_in_turn(
-        [lambda: calls(state), lambda: short_calls(short_state), *beside.values()]
-    )
-    flops = matmul_flops(jax.make_jaxpr(trainer.learn)(state).jaxpr)
+    in_turn = [functools.partial(calls, full), functools.partial(calls, short), *beside.values()]
+    seconds, short_seconds, *others = timed_in_turn(in_turn)
+    # Without tiles, whose number the traced function doesn't tell.
+    whole = make_trainer(one_batch, sharding=trainer.sharding, batches="whole")
+    flops = matmul_flops(jax.make_jaxpr(whole.learn)(full).jaxpr)
     rows = [
         Row("learner_call_seconds", seconds, "s", name),
         Row("learner_call_gflop", flops / 1e9, "GFLOP", name),
