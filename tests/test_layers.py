@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "wqmix_jax"
 LAYERS = (
     ("types", "config", "devices", "exits"),
     ("hosts",),
-    ("td", "weighting", "exploration", "policies", "networks", "envs"),
+    ("td", "weighting", "exploration", "policies", "networks", "packing", "envs"),
     ("replay",),
     ("algos",),
     ("rollout", "learner", "members"),
