@@ -75,7 +75,7 @@ class EvaluateOptions:
     matmul_precision: Literal["float32", "tensorfloat32", "bfloat16"]
 
 
-class Estimate(NamedTuple):
+class MeanEstimate(NamedTuple):
     """A mean and how sure it is.
 
     Attributes:
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         refuse(str(error))
 
 
-def estimate(values: np.ndarray, *, is_share: bool = False) -> Estimate:
+def estimate(values: np.ndarray, *, is_share: bool = False) -> MeanEstimate:
     """The mean of independent ``values`` ``[n]`` with its confidence interval.
 
     Student's interval; of shares (a win rate) Wilson's where each value is 0 or 1, and never beyond 0 and 1.
@@ -110,13 +110,13 @@ def estimate(values: np.ndarray, *, is_share: bool = False) -> Estimate:
     count, mean = len(values), float(np.mean(values))
     std = float(np.std(values))
     if count < 2:
-        return Estimate(mean, math.nan, math.nan, std)
+        return MeanEstimate(mean, math.nan, math.nan, std)
     if is_share and np.isin(values, (0, 1)).all():
         low, high = scipy.stats.binomtest(int(values.sum()), count).proportion_ci(CONFIDENCE, method="wilson")
-        return Estimate(mean, float(low), float(high), std)
+        return MeanEstimate(mean, float(low), float(high), std)
     half = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * std / math.sqrt(count - 1)
     low, high = (mean - half, mean + half) if not is_share else (max(0.0, mean - half), min(1.0, mean + half))
-    return Estimate(mean, float(low), float(high), std)
+    return MeanEstimate(mean, float(low), float(high), std)
 
 
 def _evaluate(overrides: Sequence[str], config_dir: str | None) -> Iterator[str]:
@@ -180,7 +180,7 @@ def evaluate_policies(env: Environment, policies: Mapping[str, GreedyPolicy], ch
                 yield _line(over, what, estimate(np.array(values), is_share=what == "win_rate"))
 
 
-def _line(of: str, what: str, told: Estimate) -> str:
+def _line(of: str, what: str, told: MeanEstimate) -> str:
     interval = "" if math.isnan(told.low) else f"95% interval {told.low:.2f} to {told.high:.2f}, "
     return f"{of}{what.removeprefix('episode_')} {told.mean:.2f} ({interval}standard deviation {told.std:.2f})"
 
