@@ -13,10 +13,12 @@ from tests.test_replay import plain_episode, stacked
 from wqmix_jax import trainer as trainer_module
 from wqmix_jax.config import build
 from wqmix_jax.devices import seed_sharding
+from wqmix_jax.packing import pack
 from wqmix_jax.replay import make_replay
 from wqmix_jax.trainer import _num_groups, _static_lengths, make_trainer, train_sharding
 
 ENV = Clock(episode_limit=4, ends_from=1)
+LONG = Clock(episode_limit=32, ends_from=1)  # long enough for batches to be cut or packed
 FIVE = {"batch_size": 5, "buffer_size": 5}
 BIG_BATCH = {"batch_size": 8, "buffer_size": 12}  # large enough for two devices
 
@@ -116,10 +118,18 @@ def test_seeds_spread_over_devices_give_the_solo_numbers_to_the_bit():
     assert records.active[:, 0].sum() != records.active[:, 1].sum()
 
 
-@pytest.mark.parametrize("algo", [tiny_wqmix(**BIG_BATCH), tiny_masac(**BIG_BATCH)], ids=["cw_qmix", "masac"])
-def test_devices_that_share_a_batch_give_the_numbers_of_one(algo):
+@pytest.mark.parametrize(
+    ("algo", "env", "total_env_steps"),
+    [
+        (tiny_wqmix(**BIG_BATCH), ENV, 30),
+        (tiny_masac(**BIG_BATCH), ENV, 30),
+        (tiny_masac(**BIG_BATCH), LONG, 90),  # its rows are packed
+    ],
+    ids=["cw_qmix", "masac", "masac packed"],
+)
+def test_devices_that_share_a_batch_give_the_numbers_of_one(algo, env, total_env_steps):
     """To float tolerance: an average over parts is another order of sums. What is drawn is the same."""
-    config = tiny_run(algo, ENV, total_env_steps=30)
+    config = tiny_run(algo, env, total_env_steps=total_env_steps)
     sharding = train_sharding(config, 1)
     assert dict(sharding.mesh.shape) == {"seeds": 1, "batch": 2}
     shared, records = trained(config, [3], 16, sharding)
@@ -235,7 +245,7 @@ def learners_agree(one, other):
 @pytest.mark.parametrize("algo", [tiny_wqmix(), tiny_masac()], ids=["cw_qmix", "masac"])
 def test_a_batch_is_cut_to_the_shortest_static_length_that_holds_it(algo):
     """Cutting changes no number: short episodes are learned from 16 of 32 steps, and give the same parameters."""
-    config = tiny_run(algo, Clock(episode_limit=32, ends_from=1))
+    config = tiny_run(algo, LONG)
     assert _static_lengths(200) == [50, 100, 150, 200]
     assert _static_lengths(32) == [16, 32]
     assert _static_lengths(4) == [4]
@@ -251,26 +261,66 @@ LENGTHS = [[20, 28, 32, 17, 16], [7, 0, 8, 7, 9]]
 
 @pytest.mark.parametrize(
     "algo",
-    [tiny_wqmix(**FIVE, returns="td_lambda"), tiny_masac(**FIVE), tiny_maddpg(**FIVE)],
-    ids=lambda algo: type(algo).__name__,
+    [
+        tiny_wqmix(**FIVE, returns="td_lambda"),
+        tiny_wqmix(**FIVE, returns="sarsa_lambda"),
+        tiny_masac(**FIVE),
+        tiny_maddpg(**FIVE),
+    ],
+    ids=["td_lambda", "sarsa_lambda", "masac", "maddpg"],
 )
 def test_short_episodes_that_share_rows_teach_what_they_teach_apart(algo, monkeypatch):
     """A tile of four rows and one of two, which reaches past the last and where the second seed has no step."""
     monkeypatch.setattr(trainer_module, "LARGE_TILE", 8)
     monkeypatch.setattr(trainer_module, "SMALL_TILE", 4)
-    config = tiny_run(algo, Clock(episode_limit=32, ends_from=1))
+    config = tiny_run(algo, LONG)
     episodes = [
-        stacked([plain_episode(config.env, jax.random.key(length), length, True)[0] for length in of]) for of in LENGTHS
+        stacked([plain_episode(LONG, jax.random.key(length), length, length % 2 == 0)[0] for length in of])
+        for of in LENGTHS
     ]
     replay = make_replay(config.env, buffer_size=5, batch_size=5)
     rows = [replay.add(replay.init(), of_seed, jnp.bool_(True)).experience for of_seed in episodes]
     learners = []
-    for trainer in (make_trainer(config), make_trainer(config, batches="whole")):
+    for batches in ("packed", "whole"):
+        trainer = make_trainer(config, batches=batches)
         state = trainer.init([0, 1])
-        state = state._replace(replay=state.replay.replace(experience=jnp.stack(rows)))
+        state = state._replace(replay=state.replay.replace(experience=jnp.stack(rows), is_full=~state.replay.is_full))
         learners.append(trainer.learn(state))
     for packed, whole in zip(*map(jax.tree.leaves, learners), strict=True):
         np.testing.assert_allclose(packed, whole, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("algo", "env", "expected"),
+    [
+        (tiny_wqmix(), LONG, True),
+        (build("algo", {"_target_": "tests.environments.ContextTeller", **TINY}), LONG, False),  # isn't marked
+        (tiny_wqmix(), Clock(episode_limit=31, ends_from=1), False),
+    ],
+    ids=["marked", "unmarked", "too short"],
+)
+def test_rows_are_shared_on_a_cpu_where_the_loss_is_marked_and_episodes_are_long(algo, env, expected, monkeypatch):
+    packed = []
+    monkeypatch.setattr(trainer_module, "pack", lambda *args: packed.append(args) or pack(*args))
+    trainer = make_trainer(tiny_run(algo, env))
+    jax.eval_shape(trainer.learn, jax.eval_shape(trainer.init, jnp.zeros(1, jnp.uint32)))
+    assert bool(packed) == expected
+
+
+def test_an_unmarked_loss_is_not_packed():
+    algo = build("algo", {"_target_": "tests.environments.ContextTeller", **TINY})
+    with pytest.raises(ValueError, match="batches=packed is not allowed: the loss of ContextTeller"):
+        make_trainer(tiny_run(algo, LONG), batches="packed")
+
+
+def test_a_batch_without_a_step_teaches_nothing():
+    """Where every episode failed at its first step; MADDPG's parameters stay finite too."""
+    config = tiny_run(tiny_maddpg(**FIVE), LONG)
+    trainer = make_trainer(config, batches="cut")
+    state = trainer.init([0])
+    empty = state.replay.replace(is_full=~state.replay.is_full)
+    learner, losses = trainer.learn(state._replace(replay=empty))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((learner.params, losses)))
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def pack(lengths: Array, episode_limit: int) -> tuple[Slots, Array]:
     nowhere = batch_size * capacity
     places = jnp.where(steps < sizes[:, None], places, nowhere)
     held = jnp.full(nowhere, -1, jnp.int32)
-    held = held.at[places.reshape(-1)].set(jnp.arange(nowhere), mode="drop", unique_indices=False)
+    held = held.at[places.reshape(-1)].set(jnp.arange(nowhere), mode="drop")
     held = held.reshape(batch_size, capacity)
     filled = held >= 0
     held = jnp.maximum(held, 0)

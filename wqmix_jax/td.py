@@ -16,7 +16,7 @@ def td_target(reward: Array, discount: Array, gamma: Array, next_value: Array) -
 
 
 def lambda_return(reward: Array, discount: Array, gamma: Array, next_value: Array, td_lambda: Array) -> Array:
-    """y_t = r_t + gamma * discount_t * ((1 - lambda_t) * V_t+1 + lambda_t * y_t+1) of one episode, from its end.
+    """y_t = r_t + gamma * discount_t * ((1 - lambda_t) * V_t+1 + lambda_t * y_t+1) of one row, from its end.
 
     With the greedy joint actions' values it is TD(lambda), Peng's Q(lambda); with those of the actions taken,
     SARSA(lambda) without importance weights, as in SMIX(lambda) (Wen et al., arXiv 1911.04094).
@@ -26,8 +26,8 @@ def lambda_return(reward: Array, discount: Array, gamma: Array, next_value: Arra
         discount: ``[T]``, 0 where the task terminated and 1 elsewhere.
         gamma: scalar.
         next_value: ``[T, ..]``, V of the state after each step.
-        td_lambda: ``[T]``, 0 at each step that no step follows (an episode's last one, padding): there the target is
-            `td_target`, which bootstraps past a time limit.
+        td_lambda: ``[T]``, 0 at each episode's last step: there the target is `td_target`, which bootstraps past a time
+            limit, and nothing comes in from what lies behind it, padding or another episode.
 
     Returns:
         ``[T, ..]``.

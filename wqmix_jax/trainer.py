@@ -196,9 +196,13 @@ def make_trainer(
             after the other, so that only one group's intermediate arrays are there at a time. On a CPU they are as
             small as `CPU_CACHE_BYTES` asks for.
         batches: what becomes of a batch's padding. ``packed`` into few rows, see `LARGE_TILE`, needs a loss that is
-            marked by `mean_over_steps`, and is the default with one on a CPU. ``cut`` to one of a few lengths, see
-            `MAX_LENGTHS`, is the default elsewhere, where a loop costs by its length. Both save time, and tie a seed's
-            rounding to the seeds beside it; ``whole`` batches are for comparison.
+            marked by `mean_over_steps`, and is the default with one on a CPU, unless even the longest episodes are too
+            short to be cut. ``cut`` to one of a few lengths, see `MAX_LENGTHS`, is the default elsewhere, where a loop
+            costs by its length. Both save time, and tie a seed's rounding to the seeds beside it; ``whole`` batches are
+            for comparison.
+
+    Raises:
+        ValueError: ``batches`` are to be packed for a loss that isn't marked.
     """
     sharding = SingleDeviceSharding(jax.local_devices()[0]) if sharding is None else sharding
     batch_parts = sharding.mesh.shape[BATCH_AXIS] if isinstance(sharding, NamedSharding) else 1
@@ -209,6 +213,10 @@ def make_trainer(
     on_cpu = next(iter(sharding.device_set)).platform == "cpu"
     if batches is None:
         batches = "packed" if on_cpu and is_mean_over_steps(algo) and len(lengths) > 1 else "cut"
+    elif batches == "packed" and not is_mean_over_steps(algo):
+        raise ValueError(
+            f"batches={batches} is not allowed: the loss of {type(algo).__name__} isn't marked `mean_over_steps`"
+        )
     parts = _Parts(
         env,
         algo,
@@ -379,11 +387,14 @@ def _gradients(
     ctx: Context,
     lengths: Array,
 ) -> tuple[PyTree, dict[str, Array]]:
-    """Each seed's gradient and metrics, with most of the padding left out; ``lengths`` is ``[S, B]``.
+    """Each seed's gradient and metrics, without the padding that can be left out; ``lengths`` is ``[S, B]``.
 
     How much is the same for all seeds of a group, since its branches are real ones.
     """
-    one_group = functools.partial(_cut_gradients if parts.tiles is None else _packed_gradients, parts)
+    if parts.tiles is None:
+        one_group = functools.partial(_cut_gradients, parts)
+    else:
+        one_group = functools.partial(_packed_gradients, parts, parts.tiles)
     return _in_groups(one_group, _num_groups(parts, rows), (lengths, learner, rows, noise, hp, ctx))
 
 
@@ -404,22 +415,24 @@ def _cut_gradients(parts: _Parts, lengths: Array, *seeds: PyTree) -> tuple[PyTre
     return jax.lax.switch(choice, [on_first(length) for length in parts.lengths], *seeds)
 
 
-def _packed_gradients(parts: _Parts, lengths: Array, *seeds: PyTree) -> tuple[PyTree, dict[str, Array]]:
+def _packed_gradients(
+    parts: _Parts, tiles: tuple[int, int], lengths: Array, *seeds: PyTree
+) -> tuple[PyTree, dict[str, Array]]:
     """On the batches packed into few rows: the mean over one tile of rows after the other, by their real steps."""
-    limit = parts.env.spec.episode_limit
-    large, small = parts.tiles or (0, 0)
+    limit, (large, small) = parts.env.spec.episode_limit, tiles
     slots, num_rows = jax.vmap(lambda of_seed: pack(of_seed, limit))(lengths)
     # Tiles may reach past the last row.
     slots = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, large), (0, 0))), slots)
     num_steps = jnp.maximum(lengths.sum(-1), 1)
 
     def of_tile(
-        slots: Slots, num_steps: Array, learner: LearnerState, rows: Array, noise: PyTree, hp: Hyperparams, ctx: Context
+        slots: Slots, all_steps: Array, learner: LearnerState, rows: Array, noise: PyTree, hp: Hyperparams, ctx: Context
     ) -> tuple[PyTree, dict[str, Array]]:
         batch = parts.replay.decode_packed(rows, slots)
-        at = slots.episode, slots.step
-        noise = jax.tree.map(lambda leaf: leaf[at if leaf.shape[1] > limit else (at[0][:, :-1], at[1][:, :-1])], noise)
-        share = batch.mask.sum() / num_steps
+        noise = jax.tree.map(
+            lambda leaf: leaf[slots.episode[:, : leaf.shape[1]], slots.step[:, : leaf.shape[1]]], noise
+        )
+        share = batch.mask.sum() / all_steps
         means = gradients(parts.algo, learner, batch, hp, ctx, noise)
         # A seed that has no step in this tile may have no mean either.
         return jax.tree.map(lambda mean: jnp.where(share > 0, share * mean, 0), means)
@@ -428,18 +441,18 @@ def _packed_gradients(parts: _Parts, lengths: Array, *seeds: PyTree) -> tuple[Py
         tile = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, size, axis=1), slots)
         return jax.vmap(of_tile)(tile, num_steps, *seeds)
 
-    def add_tiles(size: int, while_left: int, at: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
-        def add(at: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
-            first, sums = at
+    def add_tiles(size: int, while_left: int, so_far: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
+        def add(so_far: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
+            first, sums = so_far
             return first + size, jax.tree.map(jnp.add, sums, tile_means(first, size))
 
-        return jax.lax.while_loop(lambda at: num_rows.max() - at[0] >= while_left, add, at)
+        return jax.lax.while_loop(lambda so_far: num_rows.max() - so_far[0] >= while_left, add, so_far)
 
     shapes = jax.eval_shape(lambda: tile_means(jnp.int32(0), small))
-    at = jnp.int32(0), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    # What small tiles would cover as many rows as a large one with is left to that.
-    at = add_tiles(large, large - small + 1, at)
-    return add_tiles(small, 1, at)[1] if small < large else at[1]
+    nothing = jnp.int32(0), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    # A large tile is taken where small ones would cover about as many rows.
+    so_far = add_tiles(large, large - small + 1, nothing)
+    return (add_tiles(small, 1, so_far) if small < large else so_far)[1]
 
 
 def _num_groups(parts: _Parts, rows: Array) -> int:
@@ -475,7 +488,7 @@ def _averaged(parts: _Parts, means: PyTree, num_steps: Array) -> PyTree:
     """The means over whole batches, leaves ``[S, ..]``, of means over parts that have ``num_steps`` ``[S]`` each."""
     if parts.batch_parts == 1:
         return means
-    share = num_steps / jax.lax.psum(num_steps, BATCH_AXIS)
+    share = num_steps / jnp.maximum(jax.lax.psum(num_steps, BATCH_AXIS), 1)
     return jax.lax.psum(jax.tree.map(functools.partial(jax.vmap(jnp.multiply), share), means), BATCH_AXIS)
 
 

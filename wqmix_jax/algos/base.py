@@ -132,7 +132,7 @@ class Algorithm(abc.ABC):
     def sample_noise(self, key: PRNGKey, batch: Episode) -> PyTree:
         """Everything random that `loss` uses, leaves ``[B, T, ..]`` or ``[B, T+1, ..]``; nothing by default.
 
-        Only shapes and dtypes may be read of ``batch``: the noise is drawn for whole episodes, and cut as they are.
+        Only shapes and dtypes may be read of ``batch``: noise is drawn for whole episodes, cut or packed as they are.
         """
         del key, batch
         return ()
@@ -141,7 +141,7 @@ class Algorithm(abc.ABC):
     def loss(
         self, params: PyTree, target: PyTree, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree
     ) -> tuple[Array, Aux]:
-        """The scalar loss of ``batch`` (episodes ``[B, T, ..]``), summed over everything that is trained."""
+        """The scalar loss of ``batch`` (rows of episodes, ``[B, T, ..]``), summed over everything that is trained."""
 
 
 Loss = TypeVar("Loss", bound=Callable[..., tuple[Array, Aux]])
@@ -153,7 +153,8 @@ def mean_over_steps(loss: Loss) -> Loss:
     Its gradient on a batch is then that on the batch's parts, averaged by their steps, so that devices may share a
     batch, and short episodes a row of it: what such a loss carries from step to step has to begin anew where
     `Episode.starts` says so, as `QLearner.unroll` does.
-    The mark is the function's own: a subclass with a loss of another kind has none.
+    The mark is the function's own: a subclass with a loss of another kind has none. What overrides a part of a marked
+    loss (an `unroll`, targets that look several steps ahead) keeps to this too, or the loss is overridden, unmarked.
     """
     vars(loss)["is_mean_over_steps"] = True
     return loss

@@ -70,7 +70,7 @@ class MADDPG(ActorCritic):
         drawn = straight_through(logits, noise, hp.gumbel_temperature)
         allowed = jnp.where(batch.avail_actions[:, :-1], jax.lax.stop_gradient(worth), 0)
         value = (drawn * allowed).sum(-1)
-        return (value * batch.mask[..., None]).sum((0, 1)) / batch.mask.sum()
+        return jax.vmap(masked_mean, in_axes=(-1, None))(value, batch.mask)
 
 
 def _logit_entropy(logits: Array, avail_actions: Array) -> Array:

@@ -109,9 +109,9 @@ class TDLearner(QLearner):
             per_agent = (1,) * (next_value.ndim - batch.reward.ndim)
             reward, discount = (array.reshape(*array.shape, *per_agent) for array in (batch.reward, batch.discount))
             return jax.lax.stop_gradient(td_target(reward, discount, hp.gamma, next_value))
-        each_episode = jax.vmap(lambda_return, in_axes=(0, 0, None, 0, 0))
+        each_row = jax.vmap(lambda_return, in_axes=(0, 0, None, 0, 0))
         weights = hp.td_lambda * _is_followed(batch)
-        return jax.lax.stop_gradient(each_episode(batch.reward, batch.discount, hp.gamma, next_value, weights))
+        return jax.lax.stop_gradient(each_row(batch.reward, batch.discount, hp.gamma, next_value, weights))
 
 
 def _is_followed(batch: Episode) -> Array:
