@@ -6,7 +6,6 @@ time stands apart. ``algo=all`` times one learner call of every algorithm and no
 1, 2, 4, .. seeds while they fit into the memory. Nothing else should run meanwhile.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -29,8 +28,9 @@ from rich.table import Table
 from experiments.plain_learner import make_plain_learner
 from wqmix_jax import load_config, make_trainer
 from wqmix_jax.algos.base import Context, hyperparams
-from wqmix_jax.config import RunConfig
+from wqmix_jax.config import ConfigError, RunConfig
 from wqmix_jax.devices import claim_cores
+from wqmix_jax.exits import OneLineParser, out_file, refuse
 from wqmix_jax.loop import compile_trainer
 from wqmix_jax.members import make_members
 from wqmix_jax.memory import memory_plan
@@ -72,18 +72,29 @@ class Row(NamedTuple):
 
 def main() -> None:
     """Measures what the command line names and prints the table."""
-    parser = argparse.ArgumentParser(description=str(__doc__))
+    parser = OneLineParser(description=str(__doc__))
     parser.add_argument("overrides", nargs="*", help="options of a run, as for wqmix_jax.train, and seeds=all")
-    parser.add_argument("--out", type=Path, help="where the rows go as JSON")
+    run(parser, lambda algo, overrides: [*measured(algo, overrides), peak_memory(algo)])
+
+
+def run(parser: OneLineParser, measure: Callable[[str, list[str]], list[Row]]) -> None:
+    """Measures what the command line names, prints the table and writes it where ``--out`` asks for it."""
+    parser.add_argument("--out", type=out_file, help="where the rows go as JSON")
     args = parser.parse_args()
-    algo, overrides = chosen_algorithm(args.overrides)
     claim_cores()
-    rows = list(measured(algo, overrides))
-    rows.append(Row("peak_memory_bytes", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0, "B", algo))
+    try:
+        rows = measure(*chosen_algorithm(args.overrides))
+    except ConfigError as error:
+        refuse(str(error))
     show(rows)
     if args.out is not None:
         listed = [{"name": "machine", **machine()}, *(row._asdict() for row in rows)]
         args.out.write_text(json.dumps(listed, indent=1) + "\n")
+
+
+def peak_memory(algo: str) -> Row:
+    """Of this process so far."""
+    return Row("peak_memory_bytes", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0, "B", algo)
 
 
 def chosen_algorithm(overrides: list[str]) -> tuple[str, list[str]]:
@@ -96,6 +107,8 @@ def chosen_algorithm(overrides: list[str]) -> tuple[str, list[str]]:
 def measured(algo: str, overrides: list[str]) -> Iterator[Row]:
     """The rows that the command line asks for."""
     options = [override for override in overrides if override != "seeds=all"]
+    if algo == "all" and options != overrides:
+        raise ConfigError("seeds=all is not allowed with algo=all, which times no loop")
     if algo == "all":
         for name in names("algo").split(", "):
             yield from learner_rows(load_config(f"+algo={name}", *options), name)

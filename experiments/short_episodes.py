@@ -1,41 +1,30 @@
-"""What short episodes cost a learner call: ``python -m experiments.short_episodes [ALGO] [KEY=VALUE ..] [--out FILE]``.
+"""What short episodes cost: ``python -m experiments.short_episodes [algo=NAME] [KEY=VALUE ..] [--out F]``.
 
 Learner calls on batches of made-up lengths, in turn: with all their padding, cut to the longest episode (what a GPU
 does), and packed (what a CPU does); see `wqmix_jax.trainer.make_trainer`. Seconds are one seed's share of a call of all
 ``num_seeds``. Nothing else should run meanwhile.
 """
 
-import argparse
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, get_args
 
 import jax.numpy as jnp
 
-from experiments.benchmark import Row, learner_calls, machine, show, timed_in_turn, with_episodes
+from experiments.benchmark import Row, learner_calls, run, timed_in_turn, with_episodes
 from wqmix_jax import load_config, make_trainer
 from wqmix_jax.config import RunConfig
-from wqmix_jax.devices import claim_cores
+from wqmix_jax.exits import OneLineParser
 from wqmix_jax.trainer import Batches, train_sharding
 from wqmix_jax.types import Array
 
 
 def main() -> None:
     """Measures, prints the table and writes it."""
-    parser = argparse.ArgumentParser(description=str(__doc__))
-    parser.add_argument("algo", nargs="?", default="ow_qmix")
+    parser = OneLineParser(description=str(__doc__))
     parser.add_argument("overrides", nargs="*", help="options of a run, as for wqmix_jax.train")
-    parser.add_argument("--out", type=Path, help="where the rows go as JSON")
-    args = parser.parse_args()
-    claim_cores()
-    rows = measured(load_config(f"+algo={args.algo}", *args.overrides), args.algo)
-    show(rows)
-    if args.out is not None:
-        listed = [{"name": "machine", **machine()}, *(row._asdict() for row in rows)]
-        args.out.write_text(json.dumps(listed, indent=1) + "\n")
+    run(parser, lambda algo, overrides: measured(load_config(f"+algo={algo}", *overrides), algo))
 
 
 def batches_of(config: RunConfig) -> dict[str, Array]:

@@ -3,16 +3,16 @@
 Actions are played at random throughout, ten seeds in one call. The greedy joint action is right when it is worth 8.
 """
 
-import argparse
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from wqmix_jax import load_config, train_seeds
+from wqmix_jax.config import ConfigError, RunConfig
+from wqmix_jax.exits import OneLineParser, out_file, refuse
 from wqmix_jax.train import names
 
 NUM_SEEDS = 10
@@ -32,13 +32,17 @@ OVERRIDES = (
 
 def main() -> None:
     """Trains each algorithm and prints one table."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser = OneLineParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("algos", nargs="*", default=names("algo").split(", "), help="all of them when left out")
-    parser.add_argument("--out", type=Path, help="where the rows go as JSON")
+    parser.add_argument("--out", type=out_file, help="where the rows go as JSON")
     args = parser.parse_args()
+    try:
+        configs = {algo: load_config(f"+algo={algo}", *OVERRIDES, *exploration(algo)) for algo in args.algos}
+    except ConfigError as error:
+        refuse(str(error))
     rows = []
-    for algo in args.algos:
-        rows.append(train(algo))
+    for algo, config in configs.items():
+        rows.append(train(algo, config))
         if args.out is not None:  # as soon as it is known
             args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = Table("algorithm", "right of 10 seeds", "greedy payoffs", "seconds with compilation")
@@ -48,10 +52,10 @@ def main() -> None:
     Console().print(table)
 
 
-def train(algo: str) -> dict[str, Any]:
+def train(algo: str, config: RunConfig) -> dict[str, Any]:
     """Ten seeds of one algorithm, and what the joint action that each ends on is worth."""
     started = time.perf_counter()
-    _, records = train_seeds(load_config(f"+algo={algo}", *OVERRIDES, *exploration(algo)), range(NUM_SEEDS))
+    _, records = train_seeds(config, range(NUM_SEEDS))
     last = {record["seed"]: record["episode_return"] for record in records if record["kind"] == "eval"}
     payoffs = [last[seed] for seed in range(NUM_SEEDS)]
     right = sum(payoff == OPTIMUM for payoff in payoffs)

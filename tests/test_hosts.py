@@ -52,6 +52,7 @@ def test_what_is_given_counts_and_slurm_fills_in(hosts, host, environ, expected)
         (2, None, {}, "host is missing: SLURM runs 1 task.s. here and not hosts=2; write host=0 .. host=1"),
         (2, None, STEP, "host is missing: SLURM runs 3 task"),
         (None, None, ARRAY | {"SLURM_ARRAY_TASK_MAX": "11"}, "job array has gaps"),
+        (None, None, {"SLURM_NTASKS": "2(x3)"}, r"SLURM_NTASKS=2\(x3\) is not a number, so hosts=N host=i must be"),
     ],
 )
 def test_what_can_not_be_known_is_refused(hosts, host, environ, told) -> None:

@@ -82,8 +82,16 @@ def test_another_schema_is_refused(run_dir: Path) -> None:
     path.write_text(path.read_text().replace('"schema": 1', '"schema": 2'))
     with pytest.raises(ValueError, match=r"run\.json has schema=2; this version of wqmix_jax reads schema 1"):
         load_metrics(run_dir)
-    path.write_text("")
-    with pytest.raises(ValueError, match=r"run\.json is damaged"):
+    for text in ("", "[]"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=r"run\.json is damaged"):
+            load_metrics(run_dir)
+
+
+@pytest.mark.parametrize("name", [HEADER_FILE, METRICS_FILE])
+def test_a_missing_file_is_named(run_dir: Path, name: str) -> None:
+    (run_dir / name).unlink()
+    with pytest.raises(ConfigError, match=f"{name} can't be read: No such file"):
         load_metrics(run_dir)
 
 

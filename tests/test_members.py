@@ -56,6 +56,25 @@ def test_what_would_need_another_program_is_refused() -> None:
         make_members(config.algo, [0], config.sweep)
 
 
+@pytest.mark.parametrize(
+    ("chosen", "told"),
+    [
+        (
+            ("+algo=qmix_qstar", "sweep.alpha=[0.1,0.5]"),
+            "sweep.alpha is not allowed: with algo.weighting=uniform it has",
+        ),
+        (("+algo=iql", "sweep.alpha=[0.1,0.5]"), "sweep.alpha is not allowed: with algo.weighting=uniform it has no"),
+        (("+algo=vdn", "sweep.td_lambda=[0.1,0.5]"), "sweep.td_lambda is not allowed: with algo.returns=one_step it"),
+    ],
+)
+def test_what_would_change_nothing_is_refused(chosen: tuple[str, ...], told: str) -> None:
+    config = load_config(*chosen)
+    with pytest.raises(ConfigError, match=told):
+        make_members(config.algo, [0], config.sweep)
+    other = load_config(*chosen, "algo.returns=td_lambda") if "td_lambda" in told else load_config("+algo=ow_qmix")
+    assert len(make_members(other.algo, [0], config.sweep)) == 2
+
+
 def test_a_member_that_fails_is_frozen_and_spoils_no_other(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """With a learning rate of 1e38 a parameter overflows in the first learner steps."""
     sweep = tmp_path / "sweep"

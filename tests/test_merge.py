@@ -84,7 +84,28 @@ def test_what_does_not_belong_together_is_refused(
 def test_nothing_is_overwritten(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         merge.main([str(run_dir), "--out", str(run_dir)])
-    assert "it isn't empty" in capsys.readouterr().err
+    assert f"--out {run_dir} is not allowed: it isn't an empty folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("metrics.jsonl", "nonsense\n", "metrics.jsonl is damaged"),
+        ("config.yaml", "a: [", "config.yaml is damaged"),
+        ("config.yaml", "[]", "config.yaml is damaged: it holds no options"),
+        ("summary.json", "{", "summary.json is damaged"),
+    ],
+)
+def test_a_damaged_part_is_named_and_nothing_is_written(
+    name: str, text: str, told: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_dir / "host_1" / name).write_text(text)
+    for command in (merge.main, table.main):
+        with pytest.raises(SystemExit) as ended:
+            command([str(run_dir), *(["--out", str(tmp_path / "merged")] if command is merge.main else [])])
+        assert ended.value.code == 2
+        assert f"{run_dir / 'host_1' / told}" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_table_has_a_row_per_setting(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,6 +120,21 @@ def test_a_table_has_a_row_per_setting(run_dir: Path, tmp_path: Path, capsys: py
         ("0.002", "1", "8"),
     ]
     assert (rows[0]["episode_return_q25"], rows[0]["episode_return_q75"]) == ("1.5", "3")
+
+
+def test_a_table_that_can_not_be_written_is_refused_first(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path, told in (
+        (tmp_path, "it is a folder"),
+        (tmp_path / "no" / "a.csv", f"there is no folder {tmp_path / 'no'}"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            table.main([str(run_dir), "--csv", str(path)])
+        assert ended.value.code == 2
+        shown = capsys.readouterr()
+        assert shown.err == f"error: argument --csv: {path} is not allowed: {told}\n"
+        assert shown.out == ""
 
 
 def test_a_folder_without_runs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,6 +121,8 @@ def test_a_folder_that_can_not_be_made_is_refused(tmp_path: Path, capfd: pytest.
     assert capfd.readouterr().err == f"error: run_dir={tmp_path / 'file'} is not allowed: it is a file\n"
     assert main(*TINY, f"run_dir={tmp_path / 'file' / 'run'}") == 2
     assert capfd.readouterr().err == f"error: run_dir={tmp_path / 'file' / 'run'} can't be made: Not a directory\n"
+    assert main("-m", *TINY, f"run_dir={tmp_path / 'file'}") == 2
+    assert capfd.readouterr().err == f"error: run_dir={tmp_path / 'file'} can't be made: File exists\n"
 
 
 def test_a_users_algorithms_are_listed_too(capfd: pytest.CaptureFixture[str]) -> None:

@@ -142,7 +142,9 @@ def _options(values: Mapping[str, Any], overrides: Sequence[str]) -> EvaluateOpt
     Raises:
         ConfigError: if one is not allowed.
     """
-    if (values["run_dir"] is None) == (values["pymarl"] is None):
+    if values["run_dir"] is not None and values["pymarl"] is not None:
+        raise ConfigError("pymarl is not allowed with run_dir: the one plays a PyMARL checkpoint, the other a run")
+    if values["run_dir"] is None and values["pymarl"] is None:
         raise ConfigError("run_dir is missing: write run_dir=RUN_DIR, or pymarl=FOLDER, that of a PyMARL checkpoint")
     foreign = [text for text in overrides if text.lstrip("+~").startswith(("env", "algo"))]
     if values["run_dir"] is not None and foreign:

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn, Self
 
 FAULT, REFUSED, SEEDS_FAILED = 1, 2, 3
@@ -26,6 +27,22 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Ends the process as an option that is refused does."""
         refuse(message)
+
+
+def out_file(text: str) -> Path:
+    """An argument's type: a file that is written in the end, so that what forbids it is told before the work.
+
+    Raises:
+        ArgumentTypeError: if it can't be written.
+    """
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is not allowed: it is a folder")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is not allowed: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} is not allowed: it can't be written")
+    return path
 
 
 def refuse(message: str, exit_code: int = REFUSED) -> NoReturn:

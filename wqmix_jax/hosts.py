@@ -151,14 +151,21 @@ def refuse_unexpected_processes(values: Mapping[str, Any]) -> None:
 
 def _from_slurm(environ: Mapping[str, str]) -> tuple[int, int]:
     """How many tasks SLURM runs, those of a job array counted together with those of a step, and which this is."""
-    tasks = int(environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or 1)
-    task = int(environ.get("SLURM_PROCID") or 0) if tasks > 1 else 0
-    elements = int(environ.get("SLURM_ARRAY_TASK_COUNT") or 1)
+
+    def number(name: str, default: int) -> int:
+        text = environ.get(name) or str(default)
+        if not text.isdecimal():
+            raise ConfigError(f"{name}={text} is not a number, so hosts=N host=i must be written")
+        return int(text)
+
+    tasks = number("SLURM_STEP_NUM_TASKS", number("SLURM_NTASKS", 1))
+    task = number("SLURM_PROCID", 0) if tasks > 1 else 0
+    elements = number("SLURM_ARRAY_TASK_COUNT", 1)
     if elements == 1:
         return tasks, task
-    first, last, step = (int(environ.get(f"SLURM_ARRAY_TASK_{name}", 0)) for name in ("MIN", "MAX", "STEP"))
+    first, last, step = (number(f"SLURM_ARRAY_TASK_{name}", 0) for name in ("MIN", "MAX", "STEP"))
     if step == 0:  # SLURM says more than this; a scheduler that imitates it may not
         first, last, step = 0, elements - 1, 1
     if (last - first) // step + 1 != elements:
         raise ConfigError("host is missing: SLURM's job array has gaps, so hosts=N host=i must be written")
-    return elements * tasks, (int(environ["SLURM_ARRAY_TASK_ID"]) - first) // step * tasks + task
+    return elements * tasks, (number("SLURM_ARRAY_TASK_ID", first) - first) // step * tasks + task

@@ -36,13 +36,14 @@ train, one per seed and evaluation interval, means over the interval's iteration
     ``loss``, ``grad_norm`` (before clipping), and what the algorithm reports (``weight_mean``, ``q_tot_mean``, ..)
 """
 
+import contextlib
 import importlib.util
 import json
 import math
 import os
 import sys
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -119,15 +120,12 @@ def load_header(run_dir: str | os.PathLike[str]) -> Line:
     """What ``run.json`` says of a run.
 
     Raises:
-        ValueError: if it is of another schema or damaged.
+        ConfigError: if it is missing, of another schema or damaged.
     """
     path = Path(run_dir) / HEADER_FILE
-    try:
-        header = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    header = read_mapping(path)
     if header.get("schema") != SCHEMA:
-        raise ValueError(f"{path} has schema={header.get('schema')}; this version of wqmix_jax reads schema {SCHEMA}")
+        raise ConfigError(f"{path} has schema={header.get('schema')}; this version of wqmix_jax reads schema {SCHEMA}")
     return {"members": [{"seed": seed} for seed in header["seeds"]], **header}  # runs before sweeps had seeds alone
 
 
@@ -146,7 +144,7 @@ def load_metrics(
         ``pandas.DataFrame(load_metrics(run_dir, kind="eval"))`` makes a table of them.
 
     Raises:
-        ValueError: if the file is of another schema or damaged.
+        ConfigError: if the file is missing, of another schema or damaged.
     """
     return [
         line
@@ -159,11 +157,33 @@ def _read(run_dir: Path) -> list[Line]:
     """All whole lines; a last one without its end is still being written, or was torn when the run was killed."""
     load_header(run_dir)
     path = run_dir / METRICS_FILE
-    *texts, _ = path.read_text().split("\n")
-    try:
+    with _named(path):
+        *texts, _ = path.read_text().split("\n")
         return [_from_json(text) for text in texts]
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """What a JSON file holds.
+
+    Raises:
+        ConfigError: if it is missing or damaged.
+    """
+    with _named(path):
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("it holds no mapping")
+        return found
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Tells which file it is that can't be read."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror}") from None
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        raise ConfigError(f"{path} is damaged: {error}") from None
 
 
 def _to_json(line: Mapping[str, Any]) -> str:

@@ -34,7 +34,7 @@ def make_members(algo: Algorithm, seeds: Iterable[int], sweep: Mapping[str, Sequ
         sweep: values by the option's name; the last changes fastest.
 
     Raises:
-        ConfigError: if an option is not one that the compiled program takes as an argument.
+        ConfigError: if an option is not one that the compiled program takes as an argument, or has no effect.
     """
     traced = hyperparams(algo)._fields
     for name in sweep:
@@ -43,6 +43,8 @@ def make_members(algo: Algorithm, seeds: Iterable[int], sweep: Mapping[str, Sequ
             raise ConfigError(
                 f"sweep.{name} is not allowed: in one call go {', '.join(traced)}; python -m wqmix_jax.{one_by_one}"
             )
+        if name in (unused := algo.without_effect()):
+            raise ConfigError(f"sweep.{name} is not allowed: with {unused[name]} it has no effect")
     seeds = list(seeds)
     combinations = itertools.product(*([(name, value) for value in values] for name, values in sweep.items()))
     return tuple(Member(seed, combination) for combination in combinations for seed in seeds)

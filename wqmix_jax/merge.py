@@ -19,7 +19,6 @@ from wqmix_jax.runs import (
     SUMMARY_FILE,
     find_runs,
     make_run_dir,
-    new_run_dir,
     read_config,
     read_summary,
     save_config,
@@ -47,7 +46,8 @@ def merge(runs: Sequence[Path], out: Path) -> None:
     """Writes ``out`` from the folders of the parts.
 
     Raises:
-        ConfigError: if the parts are not of one configuration or have seeds in common; nothing was written then.
+        ConfigError: if a part is damaged, or if the parts are not of one configuration or have seeds in common; nothing
+            was written then.
     """
     headers, configs = [load_header(run) for run in runs], [read_config(run) for run in runs]
     for run, header, config in zip(runs, headers, configs, strict=True):
@@ -58,8 +58,11 @@ def merge(runs: Sequence[Path], out: Path) -> None:
             if name in members:
                 raise ConfigError(f"seed {name} is in both {members[name]} and {run}")
             members[name] = run
-    new_run_dir(str(out), algo=headers[0]["algo"], env=headers[0]["env"])  # refuses what isn't empty
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"--out {out} is not allowed: it isn't an empty folder")
     summaries = [_summary(run) for run in runs]
+    for run in runs:
+        load_metrics(run)  # refuses what is damaged
     _warn_of_missing(configs)
     make_run_dir(out)
     labels = [label for header in headers for label in header["members"]]

@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 import wqmix_jax
 from wqmix_jax.config import RESUMABLE, ConfigError, RunConfig, run_defaults
 from wqmix_jax.devices import num_cores
-from wqmix_jax.logger import HEADER_FILE, load_metrics
+from wqmix_jax.logger import HEADER_FILE, load_metrics, read_mapping
 from wqmix_jax.members import labels_of, member_name
 from wqmix_jax.trainer import Trainer
 
@@ -82,19 +84,29 @@ def read_config(run_dir: Path, *, option: str = "resume") -> dict[str, Any]:
         option: by which it was named.
 
     Raises:
-        ConfigError: if the folder is not a run's.
+        ConfigError: if the folder is not a run's, or the file is damaged.
     """
     path = run_dir / CONFIG_FILE
     if not path.is_file():
         found = f"there is no {CONFIG_FILE} in it" if run_dir.is_dir() else "there is no such folder"
         raise ConfigError(f"{option}={run_dir} is not allowed: {found}")
-    return {**run_defaults(), **OmegaConf.to_container(OmegaConf.load(path))}  # type: ignore[dict-item]
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} is damaged: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is damaged: it holds no options")
+    return {**run_defaults(), **values}  # type: ignore[dict-item]
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
-    """What ``summary.json`` says so far; nothing where there is none yet."""
+    """What ``summary.json`` says so far; nothing where there is none yet.
+
+    Raises:
+        ConfigError: if it is damaged.
+    """
     path = run_dir / SUMMARY_FILE
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_mapping(path) if path.is_file() else {}
 
 
 def find_runs(folders: Iterable[Path]) -> list[Path]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from wqmix_jax.exits import OneLineParser, refuse
+from wqmix_jax.exits import OneLineParser, out_file, refuse
 from wqmix_jax.logger import load_header, load_metrics
 from wqmix_jax.members import labels_of, member_name
 from wqmix_jax.runs import find_runs, read_config, read_summary, shared_options
@@ -27,15 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="One table of many runs: median and quartiles over seeds of the last evaluations.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of them")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there, too")
+    parser.add_argument("--csv", type=out_file, metavar="FILE", help="write the table there, too")
     args = parser.parse_args(arguments)
     try:
         rows = table(find_runs(args.runs))
-    except ValueError as error:
+        show(rows)
+        if args.csv is not None:
+            write_csv(rows, args.csv)
+    except (ValueError, OSError) as error:
         refuse(str(error))
-    show(rows)
-    if args.csv is not None:
-        write_csv(rows, args.csv)
 
 
 def table(runs: Sequence[Path]) -> list[Row]:

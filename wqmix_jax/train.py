@@ -48,7 +48,11 @@ def main() -> None:
             _check_each_run(args.overrides, args.config_dir)
             sys.argv = _with_late_options(sys.argv, args.overrides)
             given = [text for text in args.overrides if text.startswith("run_dir=")]
-            sys.argv += [f"hydra.sweep.dir={text.removeprefix('run_dir=')}" for text in given]  # hydra's own key
+            for folder in (text.removeprefix("run_dir=") for text in given):
+                from wqmix_jax.runs import make_run_dir
+
+                make_run_dir(Path(folder))
+                sys.argv.append(f"hydra.sweep.dir={folder}")  # hydra's own key
         with _in_one_line(args.overrides, args.config_dir):
             _run()
 

@@ -1,10 +1,12 @@
 """What the benchmark counts and divides; its times are nobody's business here."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import benchmark, short_episodes
+from experiments import benchmark, short_episodes, table2
 from experiments.benchmark import endless, matmul_flops
 from wqmix_jax import load_config
 
@@ -47,6 +49,29 @@ def test_a_call_is_timed_beside_the_authors_where_they_have_the_algorithm(name, 
     rows = {row.name: row.value for row in benchmark.learner_rows(load_config(f"+algo={name}", *SMALL), name)}
     assert rows["learner_call_seconds"] > 0
     assert rows.get("learner_call_seconds_authors") == {"iql": 0.31}.get(name)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "told"),
+    [
+        (benchmark, ["nonsense"], "'nonsense' can't be read"),
+        (benchmark, ["algo=nonsense"], "algo=nonsense is not allowed: choose one of"),
+        (benchmark, ["num_seed=2"], "num_seed is unknown: did you mean num_seeds?"),
+        (benchmark, ["algo=all", "seeds=all"], "seeds=all is not allowed with algo=all"),
+        (benchmark, ["--out", "nowhere/a.json"], "argument --out: nowhere/a.json is not allowed: there is no folder"),
+        (short_episodes, ["algo=nonsense"], "algo=nonsense is not allowed: choose one of"),
+        (table2, ["iql", "nonsense"], "algo=nonsense is not allowed: choose one of"),
+    ],
+)
+def test_wrong_options_are_refused_in_one_line(command, arguments, told, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["experiment", *arguments])
+    monkeypatch.setattr(benchmark, "claim_cores", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {told}")
+    assert err.count("\n") == 1
 
 
 def test_short_episodes_are_timed_with_every_way_with_padding():

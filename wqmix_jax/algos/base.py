@@ -111,6 +111,10 @@ class Algorithm(abc.ABC):
             )
         return self
 
+    def without_effect(self) -> dict[str, str]:
+        """Options that nothing depends on, each with the value of another that makes it so; none by default."""
+        return {}
+
     @abc.abstractmethod
     def init(self, key: PRNGKey, env_spec: EnvSpec) -> PyTree:
         """Draws the online parameters; the target's start as a copy."""

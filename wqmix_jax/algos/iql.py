@@ -26,6 +26,11 @@ class IQL(TDLearner):
     weighting: Literal["uniform", "optimistic"]
     alpha: PositiveFraction
 
+    def without_effect(self) -> dict[str, str]:
+        """See `Algorithm.without_effect`."""
+        unused = {"alpha": "algo.weighting=uniform"} if self.weighting == "uniform" else {}
+        return super().without_effect() | unused
+
     @mean_over_steps
     def loss(
         self, params: PyTree, target: PyTree, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree

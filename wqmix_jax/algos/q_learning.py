@@ -84,6 +84,11 @@ class TDLearner(QLearner):
     returns: Literal["one_step", "td_lambda", "sarsa_lambda"]
     td_lambda: Fraction
 
+    def without_effect(self) -> dict[str, str]:
+        """See `Algorithm.without_effect`."""
+        unused = {"td_lambda": "algo.returns=one_step"} if self.returns == "one_step" else {}
+        return super().without_effect() | unused
+
     def next_actions(self, greedy: Array, batch: Episode) -> Array:
         """The joint actions after each step whose values the targets bootstrap from, ``[B, T, N]``.
 

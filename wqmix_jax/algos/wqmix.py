@@ -57,6 +57,11 @@ class WQMIX(QMIX):
             return AttentionQStar(self.q_star_dim, self.hypernet_dim)
         return FeedForwardQStar(self.q_star_dim)
 
+    def without_effect(self) -> dict[str, str]:
+        """See `Algorithm.without_effect`."""
+        unused = {"alpha": "algo.weighting=uniform"} if self.weighting == "uniform" else {}
+        return super().without_effect() | unused
+
     def init(self, key: PRNGKey, env_spec: EnvSpec) -> PyTree:
         """QMIX's nets, then Q*'s."""
         qmix_key, agent_key, mixer_key = jax.random.split(key, 3)

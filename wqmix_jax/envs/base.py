@@ -1,4 +1,4 @@
-"""The environment protocol: five pure functions and a spec.
+"""The environment protocol: a spec and three pure functions, and some more that have defaults.
 
 A new environment is one subclass of `Environment` in one file and one yaml in ``configs/env``. All functions take and
 return single, unbatched pytrees; the trainer batches them with `jax.vmap` through the ``*_batch`` methods, which an
