@@ -37,12 +37,13 @@ def main() -> None:
     parser.add_argument("--out", type=out_file, help="where the rows go as JSON")
     args = parser.parse_args()
     try:
-        configs = {algo: load_config(f"+algo={algo}", *OVERRIDES, *exploration(algo)) for algo in args.algos}
+        for algo in args.algos:
+            config_of(algo)  # refuses what isn't an algorithm, before any is trained
     except ConfigError as error:
         refuse(str(error))
     rows = []
-    for algo, config in configs.items():
-        rows.append(train(algo, config))
+    for algo in args.algos:
+        rows.append(train(algo))
         if args.out is not None:  # as soon as it is known
             args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = Table("algorithm", "right of 10 seeds", "greedy payoffs", "seconds with compilation")
@@ -52,14 +53,23 @@ def main() -> None:
     Console().print(table)
 
 
-def train(algo: str, config: RunConfig) -> dict[str, Any]:
+def train(algo: str) -> dict[str, Any]:
     """Ten seeds of one algorithm, and what the joint action that each ends on is worth."""
     started = time.perf_counter()
-    _, records = train_seeds(config, range(NUM_SEEDS))
+    _, records = train_seeds(config_of(algo), range(NUM_SEEDS))
     last = {record["seed"]: record["episode_return"] for record in records if record["kind"] == "eval"}
     payoffs = [last[seed] for seed in range(NUM_SEEDS)]
     right = sum(payoff == OPTIMUM for payoff in payoffs)
     return {"algo": algo, "right": right, "payoffs": payoffs, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def config_of(algo: str) -> RunConfig:
+    """The options of its run.
+
+    Raises:
+        ConfigError: if there is no such algorithm.
+    """
+    return load_config(f"+algo={algo}", *OVERRIDES, *exploration(algo))
 
 
 def exploration(algo: str) -> tuple[str, str]:
