@@ -72,13 +72,13 @@ class Row(NamedTuple):
 
 def main() -> None:
     """Measures what the command line names and prints the table."""
-    parser = OneLineParser(description=str(__doc__))
-    parser.add_argument("overrides", nargs="*", help="options of a run, as for wqmix_jax.train, and seeds=all")
-    run(parser, lambda algo, overrides: [*measured(algo, overrides), peak_memory(algo)])
+    run(str(__doc__), lambda algo, overrides: [*measured(algo, overrides), peak_memory(algo)])
 
 
-def run(parser: OneLineParser, measure: Callable[[str, list[str]], list[Row]]) -> None:
+def run(description: str, measure: Callable[[str, list[str]], list[Row]]) -> None:
     """Measures what the command line names, prints the table and writes it where ``--out`` asks for it."""
+    parser = OneLineParser(description=description)
+    parser.add_argument("overrides", nargs="*", help="algo=NAME, and options of a run as for wqmix_jax.train")
     parser.add_argument("--out", type=out_file, help="where the rows go as JSON")
     args = parser.parse_args()
     claim_cores()

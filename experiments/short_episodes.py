@@ -15,16 +15,13 @@ import jax.numpy as jnp
 from experiments.benchmark import Row, learner_calls, run, timed_in_turn, with_episodes
 from wqmix_jax import load_config, make_trainer
 from wqmix_jax.config import RunConfig
-from wqmix_jax.exits import OneLineParser
 from wqmix_jax.trainer import Batches, train_sharding
 from wqmix_jax.types import Array
 
 
 def main() -> None:
     """Measures, prints the table and writes it."""
-    parser = OneLineParser(description=str(__doc__))
-    parser.add_argument("overrides", nargs="*", help="options of a run, as for wqmix_jax.train")
-    run(parser, lambda algo, overrides: measured(load_config(f"+algo={algo}", *overrides), algo))
+    run(str(__doc__), lambda algo, overrides: measured(load_config(f"+algo={algo}", *overrides), algo))
 
 
 def batches_of(config: RunConfig) -> dict[str, Array]:

@@ -84,7 +84,7 @@ def test_what_does_not_belong_together_is_refused(
 def test_nothing_is_overwritten(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         merge.main([str(run_dir), "--out", str(run_dir)])
-    assert f"--out {run_dir} is not allowed: it isn't an empty folder" in capsys.readouterr().err
+    assert f"error: --out={run_dir} is not allowed: it isn't empty\n" == capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from wqmix_jax.runs import (
     SUMMARY_FILE,
     find_runs,
     make_run_dir,
+    new_run_dir,
     read_config,
     read_summary,
     save_config,
@@ -58,8 +59,7 @@ def merge(runs: Sequence[Path], out: Path) -> None:
             if name in members:
                 raise ConfigError(f"seed {name} is in both {members[name]} and {run}")
             members[name] = run
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"--out {out} is not allowed: it isn't an empty folder")
+    new_run_dir(str(out), algo=headers[0]["algo"], env=headers[0]["env"], option="--out")  # refuses what isn't empty
     summaries = [_summary(run) for run in runs]
     for run in runs:
         load_metrics(run)  # refuses what is damaged

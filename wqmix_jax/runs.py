@@ -40,8 +40,8 @@ _PACKAGES = (
 _OF_A_PART = ("seed", "num_seeds", "hosts", "host")
 
 
-def new_run_dir(run_dir: str | None, *, algo: str, env: str) -> Path:
-    """The folder of a new run, not made yet: ``run_dir``, or a dated one under ``outputs``.
+def new_run_dir(run_dir: str | None, *, algo: str, env: str, option: str = "run_dir") -> Path:
+    """The folder of a new run, not made yet: ``run_dir``, named by ``option``, or a dated one under ``outputs``.
 
     Raises:
         ConfigError: if there is already something in it.
@@ -51,9 +51,10 @@ def new_run_dir(run_dir: str | None, *, algo: str, env: str) -> Path:
         return next(path for path in _numbered(dated) if not path.exists())
     path = Path(run_dir)
     if path.exists() and not path.is_dir():
-        raise ConfigError(f"run_dir={run_dir} is not allowed: it is a file")
+        raise ConfigError(f"{option}={run_dir} is not allowed: it is a file")
     if path.is_dir() and any(path.iterdir()):
-        raise ConfigError(f"run_dir={run_dir} is not allowed: it isn't empty; resume={run_dir} continues a run")
+        hint = f"; resume={run_dir} continues a run" if option == "run_dir" else ""
+        raise ConfigError(f"{option}={run_dir} is not allowed: it isn't empty{hint}")
     return path
 
 

@@ -48,11 +48,8 @@ def main() -> None:
             _check_each_run(args.overrides, args.config_dir)
             sys.argv = _with_late_options(sys.argv, args.overrides)
             given = [text for text in args.overrides if text.startswith("run_dir=")]
-            for folder in (text.removeprefix("run_dir=") for text in given):
-                from wqmix_jax.runs import make_run_dir
-
-                make_run_dir(Path(folder))
-                sys.argv.append(f"hydra.sweep.dir={folder}")  # hydra's own key
+            _make_sweep_dir(given)
+            sys.argv += [f"hydra.sweep.dir={text.removeprefix('run_dir=')}" for text in given]  # hydra's own key
         with _in_one_line(args.overrides, args.config_dir):
             _run()
 
@@ -103,6 +100,15 @@ def _register_help(config_dir: str | None) -> None:
     resolvers = {"names": lambda group: names(group, config_dir), "described": described, "chosen": chosen}
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(f"wqmix_jax.{name}", resolver, replace=True)
+
+
+def _make_sweep_dir(given: Sequence[str]) -> None:
+    """Makes the folder of several runs, for hydra, which makes it otherwise, tells what forbids that in a traceback."""
+    from wqmix_jax.runs import make_run_dir
+
+    for folder in (override.value() for override in _parsed(given)):
+        if isinstance(folder, str) and "${" not in folder:
+            make_run_dir(Path(folder))
 
 
 def check_overrides(
