@@ -88,8 +88,13 @@ def run(description: str, measure: Callable[[str, list[str]], list[Row]]) -> Non
         refuse(str(error))
     show(rows)
     if args.out is not None:
-        listed = [{"name": "machine", **machine()}, *(row._asdict() for row in rows)]
-        args.out.write_text(json.dumps(listed, indent=1) + "\n")
+        write(args.out, rows)
+
+
+def write(out: Path, rows: list[Row], **chosen: str) -> None:
+    """The rows as JSON, behind one that says what the machine was and what was ``chosen``."""
+    listed = [{"name": "machine", **chosen, **machine()}, *(row._asdict() for row in rows)]
+    out.write_text(json.dumps(listed, indent=1) + "\n")
 
 
 def peak_memory(algo: str) -> Row:

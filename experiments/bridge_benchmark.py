@@ -5,7 +5,6 @@ action and observation, and a loop that asks one process after the other. Both p
 nothing but hand over arrays of the size of SMAC's 3s5z. The bridge is called from a compiled loop, callback included.
 """
 
-import argparse
 import contextlib
 import json
 import multiprocessing
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wqmix_jax.config import build, load_group
+from wqmix_jax.exits import OneLineParser, out_file
 
 NUM_AGENTS, NUM_ACTIONS, OBS_DIM, STATE_DIM = 8, 14, 128, 216
 NUM_WORKERS = (1, 4, 8)
@@ -56,8 +56,8 @@ class Still:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--json", type=Path, default=RESULT, help="where the numbers go")
+    parser = OneLineParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--json", type=out_file, default=RESULT, help="where the numbers go")
     chosen = parser.parse_args()
     measured = {str(count): median_seconds(count) for count in NUM_WORKERS}
     seconds = {name: {count: by_way[name] for count, by_way in measured.items()} for name in WAYS}

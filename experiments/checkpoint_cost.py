@@ -4,7 +4,6 @@ OW-QMIX on predator-prey with the paper's sizes; every array is full of random b
 worst case. One JSON line per number of seeds.
 """
 
-import argparse
 import json
 import tempfile
 import time
@@ -18,6 +17,7 @@ from jax.sharding import SingleDeviceSharding
 
 from wqmix_jax import load_config
 from wqmix_jax.checkpoint import Checkpoints, Origin
+from wqmix_jax.exits import OneLineParser, count
 from wqmix_jax.loop import Loop, abstract_state
 from wqmix_jax.members import make_members
 from wqmix_jax.policy import no_policy
@@ -25,8 +25,8 @@ from wqmix_jax.trainer import make_trainer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 16])
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("--seeds", type=count, nargs="+", default=[1, 16])
     for num_seeds in parser.parse_args().seeds:
         with tempfile.TemporaryDirectory(dir=".") as folder:
             print(json.dumps(measure(num_seeds, Path(folder))), flush=True)

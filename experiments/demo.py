@@ -5,11 +5,9 @@ small enough to be solved, with the paper's punishment for catching alone. Two t
 The folder then holds the curves (``demo.png``) and an episode that OW-QMIX plays (``predator_prey.gif``).
 """
 
-import argparse
 import concurrent.futures
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,9 +66,10 @@ ALGORITHMS = {"ow_qmix": ("OW-QMIX", "#D55E00", "-"), "qmix": ("QMIX", "#0072B2"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line on ``arguments``, by default the process's own."""
     from wqmix_jax.config import ConfigError
+    from wqmix_jax.exits import OneLineParser, refuse
     from wqmix_jax.runs import make_run_dir, new_run_dir
 
-    parser = argparse.ArgumentParser(prog="python -m experiments.demo", description=str(__doc__).partition("\n")[0])
+    parser = OneLineParser(prog="python -m experiments.demo", description=str(__doc__).partition("\n")[0])
     parser.add_argument("--out", help="a new folder; a dated one under outputs when left out")
     args = parser.parse_args(arguments)
     started = time.perf_counter()
@@ -78,8 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         out = new_run_dir(args.out, algo="demo", env="table2_predator_prey")
         make_run_dir(out)
     except ConfigError as error:
-        print(f"error: {str(error).replace('run_dir=', '--out ')}", file=sys.stderr)
-        sys.exit(2)
+        refuse(str(error).replace("run_dir=", "--out "))
     print(f"Table 2's game and a small predator-prey, into {out}; compiling comes first")
     records = train_all(out)
     draw(records, out / "demo.png")

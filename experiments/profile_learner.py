@@ -6,7 +6,6 @@ the recurrent unrolls (once per step) apart from what runs once. Times are those
 program that uses one core are comparable (``taskset -c 0 python -m ..``).
 """
 
-import argparse
 import collections
 import dataclasses
 import functools
@@ -24,7 +23,8 @@ from rich.table import Table
 
 from experiments.benchmark import CALLS, next_step, one_after_another, with_episodes
 from wqmix_jax import load_config, make_trainer
-from wqmix_jax.config import RunConfig
+from wqmix_jax.config import ConfigError, RunConfig
+from wqmix_jax.exits import OneLineParser, count, refuse
 
 
 class Operation(NamedTuple):
@@ -39,13 +39,16 @@ class Operation(NamedTuple):
 
 def main() -> None:
     """Measures what the command line names and prints the tables."""
-    parser = argparse.ArgumentParser(description=str(__doc__))
+    parser = OneLineParser(description=str(__doc__))
     parser.add_argument("algo", nargs="?", default="ow_qmix")
     parser.add_argument("overrides", nargs="*", help="options of a run, as for wqmix_jax.train")
-    parser.add_argument("--top", type=int, default=40, help="how many operations are listed")
+    parser.add_argument("--top", type=count, default=40, help="how many operations are listed")
     args = parser.parse_args()
-    operations = profiled(load_config(f"+algo={args.algo}", *args.overrides))
-    show(operations, args.top)
+    try:
+        config = load_config(f"+algo={args.algo}", *args.overrides)
+    except ConfigError as error:
+        refuse(str(error))
+    show(profiled(config), args.top)
 
 
 def profiled(config: RunConfig) -> list[Operation]:

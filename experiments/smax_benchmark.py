@@ -10,44 +10,41 @@ package; a plain loop in its shape stands for it, see `experiments.plain_qmix`.
 Times are medians after a call that is not counted; compile time is left out. Nothing else should run meanwhile.
 """
 
-import argparse
 import dataclasses
-import importlib.metadata
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from experiments import plain_qmix
-from experiments.benchmark import REPETITIONS, Row, loop_rows, show, timed
+from experiments.benchmark import REPETITIONS, Row, loop_rows, show, timed, write
 from experiments.plain_qmix import make_plain_qmix
 from wqmix_jax import load_config
+from wqmix_jax.config import ConfigError
 from wqmix_jax.devices import claim_cores
 from wqmix_jax.envs.base import without_weak_types
 from wqmix_jax.envs.smax import SMAX
+from wqmix_jax.exits import OneLineParser, out_file, refuse
 from wqmix_jax.types import Array, PRNGKey
 
 NUM_ENVS, NUM_STEPS = 32, 128
 """Of the comparison of the environment alone."""
 
-PACKAGES = ("jax", "jaxlib", "jaxmarl", "flax", "flashbax")
-
 
 def main() -> None:
     """Measures, prints the table and writes it."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser = OneLineParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--map", default="3s5z")
-    parser.add_argument("--out", type=Path, help="where the rows go as JSON, with the machine and the versions")
+    parser.add_argument("--out", type=out_file, help="where the rows go as JSON, with the machine and the versions")
     args = parser.parse_args()
     claim_cores()
-    config = load_config(*training_options(args.map))
+    try:
+        config = load_config(*training_options(args.map))
+    except ConfigError as error:
+        refuse(str(error))
     fewer = dataclasses.replace(config, updates_per_iteration=config.updates_per_iteration // 2)
     rows = [
         *environment_rows(config.env),
@@ -57,8 +54,7 @@ def main() -> None:
     ]
     show(rows)
     if args.out is not None:
-        report = {"map": args.map, **machine(), "rows": [row._asdict() for row in rows]}
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        write(args.out, rows, map=args.map)
 
 
 def training_options(name: str) -> list[str]:
@@ -139,25 +135,6 @@ def plain_rows(env: SMAX) -> list[Row]:
     steps = plain_qmix.NUM_ENVS * plain_qmix.NUM_STEPS
     rate = steps / statistics.median(times[1:])
     return [Row("end_to_end_env_steps_per_second", rate, "1/s", "qmix, plain loop")]
-
-
-def machine() -> dict[str, Any]:
-    """On what the numbers were made."""
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
-    }
-
-
-def cpu_name() -> str:
-    """The processor's name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ import yaml
 
 from tests.envs.host.games import faked
 from wqmix_jax import load_config
+from wqmix_jax.algos.qmix import QMIX
 from wqmix_jax.config import CONFIG_DIR, ConfigError, RunConfig, build, run_config
-from wqmix_jax.train import names
+from wqmix_jax.train import load_values, names
 
 
 def plain(**changes: Any) -> dict[str, Any]:
@@ -78,6 +79,26 @@ def test_refused(key: str, value: Any, told: str) -> None:
         run_config(plain(**{key: value}))
     assert str(refused.value).startswith(told)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("group", "contract"), [("algo", "algos.base.Algorithm"), ("env", "envs.base.Environment")])
+def test_a_class_that_is_not_of_its_group_is_refused(group: str, contract: str) -> None:
+    told = rf"^{group}\._target_='decimal.Decimal' is not allowed: it is no wqmix_jax\.{contract}$"
+    with pytest.raises(ConfigError, match=told):
+        run_config(plain(**{group: {"_target_": "decimal.Decimal"}}))
+
+
+class WithoutOptions(QMIX):
+    """Forgets ``@options``."""
+
+    temperature: float
+
+
+def test_a_class_that_forgets_to_declare_its_options_is_told() -> None:
+    values = load_values("+algo=vdn")["algo"]
+    told = r"^algo\.temperature is unknown: WithoutOptions names it, but isn't declared with @options$"
+    with pytest.raises(ConfigError, match=told):
+        build("algo", {**values, "_target_": f"{__name__}.WithoutOptions", "temperature": 1.0})
 
 
 def test_a_range_of_seeds_must_end_in_time() -> None:

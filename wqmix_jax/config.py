@@ -30,6 +30,9 @@ PositiveInt = Annotated[int, Field(gt=0)]
 
 MAX_SEED = 2**31 - 1
 
+CONTRACTS = {"algo": "wqmix_jax.algos.base.Algorithm", "env": "wqmix_jax.envs.base.Environment"}
+"""What the classes of a run's parts subclass, named as their ``_target_`` are: both import this module."""
+
 RESUMABLE = ("total_env_steps", "distributed", "checkpoint", "logger")
 """Options that may differ when a run is resumed."""
 
@@ -152,7 +155,7 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
     """
     plain = _plain(values)
     _refuse_key_of_a_group(plain)
-    parts = {"algo": build, "env": build, "checkpoint": _section(CheckpointOptions), "logger": _section(LoggerOptions)}
+    parts = {"algo": _part, "env": _part, "checkpoint": _section(CheckpointOptions), "logger": _section(LoggerOptions)}
     for name, make in parts.items():
         if not isinstance(plain.get(name), Mapping):
             raise ConfigError(f"{name}={plain.get(name)!r} is not allowed: a group of options is needed")
@@ -207,6 +210,13 @@ def build(name: str, values: Mapping[str, Any]) -> Any:
     return _validated(cls, fields, prefix=f"{name}.")
 
 
+def _part(name: str, values: Mapping[str, Any]) -> Any:
+    part = build(name, values)
+    if not isinstance(part, pkgutil.resolve_name(CONTRACTS[name])):
+        raise ConfigError(f"{name}._target_={values['_target_']!r} is not allowed: it is no {CONTRACTS[name]}")
+    return part
+
+
 def load_group(group: str, option: str) -> dict[str, Any]:
     """The plain values of ``configs/GROUP/OPTION.yaml``, for one that inherits nothing."""
     return _plain(OmegaConf.load(CONFIG_DIR / group / f"{option}.yaml"))
@@ -243,6 +253,8 @@ def _worst(errors: list[Any]) -> Any:
 def _one_line(error: Any, cls: type, prefix: str) -> str:
     key = prefix + ".".join(str(part) for part in error["loc"])
     if error["type"] == "unexpected_keyword_argument":
+        if error["loc"][-1] in vars(cls).get("__annotations__", {}):
+            return f"{key} is unknown: {cls.__name__} names it, but isn't declared with @options"
         known = list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
         close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
         hint = f"did you mean {prefix}{close[0]}? " if close else ""

@@ -45,6 +45,17 @@ def out_file(text: str) -> Path:
     return path
 
 
+def count(text: str) -> int:
+    """An argument's type: a whole number above 0.
+
+    Raises:
+        ArgumentTypeError: if it is something else.
+    """
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed: choose a whole number above 0")
+    return int(text)
+
+
 def refuse(message: str, exit_code: int = REFUSED) -> NoReturn:
     """Ends the process with one line on stderr."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)

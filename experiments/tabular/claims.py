@@ -4,7 +4,6 @@ What one table shows, ``python -m wqmix_jax.tabular`` prints; this asks many Gau
 games with more actions.
 """
 
-import argparse
 from collections.abc import Iterable
 
 import numpy as np
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.tabular.games import random_games
+from wqmix_jax.exits import OneLineParser, count
 from wqmix_jax.tabular import PracticalCentral, Weighting, project
 from wqmix_jax.tabular.claims import (
     argmax_is_right,
@@ -30,9 +30,9 @@ EPSILONS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--games", type=int, default=150)
-    parser.add_argument("--policy-games", type=int, default=40, help="of which epsilon-greedy behaviour is followed")
+    parser = OneLineParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--games", type=count, default=150)
+    parser.add_argument("--policy-games", type=count, default=40, help="of which epsilon-greedy behaviour is followed")
     args = parser.parse_args()
     games = random_games(args.games)
     show("Gaussian 3 x 3 games", ("weighting", "alpha", "argmax set right", "greedy right", "games"), shares(games))

@@ -6,9 +6,7 @@ The networks are the project's own with fewer units and a larger learning rate, 
 nothing to tell apart.
 """
 
-import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +17,7 @@ from experiments.tabular.games import FOLDER, NUM_ACTIONS, NUM_AGENTS, Share, ra
 from wqmix_jax import load_config
 from wqmix_jax.algos.base import Context, hyperparams
 from wqmix_jax.algos.q_learning import gather_actions, greedy_actions
+from wqmix_jax.exits import OneLineParser, count, out_file
 from wqmix_jax.learner import init_learner, learner_step
 from wqmix_jax.types import Array, EnvSpec, Episode, PyTree
 
@@ -38,10 +37,10 @@ NEARLY = 0.02
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--games", type=int, default=25)
-    parser.add_argument("--steps", type=int, default=1500, help="learner steps")
-    parser.add_argument("--out", type=Path, default=FOLDER / "deep.jsonl")
+    parser = OneLineParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--games", type=count, default=25)
+    parser.add_argument("--steps", type=count, default=1500, help="learner steps")
+    parser.add_argument("--out", type=out_file, default=FOLDER / "deep.jsonl")
     args = parser.parse_args()
     games, shares = random_games(args.games), []
     for name in ALGOS:

@@ -3,12 +3,10 @@
 Gaussian payoffs, 2 agents with 3 actions; each weighting of the paper against alpha, QMIX's uniform one once.
 """
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 
 from experiments.tabular.games import FOLDER, Share, random_games, write
+from wqmix_jax.exits import OneLineParser, count, out_file
 from wqmix_jax.tabular import PracticalCentral, Weighting, project
 from wqmix_jax.tabular.claims import argmax_is_right, greedy_is_right
 
@@ -17,9 +15,9 @@ NAMES = ("central", "optimistic", "practical_central")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--games", type=int, default=500)
-    parser.add_argument("--out", type=Path, default=FOLDER / "exact.jsonl")
+    parser = OneLineParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--games", type=count, default=500)
+    parser.add_argument("--out", type=out_file, default=FOLDER / "exact.jsonl")
     args = parser.parse_args()
     games = random_games(args.games)
     shares = [share(games, "uniform", 1.0)]

@@ -6,8 +6,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import benchmark, short_episodes, table2
+from experiments import (
+    benchmark,
+    bridge_benchmark,
+    checkpoint_cost,
+    demo,
+    profile_learner,
+    short_episodes,
+    smax_benchmark,
+    table2,
+)
 from experiments.benchmark import endless, matmul_flops
+from experiments.tabular import claims, deep, exact
 from wqmix_jax import load_config
 
 SMALL = ("env=matrix_game", "algo.batch_size=4", "algo.hidden_dim=8")
@@ -61,11 +71,21 @@ def test_a_call_is_timed_beside_the_authors_where_they_have_the_algorithm(name, 
         (benchmark, ["--out", "nowhere/a.json"], "argument --out: nowhere/a.json is not allowed: there is no folder"),
         (short_episodes, ["algo=nonsense"], "algo=nonsense is not allowed: choose one of"),
         (table2, ["iql", "nonsense"], "algo=nonsense is not allowed: choose one of"),
+        (profile_learner, ["nonsense"], "algo=nonsense is not allowed: choose one of"),
+        (profile_learner, ["--top", "0"], "argument --top: 0 is not allowed: choose a whole number above 0"),
+        (smax_benchmark, ["--map", "nowhere"], "env.map=nowhere is not allowed"),
+        (bridge_benchmark, ["--json", "nowhere/a.json"], "argument --json: nowhere/a.json is not allowed"),
+        (checkpoint_cost, ["--seeds", "1", "x"], "argument --seeds: x is not allowed"),
+        (demo, ["--out", __file__], f"--out {__file__} is not allowed: it is a file"),
+        (claims, ["--games", "-1"], "argument --games: -1 is not allowed"),
+        (deep, ["--steps", "0"], "argument --steps: 0 is not allowed"),
+        (exact, ["--games", "1.5"], "argument --games: 1.5 is not allowed"),
     ],
 )
 def test_wrong_options_are_refused_in_one_line(command, arguments, told, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["experiment", *arguments])
-    monkeypatch.setattr(benchmark, "claim_cores", lambda: None)
+    for module in (benchmark, smax_benchmark):
+        monkeypatch.setattr(module, "claim_cores", lambda: None)
     with pytest.raises(SystemExit) as ended:
         command.main()
     assert ended.value.code == 2
