@@ -144,7 +144,7 @@ def plan(figure: Figure, env: str, chosen: ReproduceOptions, overrides: Sequence
         ConfigError: if an option is not allowed, or a run was made with other options or another version of the game.
     """
     known = sorted({run.folder.name for run in runs(figure, env)})
-    if unknown := sorted(set(chosen.lines or []) - set(known)):
+    if (unknown := sorted(set(chosen.lines or []) - set(known))) or chosen.lines == []:
         raise ConfigError(f"lines={unknown} is not allowed: this figure has {', '.join(known)}")
     game, planned = None, []
     for run in (run for run in runs(figure, env) if run.folder.name in (chosen.lines or known)):

@@ -124,6 +124,7 @@ def near(picture: np.ndarray, colour: tuple[int, int, int]) -> int:
         (["episods=3"], "episods is unknown: did you mean episodes? known keys are run_dir, "),
         (["run=here"], "run is unknown: did you mean run_dir?"),
         (["no option"], "'no option' can't be read: options are written key=value, as in run_dir=outputs/first"),
+        (["--config-dir", "nowhere"], "--config-dir nowhere is not allowed: there is no such folder"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["policy=first"], "policy='first' is not allowed: input should be 'best' or 'last'"),
         (["render=film.mp4"], "render=film.mp4 is not allowed: pictures are animated GIFs, render=film.gif"),

@@ -70,10 +70,11 @@ def test_a_torn_last_line_is_left_out(run_dir: Path) -> None:
     assert load_metrics(run_dir, kind="train") == whole
 
 
-def test_a_damaged_file_is_named(run_dir: Path) -> None:
+@pytest.mark.parametrize("line", ["{nonsense", "[3]", '{"kind": "eval"}'])
+def test_a_damaged_file_is_named(run_dir: Path, line: str) -> None:
     with open(run_dir / METRICS_FILE, "a") as file:
-        file.write("{nonsense\n")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged"):
+        file.write(f"{line}\n")
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl is damaged"):
         load_metrics(run_dir)
 
 

@@ -53,6 +53,7 @@ REFUSED = [
     (["+algo=ow_qmix", "num_seeds"], "'num_seeds' can't be read: options are written key=value (missing EQUAL"),
     (["+algo=ow_qmix", "num_seeds=[1"], "'num_seeds=[1' can't be read: options are written key=value"),
     (["+algo=ow_qmix", "num_seeds=${nonsense}"], "num_seeds is not allowed: Interpolation key 'nonsense' not found"),
+    (["+algo=ow_qmix", "--config-dir", "nowhere"], "--config-dir nowhere is not allowed: there is no such folder"),
     (["+algo=ow_qmix", "--nonsense"], "unrecognized arguments: --nonsense"),
     (
         ["+algo=ow_qmix", "num_seeds=1,2"],

@@ -183,7 +183,13 @@ def _slice_of_host(num_seeds: int, hosts: int | None, host: int | None) -> slice
 
 
 def add_import_paths(config_dir: str | os.PathLike[str] | None) -> None:
-    """Lets a ``_target_`` name a module in the current folder, in ``config_dir`` or beside it; they come last."""
+    """Lets a ``_target_`` name a module in the current folder, in ``config_dir`` or beside it; they come last.
+
+    Raises:
+        ConfigError: if there is no such folder.
+    """
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise ConfigError(f"--config-dir {config_dir} is not allowed: there is no such folder")
     folders = [Path.cwd()] if config_dir is None else [Path.cwd(), Path(config_dir), Path(config_dir).absolute().parent]
     for folder in map(str, (folder.resolve() for folder in folders)):
         if folder not in sys.path:

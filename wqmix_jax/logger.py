@@ -195,7 +195,10 @@ def _not_finite(value: Any) -> bool:
 
 
 def _from_json(text: str) -> Line:
-    return {key: math.nan if value is None else value for key, value in json.loads(text).items()}
+    line = json.loads(text)
+    if not isinstance(line, dict) or not line.keys() >= {"kind", "seed"}:
+        raise ValueError(f"{text[:40]!r} is no record")
+    return {key: math.nan if value is None else value for key, value in line.items()}
 
 
 class WandbRuns:

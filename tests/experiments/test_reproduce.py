@@ -208,6 +208,7 @@ def test_other_seeds_are_trained_where_a_resumed_one_fails(small: Figure, faked:
         (("total_env_steps=9",), "was made with total_env_steps=1000000, and total_env_steps=9 is asked for"),
         (("quick=true",), "was made with eval_episodes=16, and eval_episodes=4 is asked for"),
         (("num_seeds=0",), "error: num_seeds=0 is not allowed"),
+        (("lines=[]",), "lines=[] is not allowed: this figure has iql, vdn_slow"),
         (("lines=[iql,coma]",), "lines=['coma'] is not allowed: this figure has iql, vdn_slow"),
         (("algo.lrr=0.1",), "IQL: algo.lrr is unknown: did you mean algo.lr?"),
         (("env=smac",), "env=smac is not allowed: this figure is drawn on matrix_game"),
