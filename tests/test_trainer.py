@@ -186,9 +186,10 @@ def test_a_finished_seed_is_frozen_to_the_bit_while_another_goes_on():
     assert len(set(np.array(state.counters.episodes).tolist())) > 1
 
 
+@pytest.mark.parametrize("env", [ENV, LONG], ids=["whole", "packed"])
 @pytest.mark.parametrize("what", ["params", "loss"])
-def test_a_failed_seed_is_frozen_at_its_first_bad_step_and_the_others_never_notice(what):
-    trainer = _shared_trainer()
+def test_a_failed_seed_is_frozen_at_its_first_bad_step_and_the_others_never_notice(what, env):
+    trainer = _shared_trainer(env)
     sound, poisoned = trainer.init([0, 1, 2]), trainer.init([0, 1, 2])
     for iteration in range(8):
         if iteration == 4:
@@ -207,8 +208,8 @@ def test_a_failed_seed_is_frozen_at_its_first_bad_step_and_the_others_never_noti
 
 
 @functools.cache
-def _shared_trainer():
-    return make_trainer(tiny_run(tiny_wqmix(), ENV))
+def _shared_trainer(env):
+    return make_trainer(tiny_run(tiny_wqmix(), env))
 
 
 def _poisoned(state, what, *, seed):
