@@ -241,7 +241,8 @@ def make_trainer(
 
     def learn(state: TrainState) -> tuple[LearnerState, dict[str, Array]]:
         with _precision(config):
-            return _update(parts, state, state.learner, _context(state), state.counters.episodes)
+            ready = jnp.ones(state.failed.shape, bool)
+            return _update(parts, state, state.learner, _context(state), state.counters.episodes, ready)
 
     def evaluation(state: TrainState) -> EvalRecord:
         with _precision(config):
@@ -347,7 +348,7 @@ def _learn_if_any(
         def update(learner: LearnerState, index: Array) -> tuple[LearnerState, dict[str, Array]]:
             learner_steps = state.counters.learner_steps + index
             ctx = Context(epsilon, state.counters.env_steps, learner_steps)
-            return _update(parts, state, learner, ctx, episodes_before)
+            return _update(parts, state, learner, ctx, episodes_before, ready)
 
         learner, losses = jax.lax.scan(update, state.learner, jnp.arange(parts.updates_per_iteration))
         learner = jax.tree.map(functools.partial(jax.vmap(jnp.where), ready), learner, state.learner)
@@ -362,16 +363,19 @@ def _learn_if_any(
 
 
 def _update(
-    parts: _Parts, state: TrainState, learner: LearnerState, ctx: Context, episodes_before: Array
+    parts: _Parts, state: TrainState, learner: LearnerState, ctx: Context, episodes_before: Array, ready: Array
 ) -> tuple[LearnerState, dict[str, Array]]:
-    """Samples a batch per seed, takes one learner step on it, and copies targets when due."""
+    """Samples a batch per seed, takes one learner step on it, and copies targets when due.
+
+    Nobody wants what a seed learns that isn't ``ready`` ``[S]``: its batch counts as empty, and so as short as can be.
+    """
     rows = jax.vmap(parts.replay.sample)(state.replay, _fold_in(state.keys.sample, ctx.learner_steps))
     whole = jax.eval_shape(lambda row: parts.replay.decode(row, parts.env.spec.episode_limit), rows[0])
     shapes = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), whole)
     loss_keys = _fold_in(state.keys.loss, ctx.learner_steps)
     noise = jax.vmap(lambda key: parts.algo.sample_noise(key, shapes))(loss_keys)
     rows, noise = _own_part(parts, (rows, noise))
-    lengths = jax.vmap(parts.replay.lengths)(rows)
+    lengths = jnp.where(ready[:, None], jax.vmap(parts.replay.lengths)(rows), 0)
     grads, metrics = _gradients(parts, learner, rows, noise, state.hp, ctx, lengths)
     grads, metrics = _averaged(parts, (grads, metrics), lengths.sum(-1))
     learner, grad_norm = jax.vmap(apply_gradients)(learner, grads, state.hp)
