@@ -186,6 +186,27 @@ def test_a_finished_seed_is_frozen_to_the_bit_while_another_goes_on():
     assert len(set(np.array(state.counters.episodes).tolist())) > 1
 
 
+def test_a_finished_seed_costs_no_learner_call(monkeypatch):
+    """Its batch is empty, so no tile of rows is learned from for its sake."""
+    seen = []
+
+    def told(lengths, limit):
+        jax.debug.callback(lambda lengths: seen.append(np.array(lengths)), lengths)
+        return pack(lengths, limit)
+
+    monkeypatch.setattr(trainer_module, "pack", told)
+    trainer = make_trainer(tiny_run(tiny_wqmix(), LONG, total_env_steps=10_000))
+    state = trainer.init([0, 1])
+    for done in (0, 0, 0, 0, 10_000):
+        seen.clear()
+        counters = state.counters
+        state = state._replace(counters=counters._replace(env_steps=counters.env_steps.at[1].max(done)))
+        state, _ = trainer.train_chunk(state)
+        jax.effects_barrier()
+    assert sorted(bool(lengths.all()) for lengths in seen) == [False, True]
+    assert not min(seen, key=np.sum).any()
+
+
 @pytest.mark.parametrize("env", [ENV, LONG], ids=["whole", "packed"])
 @pytest.mark.parametrize("what", ["params", "loss"])
 def test_a_failed_seed_is_frozen_at_its_first_bad_step_and_the_others_never_notice(what, env):
