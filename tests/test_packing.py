@@ -23,12 +23,14 @@ def unpacked(slots):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_every_step_of_every_episode_has_one_place(seed):
-    """And what is seen after its last step; the rows that are used come first."""
+    """And what is seen after its last step; the fullest rows come first."""
     lengths = np.random.default_rng(seed).integers(0, 13, 10)
     slots, num_rows = pack(jnp.asarray(lengths, jnp.int32), 12)
     expected = {(b, s): 1 for b, length in enumerate(lengths) for s in range(length + 1) if length}
     assert unpacked(slots) == expected
     assert slots.filled.any(1).tolist() == [row < num_rows for row in range(10)]
+    held = slots.filled.sum(1)
+    assert (held[:-1] >= held[1:]).all()
 
 
 @pytest.mark.parametrize(

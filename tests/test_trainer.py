@@ -13,6 +13,7 @@ from tests.test_replay import plain_episode, stacked
 from wqmix_jax import trainer as trainer_module
 from wqmix_jax.config import build
 from wqmix_jax.devices import seed_sharding
+from wqmix_jax.learner import gradients
 from wqmix_jax.packing import pack
 from wqmix_jax.replay import make_replay
 from wqmix_jax.trainer import _num_groups, _static_lengths, make_trainer, train_sharding
@@ -281,6 +282,21 @@ LENGTHS = [[20, 28, 32, 17, 16], [7, 0, 8, 7, 9]]
 """Of two seeds' five episodes: whichever five are drawn, they fill five rows of 32 steps, and at most two."""
 
 
+def learned_from_lengths(algo, batches):
+    """A learner step of two seeds on episodes of these lengths, half of which the task ended."""
+    config = tiny_run(algo, LONG)
+    episodes = [
+        stacked([plain_episode(LONG, jax.random.key(length), length, length % 2 == 0)[0] for length in of])
+        for of in LENGTHS
+    ]
+    replay = make_replay(config.env, buffer_size=5, batch_size=5)
+    rows = [replay.add(replay.init(), of_seed, jnp.bool_(True)).experience for of_seed in episodes]
+    trainer = make_trainer(config, batches=batches)
+    state = trainer.init([0, 1])
+    state = state._replace(replay=state.replay.replace(experience=jnp.stack(rows), is_full=~state.replay.is_full))
+    return trainer.learn(state)
+
+
 @pytest.mark.parametrize(
     "algo",
     [
@@ -295,21 +311,29 @@ def test_short_episodes_that_share_rows_teach_what_they_teach_apart(algo, monkey
     """A tile of four rows and one of two, which reaches past the last and where the second seed has no step."""
     monkeypatch.setattr(trainer_module, "LARGE_TILE", 8)
     monkeypatch.setattr(trainer_module, "SMALL_TILE", 4)
-    config = tiny_run(algo, LONG)
-    episodes = [
-        stacked([plain_episode(LONG, jax.random.key(length), length, length % 2 == 0)[0] for length in of])
-        for of in LENGTHS
-    ]
-    replay = make_replay(config.env, buffer_size=5, batch_size=5)
-    rows = [replay.add(replay.init(), of_seed, jnp.bool_(True)).experience for of_seed in episodes]
-    learners = []
-    for batches in ("packed", "whole"):
-        trainer = make_trainer(config, batches=batches)
-        state = trainer.init([0, 1])
-        state = state._replace(replay=state.replay.replace(experience=jnp.stack(rows), is_full=~state.replay.is_full))
-        learners.append(trainer.learn(state))
+    learners = [learned_from_lengths(algo, batches) for batches in ("packed", "whole")]
     for packed, whole in zip(*map(jax.tree.leaves, learners), strict=True):
         np.testing.assert_allclose(packed, whole, rtol=2e-4, atol=1e-6)
+
+
+def test_a_tile_is_unrolled_as_far_as_its_fullest_row(monkeypatch):
+    """Of any seed, what is seen after an episode's last step included."""
+    seen = []
+
+    def spied(algo, learner, batch, *args):
+        is_filled = batch.state[..., -1] == 1  # a constant of the environment; padding is zero
+        jax.debug.callback(lambda *of: seen.append(jax.tree.map(np.asarray, of)), batch.num_places, is_filled)
+        return gradients(algo, learner, batch, *args)
+
+    monkeypatch.setattr(trainer_module, "LARGE_TILE", 8)
+    monkeypatch.setattr(trainer_module, "SMALL_TILE", 4)
+    monkeypatch.setattr(trainer_module, "gradients", spied)
+    jax.block_until_ready(learned_from_lengths(tiny_wqmix(**FIVE), "packed"))
+    jax.effects_barrier()
+    for size in (4, 2):
+        of_both_seeds = [(int(num_places), filled) for num_places, filled in seen if len(filled) == size]
+        [num_places] = {num_places for num_places, _ in of_both_seeds}
+        assert num_places == max(filled.any(0).sum() for _, filled in of_both_seeds) < 33
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def pack(lengths: Array, episode_limit: int) -> tuple[Slots, Array]:
         episode_limit: ``T``, the most steps that one of them has.
 
     Returns:
-        The slots, ``B`` rows of ``T+1``, the empty ones last, and how many rows aren't empty, a scalar int32.
+        The slots, ``B`` rows of ``T+1``, the fullest first, and how many rows aren't empty, a scalar int32.
     """
     batch_size, capacity = len(lengths), episode_limit + 1
     sizes = jnp.where(lengths > 0, lengths + 1, 0)
@@ -50,13 +50,16 @@ def pack(lengths: Array, episode_limit: int) -> tuple[Slots, Array]:
 
 
 def _first_fit_decreasing(sizes: Array, capacity: int) -> tuple[Array, Array]:
-    """The row of each size and where it begins there, ``[B]`` int32: the largest first, each where it first fits."""
+    """The row of each size and where it begins there, ``[B]`` int32: the largest first, each where it first fits.
+
+    The rows are numbered by what they hold, the fullest first.
+    """
 
     def put(free: Array, size: Array) -> tuple[Array, tuple[Array, Array]]:
         row = jnp.argmax(free >= size)
         return free.at[row].add(-size), (row, capacity - free[row])
 
     order = jnp.argsort(-sizes)
-    placed = jax.lax.scan(put, jnp.full(len(sizes), capacity, sizes.dtype), sizes[order])[1]
+    free, placed = jax.lax.scan(put, jnp.full(len(sizes), capacity, sizes.dtype), sizes[order])
     row, offset = (jnp.zeros(len(sizes), jnp.int32).at[order].set(of.astype(jnp.int32)) for of in placed)
-    return row, offset
+    return jnp.argsort(jnp.argsort(free)).astype(jnp.int32)[row], offset

@@ -30,10 +30,10 @@ from wqmix_jax.types import Array, PRNGKey, PyTree
 MAX_LENGTHS, MIN_LENGTH = 4, 16
 """A batch is cut to the shortest of a few static lengths that holds its longest episode. Each costs compile time."""
 
-LARGE_TILE, SMALL_TILE = 128, 32
+LARGE_TILE, SMALL_TILE = 64, 16
 """On a CPU, where a learner step costs what it computes, short episodes share rows, and the rows are learned from in
-tiles, as many as there are. These are rows times agents; of OW-QMIX on predator-prey small tiles cost 9% more per row,
-and larger ones no less."""
+tiles, as many as there are. These are rows times agents: of OW-QMIX on predator-prey larger tiles cost no less per row,
+and smaller ones follow the lengths more closely."""
 
 Batches = Literal["whole", "cut", "packed"]
 
@@ -374,10 +374,8 @@ def _update(
     shapes = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), whole)
     loss_keys = _fold_in(state.keys.loss, ctx.learner_steps)
     noise = jax.vmap(lambda key: parts.algo.sample_noise(key, shapes))(loss_keys)
-    rows, noise = _own_part(parts, (rows, noise))
     lengths = jnp.where(ready[:, None], jax.vmap(parts.replay.lengths)(rows), 0)
     grads, metrics = _gradients(parts, learner, rows, noise, state.hp, ctx, lengths)
-    grads, metrics = _averaged(parts, (grads, metrics), lengths.sum(-1))
     learner, grad_norm = jax.vmap(apply_gradients)(learner, grads, state.hp)
     return copy_targets(learner, state.hp, episodes_before), metrics | {"grad_norm": grad_norm}
 
@@ -396,10 +394,14 @@ def _gradients(
     How much is the same for all seeds of a group, since its branches are real ones.
     """
     if parts.tiles is None:
-        one_group = functools.partial(_cut_gradients, parts)
-    else:
-        one_group = functools.partial(_packed_gradients, parts, parts.tiles)
-    return _in_groups(one_group, _num_groups(parts, rows), (lengths, learner, rows, noise, hp, ctx))
+        lengths, rows, noise = _own_part(parts, (lengths, rows, noise))
+    seeds = (lengths, learner, rows, noise, hp, ctx)
+    num_groups = _num_groups(parts, rows)
+    if parts.tiles is None:
+        means = _in_groups(functools.partial(_cut_gradients, parts), num_groups, seeds)
+        return _averaged(parts, means, lengths.sum(-1))
+    terms = _in_groups(functools.partial(_packed_gradients, parts, parts.tiles), num_groups, seeds)
+    return terms if parts.batch_parts == 1 else jax.lax.psum(terms, BATCH_AXIS)
 
 
 def _cut_gradients(parts: _Parts, lengths: Array, *seeds: PyTree) -> tuple[PyTree, dict[str, Array]]:
@@ -422,17 +424,27 @@ def _cut_gradients(parts: _Parts, lengths: Array, *seeds: PyTree) -> tuple[PyTre
 def _packed_gradients(
     parts: _Parts, tiles: tuple[int, int], lengths: Array, *seeds: PyTree
 ) -> tuple[PyTree, dict[str, Array]]:
-    """On the batches packed into few rows: the mean over one tile of rows after the other, by their real steps."""
+    """On the batches packed into few rows: the mean over one tile of rows after the other, by their real steps.
+
+    Devices that share a batch take its rows in turn, and what is returned are their terms of the mean.
+    """
     limit, (large, small) = parts.env.spec.episode_limit, tiles
-    slots, num_rows = jax.vmap(lambda of_seed: pack(of_seed, limit))(lengths)
+    slots, num_rows = _own_rows(parts, *jax.vmap(lambda of_seed: pack(of_seed, limit))(lengths))
     # Tiles may reach past the last row.
     slots = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, large), (0, 0))), slots)
     num_steps = jnp.maximum(lengths.sum(-1), 1)
 
     def of_tile(
-        slots: Slots, all_steps: Array, learner: LearnerState, rows: Array, noise: PyTree, hp: Hyperparams, ctx: Context
+        num_places: Array,
+        slots: Slots,
+        all_steps: Array,
+        learner: LearnerState,
+        rows: Array,
+        noise: PyTree,
+        hp: Hyperparams,
+        ctx: Context,
     ) -> tuple[PyTree, dict[str, Array]]:
-        batch = parts.replay.decode_packed(rows, slots)
+        batch = parts.replay.decode_packed(rows, slots)._replace(num_places=num_places)
         noise = jax.tree.map(
             lambda leaf: leaf[slots.episode[:, : leaf.shape[1]], slots.step[:, : leaf.shape[1]]], noise
         )
@@ -443,7 +455,8 @@ def _packed_gradients(
 
     def tile_means(first: Array, size: int) -> tuple[PyTree, dict[str, Array]]:
         tile = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, size, axis=1), slots)
-        return jax.vmap(of_tile)(tile, num_steps, *seeds)
+        num_places = jnp.where(tile.filled.any((0, 1)), jnp.arange(1, limit + 2), 0).max()
+        return jax.vmap(functools.partial(of_tile, num_places))(tile, num_steps, *seeds)
 
     def add_tiles(size: int, while_left: int, so_far: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
         def add(so_far: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
@@ -486,6 +499,22 @@ def _own_part(parts: _Parts, batch: PyTree) -> PyTree:
     size = parts.algo.batch_size // parts.batch_parts
     start = jax.lax.axis_index(BATCH_AXIS) * size
     return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size, axis=1), batch)
+
+
+def _own_rows(parts: _Parts, slots: Slots, num_rows: Array) -> tuple[Slots, Array]:
+    """This device's rows, where several share a batch: leaves ``[S, B, ..]`` to ``[S, B / batch_parts, ..]``.
+
+    And how many of them aren't empty, ``[S]``, of ``num_rows`` in all.
+    """
+    if parts.batch_parts == 1:
+        return slots, num_rows
+    device = jax.lax.axis_index(BATCH_AXIS)
+
+    def in_turn(leaf: Array) -> Array:
+        dealt = leaf.reshape(leaf.shape[0], -1, parts.batch_parts, *leaf.shape[2:])
+        return jax.lax.dynamic_index_in_dim(dealt, device, axis=2, keepdims=False)
+
+    return jax.tree.map(in_turn, slots), (num_rows - device + parts.batch_parts - 1) // parts.batch_parts
 
 
 def _averaged(parts: _Parts, means: PyTree, num_steps: Array) -> PyTree:

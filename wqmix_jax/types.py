@@ -74,6 +74,7 @@ class Episode(NamedTuple):
         discount: ``[.., T]`` float32, 0 where the task terminated, 1 elsewhere (an end by the time limit included).
         mask: ``[.., T]`` float32, 1 for a real step.
         starts: ``[.., T+1]`` bool, where an episode begins; None where each row is one episode.
+        num_places: scalar int32, after how many places every row is empty; None where that isn't known.
     """
 
     obs: Array
@@ -84,3 +85,4 @@ class Episode(NamedTuple):
     discount: Array
     mask: Array
     starts: Array | None = None
+    num_places: Array | None = None

@@ -73,6 +73,33 @@ def test_written_backward_pass_equals_autodiff(num_steps, starts):
         np.testing.assert_allclose(ours, autodiff, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("starts", [None, SHARED])
+@pytest.mark.parametrize("num_steps", [1, 4, 7])
+def test_only_the_first_steps_are_taken(num_steps, starts):
+    """As a shorter sequence does; the others' hidden states are zero, and a gradient that reaches those is lost."""
+    weights, carry, _ = weights_and_inputs(7)
+    inputs = jax.random.normal(jax.random.key(4), (7, len(carry), 6))
+    args = (encoder_of(inputs), weights, carry, inputs)
+    target = jax.random.normal(jax.random.key(2), (7, *carry.shape))
+
+    @jax.jit
+    def first(num_steps):
+        def of(*args):
+            hiddens = encoded_unroll(*args, starts, num_steps)
+            return (hiddens * target).sum(), hiddens
+
+        return jax.grad(of, argnums=(0, 1, 2, 3), has_aux=True)(*args)
+
+    def shorter(encoder, weights, carry, inputs):
+        cut = None if starts is None else starts[:num_steps]
+        hiddens = encoded_unroll(encoder, weights, carry, inputs[:num_steps], cut)
+        return (hiddens * target[:num_steps]).sum(), jnp.zeros_like(target).at[:num_steps].set(hiddens)
+
+    ours, expected = first(num_steps), jax.grad(shorter, argnums=(0, 1, 2, 3), has_aux=True)(*args)
+    for one, other in zip(*map(jax.tree.leaves, (ours, expected)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_agent_starts_uniform_in_torchs_range_and_keeps_batch_axes():
     agent, inputs = RecurrentAgent(16, 5), jnp.ones((3, 2, 4, 64))
     params = agent.init(jax.random.key(0), jnp.zeros((2, 4, 16)), inputs)

@@ -55,7 +55,10 @@ class QLearner(Algorithm):
         return self.unroll_hidden(agent_params, batch)[1]
 
     def unroll_hidden(self, agent_params: PyTree, batch: Episode) -> tuple[Array, Array]:
-        """Hidden states ``[B, T+1, N, H]``, after each observation, and utilities ``[B, T+1, N, A]``."""
+        """Hidden states ``[B, T+1, N, H]``, after each observation, and utilities ``[B, T+1, N, A]``.
+
+        What they are past the batch's ``num_places`` means nothing.
+        """
         num_actions = batch.avail_actions.shape[-1]
         first = jnp.full_like(batch.joint_action[:, :1], -1)
         last_action = jnp.concatenate([first, batch.joint_action], axis=1)
@@ -67,7 +70,7 @@ class QLearner(Algorithm):
         features = agent_inputs(batch.obs.swapaxes(0, 1), last_action.swapaxes(0, 1), num_actions)
         carry = self.initial_carry(features.shape[1:3]).astype(features.dtype)
         agent = RecurrentAgent(self.hidden_dim, num_actions)
-        hiddens, agent_qs = apply_net(agent, agent_params, carry, features, starts, method="unroll")
+        hiddens, agent_qs = apply_net(agent, agent_params, carry, features, starts, batch.num_places, method="unroll")
         return hiddens.swapaxes(0, 1), agent_qs.swapaxes(0, 1)
 
 

@@ -58,14 +58,17 @@ class RecurrentAgent(nn.Module):
         hiddens, utilities = self.unroll(carry, inputs)
         return hiddens[-1], utilities
 
-    def unroll(self, carry: Array, inputs: Array, starts: Array | None = None) -> tuple[Array, Array]:
+    def unroll(
+        self, carry: Array, inputs: Array, starts: Array | None = None, num_steps: Array | None = None
+    ) -> tuple[Array, Array]:
         """As a call, but with the hidden states after every step, ``[T, .., H]``.
 
-        Before a step where ``starts`` ``[T, ..]`` is true the hidden state is ``carry`` again.
+        Before a step where ``starts`` ``[T, ..]`` is true the hidden state is ``carry`` again; of all but the first
+        ``num_steps`` it is zero.
         """
         encoder, gru = self.encoder.weights(inputs.shape[-1]), self.gru(self.hidden_dim)
         rows = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
         starts = None if starts is None else starts.reshape(len(rows), -1)
-        hiddens = encoded_unroll(encoder, gru, carry.reshape(-1, self.hidden_dim), rows, starts)
+        hiddens = encoded_unroll(encoder, gru, carry.reshape(-1, self.hidden_dim), rows, starts, num_steps)
         hiddens = hiddens.reshape(*inputs.shape[:-1], self.hidden_dim)
         return hiddens, self.head(hiddens)

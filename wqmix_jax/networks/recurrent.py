@@ -1,5 +1,7 @@
 """A gated recurrent unit with torch's two bias vectors, unrolled over time."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -42,11 +44,17 @@ def gru_step(weights: GRUWeights, carry: Array, inputs: Array) -> Array:
 
 @jax.custom_vjp
 def encoded_unroll(
-    encoder: LinearWeights, weights: GRUWeights, carry: Array, inputs: Array, starts: Array | None = None
+    encoder: LinearWeights,
+    weights: GRUWeights,
+    carry: Array,
+    inputs: Array,
+    starts: Array | None = None,
+    num_steps: Array | None = None,
 ) -> Array:
     """All hidden states of a sequence: ``[R, H]``, ``[T, R, I]`` -> ``[T, R, H]``.
 
-    Where ``starts`` ``[T, R]`` is true, the hidden state before the step is ``carry`` again.
+    Where ``starts`` ``[T, R]`` is true, the hidden state before the step is ``carry`` again. With ``num_steps``, a
+    scalar, only so many steps are taken: the hidden states of the others are zero and have no gradient.
 
     A linear layer and a ReLU come before the unit. The backward pass is written out: the forward one stores its gates,
     and the weights' gradients are added up step by step while what they are made of is in the cache, where autodiff
@@ -58,7 +66,38 @@ def encoded_unroll(
         hidden = gru_step(weights, _restarted(hidden, carry, start), _encode(encoder, x))
         return hidden, hidden
 
-    return jax.lax.scan(step, carry, (inputs, starts))[1]
+    return _scan(step, carry, (inputs, starts), num_steps)[1]
+
+
+def _scan(
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    carry: Any,
+    xs: PyTree,
+    num_steps: Array | None,
+    *,
+    reverse: bool = False,
+) -> tuple[Any, PyTree]:
+    """`jax.lax.scan`, or one over the first ``num_steps`` alone, where what comes out of the others is zero.
+
+    Their number may be traced, since nothing is differentiated here.
+    """
+    if num_steps is None:
+        return jax.lax.scan(step, carry, xs, reverse=reverse)
+
+    def at(index: Array) -> PyTree:
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), xs)
+
+    def one(count: Array, state: tuple[Any, PyTree]) -> tuple[Any, PyTree]:
+        carry, outs = state
+        index = num_steps - 1 - count if reverse else count
+        carry, out = step(carry, at(index))
+        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
+        return carry, jax.tree.map(put, outs, out)
+
+    shapes = jax.eval_shape(lambda: step(carry, at(jnp.int32(0)))[1])
+    length = len(jax.tree.leaves(xs)[0])
+    nothing = jax.tree.map(lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype), shapes)
+    return jax.lax.fori_loop(0, num_steps, one, (carry, nothing))
 
 
 def _restarted(hidden: Array, carry: Array, start: Array | None) -> Array:
@@ -92,13 +131,19 @@ class _Residuals(NamedTuple):
     carry: Array
     inputs: Array
     starts: Array | None
+    num_steps: Array | None
     encoded: Array
     hiddens: Array
     gates: _Gates
 
 
 def _unroll_forward(
-    encoder: LinearWeights, weights: GRUWeights, carry: Array, inputs: Array, starts: Array | None
+    encoder: LinearWeights,
+    weights: GRUWeights,
+    carry: Array,
+    inputs: Array,
+    starts: Array | None,
+    num_steps: Array | None,
 ) -> tuple[Array, _Residuals]:
     def step(hidden: Array, at: tuple[Array, Array | None]) -> tuple[Array, tuple[Array, Array, _Gates]]:
         x, start = at
@@ -107,12 +152,14 @@ def _unroll_forward(
         hidden = _next_hidden(gates, hidden)
         return hidden, (encoded, hidden, gates)
 
-    encoded, hiddens, gates = jax.lax.scan(step, carry, (inputs, starts))[1]
-    return hiddens, _Residuals(encoder, weights, carry, inputs, starts, encoded, hiddens, gates)
+    encoded, hiddens, gates = _scan(step, carry, (inputs, starts), num_steps)[1]
+    return hiddens, _Residuals(encoder, weights, carry, inputs, starts, num_steps, encoded, hiddens, gates)
 
 
-def _unroll_backward(residuals: _Residuals, d_hiddens: Array) -> tuple[LinearWeights, GRUWeights, Array, Array, None]:
-    encoder, weights, carry, inputs, starts, encoded, hiddens, gates = residuals
+def _unroll_backward(
+    residuals: _Residuals, d_hiddens: Array
+) -> tuple[LinearWeights, GRUWeights, Array, Array, None, None]:
+    encoder, weights, carry, inputs, starts, num_steps, encoded, hiddens, gates = residuals
     narrow = weights.hidden_kernel.dtype
     # Transposed once: within the loop XLA would do it at every step.
     encoder_kernel, input_kernel, hidden_kernel = encoder.kernel.T, weights.input_kernel.T, weights.hidden_kernel.T
@@ -150,9 +197,9 @@ def _unroll_backward(residuals: _Residuals, d_hiddens: Array) -> tuple[LinearWei
     none = jnp.zeros_like(carry)
     begin = none, none, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, carry.dtype), both)
     steps = jnp.arange(len(inputs)), inputs, starts, encoded, d_hiddens, gates
-    (d_carry, d_before, d_both), d_inputs = jax.lax.scan(step, begin, steps, reverse=True)
+    (d_carry, d_before, d_both), d_inputs = _scan(step, begin, steps, num_steps, reverse=True)
     d_encoder, d_weights = jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), d_both, both)
-    return d_encoder, d_weights, d_carry + d_before, d_inputs, None
+    return d_encoder, d_weights, d_carry + d_before, d_inputs, None, None
 
 
 encoded_unroll.defvjp(_unroll_forward, _unroll_backward)
