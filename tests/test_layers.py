@@ -16,7 +16,7 @@ LAYERS = (
     ("replay",),
     ("algos",),
     ("rollout", "learner", "members"),
-    ("evaluator", "policy"),
+    ("evaluator", "policy", "batching"),
     ("trainer",),
     ("loop",),
     ("logger", "checkpoint", "memory", "tabular", "interop", "statistics"),
@@ -30,7 +30,7 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 HOMES = {"hydra": {"train", "evaluate"}, "wandb": {"logger"}, "orbax": {"checkpoint"}}
 
 # Know the contract `algos.base`, never a concrete algorithm.
-ALGORITHM_BLIND = {"rollout", "learner", "evaluator", "trainer"}
+ALGORITHM_BLIND = {"rollout", "learner", "batching", "evaluator", "trainer"}
 
 
 def test_imports_point_strictly_downwards() -> None:

@@ -10,13 +10,14 @@ import pytest
 
 from tests.environments import TINY, Clock, tiny_maddpg, tiny_masac, tiny_run, tiny_wqmix
 from tests.test_replay import plain_episode, stacked
-from wqmix_jax import trainer as trainer_module
+from wqmix_jax import batching
+from wqmix_jax.batching import _num_groups, _static_lengths
 from wqmix_jax.config import build
 from wqmix_jax.devices import seed_sharding
 from wqmix_jax.learner import gradients
 from wqmix_jax.packing import pack
 from wqmix_jax.replay import make_replay
-from wqmix_jax.trainer import _num_groups, _static_lengths, make_trainer, train_sharding
+from wqmix_jax.trainer import make_trainer, train_sharding
 
 ENV = Clock(episode_limit=4, ends_from=1)
 LONG = Clock(episode_limit=32, ends_from=1)  # long enough for batches to be cut or packed
@@ -195,7 +196,7 @@ def test_a_finished_seed_costs_no_learner_call(monkeypatch):
         jax.debug.callback(lambda lengths: seen.append(np.array(lengths)), lengths)
         return pack(lengths, limit)
 
-    monkeypatch.setattr(trainer_module, "pack", told)
+    monkeypatch.setattr(batching, "pack", told)
     trainer = make_trainer(tiny_run(tiny_wqmix(), LONG, total_env_steps=10_000))
     state = trainer.init([0, 1])
     for done in (0, 0, 0, 0, 10_000):
@@ -309,8 +310,8 @@ def learned_from_lengths(algo, batches):
 )
 def test_short_episodes_that_share_rows_teach_what_they_teach_apart(algo, monkeypatch):
     """A tile of four rows and one of two, which reaches past the last and where the second seed has no step."""
-    monkeypatch.setattr(trainer_module, "LARGE_TILE", 8)
-    monkeypatch.setattr(trainer_module, "SMALL_TILE", 4)
+    monkeypatch.setattr(batching, "LARGE_TILE", 8)
+    monkeypatch.setattr(batching, "SMALL_TILE", 4)
     learners = [learned_from_lengths(algo, batches) for batches in ("packed", "whole")]
     for packed, whole in zip(*map(jax.tree.leaves, learners), strict=True):
         np.testing.assert_allclose(packed, whole, rtol=2e-4, atol=1e-6)
@@ -325,9 +326,9 @@ def test_a_tile_is_unrolled_as_far_as_its_fullest_row(monkeypatch):
         jax.debug.callback(lambda *of: seen.append(jax.tree.map(np.asarray, of)), batch.num_places, is_filled)
         return gradients(algo, learner, batch, *args)
 
-    monkeypatch.setattr(trainer_module, "LARGE_TILE", 8)
-    monkeypatch.setattr(trainer_module, "SMALL_TILE", 4)
-    monkeypatch.setattr(trainer_module, "gradients", spied)
+    monkeypatch.setattr(batching, "LARGE_TILE", 8)
+    monkeypatch.setattr(batching, "SMALL_TILE", 4)
+    monkeypatch.setattr(batching, "gradients", spied)
     jax.block_until_ready(learned_from_lengths(tiny_wqmix(**FIVE), "packed"))
     jax.effects_barrier()
     for size in (4, 2):
@@ -347,7 +348,7 @@ def test_a_tile_is_unrolled_as_far_as_its_fullest_row(monkeypatch):
 )
 def test_rows_are_shared_on_a_cpu_where_the_loss_is_marked_and_episodes_are_long(algo, env, expected, monkeypatch):
     packed = []
-    monkeypatch.setattr(trainer_module, "pack", lambda *args: packed.append(args) or pack(*args))
+    monkeypatch.setattr(batching, "pack", lambda *args: packed.append(args) or pack(*args))
     trainer = make_trainer(tiny_run(algo, env))
     jax.eval_shape(trainer.learn, jax.eval_shape(trainer.init, jnp.zeros(1, jnp.uint32)))
     assert bool(packed) == expected
@@ -380,5 +381,5 @@ def test_seeds_learn_in_groups_that_a_cpus_cache_holds(cache_bytes, asked_for, e
     batch = jax.eval_shape(lambda row: replay.decode(row, 8), rows[0])
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
     cache_bytes = {"three batches": 3 * size, "five": 6 * size - 1}.get(cache_bytes, cache_bytes)
-    parts = SimpleNamespace(env=env, replay=replay, learner_groups=asked_for, cache_bytes=cache_bytes)
-    assert _num_groups(parts, rows) == expected
+    how = SimpleNamespace(replay=replay, episode_limit=8, groups=asked_for, cache_bytes=cache_bytes)
+    assert _num_groups(how, rows) == expected

@@ -6,40 +6,25 @@ seeds, so "has learning started" and "how much of this batch is padding" are rea
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from wqmix_jax.algos.base import Algorithm, Context, Hyperparams, hyperparams, is_mean_over_steps
+from wqmix_jax.batching import Batches, Batching, batch_gradients, make_batching
 from wqmix_jax.config import RunConfig
-from wqmix_jax.devices import BATCH_AXIS, seed_sharding
+from wqmix_jax.devices import seed_sharding
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.evaluator import evaluate
 from wqmix_jax.exploration import linear_epsilon
-from wqmix_jax.learner import LearnerState, apply_gradients, copy_targets, gradients, init_learner
+from wqmix_jax.learner import LearnerState, apply_gradients, copy_targets, init_learner
 from wqmix_jax.networks.functional import compute_in
-from wqmix_jax.packing import Slots, pack
 from wqmix_jax.replay import Replay, ReplayState, make_replay
 from wqmix_jax.rollout import rollout
 from wqmix_jax.types import Array, PRNGKey, PyTree
-
-MAX_LENGTHS, MIN_LENGTH = 4, 16
-"""A batch is cut to the shortest of a few static lengths that holds its longest episode. Each costs compile time."""
-
-LARGE_TILE, SMALL_TILE = 64, 16
-"""On a CPU, where a learner step costs what it computes, short episodes share rows, and the rows are learned from in
-tiles, as many as there are. These are rows times agents: of OW-QMIX on predator-prey larger tiles cost no less per row,
-and smaller ones follow the lengths more closely."""
-
-Batches = Literal["whole", "cut", "packed"]
-
-CPU_CACHE_BYTES = 4 * 2**20
-"""On a CPU, seeds learn together while their decoded batches are no larger: eight seeds of predator-prey that learn one
-after the other take three quarters of the time that they take at once, and an eighth of its temporaries."""
 
 
 class Keys(NamedTuple):
@@ -167,13 +152,9 @@ class _Parts(NamedTuple):
     env: Environment
     algo: Algorithm
     replay: Replay
+    batching: Batching
     num_envs: int
     updates_per_iteration: int
-    lengths: list[int]
-    tiles: tuple[int, int] | None
-    batch_parts: int
-    learner_groups: int
-    cache_bytes: int | None
 
 
 def train_sharding(config: RunConfig, num_seeds: int) -> Sharding:
@@ -192,43 +173,18 @@ def make_trainer(
         sharding: over which devices the seeds are spread, see `train_sharding`; each runs a loop of its own, whose
             branches go by its own seeds. Devices that share seeds all do the same, but learn from parts of a batch. The
             first device alone when absent.
-        learner_groups: in at least how many equal groups the seeds of a device take their learner steps, one group
-            after the other, so that only one group's intermediate arrays are there at a time. On a CPU they are as
-            small as `CPU_CACHE_BYTES` asks for.
-        batches: what becomes of a batch's padding. ``packed`` into few rows, see `LARGE_TILE`, needs a loss that is
-            marked by `mean_over_steps`, and is the default with one on a CPU, unless even the longest episodes are too
-            short to be cut. ``cut`` to one of a few lengths, see `MAX_LENGTHS`, is the default elsewhere, where a loop
-            costs by its length. Both save time, and tie a seed's rounding to the seeds beside it; ``whole`` batches are
-            for comparison.
+        learner_groups: in at least how many equal groups the seeds of a device take their learner steps, see
+            `make_batching`.
+        batches: what becomes of a batch's padding, see `make_batching`.
 
     Raises:
         ValueError: ``batches`` are to be packed for a loss that isn't marked.
     """
     sharding = SingleDeviceSharding(jax.local_devices()[0]) if sharding is None else sharding
-    batch_parts = sharding.mesh.shape[BATCH_AXIS] if isinstance(sharding, NamedSharding) else 1
     env, algo = config.env, config.algo
     replay = make_replay(env, buffer_size=algo.buffer_size, batch_size=algo.batch_size)
-    limit = env.spec.episode_limit
-    lengths = _static_lengths(limit)
-    on_cpu = next(iter(sharding.device_set)).platform == "cpu"
-    if batches is None:
-        batches = "packed" if on_cpu and is_mean_over_steps(algo) and len(lengths) > 1 else "cut"
-    elif batches == "packed" and not is_mean_over_steps(algo):
-        raise ValueError(
-            f"batches={batches} is not allowed: the loss of {type(algo).__name__} isn't marked `mean_over_steps`"
-        )
-    parts = _Parts(
-        env,
-        algo,
-        replay,
-        config.num_envs,
-        config.updates_per_iteration,
-        [limit] if batches == "whole" else lengths,
-        _tiles(env.spec.num_agents, algo.batch_size // batch_parts) if batches == "packed" else None,
-        batch_parts,
-        learner_groups,
-        CPU_CACHE_BYTES if on_cpu else None,
-    )
+    batching = make_batching(env, algo, replay, sharding, groups=learner_groups, batches=batches)
+    parts = _Parts(env, algo, replay, batching, config.num_envs, config.updates_per_iteration)
     eval_iterations = max(1, config.eval_interval // (config.num_envs * env.spec.episode_limit))
     chunk_iterations = max(k for k in range(1, config.chunk_iterations + 1) if eval_iterations % k == 0)
 
@@ -365,176 +321,12 @@ def _learn_if_any(
 def _update(
     parts: _Parts, state: TrainState, learner: LearnerState, ctx: Context, episodes_before: Array, ready: Array
 ) -> tuple[LearnerState, dict[str, Array]]:
-    """Samples a batch per seed, takes one learner step on it, and copies targets when due.
-
-    Nobody wants what a seed learns that isn't ``ready`` ``[S]``: its batch counts as empty, and so as short as can be.
-    """
+    """Samples a batch per seed, takes one learner step on it, and copies targets when due."""
     rows = jax.vmap(parts.replay.sample)(state.replay, _fold_in(state.keys.sample, ctx.learner_steps))
-    whole = jax.eval_shape(lambda row: parts.replay.decode(row, parts.env.spec.episode_limit), rows[0])
-    shapes = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), whole)
     loss_keys = _fold_in(state.keys.loss, ctx.learner_steps)
-    noise = jax.vmap(lambda key: parts.algo.sample_noise(key, shapes))(loss_keys)
-    lengths = jnp.where(ready[:, None], jax.vmap(parts.replay.lengths)(rows), 0)
-    grads, metrics = _gradients(parts, learner, rows, noise, state.hp, ctx, lengths)
+    grads, metrics = batch_gradients(parts.batching, learner, rows, loss_keys, state.hp, ctx, ready)
     learner, grad_norm = jax.vmap(apply_gradients)(learner, grads, state.hp)
     return copy_targets(learner, state.hp, episodes_before), metrics | {"grad_norm": grad_norm}
-
-
-def _gradients(
-    parts: _Parts,
-    learner: LearnerState,
-    rows: Array,
-    noise: PyTree,
-    hp: Hyperparams,
-    ctx: Context,
-    lengths: Array,
-) -> tuple[PyTree, dict[str, Array]]:
-    """Each seed's gradient and metrics, without the padding that can be left out; ``lengths`` is ``[S, B]``.
-
-    How much is the same for all seeds of a group, since its branches are real ones.
-    """
-    if parts.tiles is None:
-        lengths, rows, noise = _own_part(parts, (lengths, rows, noise))
-    seeds = (lengths, learner, rows, noise, hp, ctx)
-    num_groups = _num_groups(parts, rows)
-    if parts.tiles is None:
-        means = _in_groups(functools.partial(_cut_gradients, parts), num_groups, seeds)
-        return _averaged(parts, means, lengths.sum(-1))
-    terms = _in_groups(functools.partial(_packed_gradients, parts, parts.tiles), num_groups, seeds)
-    return terms if parts.batch_parts == 1 else jax.lax.psum(terms, BATCH_AXIS)
-
-
-def _cut_gradients(parts: _Parts, lengths: Array, *seeds: PyTree) -> tuple[PyTree, dict[str, Array]]:
-    """On the batches cut to the shortest static length that holds their longest episode."""
-    limit = parts.env.spec.episode_limit
-
-    def on_first(num_steps: int) -> Callable[..., tuple[PyTree, dict[str, Array]]]:
-        def one_seed(
-            learner: LearnerState, rows: Array, noise: PyTree, hp: Hyperparams, ctx: Context
-        ) -> tuple[PyTree, dict[str, Array]]:
-            noise = jax.tree.map(lambda leaf: leaf[:, : leaf.shape[1] - limit + num_steps], noise)
-            return gradients(parts.algo, learner, parts.replay.decode(rows, num_steps), hp, ctx, noise)
-
-        return jax.vmap(one_seed)
-
-    choice = (lengths.max() > jnp.asarray(parts.lengths[:-1], jnp.int32)).sum()
-    return jax.lax.switch(choice, [on_first(length) for length in parts.lengths], *seeds)
-
-
-def _packed_gradients(
-    parts: _Parts, tiles: tuple[int, int], lengths: Array, *seeds: PyTree
-) -> tuple[PyTree, dict[str, Array]]:
-    """On the batches packed into few rows: the mean over one tile of rows after the other, by their real steps.
-
-    Devices that share a batch take its rows in turn, and what is returned are their terms of the mean.
-    """
-    limit, (large, small) = parts.env.spec.episode_limit, tiles
-    slots, num_rows = _own_rows(parts, *jax.vmap(lambda of_seed: pack(of_seed, limit))(lengths))
-    # Tiles may reach past the last row.
-    slots = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, large), (0, 0))), slots)
-    num_steps = jnp.maximum(lengths.sum(-1), 1)
-
-    def of_tile(
-        num_places: Array,
-        slots: Slots,
-        all_steps: Array,
-        learner: LearnerState,
-        rows: Array,
-        noise: PyTree,
-        hp: Hyperparams,
-        ctx: Context,
-    ) -> tuple[PyTree, dict[str, Array]]:
-        batch = parts.replay.decode_packed(rows, slots)._replace(num_places=num_places)
-        noise = jax.tree.map(
-            lambda leaf: leaf[slots.episode[:, : leaf.shape[1]], slots.step[:, : leaf.shape[1]]], noise
-        )
-        share = batch.mask.sum() / all_steps
-        means = gradients(parts.algo, learner, batch, hp, ctx, noise)
-        # A seed that has no step in this tile may have no mean either.
-        return jax.tree.map(lambda mean: jnp.where(share > 0, share * mean, 0), means)
-
-    def tile_means(first: Array, size: int) -> tuple[PyTree, dict[str, Array]]:
-        tile = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, size, axis=1), slots)
-        num_places = jnp.where(tile.filled.any((0, 1)), jnp.arange(1, limit + 2), 0).max()
-        return jax.vmap(functools.partial(of_tile, num_places))(tile, num_steps, *seeds)
-
-    def add_tiles(size: int, while_left: int, so_far: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
-        def add(so_far: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
-            first, sums = so_far
-            return first + size, jax.tree.map(jnp.add, sums, tile_means(first, size))
-
-        return jax.lax.while_loop(lambda so_far: num_rows.max() - so_far[0] >= while_left, add, so_far)
-
-    shapes = jax.eval_shape(lambda: tile_means(jnp.int32(0), small))
-    nothing = jnp.int32(0), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    # A large tile is taken where small ones would cover about as many rows.
-    so_far = add_tiles(large, large - small + 1, nothing)
-    return (add_tiles(small, 1, so_far) if small < large else so_far)[1]
-
-
-def _num_groups(parts: _Parts, rows: Array) -> int:
-    """In how many groups the seeds of ``rows`` ``[S, B, ..]`` learn, a divisor of ``S``."""
-    num_seeds, wanted = rows.shape[0], parts.learner_groups
-    if parts.cache_bytes is not None:
-        batch = jax.eval_shape(lambda row: parts.replay.decode(row, parts.env.spec.episode_limit), rows[0])
-        num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
-        at_once = max(1, min(num_seeds, parts.cache_bytes // num_bytes))
-        wanted = max(wanted, math.ceil(num_seeds / at_once))
-    return next(number for number in range(wanted, num_seeds + 1) if num_seeds % number == 0)
-
-
-def _in_groups(function: Callable[..., PyTree], num_groups: int, args: tuple[PyTree, ...]) -> PyTree:
-    """``function(*args)`` for leaves ``[S, ..]``, a part of the seeds after the other."""
-    if num_groups == 1:
-        return function(*args)
-    grouped = jax.tree.map(lambda leaf: leaf.reshape(num_groups, -1, *leaf.shape[1:]), args)
-    results = jax.lax.map(lambda group: function(*group), grouped)
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), results)
-
-
-def _own_part(parts: _Parts, batch: PyTree) -> PyTree:
-    """This device's episodes, where several share a batch: leaves ``[S, B, ..]`` to ``[S, B / batch_parts, ..]``."""
-    if parts.batch_parts == 1:
-        return batch
-    size = parts.algo.batch_size // parts.batch_parts
-    start = jax.lax.axis_index(BATCH_AXIS) * size
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size, axis=1), batch)
-
-
-def _own_rows(parts: _Parts, slots: Slots, num_rows: Array) -> tuple[Slots, Array]:
-    """This device's rows, where several share a batch: leaves ``[S, B, ..]`` to ``[S, B / batch_parts, ..]``.
-
-    And how many of them aren't empty, ``[S]``, of ``num_rows`` in all.
-    """
-    if parts.batch_parts == 1:
-        return slots, num_rows
-    device = jax.lax.axis_index(BATCH_AXIS)
-
-    def in_turn(leaf: Array) -> Array:
-        dealt = leaf.reshape(leaf.shape[0], -1, parts.batch_parts, *leaf.shape[2:])
-        return jax.lax.dynamic_index_in_dim(dealt, device, axis=2, keepdims=False)
-
-    return jax.tree.map(in_turn, slots), (num_rows - device + parts.batch_parts - 1) // parts.batch_parts
-
-
-def _averaged(parts: _Parts, means: PyTree, num_steps: Array) -> PyTree:
-    """The means over whole batches, leaves ``[S, ..]``, of means over parts that have ``num_steps`` ``[S]`` each."""
-    if parts.batch_parts == 1:
-        return means
-    share = num_steps / jnp.maximum(jax.lax.psum(num_steps, BATCH_AXIS), 1)
-    return jax.lax.psum(jax.tree.map(functools.partial(jax.vmap(jnp.multiply), share), means), BATCH_AXIS)
-
-
-def _tiles(num_agents: int, batch_size: int) -> tuple[int, int]:
-    """Rows of a large and of a small tile."""
-    large, small = (min(max(1, size // num_agents), batch_size) for size in (LARGE_TILE, SMALL_TILE))
-    return large, small
-
-
-def _static_lengths(episode_limit: int) -> list[int]:
-    """Ascending, evenly spaced; the last is the limit itself."""
-    num_lengths = max(1, min(MAX_LENGTHS, episode_limit // MIN_LENGTH))
-    return [-(-episode_limit * part // num_lengths) for part in range(1, num_lengths + 1)]
 
 
 def _evaluate(parts: _Parts, state: TrainState, num_episodes: int) -> EvalRecord:
