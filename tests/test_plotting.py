@@ -58,11 +58,12 @@ def test_a_win_rate_stands_on_an_axis_from_0_to_1(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(
         Figure, "savefig", lambda figure, *args, **kw: figures.append(figure) or save(figure, *args, **kw)
     )
-    create_metrics(tmp_path, version="0", algo="iql", env="coin", members=[{"seed": 0}])
+    create_metrics(tmp_path, version="0", algo="iql", env="coin", map_name="heads", members=[{"seed": 0}])
     with MetricsFile(tmp_path, num_bytes=0) as metrics:
         metrics.write(evaluated(0, {0: 3.0, 10: 4.0}, win_rate=0.25))
     plot_run(tmp_path)
     returns, win_rate = figures[0].axes
+    assert returns.get_title() == "iql on coin heads"
     assert win_rate.get_ylim() == (-0.02, 1.02)
     assert returns.get_ylim()[0] > 2.5
     assert win_rate.lines[0].get_ydata().tolist() == [0.25, 0.25]
@@ -78,6 +79,7 @@ def test_swept_values_have_lines_of_their_own(tmp_path: Path, monkeypatch: pytes
             metrics.write([line | label for line in evaluated(label["seed"], {0: 0.0, 10: 10 * label["algo.alpha"]})])
     plot_run(tmp_path)
     [axes] = figures[0].axes
+    assert axes.get_title() == "ow_qmix on coin"
     assert [line.get_label() for line in axes.lines] == ["alpha=0.1: median of 2 seeds", "alpha=0.5: median of 2 seeds"]
     assert [line.get_ydata()[-1] for line in axes.lines] == [1.0, 5.0]
     assert axes.lines[0].get_color() != axes.lines[1].get_color()

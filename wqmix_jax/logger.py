@@ -7,6 +7,7 @@ The schema, version 1. ``run.json`` says what the run is:
     ``algo``, ``env``   names of their yamls
     ``seeds``           all seeds of the run
     ``members``         of each that trains its ``seed``, and the values that a sweep gives it (``algo.alpha``, ..)
+    ``map``             that of the environment, where it has several
     ``simulator``       versions of a game outside of JAX, where there is one
     ``run``             a random name that this run keeps when it is moved or resumed
 
@@ -106,12 +107,13 @@ def create_metrics(
     algo: str,
     env: str,
     members: Sequence[Line],
+    map_name: str | None = None,
     simulator: Mapping[str, str] | None = None,
 ) -> None:
     """Writes ``run.json`` and starts an empty ``metrics.jsonl``; ``members`` are the labels of those who train."""
     seeds = sorted({member["seed"] for member in members})
     header = {"schema": SCHEMA, "version": version, "algo": algo, "env": env, "seeds": seeds, "members": list(members)}
-    header |= {"simulator": simulator} if simulator else {}
+    header |= ({"map": map_name} if map_name else {}) | ({"simulator": simulator} if simulator else {})
     (run_dir / HEADER_FILE).write_text(_to_json(header | {"run": uuid.uuid4().hex[:8]}) + "\n")
     (run_dir / METRICS_FILE).touch()
 

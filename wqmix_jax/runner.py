@@ -92,6 +92,7 @@ def start(values: Mapping[str, Any], *, algo: str, env: str) -> Path:
         algo=algo,
         env=env,
         members=[member.labels for member in members],
+        map_name=values["env"].get("map"),
         simulator=config.env.host.versions(),
     )
     values = {**values, "run_dir": str(run_dir)}

@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wqmix_jax import load_config, train_seeds
+from tests.running import main
+from wqmix_jax import load_config, runner, train_seeds
 from wqmix_jax.config import ConfigError, build, load_group
 from wqmix_jax.envs.smax import SMAX, map_names
+from wqmix_jax.logger import load_header
 
 PAPER_MAPS = {"3s5z": (8, 8), "5m_vs_6m": (5, 6), "6h_vs_8z": (6, 8), "3s5z_vs_3s6z": (8, 9), "corridor": (6, 24)}
 
@@ -139,6 +142,13 @@ def test_a_map_trains_for_a_few_iterations(name: str) -> None:
     assert all(0 <= record["win_rate"] <= 1 for record in evals)
     assert all(np.isfinite(record["loss"]) for record in records if "loss" in record)
     assert any("loss" in record for record in records)
+
+
+def test_a_run_says_which_map_it_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_train", lambda *_: None)
+    run_dir = tmp_path / "run"
+    assert main("+algo=iql", "env=smax", "env.map=2s3z", "num_seeds=1", f"run_dir={run_dir}") == 0
+    assert (load_header(run_dir)["env"], load_header(run_dir)["map"]) == ("smax", "2s3z")
 
 
 def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
