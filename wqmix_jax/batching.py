@@ -22,8 +22,8 @@ MAX_LENGTHS, MIN_LENGTH = 4, 16
 
 LARGE_TILE, SMALL_TILE = 64, 16
 """On a CPU, where a learner step costs what it computes, short episodes share rows, and the rows are learned from in
-tiles, as many as there are. These are rows times agents: of OW-QMIX on predator-prey larger tiles cost no less per row,
-and smaller ones follow the lengths more closely."""
+tiles, as many as there are. These are rows times agents: of OW-QMIX on predator-prey tiles larger than the large one
+cost no less per row; small ones cost more, but leave less of the last one empty."""
 
 Batches = Literal["whole", "cut", "packed"]
 
@@ -126,7 +126,7 @@ def batch_gradients(
     if batching.tiles is None:
         lengths, rows, noise = _own_part(batching, (lengths, rows, noise))
     seeds = (lengths, learner, rows, noise, hp, ctx)
-    num_groups = _num_groups(batching, rows)
+    num_groups = _num_groups(batching, rows[:, : batching.algo.batch_size // batching.parts])
     if batching.tiles is None:
         means = _in_groups(functools.partial(_cut_gradients, batching), num_groups, seeds)
         return _averaged(batching, means, lengths.sum(-1))

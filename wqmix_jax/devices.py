@@ -15,7 +15,7 @@ SEED_AXIS, BATCH_AXIS = "seeds", "batch"
 """The mesh axes: the leading axis ``S`` of a train state is spread over the first and lies whole along the second."""
 
 MIN_PART = 4
-"""Episodes; a batch is not cut into smaller parts."""
+"""Episodes, or rows that episodes share; a batch is not cut into smaller parts."""
 
 
 def seed_sharding(num_seeds: int, *, batch_size: int = 1) -> Sharding:

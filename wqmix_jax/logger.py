@@ -107,13 +107,13 @@ def create_metrics(
     algo: str,
     env: str,
     members: Sequence[Line],
-    map_name: str | None = None,
+    map_name: Any = None,
     simulator: Mapping[str, str] | None = None,
 ) -> None:
     """Writes ``run.json`` and starts an empty ``metrics.jsonl``; ``members`` are the labels of those who train."""
     seeds = sorted({member["seed"] for member in members})
     header = {"schema": SCHEMA, "version": version, "algo": algo, "env": env, "seeds": seeds, "members": list(members)}
-    header |= ({"map": map_name} if map_name else {}) | ({"simulator": simulator} if simulator else {})
+    header |= ({} if map_name is None else {"map": map_name}) | ({"simulator": simulator} if simulator else {})
     (run_dir / HEADER_FILE).write_text(_to_json(header | {"run": uuid.uuid4().hex[:8]}) + "\n")
     (run_dir / METRICS_FILE).touch()
 

@@ -92,7 +92,8 @@ def plot_run(run_dir: str | os.PathLike[str]) -> Path:
         _draw_settings(axes, settings, name)
         decorate(axes, name)
         axes.legend(frameon=False)
-    panels[0].set_title(f"{header['algo']} on {' '.join(header[key] for key in ('env', 'map') if key in header)}")
+    task = " ".join(str(header[key]) for key in ("env", "map") if key in header)
+    panels[0].set_title(f"{header['algo']} on {task}")
     panels[-1].set_xlabel("environment steps")
     return save_figure(figure, folder / CURVE_FILE)
 

@@ -130,7 +130,7 @@ class Trainer(NamedTuple):
         eval_iterations: iterations between two evaluations, a multiple of `chunk_iterations`.
         replay_bytes: bytes of replay per seed.
         sharding: where the leaves of a `TrainState` lie.
-        learner_groups: in how many groups a device's seeds learn, one after the other; see `make_trainer`.
+        learner_groups: in how many groups a device's seeds learn, one after the other; see `make_batching`.
         failure: what ended the environment, see `wqmix_jax.envs.base.Host.failure`.
     """
 

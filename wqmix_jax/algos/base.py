@@ -156,7 +156,8 @@ def mean_over_steps(loss: Loss) -> Loss:
 
     Its gradient on a batch is then that on the batch's parts, averaged by their steps, so that devices may share a
     batch, and short episodes a row of it: what such a loss carries from step to step has to begin anew where
-    `Episode.starts` says so, as `QLearner.unroll` does.
+    `Episode.starts` says so, as `QLearner.unroll` does, and may end after `Episode.num_places`, a scalar without the
+    axis of rows.
     The mark is the function's own: a subclass with a loss of another kind has none. What overrides a part of a marked
     loss (an `unroll`, targets that look several steps ahead) keeps to this too, or the loss is overridden, unmarked.
     """
