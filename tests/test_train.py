@@ -260,6 +260,15 @@ def test_another_process_gives_the_same_numbers(run_dir: Path, tmp_path: Path) -
     assert timeless(load_metrics(tmp_path)) == timeless(load_metrics(run_dir))
 
 
+def test_an_option_without_effect_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    told = "warning: algo.td_lambda has no effect with algo.returns=one_step"
+    short = ["env=matrix_game", "total_env_steps=2", "eval_interval=2", "eval_episodes=1", "algo.hidden_dim=2"]
+    assert main("+algo=iql", *short, "algo.td_lambda=0.5", f"run_dir={tmp_path / 'in_vain'}") == 0
+    assert [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning")] == [told]
+    assert main("+algo=iql", *short, f"run_dir={tmp_path / 'default'}") == 0
+    assert "warning" not in capfd.readouterr().err
+
+
 def _process(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "wqmix_jax.train", *arguments]
     as_here = {"JAX_DISABLE_MOST_OPTIMIZATIONS": str(jax.config.read("jax_disable_most_optimizations"))}

@@ -205,20 +205,24 @@ def _run(cfg: DictConfig) -> None:
         if values["resume"] is None:
             if several:
                 values["run_dir"] = os.path.relpath(hydra_config.runtime.output_dir)
-            _start(with_host(values, {} if several else os.environ), hydra_config.runtime.choices)
+            given = [override.key_or_group for override in _parsed(hydra_config.overrides.task)]
+            _start(with_host(values, {} if several else os.environ), hydra_config.runtime.choices, given)
         else:
             from wqmix_jax import runner
 
             runner.resume(Path(str(values["resume"])), _changes(cfg, hydra_config.overrides.task))
 
 
-def _start(values: dict[str, Any], choices: Mapping[str, str]) -> None:
+def _start(values: dict[str, Any], choices: Mapping[str, str], given: Sequence[str]) -> None:
     from wqmix_jax.devices import claim_cores
 
     claim_cores()  # before an environment's library starts the backend
     values = connected(values, os.environ)
-    run_config(values)  # refuses before the slow imports
+    config = run_config(values)  # refuses before the slow imports
     refuse_unexpected_processes(values)
+    for name, because in config.algo.without_effect().items():
+        if f"algo.{name}" in given:
+            print(f"warning: algo.{name} has no effect with {because}", file=sys.stderr, flush=True)
     from wqmix_jax import runner
 
     runner.start(values, algo=choices["algo"], env=choices["env"])
