@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters.partial_eval import dce_jaxpr
 from rich.console import Console
 from rich.table import Table
 
@@ -150,7 +151,7 @@ def learner_rows(config: RunConfig, name: str) -> list[Row]:
     seconds, short_seconds, *others = timed_in_turn(in_turn)
     # Without tiles, whose number the traced function doesn't tell.
     whole = make_trainer(one_batch, sharding=trainer.sharding, batches="whole")
-    flops = matmul_flops(jax.make_jaxpr(whole.learn)(full).jaxpr)
+    flops = matmul_flops(whole.learn, full)
     rows = [
         Row("learner_call_seconds", seconds, "s", name),
         Row("learner_call_gflop", flops / 1e9, "GFLOP", name),
@@ -328,11 +329,16 @@ def matmul_speed() -> float:
     return 2 * MATMUL_SIZE**3 / timed(jax.jit(jnp.matmul), square, square)[0]
 
 
-def matmul_flops(jaxpr: Any) -> int:
-    """Floating point operations of all matrix products of a traced function, the longest of each branch.
+def matmul_flops(function: Callable[..., Any], *args: Any) -> int:
+    """Floating point operations of the matrix products that what a function returns depends on.
 
-    XLA's own count takes the body of a loop once.
+    Of each branch the longest. XLA's own count takes the body of a loop once.
     """
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    return _flops_of_all(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])  # XLA drops the others, too
+
+
+def _flops_of_all(jaxpr: Any) -> int:
     return sum(_flops(eqn) for eqn in jaxpr.eqns)
 
 
@@ -343,10 +349,10 @@ def _flops(eqn: Any) -> int:
         inner = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
         return 2 * inner * math.prod(eqn.outvars[0].aval.shape)
     if eqn.primitive.name == "cond":
-        return max(matmul_flops(branch.jaxpr) for branch in params["branches"])
+        return max(_flops_of_all(branch.jaxpr) for branch in params["branches"])
     inside = (getattr(value, "jaxpr", value) for value in params.values())
     times = params.get("length", 1) * (params["mesh"].size if "mesh" in params else 1)
-    return times * sum(matmul_flops(jaxpr) for jaxpr in inside if hasattr(jaxpr, "eqns"))
+    return times * sum(_flops_of_all(jaxpr) for jaxpr in inside if hasattr(jaxpr, "eqns"))
 
 
 def machine() -> dict[str, Any]:

@@ -27,14 +27,23 @@ def test_flops_of_loops_branches_and_gradients_are_counted_as_often_as_they_run(
     a, b = jnp.ones((2, 3)), jnp.ones((3, 5))
     one = 2 * 2 * 3 * 5
 
-    def flops(function, *args):
-        return matmul_flops(jax.make_jaxpr(function)(*args).jaxpr)
+    assert matmul_flops(jnp.matmul, a, b) == one
+    assert matmul_flops(jax.jit(lambda a, b: jax.lax.map(lambda _: a @ b, jnp.arange(7))), a, b) == 7 * one
+    assert matmul_flops(lambda a, b: jax.lax.cond(a.sum() > 0, lambda: a @ b, lambda: jnp.zeros((2, 5))), a, b) == one
+    assert matmul_flops(jax.vmap(jnp.matmul, (0, None)), jnp.ones((4, 2, 3)), b) == 4 * one
+    assert matmul_flops(jax.value_and_grad(lambda a, b: (a @ b).sum(), argnums=(0, 1)), a, b) == 3 * one
 
-    assert flops(jnp.matmul, a, b) == one
-    assert flops(jax.jit(lambda a, b: jax.lax.map(lambda _: a @ b, jnp.arange(7))), a, b) == 7 * one
-    assert flops(lambda a, b: jax.lax.cond(a.sum() > 0, lambda: a @ b, lambda: jnp.zeros((2, 5))), a, b) == one
-    assert flops(jax.vmap(jnp.matmul, (0, None)), jnp.ones((4, 2, 3)), b) == 4 * one
-    assert flops(jax.grad(lambda a, b: (a @ b).sum(), argnums=(0, 1)), a, b) == 3 * one
+
+def test_products_that_nothing_depends_on_are_not_counted():
+    a, b = jnp.ones((2, 3)), jnp.ones((3, 5))
+    one = 2 * 2 * 3 * 5
+
+    def scanned(a, b):
+        return jax.lax.scan(lambda total, _: (total + (a @ b).sum(), a.T @ (a @ b)), 0.0, jnp.arange(7))
+
+    assert matmul_flops(scanned, a, b) == 7 * (one + 2 * 3 * 2 * 5 + one)
+    assert matmul_flops(lambda a, b: scanned(a, b)[0], a, b) == 7 * one
+    assert matmul_flops(jax.grad(lambda a, b: (a @ b).sum()), a, b) == one
 
 
 def test_an_endless_environment_plays_on_after_its_end():
