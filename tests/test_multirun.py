@@ -31,6 +31,8 @@ def test_a_refused_sweep_is_one_line_and_leaves_nothing(tmp_path: Path, capsys: 
 def test_a_sweep_over_algorithms_takes_options_of_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hydra by itself would look for them before an algorithm is chosen."""
     seen = []
-    monkeypatch.setattr(train, "_start", lambda values, choices: seen.append((choices["algo"], values["algo"]["lr"])))
+    monkeypatch.setattr(
+        train, "_start", lambda values, choices, given: seen.append((choices["algo"], values["algo"]["lr"]))
+    )
     assert main("-m", "+algo=qmix,ow_qmix", "algo.lr=0.25", "env.episode_limit=7", f"run_dir={tmp_path}") == 0
     assert seen == [("qmix", 0.25), ("ow_qmix", 0.25)]
