@@ -47,12 +47,18 @@ def draw(
             axes.set_title(f"{panel}: {told}", fontsize=10)
             axes.set_xlabel("environment steps")
             decorate(axes, metric)
-            if lowest is not None:
-                axes.set_ylim(bottom=lowest)
+        if lowest is not None:
+            _end_below(paper, mean, lowest)
         mean.set_ylabel("")
         handles, labels = paper.get_legend_handles_labels()
         mean.legend(handles, labels, frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return save_figure(figure, path, dpi=110)
+
+
+def _end_below(paper: Axes, mean: Axes, lowest: float) -> None:
+    """Ends the axis that both share at ``lowest``, its margin above that of what is still seen."""
+    highest = max(axes.dataLim.y1 for axes in (paper, mean))
+    paper.set_ylim(lowest, highest + paper.get_ymargin() * (highest - lowest))
 
 
 def _label(line: Line) -> str:

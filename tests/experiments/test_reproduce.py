@@ -328,7 +328,7 @@ def test_changes_are_told_and_authors_curves_stand_beside_ours(
         '{"seed": 0, "epsilon_anneal_time": 50000}\n'
         '{"env_steps": 2, "episode_return": -1.0}\n{"env_steps": 400, "episode_return": 90.0}\n'
     )
-    figure = small.model_copy(update={"authors": {"IQL": str(tmp_path / "theirs.jsonl")}})
+    figure = small.model_copy(update={"authors": {"IQL": str(tmp_path / "theirs.jsonl")}, "lowest": -0.5})
     monkeypatch.setattr(reproduce, "load_figure", lambda name: figure)
     assert made(tmp_path, "quick=true", "num_seeds=2", "logger.progress=false") == 0
     paper, mean = drawn[0].axes
@@ -340,6 +340,7 @@ def test_changes_are_told_and_authors_curves_stand_beside_ours(
     ]
     assert paper.lines[-1].get_xydata().tolist() == [[2.0, -1.0]]  # theirs end where ours do
     assert len({line.get_color() for line in paper.lines}) == 2
+    assert mean.get_ylim() == pytest.approx((-0.5, 4.225))  # a twentieth of what is seen above the highest, 4
     assert (paper.get_xlabel(), paper.get_ylabel()) == ("environment steps", "evaluation return")
     told = "quick run, not as in the paper: total_env_steps=10000, eval_interval=1000, eval_episodes=4"
     assert drawn[0].get_suptitle() == f"Figure 2: Small\n{told}"
