@@ -5,6 +5,7 @@ But for one test training is faked: a run's folder appears with curves that are 
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ TINY = (
 )
 
 DRAW = pictures.draw
+DRAWN = sorted(reproduce.ROOT.glob("experiments/figures_*/fig*/made.json"))
+"""The figures that are in the repository."""
 
 
 @pytest.fixture
@@ -361,3 +364,37 @@ def test_a_run_is_named_by_its_task_and_label() -> None:
     assert (run.task, run.label, run.algo) == ("5m_vs_6m", "OW-QMIX, alpha = 0.01", "ow_qmix")
     run = next(run for run in figures.runs(figures.load_figure("fig7")) if run.line == "QMIX + Q*")
     assert (run.task, run.label, run.folder) == ("predator-prey", "QMIX + Q*", Path("predator_prey/qmix_qstar"))
+
+
+@pytest.mark.parametrize("told", DRAWN, ids=lambda path: "/".join(path.parts[-3:-1]))
+def test_figures_in_the_repository_are_what_their_runs_show(
+    told: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "draw", lambda path, *others: path)
+    kept, recorded = told.parent, json.loads(told.read_text())
+    shutil.copytree(kept.parent, tmp_path / "out", ignore=shutil.ignore_patterns("fig*", "checkpoints", "policies"))
+    reproduce.main([recorded["figure"], "train=false", *recorded["changes"], f"out={tmp_path / 'out'}"])
+    drawn = tmp_path / "out" / recorded["figure"]
+    for name in ("table.csv", "curves.csv"):
+        assert columns(drawn / name) == columns(kept / name), name
+    assert json.loads((drawn / "marl_eval.json").read_text()) == json.loads((kept / "marl_eval.json").read_text())
+    again = json.loads((drawn / "made.json").read_text())
+    assert again["title"] == recorded["title"]
+    assert [run["seeds"] for run in again["runs"]] == [run["seeds"] for run in recorded["runs"]]
+    assert all(run["status"] == "finished" for run in again["runs"])
+
+
+def columns(path: Path) -> list[dict[str, str]]:
+    """A table without its bootstrap intervals, whose draws are another library's affair."""
+    with path.open(newline="") as file:
+        return [
+            {name: value for name, value in row.items() if not name.endswith(("_low", "_high"))}
+            for row in csv.DictReader(file)
+        ]
+
+
+def test_more_seeds_of_a_figure_in_the_repository_are_trained_beside_those_that_are_there(tmp_path: Path) -> None:
+    shutil.copytree(reproduce.ROOT / "experiments" / "figures_50k" / "predator_prey", tmp_path / "predator_prey")
+    chosen, changes = reproduce._parsed(["num_seeds=5", "lines=[cw_qmix]", f"out={tmp_path}"])
+    [line] = reproduce.plan(figures.load_figure("fig2"), "predator_prey", chosen, changes)
+    assert reproduce.missing_seeds(line) == [range(4, 5)]
