@@ -40,6 +40,7 @@ class Figure(pydantic.BaseModel, frozen=True, extra="forbid"):
         lines: each line's overrides, by its label in the legend.
         panels: by their titles.
         authors: files with curves of the authors' code, by line.
+        passes: values of the metric of which the data tell when each seed first reaches them.
         searched: the values among which the paper chose a line's settings, by line and key.
     """
 
@@ -50,6 +51,7 @@ class Figure(pydantic.BaseModel, frozen=True, extra="forbid"):
     lines: dict[str, Overrides]
     panels: dict[str, Panel]
     authors: dict[str, str] = {}
+    passes: list[float] = []
     lowest: float | None = None
     searched: dict[str, dict[str, list[float]]]
 

@@ -291,7 +291,8 @@ def _publish(
     made = {"figure": name, "title": told, "env": env, "quick": chosen.quick, "changes": changes}
     made |= {"absolute_factor": chosen.absolute_factor}
     folder = chosen.folder / (name if len(figure.env) == 1 else f"{name}_{env}")
-    rows = results.write(folder, lines, figure.metric, f"{env} ({versions})" if versions else env, made)
+    task = f"{env} ({versions})" if versions else env
+    rows = results.write(folder, lines, figure.metric, task, made, figure.passes)
     same_task = not any(text.startswith("env.") for text in changes)
     authors = {line: ROOT / path for line, path in figure.authors.items() if same_task}
     picture = pictures.draw(folder / f"{folder.name}.png", lines, figure.metric, told, authors, figure.lowest)

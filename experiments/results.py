@@ -1,8 +1,8 @@
 """What the runs of a figure amount to: curves and tables over seeds, and the files that keep them.
 
-``evaluations.jsonl`` has every evaluation of every seed, ``curves.csv`` the statistics that are drawn, ``table.csv``
-the last of them and the absolute metric, ``marl_eval.json`` all seeds in the format of marl-eval, ``made.json`` how all
-this was made.
+``evaluations.jsonl`` has every evaluation of every seed, ``seeds.csv`` what each comes to, ``curves.csv`` the
+statistics that are drawn, ``table.csv`` the last of them and the absolute metric, ``marl_eval.json`` all seeds in the
+format of marl-eval, ``made.json`` how all this was made.
 """
 
 import json
@@ -116,6 +116,19 @@ def table_row(line: Line, metric: str) -> Row:
     return row
 
 
+def seed_rows(line: Line, metric: str, passes: Sequence[float]) -> Iterator[Row]:
+    """What each seed comes to: its first evaluations of at least ``passes``, the last, and the absolute metric."""
+    for seed, records in _by_seed(line).items():
+        row = {"panel": line.run.panel, "line": line.run.line, "seed": int(seed)}
+        for least in passes:
+            reached = (record["env_steps"] for record in records if record[metric] >= least)
+            row[f"passes_{least:g}"] = next(reached, "")
+        row |= {"env_steps": records[-1]["env_steps"], "last": f"{records[-1][metric]:.4g}"}
+        if seed in line.absolute:
+            row["absolute"] = f"{line.absolute[seed][metric]:.4g}"
+        yield row
+
+
 def marl_eval(lines: Sequence[Line], env: str) -> dict[str, Any]:
     """All seeds in the format that marl-eval documents: environment, task, algorithm, seed, step.
 
@@ -150,11 +163,19 @@ def _seeds_of(line: Line, steps: np.ndarray) -> dict[str, Any]:
     return exported
 
 
-def write(folder: Path, lines: Sequence[Line], metric: str, env: str, made: Mapping[str, Any]) -> list[Row]:
+def write(
+    folder: Path,
+    lines: Sequence[Line],
+    metric: str,
+    env: str,
+    made: Mapping[str, Any],
+    passes: Sequence[float] = (),
+) -> list[Row]:
     """Writes all files but the picture, and returns the table's rows."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [table_row(line, metric) for line in lines]
     write_csv(rows, folder / "table.csv")
+    write_csv([row for line in lines for row in seed_rows(line, metric, passes)], folder / "seeds.csv")
     write_csv([row for line in lines for row in curve_rows(line, metric)], folder / "curves.csv")
     _write_lines(folder / "evaluations.jsonl", (row for line in lines for row in _evaluations(line)))
     (folder / "marl_eval.json").write_text(json.dumps(marl_eval(lines, env)) + "\n")

@@ -48,6 +48,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Figure:
         overrides=["eval_interval=4"],
         lines={"IQL": ["+algo=iql"], "VDN, slow": ["+algo=vdn", "algo.lr=0.0001"]},
         panels={"game": Panel()},
+        passes=[4, 8.5],
         searched={},
     )
     monkeypatch.setattr(reproduce, "load_figure", lambda name: figure)
@@ -298,6 +299,14 @@ def test_the_files_hold_the_curves_and_what_they_come_to(small: Figure, faked: F
     assert halfway["median"] == halfway["iqm_low"] == "2"  # between 0 at 4 steps and 4 at 8
     kept = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
     assert len(kept) == 10
+    slow = [row for row in rows_of(folder / "seeds.csv") if row["line"] == "VDN, slow"]
+    assert [row["seed"] for row in slow] == ["0", "1", "2", "3", "4"]
+    assert [row["passes_4"] for row in slow] == ["", "", "8", "8", "4"]  # 0, 3, 6, 9 and 12 in the end
+    assert [row["passes_8.5"] for row in slow] == ["", "", "", "12", "12"]
+    assert [(row["env_steps"], row["last"], row["absolute"]) for row in slow[3:]] == [
+        ("12", "9", "30"),
+        ("12", "12", "40"),
+    ]
     assert kept[6] == {
         "panel": "game",
         "line": "VDN, slow",
@@ -375,7 +384,7 @@ def test_figures_in_the_repository_are_what_their_runs_show(
     shutil.copytree(kept.parent, tmp_path / "out", ignore=shutil.ignore_patterns("fig*", "checkpoints", "policies"))
     reproduce.main([recorded["figure"], "train=false", *recorded["changes"], f"out={tmp_path / 'out'}"])
     drawn = tmp_path / "out" / recorded["figure"]
-    for name in ("table.csv", "curves.csv"):
+    for name in ("table.csv", "seeds.csv", "curves.csv"):
         assert columns(drawn / name) == columns(kept / name), name
     assert json.loads((drawn / "marl_eval.json").read_text()) == json.loads((kept / "marl_eval.json").read_text())
     again = json.loads((drawn / "made.json").read_text())
