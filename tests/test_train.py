@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -145,12 +146,12 @@ def test_help_is_short_and_lists_what_there_is(capfd: pytest.CaptureFixture[str]
     assert f"algo: {ALGORITHMS}\n" in out
     assert "Hydra" not in out
     assert "total_env_steps: 1000000 # per seed\n" in out
-    assert "  punishment: -2\n" in out
+    assert re.search(r"^  punishment: -2 +# reward, at most 0, ", out, re.MULTILINE)
     assert "lr:" not in out
     assert main("+algo=ow_qmix", "env=matrix_game", "--help") == 0
     out = capfd.readouterr().out
-    assert "  alpha: 0.1\n" in out
-    assert "  payoff: table2\n" in out
+    assert re.search(r"^  alpha: 0.1 +# the weight of the other joint actions\n", out, re.MULTILINE)
+    assert re.search(r"^  payoff: table2 +# the reward of every joint action ", out, re.MULTILINE)
 
 
 def test_load_config_reads_what_the_command_line_reads(tmp_path: Path) -> None:

@@ -203,17 +203,25 @@ def build(name: str, values: Mapping[str, Any]) -> Any:
         ConfigError: where the class can't be found or refuses a value; keys are prefixed with ``name``.
     """
     fields = _plain(values)
-    target = fields.pop("_target_", None)
+    cls = target_class(name, fields.pop("_target_", None))
+    return _validated(cls, fields, prefix=f"{name}.")
+
+
+def target_class(name: str, target: str | None) -> type:
+    """The class that ``NAME._target_`` names.
+
+    Raises:
+        ConfigError: if it can't be found.
+    """
     if target is None:
         raise ConfigError(f"{name}._target_ is missing: it names the class of these options")
     try:
-        cls = pkgutil.resolve_name(target)
+        return pkgutil.resolve_name(target)
     except ModuleNotFoundError as error:
         where = "start where the module lies, or name its folder with --config-dir"
         raise ConfigError(f"{name}._target_={target!r} can't be imported: {error}; {where}") from error
     except (AttributeError, ImportError, TypeError, ValueError) as error:
         raise ConfigError(f"{name}._target_={target!r} can't be imported: {error}") from error
-    return _validated(cls, fields, prefix=f"{name}.")
 
 
 def _part(name: str, values: Mapping[str, Any]) -> Any:

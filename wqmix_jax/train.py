@@ -23,6 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from wqmix_jax import option_help
 from wqmix_jax.config import CONFIG_DIR, RESUMABLE, ConfigError, RunConfig, add_import_paths, run_config
 from wqmix_jax.exits import RunError, refuse
 from wqmix_jax.hosts import abandon_others, connected, refuse_unexpected_processes, with_host
@@ -88,14 +89,15 @@ def names(group: str, config_dir: str | os.PathLike[str] | None = None) -> str:
 
 
 def _register_help(config_dir: str | None) -> None:
-    """What the help in ``train.yaml`` refers to: a group's names, and options with their comments or values."""
+    """What the help in ``train.yaml`` refers to: a group's names, and options with what they mean."""
 
     def described() -> str:
         options = (CONFIG_DIR / "train.yaml").read_text().partition("\nnum_seeds:")
         return "".join(options[1:]).partition("\n# Hydra")[0].strip()
 
     def chosen(*, _root_: DictConfig) -> str:
-        return OmegaConf.to_yaml({name: _root_[name] for name in reversed(_GROUPS) if name in _root_})
+        groups = {name: _plain(_root_[name]) for name in reversed(_GROUPS) if name in _root_}
+        return "\n\n".join(option_help.described(name, values) for name, values in groups.items())
 
     resolvers = {"names": lambda group: names(group, config_dir), "described": described, "chosen": chosen}
     for name, resolver in resolvers.items():
