@@ -75,6 +75,23 @@ def test_the_picture_shows_curves_intervals_and_chances(tmp_path: Path, monkeypa
     assert len({line.get_color() for line in curves.lines[:2]}) == 2
 
 
+def test_the_legend_tells_runs_of_one_algorithm_apart(tmp_path: Path) -> None:
+    algo = VALUES["algo"]
+    runs = [
+        run(tmp_path / "slow", {0: 1.0}),
+        run(tmp_path / "fast", {0: 2.0}, algo={**algo, "lr": 0.2}),
+        run(tmp_path / "other", {0: 3.0}, algo_name="vdn"),
+    ]
+    groups = compare.find_groups(runs)
+    assert [compare._title(name, groups) for name in groups] == ["A iql, lr=0.1", "B iql, lr=0.2", "C vdn"]
+    many = {**algo, "lr": 0.2, "gamma": 0.5, "batch_size": 7}
+    groups = compare.find_groups([runs[0], run(tmp_path / "all_else", {0: 2.0}, algo=many), runs[2]])
+    assert [compare._title(name, groups) for name in groups] == ["A slow", "B all_else", "C vdn"]
+    again = run(tmp_path / "elsewhere" / "slow", {1: 2.0})  # another folder of the same name, which says nothing
+    groups = compare.find_groups([runs[0], again])
+    assert [compare._title(name, groups) for name in groups] == ["A iql", "B iql"]
+
+
 def test_seeds_that_failed_are_left_out_and_parts_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path / "one" / "host_0", {0: 8.0}, host=0)
     run(tmp_path / "one" / "host_1", {1: 10.0, 2: 99.0}, host=1, failed=[2])

@@ -47,6 +47,9 @@ PICTURE = Path("outputs") / "comparison.png"
 FEW_SEEDS = 5
 """With fewer, intervals are told but warned of: they come from the few seeds that are there."""
 
+MOST_OPTIONS = 2
+"""Of more that differ between runs of one algorithm, the picture's legend shows none."""
+
 _VERSION = "version of "
 
 
@@ -156,20 +159,20 @@ def draw(groups: Mapping[str, Group], scores: Mapping[str, Scores], metric: str,
         label = f"{_title(name, groups)} ({seeds_label(drawn.values.shape[1])})"
         draw_band(curves, drawn.env_steps, quartiles(drawn.values), looks[name], label)
     curves.axvline(last, color="0.5", linewidth=1, linestyle=":", label="compared until here")
-    curves.set_title("median and 25-75% quartiles")
+    curves.set_title("median, 25-75% quartiles", fontsize=10)
     curves.set_xlabel("environment steps")
     decorate(curves, metric)
     curves.legend(frameon=False, fontsize=9)
     estimates = {name: iqm_estimate(scores[name].final) for name in groups}
     _draw_intervals(final, estimates, looks, f"{metric_label(metric)} at {last:,} steps")
     warning = " (few seeds)" if _has_few_seeds(scores) else ""
-    final.set_title(f"IQM with 95% interval{warning}")
+    final.set_title(f"IQM, 95% interval{warning}", fontsize=10)
     others = [name for name in groups if name != baseline]
     wins = {name: probability_of_improvement(scores[name].final, scores[baseline].final) for name in others}
     _draw_intervals(better, wins, looks, f"probability of improvement on {baseline}")
     better.axvline(0.5, color="0.5", linewidth=1, linestyle="--")
     better.set_xlim(-0.03, 1.03)
-    better.set_title(f"against {baseline}, with 95% interval{warning}")
+    better.set_title(f"against {baseline}, 95% interval{warning}", fontsize=10)
     return save_figure(figure, path)
 
 
@@ -238,11 +241,17 @@ def _shown(options: Mapping[str, Any], option: str) -> str:
 
 
 def _title(name: str, groups: Mapping[str, Group]) -> str:
-    """With the algorithm; where several runs have the same, with the folder's name if that tells them apart."""
-    folders = {key: "+".join(folder.resolve().name for folder in group.folders) for key, group in groups.items()}
-    algos = {key: group.algo for key, group in groups.items()}
-    by_folder = len(set(algos.values())) < len(algos) == len(set(folders.values()))
-    return f"{name} {(folders if by_folder else algos)[name]}"
+    """With the algorithm, and with what tells it from runs of the same one: a few options, or else the folders."""
+    group = groups[name]
+    same = {key: other for key, other in groups.items() if other.algo == group.algo}
+    known = dict.fromkeys(option for other in same.values() for option in other.options)
+    apart = [option for option in known if len({_shown(other.options, option) for other in same.values()}) > 1]
+    if 0 < len(apart) <= MOST_OPTIONS:
+        options = (f"{option.split('.')[-1]}={_shown(group.options, option)}" for option in apart)
+        return ", ".join([f"{name} {group.algo}", *options])
+    folders = {key: "+".join(folder.resolve().name for folder in other.folders) for key, other in same.items()}
+    tell = 1 < len(same) == len(set(folders.values()))
+    return f"{name} {folders[name] if tell else group.algo}"
 
 
 def _of(run: Path) -> list[Group]:

@@ -19,6 +19,7 @@ from experiments.figures import Figure, Panel
 from tests.recorded import evaluated, record_run
 from tests.running import shared_programs
 from wqmix_jax import load_metrics
+from wqmix_jax.api import load_policies
 from wqmix_jax.config import ConfigError
 from wqmix_jax.exits import SEEDS_FAILED, RunError
 from wqmix_jax.logger import HEADER_FILE, load_header
@@ -391,6 +392,23 @@ def test_figures_in_the_repository_are_what_their_runs_show(
     assert again["title"] == recorded["title"]
     assert [run["seeds"] for run in again["runs"]] == [run["seeds"] for run in recorded["runs"]]
     assert all(run["status"] == "finished" for run in again["runs"])
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(reproduce.ROOT.glob("experiments/figures_*/**/best.npz")),
+    ids=lambda path: "/".join(path.parts[-5:-2]),
+)
+def test_policies_in_the_repository_are_those_of_the_best_evaluations(path: Path) -> None:
+    run_dir = path.parent.parent
+    returns = {
+        str(seed): [line["episode_return"] for line in load_metrics(run_dir, kind="eval") if line["seed"] == seed]
+        for seed in load_header(run_dir)["seeds"]
+    }
+    _, policies = load_policies(run_dir, which="best")
+    assert list(policies) == list(returns)
+    with np.load(path) as file:
+        assert file["episode_return"].tolist() == [max(of_seed) for of_seed in returns.values()]
 
 
 def columns(path: Path) -> list[dict[str, str]]:
