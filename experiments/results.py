@@ -99,7 +99,7 @@ def curve_rows(line: Line, metric: str) -> Iterator[Row]:
     drawn = curves(line, metric)
     columns = _columns(quartiles(drawn.values), iqm_estimate(drawn.values))
     for index, steps in enumerate(drawn.env_steps):
-        figures = {name: f"{column[index]:.5g}" for name, column in columns.items()}
+        figures = {name: _text(column[index], 5) for name, column in columns.items()}
         yield {"panel": line.run.panel, "line": line.run.line, "env_steps": round(steps), **figures}
 
 
@@ -109,10 +109,10 @@ def table_row(line: Line, metric: str) -> Row:
     final = _columns(*(estimate(last.values[-1]) for estimate in (quartiles, iqm_estimate)))
     absolute = np.array([figures[metric] for figures in line.absolute.values()])
     row = {"panel": line.run.panel, "line": line.run.line, "seeds": line.num_seeds, "failed": len(line.failed)}
-    row |= {"env_steps": round(last.env_steps[-1]), **{name: f"{value:.4g}" for name, value in final.items()}}
+    row |= {"env_steps": round(last.env_steps[-1]), **{name: _text(value) for name, value in final.items()}}
     if absolute.size:
         best = iqm_estimate(absolute)
-        row |= {"absolute": f"{best.value:.4g}", "absolute_low": f"{best.low:.4g}", "absolute_high": f"{best.high:.4g}"}
+        row |= {"absolute": _text(best.value), "absolute_low": _text(best.low), "absolute_high": _text(best.high)}
     return row
 
 
@@ -123,9 +123,9 @@ def seed_rows(line: Line, metric: str, passes: Sequence[float]) -> Iterator[Row]
         for least in passes:
             reached = (record["env_steps"] for record in records if record[metric] >= least)
             row[f"passes_{least:g}"] = next(reached, "")
-        row |= {"env_steps": records[-1]["env_steps"], "last": f"{records[-1][metric]:.4g}"}
+        row |= {"env_steps": records[-1]["env_steps"], "last": _text(records[-1][metric])}
         if seed in line.absolute:
-            row["absolute"] = f"{line.absolute[seed][metric]:.4g}"
+            row["absolute"] = _text(line.absolute[seed][metric])
         yield row
 
 
@@ -211,6 +211,11 @@ def _by_seed(line: Line) -> dict[str, list[Row]]:
     for record in line.records:
         found.setdefault(str(record["seed"]), []).append(record)
     return found
+
+
+def _text(value: Any, digits: int = 4) -> str:
+    """A figure; nothing for the ends of an interval that a single seed doesn't have."""
+    return "" if np.isnan(value) else f"{value:.{digits}g}"
 
 
 def _columns(of_paper: Estimate, of_iqm: Estimate) -> dict[str, np.ndarray]:

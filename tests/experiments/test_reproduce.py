@@ -317,6 +317,13 @@ def test_the_files_hold_the_curves_and_what_they_come_to(small: Figure, faked: F
     }
 
 
+def test_a_single_seed_has_no_interval(small: Figure, faked: Faked, tmp_path: Path) -> None:
+    assert made(tmp_path, "num_seeds=1") == 0
+    for name in ("table.csv", "curves.csv"):
+        last = rows_of(tmp_path / "out" / "fig2" / name)[-1]
+        assert (last["iqm"], last["iqm_low"], last["iqm_high"]) == ("3", "", "")
+
+
 def test_the_export_is_laid_out_as_marl_eval_documents(small: Figure, faked: Faked, tmp_path: Path) -> None:
     assert made(tmp_path, "num_seeds=2") == 0
     exported = json.loads((tmp_path / "out" / "fig2" / "marl_eval.json").read_text())
