@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -164,9 +165,11 @@ def test_a_folder_that_is_no_run(
     assert capsys.readouterr().err == f"error: run_dir={folder} is not allowed: {told}\n"
 
 
-def test_a_run_without_policies(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_policies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = ROOT / "experiments" / "figures_1M" / "predator_prey" / "predator_prey" / "qmix" / "seeds_0-1"
+    shutil.copytree(kept, tmp_path / "run", ignore=shutil.ignore_patterns("policies"))
     with pytest.raises(SystemExit):
-        evaluate.main([f"run_dir={ROOT / 'experiments' / 'predator_prey' / 'qmix'}"])
+        evaluate.main([f"run_dir={tmp_path / 'run'}"])
     told = capsys.readouterr().err
     assert told.endswith(
         "is not there: a run writes its policies with its checkpoints; of a merged run the parts have them\n"
