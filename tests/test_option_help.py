@@ -75,7 +75,8 @@ def test_a_long_description_is_wrapped_in_its_column(monkeypatch: pytest.MonkeyP
 
 
 def test_options_of_a_class_that_is_not_here_are_shown_without_a_word() -> None:
-    assert described("env", {"_target_": "nowhere.Game", "size": 3}).splitlines()[2:] == ["  size: 3"]
+    for target in ("nowhere.Game", "os.getcwd"):
+        assert described("env", {"_target_": target, "size": 3}).splitlines()[2:] == ["  size: 3"]
 
 
 @pytest.mark.parametrize(("group", "name"), GROUPS, ids="/".join)

@@ -36,7 +36,7 @@ def described(group: str, values: Mapping[str, Any]) -> str:
 def attributes(cls: type) -> dict[str, str]:
     """What a class and those that it subclasses say of their attributes in docstrings of Google's style."""
     found = {}
-    for base in reversed(cls.__mro__):
+    for base in reversed(getattr(cls, "__mro__", ())):  # a function's name is refused when the run starts
         section = inspect.cleandoc(base.__doc__ or "").partition("\nAttributes:\n")[2]
         section = re.split(r"\n(?=\S)", section)[0]
         for name, text in re.findall(r"^ {4}(\w+): (.+(?:\n {5,}.+)*)", section, re.MULTILINE):

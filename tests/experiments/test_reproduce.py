@@ -432,3 +432,4 @@ def test_more_seeds_of_a_figure_in_the_repository_are_trained_beside_those_that_
     chosen, changes = reproduce._parsed(["num_seeds=5", "lines=[cw_qmix]", f"out={tmp_path}"])
     [line] = reproduce.plan(figures.load_figure("fig2"), "predator_prey", chosen, changes)
     assert reproduce.missing_seeds(line) == [range(4, 5)]
+    assert len(DRAWN) >= 3  # else the tests above would look at nothing
