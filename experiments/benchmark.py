@@ -113,6 +113,8 @@ def chosen_algorithm(overrides: list[str]) -> tuple[str, list[str]]:
 def measured(algo: str, overrides: list[str]) -> Iterator[Row]:
     """The rows that the command line asks for."""
     options = [override for override in overrides if override != "seeds=all"]
+    for override in (override for override in options if override.startswith("seeds=")):
+        raise ConfigError(f"{override} is not allowed: seeds=all times 1, 2, 4, .. seeds, num_seeds=N that many")
     if algo == "all" and options != overrides:
         raise ConfigError("seeds=all is not allowed with algo=all, which times no loop")
     if algo == "all":

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     try:
         out = new_run_dir(args.out, algo="demo", env="table2_predator_prey")
-        make_run_dir(out)
+        out = make_run_dir(out, numbered=args.out is None)
     except ConfigError as error:
         refuse(str(error).replace("run_dir=", "--out "))
     print(f"Table 2's game and a small predator-prey, into {out}; compiling comes first")

@@ -9,8 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from experiments.results import Line, curves
-from wqmix_jax.plotting import Style, decorate, draw_band, new_figure, save_figure, seeds_label, styles
-from wqmix_jax.statistics import iqm_estimate, quartiles
+from wqmix_jax.plotting import Style, decorate, draw_band, new_figure, save_figure, seeds_label
+from wqmix_jax.statistics import FEWEST_TRIMMED, iqm_estimate, quartiles
+
+_FEW = f" (mean of fewer than {FEWEST_TRIMMED} seeds)"
 
 
 def draw(
@@ -18,6 +20,7 @@ def draw(
     lines: Sequence[Line],
     metric: str,
     title: Sequence[str],
+    looks: Mapping[str, Style],
     authors: Mapping[str, Path],
     lowest: float | None = None,
 ) -> Path:
@@ -25,14 +28,14 @@ def draw(
 
     Args:
         path: of the picture.
-        lines: of all panels.
+        lines: of all panels, those that have any records.
         metric: what is drawn.
         title: its lines.
+        looks: how each line looks, by its label.
         authors: files with curves of the authors' code, by line.
         lowest: where the axis of the metric ends below.
     """
     panels = list(dict.fromkeys(line.run.panel for line in lines))
-    looks = styles(list(dict.fromkeys(line.run.line for line in lines)))
     figure = new_figure(14, 0.8 + 3.9 * len(panels))
     figure.suptitle("\n".join(textwrap.fill(line, 150) for line in title), fontsize=11)
     for panel, (paper, mean) in zip(panels, figure.subplots(len(panels), 2, squeeze=False, sharey="row"), strict=True):
@@ -41,9 +44,9 @@ def draw(
             draw_band(paper, drawn.env_steps, quartiles(drawn.values), look, _label(line))
             draw_band(mean, drawn.env_steps, iqm_estimate(drawn.values), look, _label(line))
         last = max(line.records[-1]["env_steps"] for line in lines if line.run.panel == panel)
-        for label in (label for label in authors if label in looks):
+        for label in (label for label in authors if any(line.run.line == label for line in lines)):
             _draw_authors(paper, authors[label], looks[label], label, last)
-        for axes, told in ((paper, "median, 25-75% quartiles"), (mean, "IQM, 95% bootstrap interval")):
+        for axes, told in ((paper, "median, 25-75% quartiles"), (mean, f"IQM{_FEW}, 95% bootstrap interval")):
             axes.set_title(f"{panel}: {told}", fontsize=10)
             axes.set_xlabel("environment steps")
             decorate(axes, metric)

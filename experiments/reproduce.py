@@ -22,6 +22,7 @@ from wqmix_jax.devices import claim_cores
 from wqmix_jax.exits import REFUSED, SEEDS_FAILED, OneLineParser, RunError
 from wqmix_jax.hosts import with_host
 from wqmix_jax.logger import HEADER_FILE, load_header, load_metrics
+from wqmix_jax.plotting import styles
 from wqmix_jax.runs import read_config, read_summary, shared_options
 from wqmix_jax.table import show
 from wqmix_jax.train import load_config, load_values
@@ -93,7 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("figure", help=", ".join(figure_names()))
-    parser.add_argument("options", nargs="*", metavar="key=value", help="of this command (below) or of every run")
+    parser.add_argument(
+        "options", nargs="*", default=[], metavar="key=value", help="of this command (below) or of every run"
+    )
     args = parser.parse_args(arguments)
     try:
         failed = reproduce(args.figure, args.options)
@@ -119,7 +122,7 @@ def reproduce(name: str, texts: Sequence[str]) -> list[str]:
 
     Raises:
         ConfigError: if an option is not allowed, or runs that are there have others; nothing was trained then.
-        RunError: if a run had to stop.
+        RunError: if a run had to stop, or all seeds of all lines failed.
     """
     claim_cores()  # before an environment's library starts the backend
     figure = load_figure(name)
@@ -133,6 +136,8 @@ def reproduce(name: str, texts: Sequence[str]) -> list[str]:
     lines = [results.gather(line.run, _made(line.folder), chosen.absolute_factor) for line in planned if _begun(line)]
     if not lines:
         raise ConfigError(f"train=False is not allowed: there is no run of {name} in {chosen.folder}")
+    if not any(line.records for line in lines):
+        raise RunError(f"all seeds of {name} in {chosen.folder} failed: there is nothing to draw", SEEDS_FAILED)
     _publish(name, figure, env, chosen, overrides, lines)
     return failed
 
@@ -295,7 +300,9 @@ def _publish(
     rows = results.write(folder, lines, figure.metric, task, made, figure.passes)
     same_task = not any(text.startswith("env.") for text in changes)
     authors = {line: ROOT / path for line, path in figure.authors.items() if same_task}
-    picture = pictures.draw(folder / f"{folder.name}.png", lines, figure.metric, told, authors, figure.lowest)
+    looks = styles(list(figure.lines))  # of all, so that a line looks the same whichever others are there
+    sound = [line for line in lines if line.records]
+    picture = pictures.draw(folder / f"{folder.name}.png", sound, figure.metric, told, looks, authors, figure.lowest)
     print("\n".join(told))
     show(rows)
     print(f"picture and data: {picture.parent}")

@@ -15,7 +15,7 @@ import numpy as np
 from experiments.figures import Run
 from wqmix_jax.api import load_policies
 from wqmix_jax.evaluate import play_policies
-from wqmix_jax.logger import load_header, load_metrics
+from wqmix_jax.logger import load_header, load_metrics, read_mapping
 from wqmix_jax.members import labels_of, member_name
 from wqmix_jax.policy import BEST, POLICY_DIR
 from wqmix_jax.runs import read_config, read_summary
@@ -66,16 +66,18 @@ def gather(run: Run, folders: Sequence[Path], absolute_factor: int) -> Line:
 def absolute_metric(folder: Path, factor: int) -> dict[str, Row]:
     """Figures of each seed's best policy over ``factor`` times as many episodes as an evaluation has.
 
-    They are kept in the folder of a run that is finished.
+    They are kept in the folder of a run that is finished, until it is made longer.
     """
     config, kept = read_config(folder), folder / ABSOLUTE_FILE
     episodes = factor * config["eval_episodes"]
-    if kept.is_file() and (known := json.loads(kept.read_text()))["episodes"] == episodes:
+    wanted = {"episodes": episodes, "total_env_steps": config["total_env_steps"]}
+    known = read_mapping(kept) if kept.is_file() else {}
+    if wanted.items() <= known.items():
         return known["seeds"]
     if not (folder / POLICY_DIR / f"{BEST}.npz").is_file():
         return {}
     print(f"the best policies of {folder} play {episodes} episodes", flush=True)
-    played = {"episodes": episodes, "seeds": _best_policies(folder, episodes, config["matmul_precision"])}
+    played = wanted | {"seeds": _best_policies(folder, episodes, config["matmul_precision"])}
     if read_summary(folder).get("status") == "finished":
         kept.write_text(json.dumps(played) + "\n")
     return played["seeds"]
@@ -104,11 +106,13 @@ def curve_rows(line: Line, metric: str) -> Iterator[Row]:
 
 
 def table_row(line: Line, metric: str) -> Row:
-    """The last point of its curve, and the absolute metric."""
+    """The last point of its curve, and the absolute metric; no figures where all seeds failed."""
+    row = {"panel": line.run.panel, "line": line.run.line, "seeds": line.num_seeds, "failed": len(line.failed)}
+    if not line.records:
+        return row
     last = curves(line, metric)
     final = _columns(*(estimate(last.values[-1]) for estimate in (quartiles, iqm_estimate)))
     absolute = np.array([figures[metric] for figures in line.absolute.values()])
-    row = {"panel": line.run.panel, "line": line.run.line, "seeds": line.num_seeds, "failed": len(line.failed)}
     row |= {"env_steps": round(last.env_steps[-1]), **{name: _text(value) for name, value in final.items()}}
     if absolute.size:
         best = iqm_estimate(absolute)
@@ -173,12 +177,12 @@ def write(
 ) -> list[Row]:
     """Writes all files but the picture, and returns the table's rows."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [table_row(line, metric) for line in lines]
+    rows, sound = [table_row(line, metric) for line in lines], [line for line in lines if line.records]
     write_csv(rows, folder / "table.csv")
-    write_csv([row for line in lines for row in seed_rows(line, metric, passes)], folder / "seeds.csv")
-    write_csv([row for line in lines for row in curve_rows(line, metric)], folder / "curves.csv")
-    _write_lines(folder / "evaluations.jsonl", (row for line in lines for row in _evaluations(line)))
-    (folder / "marl_eval.json").write_text(json.dumps(marl_eval(lines, env)) + "\n")
+    write_csv([row for line in sound for row in seed_rows(line, metric, passes)], folder / "seeds.csv")
+    write_csv([row for line in sound for row in curve_rows(line, metric)], folder / "curves.csv")
+    _write_lines(folder / "evaluations.jsonl", (row for line in sound for row in _evaluations(line)))
+    (folder / "marl_eval.json").write_text(json.dumps(marl_eval(sound, env)) + "\n")
     runs = [_how(line, path) for line in lines for path in line.folders]
     (folder / "made.json").write_text(json.dumps({**made, "runs": runs}, indent=2) + "\n")
     return rows

@@ -1,5 +1,6 @@
 """Checkpoints hold a whole run: what goes on from one gives the numbers of a run that was never cut."""
 
+import functools
 import json
 import os
 import shutil
@@ -21,8 +22,9 @@ from tests.running import TINY, USER_FOLDER, last_checkpoint, main, process, sha
 from wqmix_jax import evaluate, load_config, load_metrics, load_policy, runner
 from wqmix_jax.algos.base import AgentInputs
 from wqmix_jax.config import ConfigError
-from wqmix_jax.logger import METRICS_FILE
+from wqmix_jax.logger import METRICS_FILE, create_metrics, load_header
 from wqmix_jax.loop import Loop
+from wqmix_jax.runs import SUMMARY_FILE, held
 from wqmix_jax.trainer import Trainer
 
 CLOCKS = {"seconds", "wall_seconds", "metrics_bytes"}  # the last: a clock's figures differ in length
@@ -105,8 +107,57 @@ def test_a_run_goes_on_with_its_seeds_on_another_number_of_devices(
 def test_a_run_without_a_checkpoint_starts_over(tmp_path: Path, straight: Path) -> None:
     run_dir = Path(shutil.copytree(straight, tmp_path / "run"))
     shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / SUMMARY_FILE).unlink()
     assert main(f"resume={run_dir}") == 0
     assert_same_run(run_dir, straight)
+
+
+@pytest.mark.parametrize(("status", "emptied"), [("finished", False), ("interrupted", True), ("running", False)])
+def test_a_run_whose_checkpoints_were_deleted_keeps_its_records(
+    status: str, emptied: bool, tmp_path: Path, straight: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = Path(shutil.copytree(straight, tmp_path / "run"))
+    shutil.rmtree(run_dir / "checkpoints")
+    if emptied:
+        (run_dir / "checkpoints").mkdir()
+    summary = run_dir / SUMMARY_FILE
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"status": status}))
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    assert main(f"resume={run_dir}", "total_env_steps=60") == 2
+    told = f"error: resume={run_dir} is not allowed: its checkpoints are gone, so it would start over and lose its "
+    assert capfd.readouterr().err.startswith(told)
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_was_killed_while_it_wrote_its_first_checkpoint_starts_over(tmp_path: Path, straight: Path) -> None:
+    run_dir = Path(shutil.copytree(straight, tmp_path / "run"))
+    shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "checkpoints").mkdir()
+    summary = run_dir / SUMMARY_FILE
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"status": "running"}))
+    assert main(f"resume={run_dir}") == 0
+    assert_same_run(run_dir, straight)
+
+
+def test_a_run_that_another_process_trains_is_left_alone(
+    tmp_path: Path, straight: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = Path(shutil.copytree(straight, tmp_path / "run"))
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    with held(run_dir):
+        assert main(f"resume={run_dir}", "total_env_steps=60") == 2
+        told = f"error: resume={run_dir} is not allowed: another process is training this run\n"
+        assert capfd.readouterr().err == told
+        assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+    assert main(f"resume={run_dir}", "total_env_steps=60") == 0
+
+
+def test_of_two_runs_that_begin_in_one_folder_only_the_first_does(tmp_path: Path) -> None:
+    begin = functools.partial(create_metrics, tmp_path, version="0", env="coin", members=[{"seed": 0}])
+    begin(algo="iql")
+    with pytest.raises(ConfigError, match="is not allowed: another run has just begun there"):
+        begin(algo="vdn")
+    assert load_header(tmp_path)["algo"] == "iql"
 
 
 def test_a_longer_total_gives_the_longer_run(tmp_path: Path, straight: Path) -> None:
@@ -486,6 +537,27 @@ def test_a_policy_acts_on_local_observations(straight: Path, batch_shape: tuple[
         assert not policy.act(carry, obs, only_first)[0].any()
     with pytest.raises(AssertionError):
         policy.act(policy.initial_carry((7,)), obs, avail)
+
+
+def test_policies_play_as_they_were_trained_to_compute(straight: Path, tmp_path: Path) -> None:
+    run_dir = Path(shutil.copytree(straight, tmp_path / "run"))
+    edit(run_dir / "config.yaml", "compute_dtype: float32\n", "compute_dtype: bfloat16\n")
+    acted = []
+    for folder in (straight, run_dir):
+        policy = load_policy(folder)
+        spec = policy.env_spec
+        inputs = jnp.full((spec.num_agents, spec.obs_dim), 1 / 3), jnp.ones((spec.num_agents, spec.num_actions), bool)
+        acted.append(policy.act(policy.initial_carry(), *inputs)[1].recurrent)
+    assert (acted[0] != acted[1]).any()
+    np.testing.assert_allclose(acted[1], acted[0], atol=0.05)
+
+
+def test_a_file_of_policies_that_was_cut_is_told(straight: Path, tmp_path: Path) -> None:
+    run_dir = Path(shutil.copytree(straight, tmp_path / "run"))
+    path = run_dir / "policies" / "best.npz"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ConfigError, match=r"best\.npz can't be read: File is not a zip file"):
+        load_policy(run_dir)
 
 
 def test_a_member_that_is_not_there(straight: Path) -> None:

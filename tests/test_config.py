@@ -1,5 +1,7 @@
 """Refusals of the schema: one line that names the key, the value and what is allowed."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,6 +60,11 @@ def test_every_yaml_is_a_run(algo: str, env: str, tmp_path_factory: pytest.TempP
         ("algo._target_", None, "algo._target_ is missing: it names the class of these options"),
         ("algo._target_", "no_such_module.X", "algo._target_='no_such_module.X' can't be imported: No module named"),
         ("algo._target_", "wqmix_jax.algos.iql.IQLL", "algo._target_='wqmix_jax.algos.iql.IQLL' can't be imported: "),
+        ("algo._target_", "math.pi", "algo._target_='math.pi' is not allowed: it is no class"),
+        ("algo._target_", "numpy", "algo._target_='numpy' is not allowed: it is no class"),
+        ("algo.target_update_interval", 10**10, "algo.target_update_interval=10000000000 is not allowed: input should"),
+        ("algo.epsilon_anneal_steps", 2**31, f"algo.epsilon_anneal_steps={2**31} is not allowed: input should be less"),
+        ("env.stag_catchers", 9, "env.stag_catchers=9 is not allowed: at most num_agents=8 can catch a stag"),
         ("env.world_shape", [3, 3], "env.world_shape=(3, 3) is not allowed: its 9 cells must hold"),
         ("env", 3, "env=3 is not allowed: a group of options is needed"),
         ("algo.returns", "n_step", "algo.returns='n_step' is not allowed: input should be 'one_step', 'td_lambda' or "),
@@ -86,6 +93,26 @@ def test_a_class_that_is_not_of_its_group_is_refused(group: str, contract: str) 
     told = rf"^{group}\._target_='decimal.Decimal' is not allowed: it is no wqmix_jax\.{contract}$"
     with pytest.raises(ConfigError, match=told):
         run_config(plain(**{group: {"_target_": "decimal.Decimal"}}))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("x = 1\ndef f(:\n", "invalid syntax (spoilt.py, line 2)"),
+        ("x = 1\ny = undefined\n", "name 'undefined' is not defined (NameError in "),
+        ("raise ValueError('x')\n", "x (ValueError in "),
+    ],
+)
+def test_a_module_that_can_not_be_imported_tells_where(
+    text: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "spoilt.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError) as refused:
+        run_config(plain(**{"algo._target_": "spoilt.Spoilt"}))
+    assert str(refused.value).startswith(f"algo._target_='spoilt.Spoilt' can't be imported: {told}")
+    last_line = len(text.splitlines())
+    assert re.search(rf"spoilt\.py, line {last_line}\)$", str(refused.value))
 
 
 class WithoutOptions(QMIX):

@@ -118,6 +118,9 @@ def near(picture: np.ndarray, colour: tuple[int, int, int]) -> int:
     [
         (["pymarl=null"], "run_dir is missing: write run_dir=RUN_DIR, or pymarl=FOLDER"),
         (["pymarl=null", "run_dir=here"], "env=predator_prey is not allowed with run_dir: a run's own"),
+        (["algo=qmix"], "algo=qmix is not allowed: the agents of a run or of a PyMARL checkpoint play"),
+        (["+algo=qmix"], "+algo=qmix is not allowed: the agents of a run or of a PyMARL checkpoint play"),
+        (["member=1"], "member=1 is not allowed: the run has members 0 to 0"),
         (["episodes=0"], "episodes=0 is not allowed: input should be greater than 0"),
         (["seed=-1"], "seed=-1 is not allowed"),
         (["env.obs_radius=1"], "agent.th: fc1.weight has shape (4, 82), expected is (4, 34)"),

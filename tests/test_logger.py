@@ -5,6 +5,7 @@ import math
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,6 +138,27 @@ def test_offline_runs_hold_what_metrics_hold(run_dir: Path) -> None:
             name = f"{line['kind']}/episode_return"
             if math.isfinite(line["episode_return"]):
                 assert values[name] == line["episode_return"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "group"),
+    [
+        ("outputs/first", "first"),
+        ("outputs/big/host_1", "big"),
+        ("outputs/2026-11-29_sweep/0", "outputs/2026-11-29_sweep/0"),
+        ("out/game/cw_qmix/seeds_0-2", "out/game/cw_qmix/seeds_0-2"),
+    ],
+)
+def test_a_group_is_named_by_what_tells_its_folder_apart(
+    folder: str, group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    started: list[dict[str, Any]] = []
+    monkeypatch.setattr(wandb, "init", lambda **told: started.append(told) or SimpleNamespace(define_metric=print))
+    Path(folder).mkdir(parents=True)
+    create_metrics(Path(folder), version="0", algo="iql", env="coin", members=[{"seed": 0}])
+    WandbRuns(Path(folder), options("offline", group=None), {}, num_bytes=0)
+    assert [(told["group"], told["name"]) for told in started] == [(group, f"{group}_seed0")]
 
 
 def test_nothing_is_made_where_wandb_is_disabled(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,10 +108,15 @@ def test_the_limit_is_what_the_machine_and_the_control_group_have_left(tmp_path,
     (tmp_path / "self" / "cgroup").write_text("4:memory:/old\n0::/slurm/job\n")
     (group / "memory.max").write_text("max\n")
     assert memory_limit(trainer) == 10000 + 5
+    (group / "memory.max").write_text("9000\n")
+    assert memory_limit(trainer) == 10000 + 5, "its use isn't told"
     for folder, limit in ((group, 9000), (group.parent, 8000)):
         (folder / "memory.max").write_text(f"{limit}\n")
-        (folder / "memory.current").write_text("1000\n")
-    assert memory_limit(trainer) == 7000 + 5
+        (folder / "memory.current").write_text("6000\n")
+    assert memory_limit(trainer) == 2000 + 5
+    cached = "anon 900\nactive_file 2000\ninactive_file 2500\nshmem 100\nslab_reclaimable 500\n"
+    (group.parent / "memory.stat").write_text(cached)
+    assert memory_limit(trainer) == 3000 + 5, "what is cached makes way"
 
 
 def test_a_run_tells_it_and_one_that_is_too_large_is_refused_in_one_line(tmp_path, monkeypatch, capsys):

@@ -122,6 +122,17 @@ def test_a_table_has_a_row_per_setting(run_dir: Path, tmp_path: Path, capsys: py
     assert (rows[0]["episode_return_q25"], rows[0]["episode_return_q75"]) == ("1.5", "3")
 
 
+def test_seeds_that_are_there_twice_are_not_counted_twice(run_dir: Path, tmp_path: Path) -> None:
+    again, other = part(tmp_path / "again", [0], [8.0]), part(tmp_path / "other", [0], [8.0], algo={"lr": 2e-3})
+    parts = sorted(path.parent for path in run_dir.rglob("run.json"))
+    rows = table.table([*parts, again, other])
+    assert [(row.get("run"), row["algo.lr"], row["seeds"]) for row in rows] == [
+        *((str(path), "0.001", len(load_header(path)["seeds"])) for path in parts),
+        (str(again), "0.001", 1),
+        (None, "0.002", 1),
+    ]
+
+
 def test_a_table_that_can_not_be_written_is_refused_first(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from tests import recorded
 from wqmix_jax.logger import MetricsFile, create_metrics
-from wqmix_jax.plotting import learning_curve, plot_run
+from wqmix_jax.plotting import learning_curve, plot_run, styles
 
 
 def evaluated(seed: int, points: dict[int, float], **more: float) -> list[dict[str, Any]]:
@@ -83,3 +84,35 @@ def test_swept_values_have_lines_of_their_own(tmp_path: Path, monkeypatch: pytes
     assert [line.get_label() for line in axes.lines] == ["alpha=0.1: median of 2 seeds", "alpha=0.5: median of 2 seeds"]
     assert [line.get_ydata()[-1] for line in axes.lines] == [1.0, 5.0]
     assert axes.lines[0].get_color() != axes.lines[1].get_color()
+
+
+@pytest.mark.parametrize(
+    ("failed", "label", "last"),
+    [
+        ([2], "median of 2 seeds, 1 failed", (20, 3.0)),
+        ([0, 2], "1 seed, 2 failed", (20, 4.0)),
+        ([0, 1, 2], "median of 3 seeds, 3 failed", (10, 1.0)),
+    ],
+)
+def test_a_seed_that_failed_does_not_cut_the_others_off(
+    failed: list[int],
+    label: str,
+    last: tuple[int, float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **kw: figures.append(figure) or Path(path).touch())
+    lines = evaluated(0, {0: 0.0, 20: 2.0}) + evaluated(1, {0: 0.0, 20: 4.0}) + evaluated(2, {0: 0.0, 10: -9.0})
+    plot_run(recorded.record_run(tmp_path / "run", {}, lines, failed=failed))
+    line = figures[0].axes[0].lines[0]
+    assert line.get_label() == label
+    assert (line.get_xdata()[-1], line.get_ydata()[-1]) == last
+
+
+def test_lines_of_a_large_sweep_look_different() -> None:
+    labels = [f"alpha={alpha}, lr={lr}" for alpha in range(8) for lr in range(9)]
+    assert len(set(styles(labels).values())) == len(labels)
+    assert len({style.colour for label, style in styles(labels).items() if label.startswith("alpha=3,")}) == 1
+    many = [f"alpha={alpha}" for alpha in range(20)]
+    assert len(set(styles(many).values())) == len(many)

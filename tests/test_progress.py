@@ -49,3 +49,24 @@ def test_the_pace_is_that_of_the_last_minute(clock: list[float], capfd: pytest.C
         for chunk, at in enumerate((0, 300, 600, 900, 1200, 1260, 1320, 1380)):  # the last three took a minute each
             shown([1000 * chunk], clock, at, display)
     assert "| 17 steps/s |" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_a_seed_that_failed_holds_nothing_up(clock: list[float], capfd: pytest.CaptureFixture[str]) -> None:
+    with make_display(1000, live=False) as display:
+        shown([100, 100], clock, 100, display)
+        shown([300], clock, 150, display)
+        shown([500], clock, 160, display)
+    assert capfd.readouterr().err.splitlines()[1:] == [
+        "1 seed | 300 of 1,000 steps",
+        "1 seed | 500 of 1,000 steps | 20 steps/s | 0:00:25 left",
+    ]
+
+
+def test_the_return_is_that_of_all_settings_of_a_sweep(clock: list[float], capfd: pytest.CaptureFixture[str]) -> None:
+    lines = [
+        {"kind": "eval", "seed": 0, "algo.alpha": alpha, "episode_return": value}
+        for alpha, value in ((0.1, 2.0), (0.5, 6.0), (1.0, 40.0))
+    ]
+    with make_display(1000, live=False) as display:
+        display.update(np.array([10, 10, 10]), lines)
+    assert capfd.readouterr().err.strip().endswith("return 6.00")

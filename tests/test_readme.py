@@ -75,7 +75,7 @@ def test_the_options_of_every_training_compose(arguments: list[str]) -> None:
 def test_the_options_of_every_evaluation_compose(arguments: list[str]) -> None:
     values = evaluate._compose(arguments, None)
     del values["env"], values["algo"]
-    chosen = evaluate._options(values, arguments)
+    chosen = evaluate._options(values)
     assert (chosen.run_dir, chosen.pymarl) in {("outputs/first", None), (TRAINED, None), (None, "FOLDER")}
 
 

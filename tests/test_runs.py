@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from wqmix_jax import load_config, make_trainer, runs
-from wqmix_jax.runs import device_lines, new_run_dir, plan_lines
+from wqmix_jax.runs import device_lines, make_run_dir, new_run_dir, plan_lines
 
 TRAINER = make_trainer(load_config("+algo=ow_qmix"))
 
@@ -69,12 +69,13 @@ def test_runs_without_a_folder_get_dated_ones_that_never_meet(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     seen = set()
     for _ in range(3):
-        run_dir = new_run_dir(None, algo="ow_qmix", env="predator_prey")
-        assert re.fullmatch(r"outputs/\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_ow_qmix_predator_prey(_\d)?", run_dir.as_posix())
-        assert not run_dir.exists()
-        run_dir.mkdir(parents=True)
-        seen.add(run_dir)
-    assert len(seen) == 3
+        wanted = new_run_dir(None, algo="ow_qmix", env="predator_prey")
+        assert re.fullmatch(r"outputs/\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_ow_qmix_predator_prey", wanted.as_posix())
+        assert not wanted.exists()
+        run_dir = make_run_dir(Path("outputs/same_second"), numbered=True)
+        assert run_dir.is_dir()
+        seen.add(run_dir.name)
+    assert seen == {"same_second", "same_second_2", "same_second_3"}
 
 
 def test_an_empty_folder_can_be_used(tmp_path: Path) -> None:

@@ -104,8 +104,9 @@ def load_policies(
     like = jax.eval_shape(lambda: algo.acting_params(algo.init(jax.random.key(0), env.spec)))
     params = jax.tree.map(jnp.asarray, read_policies(path, like).params)
     names = map(member_name, load_header(folder)["members"])
+    arithmetic = {name: values[name] for name in ("matmul_precision", "compute_dtype")}
     return env, {
-        name: GreedyPolicy(algo, jax.tree.map(operator.itemgetter(index), params), env.spec, values["matmul_precision"])
+        name: GreedyPolicy(algo, jax.tree.map(operator.itemgetter(index), params), env.spec, **arithmetic)
         for index, name in enumerate(names)
     }
 
@@ -119,7 +120,7 @@ def trained_policy(config: RunConfig, state: TrainState, *, member: int = 0) -> 
         member: which of those that it holds, counted from 0.
     """
     params = jax.tree.map(operator.itemgetter(member), config.algo.acting_params(state.learner.params))
-    return GreedyPolicy(config.algo, params, config.env.spec, config.matmul_precision)
+    return GreedyPolicy(config.algo, params, config.env.spec, config.matmul_precision, config.compute_dtype)
 
 
 def _checked(seeds: Sequence[int]) -> list[int]:

@@ -5,16 +5,17 @@ first is the baseline. All are compared over the environment steps that every se
 is the metric there, ``mean`` its mean over training until there, the area under the curve divided by its length.
 """
 
-import sys
+import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 
 from wqmix_jax.config import ConfigError, load_group
-from wqmix_jax.exits import REFUSED, OneLineParser
+from wqmix_jax.exits import OneLineParser, out_file, refuse
 from wqmix_jax.logger import load_header, load_metrics
 from wqmix_jax.members import labels_of, setting_name
 from wqmix_jax.plotting import (
@@ -30,6 +31,7 @@ from wqmix_jax.plotting import (
 )
 from wqmix_jax.runs import find_runs, read_config, read_summary, shared_options
 from wqmix_jax.statistics import (
+    FEWEST_TRIMMED,
     Estimate,
     horizon,
     iqm_difference,
@@ -90,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = OneLineParser(prog="python -m wqmix_jax.compare", description="Compares runs of one task.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of them")
     parser.add_argument("--metric", help="of the evaluation records (win_rate where there is one, or episode_return)")
-    parser.add_argument("--out", type=Path, default=PICTURE, metavar="FILE", help=f"the picture ({PICTURE})")
+    parser.add_argument("--out", type=_picture_file, default=PICTURE, metavar="FILE", help=f"the picture ({PICTURE})")
     args = parser.parse_args(arguments)
     try:
         groups = find_groups(args.runs)
@@ -98,11 +100,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         last = min(horizon(group.records) for group in groups.values())
         scores = {name: score(group, metric, last) for name, group in groups.items()}
         _tell(groups, scores, metric, last)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.parent.mkdir(parents=True, exist_ok=True)  # that of the default
         print(f"picture: {draw(groups, scores, metric, last, args.out)}")
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(REFUSED)
+        refuse(str(error))
+
+
+def _picture_file(text: str) -> Path:
+    """An argument's type: a file of a format that matplotlib writes.
+
+    Raises:
+        ArgumentTypeError: if it is another, or it can't be written.
+    """
+    path, known = out_file(text), FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise argparse.ArgumentTypeError(f"{path} is not allowed: it must end with .{', .'.join(sorted(known))}")
+    return path
 
 
 def find_groups(folders: Sequence[Path]) -> dict[str, Group]:
@@ -165,8 +178,9 @@ def draw(groups: Mapping[str, Group], scores: Mapping[str, Scores], metric: str,
     curves.legend(frameon=False, fontsize=9)
     estimates = {name: iqm_estimate(scores[name].final) for name in groups}
     _draw_intervals(final, estimates, looks, f"{metric_label(metric)} at {last:,} steps")
-    warning = " (few seeds)" if _has_few_seeds(scores) else ""
-    final.set_title(f"IQM, 95% interval{warning}", fontsize=10)
+    warning = " (few seeds)" if _fewest(scores) < FEW_SEEDS else ""
+    iqm_title = f"IQM (mean of < {FEWEST_TRIMMED} seeds)" if _fewest(scores) < FEWEST_TRIMMED else f"IQM{warning}"
+    final.set_title(f"{iqm_title}, 95% interval", fontsize=10)
     others = [name for name in groups if name != baseline]
     wins = {name: probability_of_improvement(scores[name].final, scores[baseline].final) for name in others}
     _draw_intervals(better, wins, looks, f"probability of improvement on {baseline}")
@@ -202,12 +216,15 @@ def _tell(groups: Mapping[str, Group], scores: Mapping[str, Scores], metric: str
     show([{"run": name, "seeds": len(of.final)} | _told(of) for name, of in scores.items()])
     print(f"\nagainst {baseline}, at the last of these steps:")
     show([{"run": name} | _against(scores[name], scores[baseline]) for name in groups if name != baseline])
-    if _has_few_seeds(scores):
+    if _fewest(scores) < FEW_SEEDS:
         print(f"\nfewer than {FEW_SEEDS} seeds: the intervals are those of the few that are there, and say little")
+    if _fewest(scores) < FEWEST_TRIMMED:
+        print(f"the interquartile mean of fewer than {FEWEST_TRIMMED} seeds is their mean")
 
 
-def _has_few_seeds(scores: Mapping[str, Scores]) -> bool:
-    return min(len(of_run.final) for of_run in scores.values()) < FEW_SEEDS
+def _fewest(scores: Mapping[str, Scores]) -> int:
+    """Seeds of the run that has fewest."""
+    return min(len(of_run.final) for of_run in scores.values())
 
 
 def _told(scores: Scores) -> Row:

@@ -9,6 +9,7 @@ import difflib
 import os
 import pkgutil
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, dataclass_transform
@@ -211,17 +212,28 @@ def target_class(name: str, target: str | None) -> type:
     """The class that ``NAME._target_`` names.
 
     Raises:
-        ConfigError: if it can't be found.
+        ConfigError: if it can't be found, its module can't be imported, or it is no class.
     """
     if target is None:
         raise ConfigError(f"{name}._target_ is missing: it names the class of these options")
     try:
-        return pkgutil.resolve_name(target)
+        found = pkgutil.resolve_name(target)
     except ModuleNotFoundError as error:
         where = "start where the module lies, or name its folder with --config-dir"
         raise ConfigError(f"{name}._target_={target!r} can't be imported: {error}; {where}") from error
-    except (AttributeError, ImportError, TypeError, ValueError) as error:
-        raise ConfigError(f"{name}._target_={target!r} can't be imported: {error}") from error
+    except Exception as error:  # a module of a user's own may raise anything
+        raise ConfigError(f"{name}._target_={target!r} can't be imported: {error}{_where(error)}") from error
+    if not isinstance(found, type):
+        raise ConfigError(f"{name}._target_={target!r} is not allowed: it is no class")
+    return found
+
+
+def _where(error: Exception) -> str:
+    """In which line of a module it was raised; nothing where the module isn't to blame, or the error says so itself."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    if isinstance(error, SyntaxError) or "importlib" in last.filename or last.filename == pkgutil.__file__:
+        return ""
+    return f" ({type(error).__name__} in {last.filename}, line {last.lineno})"
 
 
 def _part(name: str, values: Mapping[str, Any]) -> Any:

@@ -6,6 +6,7 @@ or the checkpoint is told in one line on stderr, with exit code 2, before anythi
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -25,9 +26,11 @@ from wqmix_jax.api import load_policies
 from wqmix_jax.config import CONFIG_DIR, ConfigError, PositiveInt, add_import_paths, build, options
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.evaluator import Figures, greedy_episodes
-from wqmix_jax.exits import OneLineParser, refuse
+from wqmix_jax.exits import OneLineParser, RunError, refuse
 from wqmix_jax.interop import pymarl
+from wqmix_jax.networks.functional import compute_in
 from wqmix_jax.policy import GREEDY, GreedyPolicy, play_episode
+from wqmix_jax.train import parse_overrides
 from wqmix_jax.types import PRNGKey, PyTree
 
 if TYPE_CHECKING:
@@ -100,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(line, flush=True)
     except (ConfigError, pymarl.PyMARLError) as error:
         refuse(str(error))
+    except RunError as error:  # of a simulator that can't be played on
+        refuse(str(error), error.exit_code)
 
 
 def estimate(values: np.ndarray, *, is_share: bool = False) -> MeanEstimate:
@@ -121,14 +126,17 @@ def estimate(values: np.ndarray, *, is_share: bool = False) -> MeanEstimate:
 
 def _evaluate(overrides: Sequence[str], config_dir: str | None) -> Iterator[str]:
     """The lines that are printed."""
+    _refuse_foreign(overrides)
     values = _compose(overrides, config_dir)
     env_values, algo_values = values.pop("env"), values.pop("algo")
-    chosen = _options(values, overrides)
+    chosen = _options(values)
     if chosen.run_dir is not None:
         env, policies = load_policies(chosen.run_dir, which=chosen.policy)
     else:
         env = build("env", env_values)
         policies = {"": _pymarl_policy(env, algo_values, chosen)}
+    if chosen.member >= len(policies):
+        raise ConfigError(f"member={chosen.member} is not allowed: the run has members 0 to {len(policies) - 1}")
     viewer = None if chosen.render is None else _viewer(env, policies, chosen, Path(chosen.render))
     yield from evaluate_policies(env, policies, chosen)
     if viewer is not None:
@@ -136,7 +144,22 @@ def _evaluate(overrides: Sequence[str], config_dir: str | None) -> Iterator[str]
         yield _film(env, policy, viewer, chosen, f"seed {name}, " if name else "")
 
 
-def _options(values: Mapping[str, Any], overrides: Sequence[str]) -> EvaluateOptions:
+def _refuse_foreign(overrides: Sequence[str]) -> None:
+    """Options of what a run or a checkpoint brings along itself.
+
+    Raises:
+        ConfigError: if one was given.
+    """
+    of_run = any(text.startswith("run_dir=") and text != "run_dir=null" for text in overrides)
+    for text in overrides:
+        key = text.lstrip("+~").partition("=")[0]
+        if of_run and re.split("[./@]", key)[0] in ("env", "algo"):
+            raise ConfigError(f"{text} is not allowed with run_dir: a run's own algorithm and environment play")
+        if key == "algo":
+            raise ConfigError(f"{text} is not allowed: the agents of a run or of a PyMARL checkpoint play")
+
+
+def _options(values: Mapping[str, Any]) -> EvaluateOptions:
     """The checked options.
 
     Raises:
@@ -146,9 +169,6 @@ def _options(values: Mapping[str, Any], overrides: Sequence[str]) -> EvaluateOpt
         raise ConfigError("pymarl is not allowed with run_dir: the one plays a PyMARL checkpoint, the other a run")
     if values["run_dir"] is None and values["pymarl"] is None:
         raise ConfigError("run_dir is missing: write run_dir=RUN_DIR, or pymarl=FOLDER, that of a PyMARL checkpoint")
-    foreign = [text for text in overrides if text.lstrip("+~").startswith(("env", "algo"))]
-    if values["run_dir"] is not None and foreign:
-        raise ConfigError(f"{foreign[0]} is not allowed with run_dir: a run's own algorithm and environment play")
     paths = {name: None if values[name] is None else str(values[name]) for name in ("run_dir", "pymarl", "render")}
     try:
         return build("", {"_target_": f"{__name__}.{EvaluateOptions.__name__}", **values, **paths})
@@ -158,6 +178,8 @@ def _options(values: Mapping[str, Any], overrides: Sequence[str]) -> EvaluateOpt
 
 def _pymarl_policy(env: Environment, algo_values: Mapping[str, Any], chosen: EvaluateOptions) -> GreedyPolicy:
     folder = chosen.pymarl or ""
+    if not Path(folder).is_dir():
+        raise ConfigError(f"pymarl={folder} is not allowed: there is no such folder")
     algo = build("algo", {**algo_values, "hidden_dim": pymarl.hidden_dim(folder)})
     like = jax.eval_shape(lambda: algo.init(jax.random.key(0), env.spec))
     params = pymarl.load_checkpoint(folder, like, nets=["agent"])
@@ -194,7 +216,7 @@ def play_policies(
 
     Args:
         env: where.
-        policies: of one algorithm, by their names.
+        policies: of one run, by their names.
         episodes: of each.
         seed: of the episodes' randomness, the same for all.
         matmul_precision: what `jax.default_matmul_precision` is set to.
@@ -202,14 +224,14 @@ def play_policies(
     Yields:
         The policy's name, and its figures ``[episodes]`` by their names in the records.
     """
-    algo = next(iter(policies.values())).algo
+    algo, compute_dtype = next((policy.algo, policy.compute_dtype) for policy in policies.values())
     hp = jax.tree.map(jnp.asarray, hyperparams(algo))
     key = jax.random.key(seed, impl="threefry2x32")
     env.host.sharding()  # refuses where the host can't be called
 
     @jax.jit
     def play(params: PyTree, hp: PyTree, ctx: Context, keys: PRNGKey) -> Figures:
-        with jax.default_matmul_precision(matmul_precision):
+        with jax.default_matmul_precision(matmul_precision), compute_in(compute_dtype):
             return greedy_episodes(env, algo, params, hp, ctx, keys, num_episodes=episodes)
 
     for name, policy in policies.items():
@@ -235,8 +257,6 @@ def _viewer(
         raise ConfigError(told + ("it is a folder" if path.is_dir() else f"there is no folder {path.parent}"))
     if path.exists() and not chosen.overwrite:
         raise ConfigError(f"{told}the file is there already; overwrite=true replaces it")
-    if chosen.member >= len(policies):
-        raise ConfigError(f"member={chosen.member} is not allowed: the run has members 0 to {len(policies) - 1}")
     viewer = env.viewer()
     if viewer is None:
         raise ConfigError(f"{told}nothing draws {type(env).__name__}; predator_prey and smax can be drawn")
@@ -271,6 +291,7 @@ def _compose(overrides: Sequence[str], config_dir: str | None) -> dict[str, Any]
     for text in overrides:
         if "=" not in text:
             raise ConfigError(f"{text!r} can't be read: options are written key=value, as in run_dir=outputs/first")
+    parse_overrides(overrides)
     forced = [text if text.startswith(("env=", "+", "~")) else f"++{text}" for text in overrides]
     if config_dir is not None:
         forced.append(f"hydra.searchpath=['file://{Path(config_dir).absolute()}']")

@@ -42,6 +42,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -110,12 +111,19 @@ def create_metrics(
     map_name: Any = None,
     simulator: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes ``run.json`` and starts an empty ``metrics.jsonl``; ``members`` are the labels of those who train."""
+    """Writes ``run.json`` and starts an empty ``metrics.jsonl``; ``members`` are the labels of those who train.
+
+    Raises:
+        ConfigError: if another run has begun there meanwhile.
+    """
+    try:
+        (run_dir / METRICS_FILE).touch(exist_ok=False)
+    except FileExistsError:
+        raise ConfigError(f"run_dir={run_dir} is not allowed: another run has just begun there") from None
     seeds = sorted({member["seed"] for member in members})
     header = {"schema": SCHEMA, "version": version, "algo": algo, "env": env, "seeds": seeds, "members": list(members)}
     header |= ({} if map_name is None else {"map": map_name}) | ({"simulator": simulator} if simulator else {})
     (run_dir / HEADER_FILE).write_text(_to_json(header | {"run": uuid.uuid4().hex[:8]}) + "\n")
-    (run_dir / METRICS_FILE).touch()
 
 
 def load_header(run_dir: str | os.PathLike[str]) -> Line:
@@ -254,7 +262,7 @@ class WandbRuns:
         import wandb  # slow to load, and only needed here
 
         header = load_header(self._run_dir)
-        group = self._options.group or self._run_dir.resolve().name
+        group = self._options.group or _group_of(self._run_dir)
         online = self._options.wandb == "online"
         for member in header["members"]:
             name = member_name(member)
@@ -285,6 +293,16 @@ class WandbRuns:
             measured = {name: value for name, value in line.items() if name not in (*_COUNTERS, *labels)}
             values = {f"{line['kind']}/{name}": value for name, value in measured.items()}
             self._runs[member_name(labels)].log({name: line[name] for name in _COUNTERS[2:]} | values)
+
+
+def _group_of(run_dir: Path) -> str:
+    """The folder's name, and the path where that says nothing (``FOLDER/0``); parts of one run share theirs."""
+    folder = run_dir.resolve()
+    if re.fullmatch(r"host_\d+", folder.name):
+        folder = folder.parent
+    if not re.fullmatch(r"\d+|seeds_\d+-\d+", folder.name):
+        return folder.name
+    return (folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder).as_posix()
 
 
 def refuse_missing_wandb(options: LoggerOptions) -> None:

@@ -156,10 +156,15 @@ def failures(loop: Loop) -> list[Line]:
     ]
 
 
-def slowest_steps(loop: Loop) -> int:
-    """Environment steps of the slowest member that has not failed; of the last one where all have."""
+def sound_steps(loop: Loop) -> np.ndarray:
+    """Environment steps of the members that have not failed; of the last one where all have."""
     steps, out = env_steps(loop), failed(loop)
-    return int(steps.max() if out.all() else steps[~out].min())
+    return steps.max(keepdims=True) if out.all() else steps[~out]
+
+
+def slowest_steps(loop: Loop) -> int:
+    """Environment steps of the slowest of these."""
+    return int(sound_steps(loop).min())
 
 
 def is_finished(loop: Loop) -> bool:

@@ -132,13 +132,15 @@ def _process_left() -> int | None:
 
 
 def _control_group_left() -> int | None:
-    """The least of the process's own group and those that it is in."""
+    """The least of the process's own group and those that it is in; the files that Linux caches make way."""
     path = next((line[3:] for line in _lines_of(PROC / "self/cgroup") if line.startswith("0::")), "/")
     group, left = CGROUP / path.lstrip("/"), []
     for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(CGROUP))):
-        limit = _lines_of(folder / "memory.max") or ["max"]
-        if limit != ["max"]:
-            left.append(max(0, int(limit[0]) - int(_lines_of(folder / "memory.current")[0])))
+        limit, used = (_lines_of(folder / f"memory.{name}") for name in ("max", "current"))
+        if limit and used and limit != ["max"]:
+            sizes = dict(line.split() for line in _lines_of(folder / "memory.stat"))
+            cached = sum(int(sizes.get(name, 0)) for name in ("active_file", "inactive_file", "slab_reclaimable"))
+            left.append(max(0, int(limit[0]) - int(used[0]) + cached))
     return min(left, default=None)
 
 

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from wqmix_jax.logger import load_header, load_metrics
-from wqmix_jax.members import setting_name
+from wqmix_jax.members import labels_of, setting_name
+from wqmix_jax.runs import read_summary
 from wqmix_jax.statistics import Estimate, quartiles, seed_curves
 
 CURVE_FILE = "learning_curve.png"
@@ -43,7 +44,7 @@ class Curve(NamedTuple):
 
 
 class Style(NamedTuple):
-    """How one line looks; any two differ in grey, too.
+    """How one line looks.
 
     Attributes:
         colour: of the line and its shade.
@@ -57,12 +58,19 @@ class Style(NamedTuple):
 
 
 def styles(labels: Sequence[str]) -> dict[str, Style]:
-    """A style for each label; those that begin alike (``QMIX, 50k`` and ``QMIX, 1M``) share colour and marker."""
+    """A style for each label; those that begin alike (``QMIX, 50k`` and ``QMIX, 1M``) share a colour.
+
+    Any two of the first eight families differ in grey, too.
+    """
     families: dict[str, list[str]] = {}
     for label in labels:
         families.setdefault(label.split(",")[0], []).append(label)
     return {
-        label: Style(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], LINE_STYLES[k % len(LINE_STYLES)])
+        label: Style(
+            COLOURS[i % len(COLOURS)],
+            MARKERS[(i + k // len(LINE_STYLES)) % len(MARKERS)],
+            LINE_STYLES[(k + i // len(COLOURS)) % len(LINE_STYLES)],
+        )
         for i, family in enumerate(families.values())
         for k, label in enumerate(family)
     }
@@ -79,8 +87,12 @@ def learning_curve(records: Sequence[dict[str, Any]], name: str = "episode_retur
 
 
 def plot_run(run_dir: str | os.PathLike[str]) -> Path:
-    """Draws ``learning_curve.png`` from a run's ``metrics.jsonl``, as far as it has come, and returns its path."""
+    """Draws ``learning_curve.png`` from a run's ``metrics.jsonl``, as far as it has come, and returns its path.
+
+    Seeds that failed are left out, where not all of a line did.
+    """
     folder = Path(run_dir)
+    failed = [labels_of(failure) for failure in read_summary(folder).get("failed", [])]
     header, records = load_header(folder), load_metrics(folder, kind="eval")
     settings: dict[str, list[dict[str, Any]]] = {}
     for record in records:
@@ -89,7 +101,7 @@ def plot_run(run_dir: str | os.PathLike[str]) -> Path:
     figure = new_figure(6.4, 3.9 * len(names))
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     for name, axes in zip(names, panels, strict=True):
-        _draw_settings(axes, settings, name)
+        _draw_settings(axes, settings, failed, name)
         decorate(axes, name)
         axes.legend(frameon=False)
     task = " ".join(str(header[key]) for key in ("env", "map") if key in header)
@@ -128,8 +140,12 @@ def draw_band(
     dashes = {"marker": style.marker, "markersize": 5, "markevery": 0.15, "linestyle": style.line}
     axes.plot(env_steps, estimate.value, color=style.colour, linewidth=1.8, label=label, **dashes)
     if np.any(estimate.low != estimate.high) and np.isfinite(estimate.low).any():
-        around = {"color": style.colour, "alpha": 0.2, "linewidth": 0}
-        axes.fill_between(env_steps, estimate.low, estimate.high, label=shade, **around)
+        # Faint, for shades lie over one another: whose they are is told by thin edges.
+        axes.fill_between(
+            env_steps, estimate.low, estimate.high, label=shade, color=style.colour, alpha=0.12, linewidth=0
+        )
+        for edge in (estimate.low, estimate.high):
+            axes.plot(env_steps, edge, color=style.colour, linewidth=0.6, alpha=0.6, linestyle=style.line)
 
 
 def decorate(axes: Axes, metric: str) -> None:
@@ -153,13 +169,17 @@ def seeds_label(num_seeds: int) -> str:
     return f"{num_seeds} seed" if num_seeds == 1 else f"{num_seeds} seeds"
 
 
-def _draw_settings(axes: Axes, settings: Mapping[str, Sequence[dict[str, Any]]], metric: str) -> None:
+def _draw_settings(
+    axes: Axes, settings: Mapping[str, Sequence[dict[str, Any]]], failed: Sequence[dict[str, Any]], metric: str
+) -> None:
     """A line for every combination of swept values, of most runs the only one."""
     looks = styles(list(settings))
     for setting, records in settings.items():
-        curves = seed_curves(records, metric)
-        num_seeds = curves.values.shape[1]
+        sound = [record for record in records if labels_of(record) not in failed]
+        curves = seed_curves(sound or records, metric)
+        num_seeds, num_failed = curves.values.shape[1], sum(setting_name(failure) == setting for failure in failed)
         told = f"median of {num_seeds} seeds" if num_seeds > 1 else "1 seed"
+        told += f", {num_failed} failed" if num_failed else ""
         label = f"{setting}: {told}" if setting else told
         shade = "25-75% quartiles" if num_seeds > 1 and len(settings) == 1 else None
         draw_band(axes, curves.env_steps, quartiles(curves.values), looks[setting], label, shade)

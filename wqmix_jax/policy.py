@@ -1,6 +1,7 @@
 """Policies alone, for playing: the part of the parameters that acting reads, in one ``.npz`` file."""
 
 import dataclasses
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, hyperparams
 from wqmix_jax.config import ConfigError
 from wqmix_jax.envs.base import Environment, Moment
 from wqmix_jax.members import Member
+from wqmix_jax.networks.functional import compute_in
 from wqmix_jax.types import Array, EnvSpec, PRNGKey, PyTree
 
 POLICY_DIR, BEST, LAST = "policies", "best", "last"
@@ -86,7 +88,7 @@ def read_policies(path: Path, params: PyTree) -> Policy:
     try:
         with np.load(path, allow_pickle=False) as file:
             leaves = dict(file)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{path} can't be read: {error}") from None
     like = Policy(params, np.int32(0), np.float32(0))  # type: ignore[arg-type]
     for name, leaf in flat(like).items():
@@ -123,12 +125,14 @@ class GreedyPolicy:
         params: one member's, what `Algorithm.acting_params` gives.
         env_spec: the sizes of the environment.
         matmul_precision: what `jax.default_matmul_precision` is set to.
+        compute_dtype: of the matrices that nets multiply.
     """
 
     algo: Algorithm
     params: PyTree
     env_spec: EnvSpec
     matmul_precision: str
+    compute_dtype: str = "float32"
 
     def initial_carry(self, batch_shape: tuple[int, ...] = ()) -> PolicyCarry:
         """What is remembered at the start of ``batch_shape`` episodes side by side, ``()`` for a single one."""
@@ -155,7 +159,7 @@ class GreedyPolicy:
         hp = jax.tree.map(jnp.asarray, hyperparams(self.algo))
         inputs = AgentInputs(obs, carry.last_action, avail_actions)
         key = jax.random.key(0, impl="threefry2x32")  # greedy: nothing depends on it
-        with jax.default_matmul_precision(self.matmul_precision):
+        with jax.default_matmul_precision(self.matmul_precision), compute_in(self.compute_dtype):
             joint_action, recurrent = self.algo.act(self.params, carry.recurrent, inputs, hp, GREEDY, key)
         return joint_action, PolicyCarry(recurrent, joint_action)
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from wqmix_jax.loop import Line
+from wqmix_jax.members import labels_of, member_name
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -30,7 +31,7 @@ class Display(Protocol):
         ...
 
     def update(self, env_steps: np.ndarray, lines: list[Line]) -> None:
-        """Takes each seed's environment steps ``[S]`` and the lines that were just written."""
+        """Takes the environment steps of each seed that goes on, ``[S]``, and the lines that were just written."""
         ...
 
 
@@ -46,16 +47,19 @@ class _Pace:
         self.total = total_env_steps
         self.slowest = 0
         self._samples: collections.deque[tuple[float, int, int]] = collections.deque()
-        self._returns: dict[int, float] = {}
+        self._returns: dict[str, float] = {}
         self._num_seeds = 1
 
     def update(self, env_steps: np.ndarray, lines: list[Line]) -> None:
         self.slowest = min(int(env_steps.min()), self.total)
+        if len(env_steps) != self._num_seeds:  # the steps of a seed that has failed are no longer counted
+            self._samples.clear()
         self._num_seeds = len(env_steps)
         self._samples.append((time.perf_counter(), int(env_steps.sum()), self.slowest))
         while len(self._samples) > FEWEST_CHUNKS and self._samples[-1][0] - self._samples[0][0] > SECONDS_OF_PACE:
             self._samples.popleft()
-        self._returns |= {line["seed"]: line["episode_return"] for line in lines if line["kind"] == "eval"}
+        evaluated = (line for line in lines if line["kind"] == "eval")
+        self._returns |= {member_name(labels_of(line)): line["episode_return"] for line in evaluated}
 
     def __str__(self) -> str:
         seeds = "1 seed" if self._num_seeds == 1 else f"{self._num_seeds} seeds"

@@ -31,6 +31,7 @@ from wqmix_jax.loop import (
     failures,
     is_finished,
     slowest_steps,
+    sound_steps,
 )
 from wqmix_jax.members import Member, labels_of, make_members
 from wqmix_jax.memory import compile_within_memory, refuse_small_memory
@@ -42,12 +43,14 @@ from wqmix_jax.runs import (
     SUMMARY_FILE,
     checkpoint_lines,
     device_lines,
+    held,
     how_to_go_on,
     kept_options,
     make_run_dir,
     new_run_dir,
     plan_lines,
     read_config,
+    read_summary,
     refuse_full_disk,
     save_config,
     save_summary,
@@ -85,7 +88,7 @@ def start(values: Mapping[str, Any], *, algo: str, env: str) -> Path:
     trainer = _make_trainer(config, members)
     refuse_small_memory(trainer, members)
     refuse_full_disk(run_dir, checkpoint_bytes(trainer, members, _no_policy(config, trainer, members)))
-    make_run_dir(run_dir)
+    run_dir = make_run_dir(run_dir, numbered=config.run_dir is None)
     create_metrics(
         run_dir,
         version=wqmix_jax.__version__,
@@ -113,13 +116,15 @@ def resume(run_dir: Path, changes: Mapping[str, Any]) -> Path:
         The run's folder.
 
     Raises:
-        ConfigError: if the folder holds no run or a change is not allowed.
+        ConfigError: if the folder holds no run, another process trains it, its checkpoints were deleted or a change is
+            not allowed.
         RunError: if the run had to stop, or seeds of it failed.
         SystemExit: if a signal ended it.
     """
     old, header = read_config(run_dir), load_header(run_dir)
     if "merged" in header:
         raise ConfigError(f"resume={run_dir} is not allowed: it was merged from {', '.join(header['merged'])}")
+    _refuse_lost_checkpoints(run_dir)
     values = _merged(old, changes)
     claim_cores()  # before an environment's library starts the backend
     values = connected(values, os.environ)
@@ -145,7 +150,8 @@ def _train(
         print(line, flush=True)
     nothing = _no_policy(config, trainer, members)
     origin = Origin(load_header(run_dir)["run"], kept_options(values), _machine(trainer))
-    with StopSignals(lambda: _tell(f"ended at once; {how_to_go_on(run_dir)}")) as signals, _faults(run_dir):
+    stopping = StopSignals(lambda: _tell(f"ended at once; {how_to_go_on(run_dir)}"))
+    with held(run_dir), stopping as signals, _faults(run_dir):
         with signals.at_once():
             checkpoints = Checkpoints(
                 run_dir / CHECKPOINT_DIR, trainer, members, nothing, origin, keep=config.checkpoint.keep
@@ -170,6 +176,20 @@ def _train(
         told = f"{len(failures(loop))} of {len(members)} seeds failed, see {run_dir / SUMMARY_FILE}"
         raise RunError(told, SEEDS_FAILED)
     print(f"done: {run_dir}", flush=True)
+
+
+def _refuse_lost_checkpoints(run_dir: Path) -> None:
+    """Keeps the records of a run whose checkpoints were deleted: to start over would erase them.
+
+    Raises:
+        ConfigError: if there is no checkpoint, and there certainly was one.
+    """
+    folder, status = run_dir / CHECKPOINT_DIR, read_summary(run_dir).get("status")
+    # One that is running says so as soon as its first checkpoint is begun.
+    certain = status is not None and (status != "running" or not folder.is_dir())
+    if certain and not any(folder.glob("[0-9]*")):
+        told = "its checkpoints are gone, so it would start over and lose its records; run_dir=FOLDER makes a new run"
+        raise ConfigError(f"resume={run_dir} is not allowed: {told}")
 
 
 @contextlib.contextmanager
@@ -212,14 +232,14 @@ class _Session:
                 loop, lines = self._open(restored)
             self._end_if_failed(None)
             self._record(loop, lines)
-            display.update(env_steps(loop), lines)
+            display.update(sound_steps(loop), lines)
             self._save_if_due(loop, None)
             while not is_finished(loop) and self.signals.received is None:
                 before = env_steps(loop), slowest_steps(loop)
                 loop, lines = self._advance(loop)
                 self._end_if_failed(loop)
                 self._record(loop, lines)
-                display.update(env_steps(loop), lines)
+                display.update(sound_steps(loop), lines)
                 self._save_if_due(loop, before)
             self._save(loop)
             self.checkpoints.wait()

@@ -4,6 +4,7 @@
 what came of the run, ``learning_curve.png`` its picture, and ``checkpoints`` what a resumed run goes on from.
 """
 
+import contextlib
 import datetime
 import glob
 import importlib.metadata
@@ -26,9 +27,14 @@ from omegaconf.errors import OmegaConfBaseException
 import wqmix_jax
 from wqmix_jax.config import RESUMABLE, ConfigError, RunConfig, run_defaults
 from wqmix_jax.devices import num_cores
-from wqmix_jax.logger import HEADER_FILE, load_metrics, read_mapping
+from wqmix_jax.logger import HEADER_FILE, METRICS_FILE, load_metrics, read_mapping
 from wqmix_jax.members import labels_of, member_name
 from wqmix_jax.trainer import Trainer
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 CONFIG_FILE, SUMMARY_FILE, CHECKPOINT_DIR = "config.yaml", "summary.json", "checkpoints"
 
@@ -47,9 +53,10 @@ def new_run_dir(run_dir: str | None, *, algo: str, env: str, option: str = "run_
         ConfigError: if there is already something in it.
     """
     if run_dir is None:
-        dated = Path("outputs") / f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{algo}_{env}"
-        return next(path for path in _numbered(dated) if not path.exists())
+        return Path("outputs") / f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{algo}_{env}"
     path = Path(run_dir)
+    if not run_dir:
+        raise ConfigError(f"{option}= is not allowed: it names no folder")
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{option}={run_dir} is not allowed: it is a file")
     if path.is_dir() and any(path.iterdir()):
@@ -58,16 +65,61 @@ def new_run_dir(run_dir: str | None, *, algo: str, env: str, option: str = "run_
     return path
 
 
-def make_run_dir(run_dir: Path) -> None:
+def make_run_dir(run_dir: Path, *, numbered: bool = False) -> Path:
     """Makes the folder and those above it.
+
+    Args:
+        run_dir: the folder.
+        numbered: whether it must be a new one; of several processes that want the same, all but one get a number.
+
+    Returns:
+        The folder, with its number.
 
     Raises:
         ConfigError: where that is not possible.
     """
     try:
+        if numbered:
+            run_dir.parent.mkdir(parents=True, exist_ok=True)
+            return next(path for path in _numbered(run_dir) if _is_made(path))
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"run_dir={run_dir} can't be made: {error.strerror}") from None
+    return run_dir
+
+
+def _is_made(path: Path) -> bool:
+    """Whether the folder was made now; False where it was there."""
+    try:
+        path.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Keeps other processes from training the run until this one is through, however it ends.
+
+    Where the platform or the file system has no locks, nothing is kept.
+
+    Raises:
+        ConfigError: if another process is at it.
+    """
+    path = run_dir / METRICS_FILE
+    try:
+        file = open(path, "r+b")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror}") from None
+    with file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"resume={run_dir} is not allowed: another process is training this run") from None
+            except OSError:  # no locks on this file system
+                pass
+        yield
 
 
 def save_config(run_dir: Path, values: Mapping[str, Any]) -> None:
@@ -97,6 +149,9 @@ def read_config(run_dir: Path, *, option: str = "resume") -> dict[str, Any]:
         raise ConfigError(f"{path} is damaged: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is damaged: it holds no options")
+    for group in ("algo", "env"):
+        if not isinstance(values.get(group), dict):
+            raise ConfigError(f"{path} is damaged: it has no options of {group}")
     return {**run_defaults(), **values}  # type: ignore[dict-item]
 
 

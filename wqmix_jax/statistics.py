@@ -1,9 +1,9 @@
 """Statistics over seeds: medians and quartiles as in the paper, interquartile means with bootstrap intervals.
 
 The interquartile mean (IQM) is the mean of the middle half of the seeds: a quarter, rounded down, is left out at either
-end, so of fewer than four seeds it is the plain mean. Intervals hold 95% of `RESAMPLES` bootstrap samples over seeds,
-those of two groups drawn apart (Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical
-Precipice"). A single seed has no interval: its ends are nan.
+end, so of fewer than `FEWEST_TRIMMED` seeds it is the plain mean. Intervals hold 95% of `RESAMPLES` bootstrap samples
+over seeds, those of two groups drawn apart (Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the
+Statistical Precipice"). A single seed has no interval: its ends are nan.
 """
 
 import math
@@ -15,6 +15,7 @@ from scipy import stats
 
 from wqmix_jax.members import labels_of, member_name
 
+FEWEST_TRIMMED = 4
 RESAMPLES = 2000
 PERMUTATIONS = 20000
 CONFIDENCE = 0.95
@@ -90,7 +91,7 @@ def quartiles(values: np.ndarray) -> Estimate:
 
 
 def iqm(values: np.ndarray, axis: int = -1) -> np.ndarray:
-    """The interquartile mean along an axis."""
+    """The interquartile mean along an axis; of fewer than `FEWEST_TRIMMED` the mean."""
     return stats.trim_mean(values, 0.25, axis=axis)
 
 

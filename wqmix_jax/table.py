@@ -1,11 +1,12 @@
 """One table of many runs: ``python -m wqmix_jax.table RUN.. [--csv FILE]``, a RUN a run's folder or a folder of them.
 
 A row for every combination of options that differ between the runs or are swept inside one; seeds are joined: median
-and quartiles of their last evaluation.
+and quartiles of their last evaluation. Runs that have a seed in common (one begun anew, say, or merged from the others)
+have a row each.
 """
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,22 @@ def table(runs: Sequence[Path]) -> list[Row]:
         for label in labels:
             key = tuple(str((setting | label).get(column, "")) for column in columns)
             name = member_name(label)
-            grouped.setdefault(key, []).append({"line": last.get(name, {}), "failed": name in failed})
-    return [dict(zip(columns, key, strict=True)) | _figures(members) for key, members in grouped.items()]
+            member = {"run": run, "name": name, "line": last.get(name, {}), "failed": name in failed}
+            grouped.setdefault(key, []).append(member)
+    return [
+        dict(zip(columns, key, strict=True)) | run | _figures(part)
+        for key, members in grouped.items()
+        for run, part in _apart(members)
+    ]
+
+
+def _apart(members: Sequence[Row]) -> Iterator[tuple[Row, list[Row]]]:
+    """Equal members in one, or by their runs where these have a seed in common."""
+    if len({member["name"] for member in members}) == len(members):
+        yield {}, list(members)
+        return
+    for run in dict.fromkeys(member["run"] for member in members):
+        yield {"run": str(run)}, [member for member in members if member["run"] == run]
 
 
 def _settings(run: Path) -> Row:

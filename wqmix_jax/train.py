@@ -108,7 +108,7 @@ def _make_sweep_dir(given: Sequence[str]) -> None:
     """Makes the folder of several runs, for hydra, which makes it otherwise, tells what forbids that in a traceback."""
     from wqmix_jax.runs import make_run_dir
 
-    for folder in (override.value() for override in _parsed(given)):
+    for folder in (override.value() for override in parse_overrides(given)):
         if isinstance(folder, str) and "${" not in folder:
             make_run_dir(Path(folder))
 
@@ -126,7 +126,7 @@ def check_overrides(
     Raises:
         ConfigError: where something is refused.
     """
-    parsed = _parsed(overrides)
+    parsed = parse_overrides(overrides)
     by_key = {override.key_or_group: override for override in parsed}
     if "resume" in by_key and by_key["resume"].value() is not None:
         _check_resume(parsed)
@@ -138,6 +138,8 @@ def check_overrides(
     if multirun and "distributed" in by_key and by_key["distributed"].value() is not False:
         raise ConfigError(f"{by_key['distributed'].input_line} is not allowed with -m: connected hosts train one run")
     env, algo = by_key.get("env"), by_key.get("algo")
+    if env is not None and env.is_sweep_override() and not multirun:
+        raise ConfigError(f"{env.input_line} is not allowed: several environments make several runs with -m")
     if env is not None and (env.is_add() or not _is_choice(env, multirun)):
         raise ConfigError(f"{env.input_line} is not allowed: write env=NAME, NAME one of {names('env', config_dir)}")
     listed = names("algo", config_dir)
@@ -148,6 +150,8 @@ def check_overrides(
         several = "-m +algo=NAME,NAME runs several one after the other"
         raise ConfigError(f"{chosen} is not allowed: an algorithm is chosen once; {several}")
     if not algo.is_add() or algo.is_force_add() or not _is_choice(algo, multirun):
+        if algo.is_sweep_override() and not multirun:
+            raise ConfigError(f"{algo.input_line} is not allowed: several algorithms make several runs with -m")
         name = algo.value() if isinstance(algo.value(), str) else "NAME"
         raise ConfigError(f"{algo.input_line} is not allowed: write +algo={name} (NAME is one of {listed})")
 
@@ -157,7 +161,7 @@ def _check_each_run(overrides: Sequence[str], config_dir: str | os.PathLike[str]
 
     Not for SLURM's launcher: what a run needs, StarCraft II say, may be there and not here.
     """
-    parsed = _parsed(overrides)
+    parsed = parse_overrides(overrides)
     if any(override.key_or_group == "hydra/launcher" and "submitit" in str(override.value()) for override in parsed):
         return
     from wqmix_jax.devices import claim_cores
@@ -174,7 +178,7 @@ def _with_late_options(arguments: Sequence[str], overrides: Sequence[str]) -> li
     Hydra composes all that is not swept once before the first run, when such an option has no place yet; as a sweep of
     one value it waits for its run.
     """
-    parsed = _parsed(overrides)
+    parsed = parse_overrides(overrides)
     swept = [each.key_or_group for each in parsed if each.is_sweep_override() and each.key_or_group in _GROUPS]
     prefixes = tuple(f"{group}." for group in swept)
     late = {}
@@ -207,7 +211,7 @@ def _run(cfg: DictConfig) -> None:
         if values["resume"] is None:
             if several:
                 values["run_dir"] = os.path.relpath(hydra_config.runtime.output_dir)
-            given = [override.key_or_group for override in _parsed(hydra_config.overrides.task)]
+            given = [override.key_or_group for override in parse_overrides(hydra_config.overrides.task)]
             _start(with_host(values, {} if several else os.environ), hydra_config.runtime.choices, given)
         else:
             from wqmix_jax import runner
@@ -242,7 +246,7 @@ def _check_resume(parsed: Sequence[Override]) -> None:
 def _changes(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
     """The values of the options that were given with ``resume``, as nested mappings."""
     changes = OmegaConf.create()
-    for override in _parsed(overrides):
+    for override in parse_overrides(overrides):
         if override.key_or_group != "resume":
             OmegaConf.update(changes, override.key_or_group, OmegaConf.select(cfg, override.key_or_group))
     return _plain(changes)
@@ -256,7 +260,12 @@ def _compose(overrides: Sequence[str], config_dir: str | os.PathLike[str] | None
         return hydra.compose("train", overrides=[*overrides, *search])
 
 
-def _parsed(overrides: Sequence[str]) -> list[Override]:
+def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+    """What hydra reads in ``key=value`` texts.
+
+    Raises:
+        ConfigError: at the first that can't be read.
+    """
     try:
         return OverridesParser.create().parse_overrides(list(overrides))
     except OverrideParseException as error:
@@ -292,7 +301,7 @@ def _in_one_line(overrides: Sequence[str], config_dir: str | os.PathLike[str] | 
 
 def _refuse_unknown_key(overrides: Sequence[str], config_dir: str | os.PathLike[str] | None) -> None:
     """Where an override's key is the trouble: lets the schema say so, which knows the others."""
-    parsed = zip(overrides, _parsed(overrides), strict=True)
+    parsed = zip(overrides, parse_overrides(overrides), strict=True)
     forced = [text if known.key_or_group in _GROUPS or known.is_add() else f"++{text}" for text, known in parsed]
     if not any(text.startswith("+algo=") for text in forced):  # with resume: any will do
         forced.append("+algo=iql")

@@ -23,7 +23,7 @@ from wqmix_jax.api import load_policies
 from wqmix_jax.config import ConfigError
 from wqmix_jax.exits import SEEDS_FAILED, RunError
 from wqmix_jax.logger import HEADER_FILE, load_header
-from wqmix_jax.runs import SUMMARY_FILE
+from wqmix_jax.runs import SUMMARY_FILE, save_config
 
 TINY = (
     "algo.batch_size=2",
@@ -193,6 +193,53 @@ def test_seeds_that_fail_are_left_out_and_told(
     assert [(row["line"], row["seeds"], row["failed"]) for row in rows] == [("IQL", "2", "1"), ("VDN, slow", "2", "1")]
     assert float(rows[0]["median"]) == 4.0  # of 3 and 5
     assert float(rows[0]["absolute"]) == 10.0  # of 0 and 20
+
+
+def test_a_line_of_which_all_seeds_fail_leaves_the_others_be(
+    small: Figure, faked: Faked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr(pictures, "draw", lambda path, lines, *_: drawn.extend(line.run.line for line in lines) or path)
+    assert made(tmp_path, "lines=[vdn_slow]", "num_seeds=2") == 0
+    faked.failing = (0, 1)
+    assert made(tmp_path, "num_seeds=2") == SEEDS_FAILED
+    assert "error: 2 of 2 seeds failed" in capsys.readouterr().err
+    folder = tmp_path / "out" / "fig2"
+    rows = rows_of(folder / "table.csv")
+    assert [(row["line"], row["seeds"], row["failed"], row["median"]) for row in rows] == [
+        ("IQL", "0", "2", ""),
+        ("VDN, slow", "2", "0", "3.5"),
+    ]
+    assert drawn == ["VDN, slow"] * 2
+    assert {row["line"] for row in rows_of(folder / "seeds.csv")} == {"VDN, slow"}
+    assert list(json.loads((folder / "marl_eval.json").read_text())["matrix_game"]["game"]) == ["VDN, slow"]
+
+
+def test_a_figure_of_which_all_seeds_fail_is_told_in_one_line(
+    small: Figure, faked: Faked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faked.failing = (0,)
+    assert made(tmp_path, "num_seeds=1") == SEEDS_FAILED
+    told = f"error: all seeds of fig2 in {tmp_path}/out failed: there is nothing to draw\n"
+    assert capsys.readouterr().err == told
+    assert made(tmp_path, "train=false") == SEEDS_FAILED
+
+
+def test_the_absolute_metric_is_played_again_for_a_longer_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    played: list[int] = []
+    monkeypatch.setattr(results, "_best_policies", lambda *_: {"0": {"episode_return": float(len(played))}})
+    values: dict[str, Any] = {"eval_episodes": 2, "total_env_steps": 4, "matmul_precision": "float32"}
+    folder = record_run(tmp_path / "run", values, evaluated(0, {0: 0.0, 4: 1.0}))
+    (folder / "policies").mkdir()
+    (folder / "policies" / "best.npz").touch()
+
+    def metric(factor: int = 10) -> float:
+        played.append(factor)
+        return results.absolute_metric(folder, factor)["0"]["episode_return"]
+
+    assert [metric(), metric(), metric(5), metric(5)] == [1, 1, 3, 3]
+    save_config(folder, {**values, "total_env_steps": 8})
+    assert [metric(5), metric(5)] == [5, 5]
 
 
 def test_other_seeds_are_trained_where_a_resumed_one_fails(small: Figure, faked: Faked, tmp_path: Path) -> None:

@@ -96,10 +96,10 @@ class Algorithm(abc.ABC):
     max_grad_norm: PositiveFloat
     batch_size: PositiveInt
     buffer_size: PositiveInt
-    target_update_interval: Annotated[int, Field(gt=0), TRACED]
+    target_update_interval: Annotated[int, Field(gt=0, lt=2**31), TRACED]
     epsilon_start: Fraction
     epsilon_finish: Fraction
-    epsilon_anneal_steps: Annotated[int, Field(gt=0), TRACED]
+    epsilon_anneal_steps: Annotated[int, Field(gt=0, lt=2**31), TRACED]
     hidden_dim: PositiveInt
 
     @pydantic.model_validator(mode="after")

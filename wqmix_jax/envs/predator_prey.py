@@ -120,6 +120,11 @@ class PredatorPrey(Environment):
                 f"world_shape={self.world_shape} is not allowed: its {rows * columns} cells must hold "
                 f"num_agents + num_stags + num_hares = {entities}, one to a cell"
             )
+        for prey in ("stag", "hare"):
+            catchers = getattr(self, f"{prey}_catchers")
+            if getattr(self, f"num_{prey}s") and catchers > self.num_agents:
+                at_most = f"at most num_agents={self.num_agents} can catch a {prey}"
+                raise ValueError(f"{prey}_catchers={catchers} is not allowed: {at_most}")
         return self
 
     @property

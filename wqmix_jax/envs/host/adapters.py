@@ -38,7 +38,7 @@ class SMAC:
     def check_package(self):
         """Refuses where the package is absent, or another one has its name."""
         name, python = self.package, sys.executable
-        advice = f"pip install git+{self.repository}"
+        advice = f"pip install git+{self.repository} 'protobuf<3.21'; env.worker_python=PYTHON names another Python"
         try:
             importlib.import_module(name)
         except ImportError as error:
