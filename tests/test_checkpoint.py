@@ -124,7 +124,7 @@ def test_a_run_whose_checkpoints_were_deleted_keeps_its_records(
     summary.write_text(json.dumps(json.loads(summary.read_text()) | {"status": status}))
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     assert main(f"resume={run_dir}", "total_env_steps=60") == 2
-    told = f"error: resume={run_dir} is not allowed: its checkpoints are gone, so it would start over and lose its "
+    told = f"error: resume={run_dir} is not allowed: its checkpoints are gone, and to start over would lose its "
     assert capfd.readouterr().err.startswith(told)
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 

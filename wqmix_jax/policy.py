@@ -86,8 +86,8 @@ def read_policies(path: Path, params: PyTree) -> Policy:
         ConfigError: if it can't be read or has other shapes.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            leaves = dict(file)
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:  # by its name, numpy leaves it open
+            leaves = dict(arrays)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{path} can't be read: {error}") from None
     like = Policy(params, np.int32(0), np.float32(0))  # type: ignore[arg-type]

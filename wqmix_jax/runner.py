@@ -145,13 +145,13 @@ def _train(
     config: RunConfig, values: Mapping[str, Any], run_dir: Path, trainer: Trainer, members: tuple[Member, ...]
 ) -> None:
     """Trains to the end or to a signal. Every way out of a run leads through here."""
-    print(f"run: {run_dir}")
-    for line in (*device_lines(trainer), *plan_lines(config, trainer, len(members))):
-        print(line, flush=True)
     nothing = _no_policy(config, trainer, members)
     origin = Origin(load_header(run_dir)["run"], kept_options(values), _machine(trainer))
     stopping = StopSignals(lambda: _tell(f"ended at once; {how_to_go_on(run_dir)}"))
     with held(run_dir), stopping as signals, _faults(run_dir):
+        print(f"run: {run_dir}")
+        for line in (*device_lines(trainer), *plan_lines(config, trainer, len(members))):
+            print(line, flush=True)
         with signals.at_once():
             checkpoints = Checkpoints(
                 run_dir / CHECKPOINT_DIR, trainer, members, nothing, origin, keep=config.checkpoint.keep
@@ -188,7 +188,7 @@ def _refuse_lost_checkpoints(run_dir: Path) -> None:
     # One that is running says so as soon as its first checkpoint is begun.
     certain = status is not None and (status != "running" or not folder.is_dir())
     if certain and not any(folder.glob("[0-9]*")):
-        told = "its checkpoints are gone, so it would start over and lose its records; run_dir=FOLDER makes a new run"
+        told = "its checkpoints are gone, and to start over would lose its records; evaluate and compare still read it"
         raise ConfigError(f"resume={run_dir} is not allowed: {told}")
 
 

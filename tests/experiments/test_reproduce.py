@@ -228,7 +228,7 @@ def test_a_figure_of_which_all_seeds_fail_is_told_in_one_line(
 def test_the_absolute_metric_is_played_again_for_a_longer_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     played: list[int] = []
     monkeypatch.setattr(results, "_best_policies", lambda *_: {"0": {"episode_return": float(len(played))}})
-    values: dict[str, Any] = {"eval_episodes": 2, "total_env_steps": 4, "matmul_precision": "float32"}
+    values: dict[str, Any] = {"eval_episodes": 2, "total_env_steps": 4, "algo": {}, "env": {}}
     folder = record_run(tmp_path / "run", values, evaluated(0, {0: 0.0, 4: 1.0}))
     (folder / "policies").mkdir()
     (folder / "policies" / "best.npz").touch()
