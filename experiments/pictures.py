@@ -10,9 +10,7 @@ from matplotlib.axes import Axes
 
 from experiments.results import Line, curves
 from wqmix_jax.plotting import Style, decorate, draw_band, new_figure, save_figure, seeds_label
-from wqmix_jax.statistics import FEWEST_TRIMMED, iqm_estimate, quartiles
-
-_FEW = f" (mean of fewer than {FEWEST_TRIMMED} seeds)"
+from wqmix_jax.statistics import iqm_estimate, iqm_name, quartiles
 
 
 def draw(
@@ -46,7 +44,11 @@ def draw(
         last = max(line.records[-1]["env_steps"] for line in lines if line.run.panel == panel)
         for label in (label for label in authors if any(line.run.line == label for line in lines)):
             _draw_authors(paper, authors[label], looks[label], label, last)
-        for axes, told in ((paper, "median, 25-75% quartiles"), (mean, f"IQM{_FEW}, 95% bootstrap interval")):
+        fewest = min(line.num_seeds for line in lines if line.run.panel == panel)
+        for axes, told in (
+            (paper, "median, 25-75% quartiles"),
+            (mean, f"{iqm_name(fewest)}, 95% bootstrap interval"),
+        ):
             axes.set_title(f"{panel}: {told}", fontsize=10)
             axes.set_xlabel("environment steps")
             decorate(axes, metric)

@@ -23,7 +23,7 @@ from wqmix_jax.exits import REFUSED, SEEDS_FAILED, OneLineParser, RunError
 from wqmix_jax.hosts import with_host
 from wqmix_jax.logger import HEADER_FILE, load_header, load_metrics
 from wqmix_jax.plotting import styles
-from wqmix_jax.runs import read_config, read_summary, shared_options
+from wqmix_jax.runs import held, read_config, read_summary, shared_options
 from wqmix_jax.table import show
 from wqmix_jax.train import load_config, load_values
 
@@ -146,7 +146,8 @@ def plan(figure: Figure, env: str, chosen: ReproduceOptions, overrides: Sequence
     """What the figure consists of, and what there is of it.
 
     Raises:
-        ConfigError: if an option is not allowed, or a run was made with other options or another version of the game.
+        ConfigError: if an option is not allowed, or a run was made with other options or another version of the game or
+            can't be resumed.
     """
     known = sorted({run.folder.name for run in runs(figure, env)})
     if (unknown := sorted(set(chosen.lines or []) - set(known))) or chosen.lines == []:
@@ -163,6 +164,10 @@ def plan(figure: Figure, env: str, chosen: ReproduceOptions, overrides: Sequence
             for made in line.made:
                 _refuse_others(made, line.values)
                 game = _same_game(made, game)
+                if chosen.train and not _is_finished(made):
+                    runner.refuse_lost_checkpoints(made)
+                    with held(made):  # refuses one that another process trains
+                        pass
         except ValueError as error:
             raise ConfigError(f"{run.label}: {error}") from None
         planned.append(line)
@@ -176,7 +181,7 @@ def train(line: Planned, failed: list[str]) -> None:
         RunError: if a run had to stop.
     """
     for made in line.made:
-        if read_summary(made).get("status") != "finished":
+        if not _is_finished(made):
             with _collecting(failed):
                 runner.resume(made, {})
     for seeds in missing_seeds(line):
@@ -249,6 +254,10 @@ def _made(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.rglob(HEADER_FILE))
 
 
+def _is_finished(made: Path) -> bool:
+    return read_summary(made).get("status") == "finished"
+
+
 def _begun(line: Planned) -> bool:
     """Whether there is anything to draw."""
     return any(load_metrics(made, kind="eval") for made in _made(line.folder))
@@ -287,7 +296,7 @@ def _publish(
     game = load_header(lines[0].folders[0]).get("simulator", {})
     versions = ", ".join(f"{key} {value}" for key, value in game.items())
     changes = [text for text in _changes(chosen, overrides) if not text.startswith(_NO_MATTER)]
-    unfinished = any(read_summary(folder).get("status") != "finished" for line in lines for folder in line.folders)
+    unfinished = not all(_is_finished(folder) for line in lines for folder in line.folders)
     told = [
         f"Figure {name.removeprefix('fig')}: {figure.title}{GAMES.get(env, '')}{versions and f' ({versions})'}",
         *([f"{'quick run, ' if chosen.quick else ''}not as in the paper: {', '.join(changes)}"] if changes else []),

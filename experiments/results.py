@@ -70,7 +70,8 @@ def absolute_metric(folder: Path, factor: int) -> dict[str, Row]:
     """
     config, kept = read_config(folder), folder / ABSOLUTE_FILE
     episodes = factor * config["eval_episodes"]
-    wanted = {"episodes": episodes, "total_env_steps": config["total_env_steps"]}
+    last = max((line["env_steps"] for line in load_metrics(folder, kind="eval")), default=0)
+    wanted = {"episodes": episodes, "env_steps": last}
     known = read_mapping(kept) if kept.is_file() else {}
     if wanted.items() <= known.items():
         return known["seeds"]

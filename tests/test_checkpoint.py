@@ -24,6 +24,7 @@ from wqmix_jax.algos.base import AgentInputs
 from wqmix_jax.config import ConfigError
 from wqmix_jax.logger import METRICS_FILE, create_metrics, load_header
 from wqmix_jax.loop import Loop
+from wqmix_jax.networks import functional
 from wqmix_jax.runs import SUMMARY_FILE, held
 from wqmix_jax.trainer import Trainer
 
@@ -112,7 +113,7 @@ def test_a_run_without_a_checkpoint_starts_over(tmp_path: Path, straight: Path) 
     assert_same_run(run_dir, straight)
 
 
-@pytest.mark.parametrize(("status", "emptied"), [("finished", False), ("interrupted", True), ("running", False)])
+@pytest.mark.parametrize(("status", "emptied"), [("finished", False), ("interrupted", True), ("running", True)])
 def test_a_run_whose_checkpoints_were_deleted_keeps_its_records(
     status: str, emptied: bool, tmp_path: Path, straight: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,7 +125,7 @@ def test_a_run_whose_checkpoints_were_deleted_keeps_its_records(
     summary.write_text(json.dumps(json.loads(summary.read_text()) | {"status": status}))
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     assert main(f"resume={run_dir}", "total_env_steps=60") == 2
-    told = f"error: resume={run_dir} is not allowed: its checkpoints are gone, and to start over would lose its "
+    told = f"error: resume={run_dir} is not allowed: its checkpoints are gone; a new run_dir=FOLDER starts "
     assert capfd.readouterr().err.startswith(told)
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
@@ -132,7 +133,7 @@ def test_a_run_whose_checkpoints_were_deleted_keeps_its_records(
 def test_a_run_that_was_killed_while_it_wrote_its_first_checkpoint_starts_over(tmp_path: Path, straight: Path) -> None:
     run_dir = Path(shutil.copytree(straight, tmp_path / "run"))
     shutil.rmtree(run_dir / "checkpoints")
-    (run_dir / "checkpoints").mkdir()
+    (run_dir / "checkpoints" / "8.orbax-checkpoint-tmp").mkdir(parents=True)
     summary = run_dir / SUMMARY_FILE
     summary.write_text(json.dumps(json.loads(summary.read_text()) | {"status": "running"}))
     assert main(f"resume={run_dir}") == 0
@@ -266,7 +267,7 @@ def test_without_a_usable_checkpoint_everything_stays(
     assert main(f"resume={run_dir}") == 2
     err = capfd.readouterr().err
     assert err.count("can't be used") == 2
-    assert err.endswith(f"without {run_dir / 'checkpoints'} the run would start over from its config.yaml\n")
+    assert err.endswith("; a new run_dir=FOLDER starts over, and the records can still be read\n")
     assert err.count("\n") == 1
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
@@ -550,6 +551,19 @@ def test_policies_play_as_they_were_trained_to_compute(straight: Path, tmp_path:
         acted.append(policy.act(policy.initial_carry(), *inputs)[1].recurrent)
     assert (acted[0] != acted[1]).any()
     np.testing.assert_allclose(acted[1], acted[0], atol=0.05)
+
+
+def test_policies_are_evaluated_as_they_were_trained_to_compute(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = Path(shutil.copytree(straight, tmp_path / "run"))
+    edit(run_dir / "config.yaml", "compute_dtype: float32\n", "compute_dtype: bfloat16\n")
+    seen: list[str] = []
+    step = evaluate.greedy_episodes
+    multiplied = lambda *args, **kw: seen.append(functional._compute_dtype.get()) or step(*args, **kw)  # noqa: E731
+    monkeypatch.setattr(evaluate, "greedy_episodes", multiplied)
+    evaluate.main([f"run_dir={run_dir}", "episodes=2"])
+    assert set(seen) == {"bfloat16"}
 
 
 def test_a_file_of_policies_that_was_cut_is_told(straight: Path, tmp_path: Path) -> None:

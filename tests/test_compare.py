@@ -53,7 +53,10 @@ def test_two_runs_are_compared_at_the_steps_that_both_have_reached(
     assert "algo.lr 0.1 0.2" in lines
     assert "algo iql vdn" in lines
     assert not any(line.startswith(("total_env_steps", "env.", "run_dir")) for line in lines)
-    assert "evaluation return, interquartile mean over seeds [95% interval], until 20 environment steps:" in lines
+    assert (
+        "evaluation return, IQM (of fewer than 4 seeds the mean) over seeds [95% interval], until 20 environment steps:"
+        in lines
+    )
     assert "A 2 8 [8, 8] 2 [2, 2]" in lines  # 0 until 10 steps, then 4 on average
     assert "B 2 12 [12, 12] 3 [3, 3]" in lines
     assert "B 4 [4, 4] 1 [1, 1] 1 [1, 1] 0.333" in lines  # two of six orders

@@ -60,6 +60,11 @@ def test_every_yaml_is_a_run(algo: str, env: str, tmp_path_factory: pytest.TempP
         ("algo._target_", None, "algo._target_ is missing: it names the class of these options"),
         ("algo._target_", "no_such_module.X", "algo._target_='no_such_module.X' can't be imported: No module named"),
         ("algo._target_", "wqmix_jax.algos.iql.IQLL", "algo._target_='wqmix_jax.algos.iql.IQLL' can't be imported: "),
+        (
+            "algo._target_",
+            "wqmix_jax.algos.no_such.X",
+            "algo._target_='wqmix_jax.algos.no_such.X' can't be imported: module 'wqmix_jax.algos' has no attribute",
+        ),
         ("algo._target_", "math.pi", "algo._target_='math.pi' is not allowed: it is no class"),
         ("algo._target_", "numpy", "algo._target_='numpy' is not allowed: it is no class"),
         ("algo.target_update_interval", 10**10, "algo.target_update_interval=10000000000 is not allowed: input should"),
@@ -101,16 +106,20 @@ def test_a_class_that_is_not_of_its_group_is_refused(group: str, contract: str) 
         ("x = 1\ndef f(:\n", "invalid syntax (spoilt.py, line 2)"),
         ("x = 1\ny = undefined\n", "name 'undefined' is not defined (NameError in "),
         ("raise ValueError('x')\n", "x (ValueError in "),
+        ("import no_such_package\n", "No module named 'no_such_package' (ModuleNotFoundError in "),
     ],
 )
+@pytest.mark.parametrize("target", ["spoilt.Spoilt", "{folder}.spoilt.Spoilt", "{folder}.spoilt:Spoilt"])
 def test_a_module_that_can_not_be_imported_tells_where(
-    text: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: str, text: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "spoilt.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path.parent)
+    target = target.format(folder=tmp_path.name)
     with pytest.raises(ConfigError) as refused:
-        run_config(plain(**{"algo._target_": "spoilt.Spoilt"}))
-    assert str(refused.value).startswith(f"algo._target_='spoilt.Spoilt' can't be imported: {told}")
+        run_config(plain(**{"algo._target_": target}))
+    assert str(refused.value).startswith(f"algo._target_={target!r} can't be imported: {told}")
     last_line = len(text.splitlines())
     assert re.search(rf"spoilt\.py, line {last_line}\)$", str(refused.value))
 

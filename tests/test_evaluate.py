@@ -118,9 +118,11 @@ def near(picture: np.ndarray, colour: tuple[int, int, int]) -> int:
     [
         (["pymarl=null"], "run_dir is missing: write run_dir=RUN_DIR, or pymarl=FOLDER"),
         (["pymarl=null", "run_dir=here"], "env=predator_prey is not allowed with run_dir: a run's own"),
+        (["pymarl=null", "++run_dir=here"], "env=predator_prey is not allowed with run_dir: a run's own"),
+        (["render=[film.gif"], "'render=[film.gif' can't be read: options are written key=value"),
         (["algo=qmix"], "algo=qmix is not allowed: the agents of a run or of a PyMARL checkpoint play"),
         (["+algo=qmix"], "+algo=qmix is not allowed: the agents of a run or of a PyMARL checkpoint play"),
-        (["member=1"], "member=1 is not allowed: the run has members 0 to 0"),
+        (["member=1"], "member=1 is not allowed: choose one of 0 to 0"),
         (["episodes=0"], "episodes=0 is not allowed: input should be greater than 0"),
         (["seed=-1"], "seed=-1 is not allowed"),
         (["env.obs_radius=1"], "agent.th: fc1.weight has shape (4, 82), expected is (4, 34)"),
@@ -133,7 +135,7 @@ def near(picture: np.ndarray, colour: tuple[int, int, int]) -> int:
         (["policy=first"], "policy='first' is not allowed: input should be 'best' or 'last'"),
         (["render=film.mp4"], "render=film.mp4 is not allowed: pictures are animated GIFs, render=film.gif"),
         (["render=nowhere/film.gif"], "render=nowhere/film.gif is not allowed: there is no folder nowhere"),
-        (["render=film.gif", "member=1"], "member=1 is not allowed: the run has members 0 to 0"),
+        (["render=film.gif", "member=1"], "member=1 is not allowed: choose one of 0 to 0"),
         (["render=film.gif", "overwrite=maybe"], "overwrite='maybe' is not allowed: input should be a valid boolean"),
     ],
 )

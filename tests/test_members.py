@@ -81,6 +81,7 @@ def test_a_member_that_fails_is_frozen_and_spoils_no_other(tmp_path: Path, capfd
     assert main(*SOLO, "num_seeds=2", "sweep.lr=[5e-4,1e38]", f"run_dir={sweep}") == 3
     err = capfd.readouterr().err
     assert err.endswith(f"error: 2 of 4 seeds failed, see {sweep / 'summary.json'}\n")
+    assert "\n2 seeds | 13 of 13 steps" in err, "those that failed hold nothing up"
     summary = json.loads((sweep / "summary.json").read_text())
     assert summary["status"] == "finished"
     assert [(failure["seed"], failure["algo.lr"]) for failure in summary["failed"]] == [(3, 1e38), (4, 1e38)]

@@ -114,5 +114,7 @@ def test_lines_of_a_large_sweep_look_different() -> None:
     labels = [f"alpha={alpha}, lr={lr}" for alpha in range(8) for lr in range(9)]
     assert len(set(styles(labels).values())) == len(labels)
     assert len({style.colour for label, style in styles(labels).items() if label.startswith("alpha=3,")}) == 1
-    many = [f"alpha={alpha}" for alpha in range(20)]
+    in_grey = {style[1:] for label, style in styles(labels).items() if label[-1] in "0123"}
+    assert len(in_grey) == 8 * 4
+    many = [f"alpha={alpha}, lr={lr}" for alpha in range(20) for lr in range(3)]
     assert len(set(styles(many).values())) == len(many)

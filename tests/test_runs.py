@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import pytest
 
-from wqmix_jax import load_config, make_trainer, runs
-from wqmix_jax.runs import device_lines, make_run_dir, new_run_dir, plan_lines
+from wqmix_jax import load_config, make_trainer, runner, runs
+from wqmix_jax.logger import load_header
+from wqmix_jax.runs import device_lines, make_run_dir, new_run_dir, plan_lines, read_config
+from wqmix_jax.train import load_values
 
 TRAINER = make_trainer(load_config("+algo=ow_qmix"))
 
@@ -76,6 +78,19 @@ def test_runs_without_a_folder_get_dated_ones_that_never_meet(tmp_path: Path, mo
         assert run_dir.is_dir()
         seen.add(run_dir.name)
     assert seen == {"same_second", "same_second_2", "same_second_3"}
+
+
+def test_runs_that_begin_in_the_same_second_each_train_in_their_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runner, "new_run_dir", lambda *_, **__: Path("outputs/now"))
+    trained: list[str] = []
+    monkeypatch.setattr(runner, "_train", lambda config, values, run_dir, *_: trained.append(run_dir.as_posix()))
+    folders = [runner.start(load_values("+algo=vdn", f"seed={seed}"), algo="vdn", env="x") for seed in (3, 4)]
+    assert trained == [folder.as_posix() for folder in folders] == ["outputs/now", "outputs/now_2"]
+    assert [load_header(folder)["seeds"] for folder in folders] == [[3], [4]]
+    assert [read_config(folder)["run_dir"] for folder in folders] == trained
 
 
 def test_an_empty_folder_can_be_used(tmp_path: Path) -> None:

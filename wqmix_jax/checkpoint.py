@@ -194,7 +194,7 @@ class Checkpoints:
             return restored
         if unusable:
             told = "; ".join(f"{self._directory / str(step)} can't be used: {why}" for step, why in unusable.items())
-            raise ConfigError(f"{told}; without {self._directory} the run would start over from its config.yaml")
+            raise ConfigError(f"{told}; a new run_dir=FOLDER starts over, and the records can still be read")
         return None
 
     def close(self) -> None:

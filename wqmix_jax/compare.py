@@ -31,11 +31,11 @@ from wqmix_jax.plotting import (
 )
 from wqmix_jax.runs import find_runs, read_config, read_summary, shared_options
 from wqmix_jax.statistics import (
-    FEWEST_TRIMMED,
     Estimate,
     horizon,
     iqm_difference,
     iqm_estimate,
+    iqm_name,
     mann_whitney_p,
     mean_over_training,
     probability_of_improvement,
@@ -179,14 +179,13 @@ def draw(groups: Mapping[str, Group], scores: Mapping[str, Scores], metric: str,
     estimates = {name: iqm_estimate(scores[name].final) for name in groups}
     _draw_intervals(final, estimates, looks, f"{metric_label(metric)} at {last:,} steps")
     warning = " (few seeds)" if _fewest(scores) < FEW_SEEDS else ""
-    iqm_title = f"IQM (mean of < {FEWEST_TRIMMED} seeds)" if _fewest(scores) < FEWEST_TRIMMED else f"IQM{warning}"
-    final.set_title(f"{iqm_title}, 95% interval", fontsize=10)
+    final.set_title(f"{iqm_name(_fewest(scores))},\n95% interval{warning}", fontsize=10)
     others = [name for name in groups if name != baseline]
     wins = {name: probability_of_improvement(scores[name].final, scores[baseline].final) for name in others}
     _draw_intervals(better, wins, looks, f"probability of improvement on {baseline}")
     better.axvline(0.5, color="0.5", linewidth=1, linestyle="--")
     better.set_xlim(-0.03, 1.03)
-    better.set_title(f"against {baseline}, 95% interval{warning}", fontsize=10)
+    better.set_title(f"against {baseline},\n95% interval{warning}", fontsize=10)
     return save_figure(figure, path)
 
 
@@ -212,14 +211,13 @@ def _tell(groups: Mapping[str, Group], scores: Mapping[str, Scores], metric: str
         print(f"{name} {group.algo}: {', '.join(map(str, group.folders))} ({seeds}{failed})")
     print("\noptions that differ:")
     show(list(_differences(groups)) or [{"option": "none"}])
-    print(f"\n{metric_label(metric)}, interquartile mean over seeds [95% interval], until {last:,} environment steps:")
+    told = f"{metric_label(metric)}, {iqm_name(_fewest(scores))}"
+    print(f"\n{told} over seeds [95% interval], until {last:,} environment steps:")
     show([{"run": name, "seeds": len(of.final)} | _told(of) for name, of in scores.items()])
     print(f"\nagainst {baseline}, at the last of these steps:")
     show([{"run": name} | _against(scores[name], scores[baseline]) for name in groups if name != baseline])
     if _fewest(scores) < FEW_SEEDS:
         print(f"\nfewer than {FEW_SEEDS} seeds: the intervals are those of the few that are there, and say little")
-    if _fewest(scores) < FEWEST_TRIMMED:
-        print(f"the interquartile mean of fewer than {FEWEST_TRIMMED} seeds is their mean")
 
 
 def _fewest(scores: Mapping[str, Scores]) -> int:

@@ -6,6 +6,7 @@ which makes it a frozen dataclass whose fields pydantic checks when it is built.
 """
 
 import difflib
+import importlib
 import os
 import pkgutil
 import sys
@@ -69,7 +70,7 @@ class LoggerOptions:
     Attributes:
         wandb: Weights & Biases mode.
         project: its project name.
-        group: its group name; the name of the run's folder when absent.
+        group: its group name; after the run's folder when absent.
         progress: whether a live progress bar is drawn on a terminal.
     """
 
@@ -217,15 +218,29 @@ def target_class(name: str, target: str | None) -> type:
     if target is None:
         raise ConfigError(f"{name}._target_ is missing: it names the class of these options")
     try:
+        _import_module_of(target)
         found = pkgutil.resolve_name(target)
-    except ModuleNotFoundError as error:
-        where = "start where the module lies, or name its folder with --config-dir"
-        raise ConfigError(f"{name}._target_={target!r} can't be imported: {error}; {where}") from error
     except Exception as error:  # a module of a user's own may raise anything
-        raise ConfigError(f"{name}._target_={target!r} can't be imported: {error}{_where(error)}") from error
+        absent = isinstance(error, ModuleNotFoundError) and _is_part(error.name, target)
+        where = "; start where the module lies, or name its folder with --config-dir" if absent else _where(error)
+        raise ConfigError(f"{name}._target_={target!r} can't be imported: {error}{where}") from error
     if not isinstance(found, type):
         raise ConfigError(f"{name}._target_={target!r} is not allowed: it is no class")
     return found
+
+
+def _import_module_of(target: str) -> None:
+    """Imports the module that a class lies in: `pkgutil.resolve_name` hides what is wrong with one in a package."""
+    module = target.partition(":")[0] if ":" in target else target.rpartition(".")[0]
+    try:
+        importlib.import_module(module or target)
+    except ModuleNotFoundError as error:
+        if not _is_part(error.name, module):  # otherwise it may be a class, or is really absent
+            raise
+
+
+def _is_part(module: str | None, target: str) -> bool:
+    return target == module or target.startswith((f"{module}.", f"{module}:"))
 
 
 def _where(error: Exception) -> str:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -136,7 +137,7 @@ def _evaluate(overrides: Sequence[str], config_dir: str | None) -> Iterator[str]
         env = build("env", env_values)
         policies = {"": _pymarl_policy(env, algo_values, chosen)}
     if chosen.member >= len(policies):
-        raise ConfigError(f"member={chosen.member} is not allowed: the run has members 0 to {len(policies) - 1}")
+        raise ConfigError(f"member={chosen.member} is not allowed: choose one of 0 to {len(policies) - 1}")
     viewer = None if chosen.render is None else _viewer(env, policies, chosen, Path(chosen.render))
     yield from evaluate_policies(env, policies, chosen)
     if viewer is not None:
@@ -150,12 +151,12 @@ def _refuse_foreign(overrides: Sequence[str]) -> None:
     Raises:
         ConfigError: if one was given.
     """
-    of_run = any(text.startswith("run_dir=") and text != "run_dir=null" for text in overrides)
-    for text in overrides:
-        key = text.lstrip("+~").partition("=")[0]
-        if of_run and re.split("[./@]", key)[0] in ("env", "algo"):
+    parsed = _parsed(overrides)
+    of_run = any(override.key_or_group == "run_dir" and override.value() is not None for override in parsed)
+    for text, override in zip(overrides, parsed, strict=True):
+        if of_run and re.split("[./]", override.key_or_group)[0] in ("env", "algo"):
             raise ConfigError(f"{text} is not allowed with run_dir: a run's own algorithm and environment play")
-        if key == "algo":
+        if override.key_or_group == "algo":
             raise ConfigError(f"{text} is not allowed: the agents of a run or of a PyMARL checkpoint play")
 
 
@@ -286,12 +287,15 @@ def _parser() -> OneLineParser:
     return parser
 
 
-def _compose(overrides: Sequence[str], config_dir: str | None) -> dict[str, Any]:
-    """What ``configs/evaluate.yaml`` and the overrides say; unknown keys are added, for their schema to refuse."""
+def _parsed(overrides: Sequence[str]) -> list[Override]:
     for text in overrides:
         if "=" not in text:
             raise ConfigError(f"{text!r} can't be read: options are written key=value, as in run_dir=outputs/first")
-    parse_overrides(overrides)
+    return parse_overrides(overrides)
+
+
+def _compose(overrides: Sequence[str], config_dir: str | None) -> dict[str, Any]:
+    """What ``configs/evaluate.yaml`` and the overrides say; unknown keys are added, for their schema to refuse."""
     forced = [text if text.startswith(("env=", "+", "~")) else f"++{text}" for text in overrides]
     if config_dir is not None:
         forced.append(f"hydra.searchpath=['file://{Path(config_dir).absolute()}']")

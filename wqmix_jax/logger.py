@@ -296,13 +296,13 @@ class WandbRuns:
 
 
 def _group_of(run_dir: Path) -> str:
-    """The folder's name, and the path where that says nothing (``FOLDER/0``); parts of one run share theirs."""
-    folder = run_dir.resolve()
-    if re.fullmatch(r"host_\d+", folder.name):
-        folder = folder.parent
-    if not re.fullmatch(r"\d+|seeds_\d+-\d+", folder.name):
-        return folder.name
-    return (folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder).as_posix()
+    """The folder's name, with those above it where it says nothing; hosts of a run, and seeds of a line, share one."""
+    parts = run_dir.resolve().parts
+    if re.fullmatch(r"host_\d+", parts[-1]):
+        parts = parts[:-1]
+    if re.fullmatch(r"seeds_\d+-\d+", parts[-1]):  # of a figure: OUT/ENV/PANEL/LINE/seeds_0-7
+        return "/".join(parts[-5:-1])
+    return "/".join(parts[-2:]) if parts[-1].isdecimal() else parts[-1]  # one of several with -m: FOLDER/0
 
 
 def refuse_missing_wandb(options: LoggerOptions) -> None:

@@ -157,13 +157,13 @@ def failures(loop: Loop) -> list[Line]:
 
 
 def sound_steps(loop: Loop) -> np.ndarray:
-    """Environment steps of the members that have not failed; of the last one where all have."""
+    """Environment steps of the members that have not failed; where all have, of the one that came farthest."""
     steps, out = env_steps(loop), failed(loop)
     return steps.max(keepdims=True) if out.all() else steps[~out]
 
 
 def slowest_steps(loop: Loop) -> int:
-    """Environment steps of the slowest of these."""
+    """The least of `sound_steps`."""
     return int(sound_steps(loop).min())
 
 

@@ -60,20 +60,19 @@ class Style(NamedTuple):
 def styles(labels: Sequence[str]) -> dict[str, Style]:
     """A style for each label; those that begin alike (``QMIX, 50k`` and ``QMIX, 1M``) share a colour.
 
-    Any two of the first eight families differ in grey, too.
+    No two of 32 lines of a colour look alike. The first four of each of the first eight families differ in grey, too.
     """
     families: dict[str, list[str]] = {}
     for label in labels:
         families.setdefault(label.split(",")[0], []).append(label)
-    return {
-        label: Style(
-            COLOURS[i % len(COLOURS)],
-            MARKERS[(i + k // len(LINE_STYLES)) % len(MARKERS)],
-            LINE_STYLES[(k + i // len(COLOURS)) % len(LINE_STYLES)],
-        )
-        for i, family in enumerate(families.values())
-        for k, label in enumerate(family)
-    }
+    found: dict[str, Style] = {}
+    for index, family in enumerate(families.values()):
+        colour = COLOURS[index % len(COLOURS)]
+        before = sum(style.colour == colour for style in found.values())
+        for number, label in enumerate(family, before):
+            marker = MARKERS[(index + number // len(LINE_STYLES)) % len(MARKERS)]
+            found[label] = Style(colour, marker, LINE_STYLES[number % len(LINE_STYLES)])
+    return found
 
 
 def learning_curve(records: Sequence[dict[str, Any]], name: str = "episode_return") -> Curve:

@@ -31,7 +31,7 @@ class Display(Protocol):
         ...
 
     def update(self, env_steps: np.ndarray, lines: list[Line]) -> None:
-        """Takes the environment steps of each seed that goes on, ``[S]``, and the lines that were just written."""
+        """Takes the environment steps ``[S]`` of seeds that have not failed, and the lines that were just written."""
         ...
 
 

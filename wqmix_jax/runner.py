@@ -124,7 +124,7 @@ def resume(run_dir: Path, changes: Mapping[str, Any]) -> Path:
     old, header = read_config(run_dir), load_header(run_dir)
     if "merged" in header:
         raise ConfigError(f"resume={run_dir} is not allowed: it was merged from {', '.join(header['merged'])}")
-    _refuse_lost_checkpoints(run_dir)
+    refuse_lost_checkpoints(run_dir)
     values = _merged(old, changes)
     claim_cores()  # before an environment's library starts the backend
     values = connected(values, os.environ)
@@ -178,17 +178,15 @@ def _train(
     print(f"done: {run_dir}", flush=True)
 
 
-def _refuse_lost_checkpoints(run_dir: Path) -> None:
-    """Keeps the records of a run whose checkpoints were deleted: to start over would erase them.
+def refuse_lost_checkpoints(run_dir: Path) -> None:
+    """Keeps the records of a run whose checkpoints were deleted: to go on from the start would erase them.
 
     Raises:
-        ConfigError: if there is no checkpoint, and there certainly was one.
+        ConfigError: if there was a checkpoint, and there is none, not even one in the making.
     """
-    folder, status = run_dir / CHECKPOINT_DIR, read_summary(run_dir).get("status")
-    # One that is running says so as soon as its first checkpoint is begun.
-    certain = status is not None and (status != "running" or not folder.is_dir())
-    if certain and not any(folder.glob("[0-9]*")):
-        told = "its checkpoints are gone, and to start over would lose its records; evaluate and compare still read it"
+    begun = bool(read_summary(run_dir))  # written as soon as the first checkpoint is begun
+    if begun and not any((run_dir / CHECKPOINT_DIR).glob("[0-9]*")):
+        told = "its checkpoints are gone; a new run_dir=FOLDER starts over, and the records can still be read"
         raise ConfigError(f"resume={run_dir} is not allowed: {told}")
 
 

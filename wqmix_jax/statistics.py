@@ -16,6 +16,8 @@ from scipy import stats
 from wqmix_jax.members import labels_of, member_name
 
 FEWEST_TRIMMED = 4
+"""Of fewer seeds none is left out."""
+
 RESAMPLES = 2000
 PERMUTATIONS = 20000
 CONFIDENCE = 0.95
@@ -93,6 +95,11 @@ def quartiles(values: np.ndarray) -> Estimate:
 def iqm(values: np.ndarray, axis: int = -1) -> np.ndarray:
     """The interquartile mean along an axis; of fewer than `FEWEST_TRIMMED` the mean."""
     return stats.trim_mean(values, 0.25, axis=axis)
+
+
+def iqm_name(num_seeds: int) -> str:
+    """What `iqm` is called where the run with fewest seeds has ``num_seeds``."""
+    return "IQM" if num_seeds >= FEWEST_TRIMMED else f"IQM (of fewer than {FEWEST_TRIMMED} seeds the mean)"
 
 
 def iqm_estimate(values: np.ndarray) -> Estimate:

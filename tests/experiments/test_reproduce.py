@@ -22,8 +22,8 @@ from wqmix_jax import load_metrics
 from wqmix_jax.api import load_policies
 from wqmix_jax.config import ConfigError
 from wqmix_jax.exits import SEEDS_FAILED, RunError
-from wqmix_jax.logger import HEADER_FILE, load_header
-from wqmix_jax.runs import SUMMARY_FILE, save_config
+from wqmix_jax.logger import HEADER_FILE, METRICS_FILE, MetricsFile, load_header
+from wqmix_jax.runs import SUMMARY_FILE, held
 
 TINY = (
     "algo.batch_size=2",
@@ -85,6 +85,7 @@ class Faked:
             for line in evaluated(seed, dict(zip((0, 4, 8, 12), self.curve(algo, seed), strict=True)))
         ]
         record_run(folder, values, lines, algo=algo, env=env, failed=failed, status=self.status)
+        (folder / "checkpoints" / "8").mkdir(parents=True)
         if failed:
             raise RunError(f"{len(failed)} of {len(seeds)} seeds failed", SEEDS_FAILED)
         return folder
@@ -175,6 +176,22 @@ def test_an_interrupted_run_goes_on(small: Figure, faked: Faked, tmp_path: Path)
     assert (len(faked.started), len(faked.resumed)) == (1, 1)
 
 
+def test_a_run_that_can_not_go_on_is_refused_before_anything_is_trained(
+    small: Figure, faked: Faked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faked.status = "interrupted"
+    assert made(tmp_path, "lines=[vdn_slow]") == 0
+    [(folder, _)] = faked.started
+    with held(Path(folder)):
+        assert made(tmp_path) == 2
+    assert f"{folder} is not allowed: another process is training this run" in capsys.readouterr().err
+    shutil.rmtree(Path(folder) / "checkpoints")
+    assert made(tmp_path) == 2
+    assert f"{folder} is not allowed: its checkpoints are gone" in capsys.readouterr().err
+    assert (len(faked.started), faked.resumed) == (1, [])
+    assert made(tmp_path, "train=false") == 0
+
+
 def test_what_is_there_is_drawn_without_training(small: Figure, faked: Faked, tmp_path: Path) -> None:
     faked.status = "interrupted"
     assert made(tmp_path, "lines=[iql]") == 0
@@ -228,7 +245,7 @@ def test_a_figure_of_which_all_seeds_fail_is_told_in_one_line(
 def test_the_absolute_metric_is_played_again_for_a_longer_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     played: list[int] = []
     monkeypatch.setattr(results, "_best_policies", lambda *_: {"0": {"episode_return": float(len(played))}})
-    values: dict[str, Any] = {"eval_episodes": 2, "total_env_steps": 4, "algo": {}, "env": {}}
+    values: dict[str, Any] = {"eval_episodes": 2, "algo": {}, "env": {}}
     folder = record_run(tmp_path / "run", values, evaluated(0, {0: 0.0, 4: 1.0}))
     (folder / "policies").mkdir()
     (folder / "policies" / "best.npz").touch()
@@ -238,7 +255,8 @@ def test_the_absolute_metric_is_played_again_for_a_longer_run(tmp_path: Path, mo
         return results.absolute_metric(folder, factor)["0"]["episode_return"]
 
     assert [metric(), metric(), metric(5), metric(5)] == [1, 1, 3, 3]
-    save_config(folder, {**values, "total_env_steps": 8})
+    with MetricsFile(folder, num_bytes=(folder / METRICS_FILE).stat().st_size) as metrics:
+        metrics.write(evaluated(0, {8: 1.0}))
     assert [metric(5), metric(5)] == [5, 5]
 
 
@@ -412,6 +430,16 @@ def test_changes_are_told_and_authors_curves_stand_beside_ours(
     told = "quick run, not as in the paper: total_env_steps=10000, eval_interval=1000, eval_episodes=4"
     assert drawn[0].get_suptitle() == f"Figure 2: Small\n{told}"
     assert json.loads((tmp_path / "out" / "fig2" / "made.json").read_text())["title"] == ["Figure 2: Small", told]
+
+
+def test_a_line_looks_the_same_whichever_others_are_there(
+    small: Figure, faked: Faked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[dict[str, Any]] = []
+    monkeypatch.setattr(pictures, "draw", lambda path, *told: looks.append(told[3]) or path)
+    assert made(tmp_path, "lines=[vdn_slow]") == 0
+    assert made(tmp_path) == 0
+    assert looks[0]["VDN, slow"] == looks[1]["VDN, slow"] != looks[1]["IQL"]
 
 
 def test_figures_share_the_runs_that_they_have_in_common() -> None:
