@@ -20,10 +20,12 @@ LAYERS = (
     ("trainer",),
     ("loop",),
     ("logger", "checkpoint", "memory", "tabular", "interop", "statistics"),
-    ("plotting", "progress", "runs"),
+    ("progress", "runs"),
+    ("plotting",),
     ("api", "runner", "merge", "table"),
     ("compare",),
-    ("train", "evaluate"),
+    ("train",),
+    ("evaluate",),
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 

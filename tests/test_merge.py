@@ -17,8 +17,8 @@ def part(folder: Path, seeds: list[int], returns: list[float], **options: Any) -
     """A finished run without training."""
     folder.mkdir(parents=True)
     create_metrics(folder, version="0", algo="iql", env="coin", members=[{"seed": seed} for seed in seeds])
-    values = {"algo": {"lr": 1e-3}, "seed": 0, "num_seeds": 3, "hosts": 2, "total_env_steps": 9, "run_dir": str(folder)}
-    save_config(folder, {**values, "host": 0, **options})
+    values = {"algo": {"lr": 1e-3}, "env": {}, "seed": 0, "num_seeds": 3, "hosts": 2, "host": 0, "total_env_steps": 9}
+    save_config(folder, {**values, "run_dir": str(folder), **options})
     line = {"kind": "eval", "env_steps": 9, "learner_steps": 1, "episodes": 2, "episode_length": 1.0}
     lines = [line | {"seed": seed, "episode_return": value} for seed, value in zip(seeds, returns, strict=True)]
     with MetricsFile(folder, num_bytes=0) as metrics:
