@@ -119,6 +119,7 @@ def near(picture: np.ndarray, colour: tuple[int, int, int]) -> int:
         (["pymarl=null"], "run_dir is missing: write run_dir=RUN_DIR, or pymarl=FOLDER"),
         (["pymarl=null", "run_dir=here"], "env=predator_prey is not allowed with run_dir: a run's own"),
         (["pymarl=null", "++run_dir=here"], "env=predator_prey is not allowed with run_dir: a run's own"),
+        (["pymarl=nowhere"], "pymarl=nowhere is not allowed: there is no such folder"),
         (["render=[film.gif"], "'render=[film.gif' can't be read: options are written key=value"),
         (["algo=qmix"], "algo=qmix is not allowed: the agents of a run or of a PyMARL checkpoint play"),
         (["+algo=qmix"], "+algo=qmix is not allowed: the agents of a run or of a PyMARL checkpoint play"),
