@@ -301,6 +301,9 @@ def _one_line(error: Any, cls: type, prefix: str) -> str:
         hint = f"did you mean {prefix}{close[0]}? " if close else ""
         return f"{key} is unknown: {hint}known keys are {', '.join(known)}"
     if error["type"] in ("missing", "missing_argument"):
+        if isinstance(error["loc"][-1], int):  # a list's value: pydantic names where it would stand
+            whole, _, place = key.rpartition(".")
+            return f"{whole}={error['input']!r} is not allowed: it has {place} value(s), which is too few"
         return f"{key} is missing"
     allowed = error["msg"].removeprefix("Value error, ")
     if not error["loc"]:  # the message of a class's own check, which starts with one of its keys

@@ -426,6 +426,12 @@ def test_the_edges_of_a_torus_meet_for_moves_but_not_for_catches() -> None:
         ({"episode_limit": 0}, "env.episode_limit=0 is not allowed: input should be greater than 0"),
         ({"toroidal": 1}, "env.toroidal=1 is not allowed: input should be a valid boolean"),
         ({"world_shape": [10, 0]}, "env.world_shape.1=0 is not allowed: input should be greater than 0"),
+        ({"world_shape": []}, "env.world_shape=[] is not allowed: it has 0 value(s), which is too few"),
+        ({"world_shape": [10]}, "env.world_shape=[10] is not allowed: it has 1 value(s), which is too few"),
+        (
+            {"world_shape": [10, 10, 10]},
+            "env.world_shape=[10, 10, 10] is not allowed: tuple should have at most 2 items after validation, not 3",
+        ),
         (
             {"world_shape": [3, 5]},
             "env.world_shape=(3, 5) is not allowed: its 15 cells must hold num_agents + num_stags + num_hares = 16, "

@@ -114,7 +114,11 @@ def test_a_file_without_a_payoff_is_refused_in_one_line(
             "alpha=0.0 is not allowed: a number above 0 and at most 1",
         ),
         (["table1", "--weighting", "central", "--alpha", "nan"], "alpha=nan is not allowed"),
-        (["table1", "--alpha", "1.5"], "alpha=1.5 is not allowed"),
+        (["table1", "--weighting", "optimistic", "--alpha", "1.5"], "alpha=1.5 is not allowed"),
+        (
+            ["table1", "--alpha", "0.5"],
+            "alpha=0.5 is not allowed: the weighting is uniform; name central or optimistic",
+        ),
         (["table1", "--greedy", "0"], "greedy=(0,) is not allowed"),
     ],
 )

@@ -4,6 +4,7 @@ It prints a payoff and its projections side by side, as the paper's tables do. W
 in one line on stderr, with exit code 2.
 """
 
+import argparse
 import json
 from collections.abc import Sequence
 from fractions import Fraction
@@ -17,6 +18,9 @@ from wqmix_jax.exits import OneLineParser
 from wqmix_jax.tabular.projection import Projection, project
 from wqmix_jax.tabular.search import MAX_ORDERINGS, is_enumerable, num_orderings
 from wqmix_jax.tabular.weightings import NAMES, checked_alpha
+
+DEFAULT_ALPHA = 0.1
+"""The paper's on predator-prey."""
 
 MAX_BYTES = 1_000_000
 """A payoff file of more is not read."""
@@ -33,10 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(arguments)
     try:
-        checked_alpha(args.alpha)
+        alpha = _alpha(args)
         payoff = read_payoff(args.payoff)
         greedy = None if args.greedy is None else tuple(args.greedy)
-        projection = project(payoff, weighting=args.weighting, alpha=args.alpha, greedy=greedy)
+        projection = project(payoff, weighting=args.weighting, alpha=alpha, greedy=greedy)
     except ValueError as error:
         parser.error(str(error))
     print(json.dumps(as_json(projection)) if args.json else as_text(payoff, projection))
@@ -97,10 +101,19 @@ def _parser() -> OneLineParser:
     )
     parser.add_argument("payoff", help=f"{', '.join(PRESETS)}, or a JSON file: a nested list, one axis per agent")
     parser.add_argument("--weighting", choices=NAMES, default="uniform", help="w(u); uniform by default")
-    parser.add_argument("--alpha", type=float, default=0.1, help="in (0, 1], 0.1 by default; uniform doesn't use it")
+    parser.add_argument("--alpha", type=float, help=f"in (0, 1], {DEFAULT_ALPHA} by default; not with uniform weights")
     parser.add_argument("--greedy", type=int, nargs="+", help="only tables in which these are the agents' top actions")
     parser.add_argument("--json", action="store_true", help="prints one JSON object")
     return parser
+
+
+def _alpha(args: argparse.Namespace) -> float:
+    if args.alpha is None:
+        return DEFAULT_ALPHA
+    if args.weighting == "uniform":
+        others = " or ".join(NAMES[1:])
+        raise ValueError(f"alpha={args.alpha} is not allowed: the weighting is uniform; name {others} with --weighting")
+    return checked_alpha(args.alpha)
 
 
 def _from_file(path: Path) -> np.ndarray:
