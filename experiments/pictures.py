@@ -61,9 +61,10 @@ def draw(
 
 
 def _end_below(paper: Axes, mean: Axes, lowest: float) -> None:
-    """Ends the axis that both share at ``lowest``, its margin above that of what is still seen."""
+    """Ends the axis that both share at ``lowest``, its margin above that of what is still seen, if anything is."""
     highest = max(axes.dataLim.y1 for axes in (paper, mean))
-    paper.set_ylim(lowest, highest + paper.get_ymargin() * (highest - lowest))
+    if highest > lowest:
+        paper.set_ylim(lowest, highest + paper.get_ymargin() * (highest - lowest))
 
 
 def _label(line: Line) -> str:

@@ -23,7 +23,7 @@ from wqmix_jax.exits import REFUSED, SEEDS_FAILED, OneLineParser, RunError
 from wqmix_jax.hosts import with_host
 from wqmix_jax.logger import HEADER_FILE, load_header, load_metrics
 from wqmix_jax.plotting import styles
-from wqmix_jax.runs import held, read_config, read_summary, shared_options
+from wqmix_jax.runs import held, read_config, read_summary, seeds_apart, shared_options
 from wqmix_jax.table import show
 from wqmix_jax.train import load_config, load_values
 
@@ -36,7 +36,7 @@ GAMES = {
 """How environments that stand for each other are told apart."""
 
 _CHOSEN_HERE = ("resume", "run_dir", "hosts", "host", "distributed", "sweep")
-_NO_MATTER = ("logger", "checkpoint", "chunk_iterations", "env.worker_python")
+_NO_MATTER = ("seed=", "logger", "checkpoint", "chunk_iterations", "env.worker_python")
 
 
 @options
@@ -121,7 +121,8 @@ def reproduce(name: str, texts: Sequence[str]) -> list[str]:
         What is to be told of seeds that failed.
 
     Raises:
-        ConfigError: if an option is not allowed, or runs that are there have others; nothing was trained then.
+        ConfigError: if an option is not allowed, or runs that are there have others (nothing was trained then), or if
+            another process has begun to train the same meanwhile.
         RunError: if a run had to stop, or all seeds of all lines failed.
     """
     claim_cores()  # before an environment's library starts the backend
@@ -146,8 +147,8 @@ def plan(figure: Figure, env: str, chosen: ReproduceOptions, overrides: Sequence
     """What the figure consists of, and what there is of it.
 
     Raises:
-        ConfigError: if an option is not allowed, or a run was made with other options or another version of the game or
-            can't be resumed.
+        ConfigError: if an option is not allowed, a run was made with other options or another version of the game or
+            can't be resumed, or two have a seed in common.
     """
     known = sorted({run.folder.name for run in runs(figure, env)})
     if (unknown := sorted(set(chosen.lines or []) - set(known))) or chosen.lines == []:
@@ -161,6 +162,7 @@ def plan(figure: Figure, env: str, chosen: ReproduceOptions, overrides: Sequence
             line = Planned(run, with_host(composed, {}), folder, _made(folder))
             if chosen.train:  # what is only drawn needs no game
                 game = run_config(line.values).env.host.versions()
+            seeds_apart(line.made)
             for made in line.made:
                 _refuse_others(made, line.values)
                 game = _same_game(made, game)
@@ -178,8 +180,10 @@ def train(line: Planned, failed: list[str]) -> None:
     """Trains what is missing of a line, and adds to ``failed`` what is to be told of seeds that failed.
 
     Raises:
+        ConfigError: if by now another process trains some of it.
         RunError: if a run had to stop.
     """
+    line = line._replace(made=_made(line.folder))  # the lines before may have taken hours
     for made in line.made:
         if not _is_finished(made):
             with _collecting(failed):
@@ -233,7 +237,8 @@ def _environment(figure: Figure, chosen: ReproduceOptions, overrides: Sequence[s
     if chosen.env is not None:
         return runs(figure, chosen.env)[0].env
     if not chosen.train:
-        return next((env for env in figure.env if (chosen.folder / env).is_dir()), figure.env[-1])
+        there = (env for env in figure.env if any(_made(chosen.folder / env / run.folder) for run in runs(figure, env)))
+        return next(there, figure.env[-1])
     for env, substitute in zip(figure.env, figure.env[1:], strict=False):
         try:
             load_config(*runs(figure, env)[0].overrides, *_changes(chosen, overrides))

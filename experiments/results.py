@@ -18,7 +18,7 @@ from wqmix_jax.evaluate import play_policies
 from wqmix_jax.logger import load_header, load_metrics, read_mapping
 from wqmix_jax.members import labels_of, member_name
 from wqmix_jax.policy import BEST, POLICY_DIR
-from wqmix_jax.runs import read_config, read_summary
+from wqmix_jax.runs import read_config, read_summary, seeds_apart, write_whole
 from wqmix_jax.statistics import Estimate, SeedCurves, horizon, iqm_estimate, quartiles, seed_curves
 from wqmix_jax.table import Row, write_csv
 
@@ -51,10 +51,15 @@ class Line(NamedTuple):
 
 
 def gather(run: Run, folders: Sequence[Path], absolute_factor: int) -> Line:
-    """Reads the runs of a line, as far as they have come, and has their best policies play."""
+    """Reads the runs of a line, as far as they have come, and has their best policies play.
+
+    Raises:
+        ConfigError: if a seed is in two of them.
+    """
+    seeds_apart(folders)
     line = Line(run, list(folders), [], {}, [])
     for folder in folders:
-        failed = [member_name(labels_of(failure)) for failure in read_summary(folder).get("failed", [])]
+        failed = _failed(folder)
         line.failed.extend(failed)
         records = load_metrics(folder, kind="eval")
         line.records.extend(record for record in records if str(record["seed"]) not in failed)
@@ -80,7 +85,7 @@ def absolute_metric(folder: Path, factor: int) -> dict[str, Row]:
     print(f"the best policies of {folder} play {episodes} episodes", flush=True)
     played = wanted | {"seeds": _best_policies(folder, episodes, config["matmul_precision"])}
     if read_summary(folder).get("status") == "finished":
-        kept.write_text(json.dumps(played) + "\n")
+        write_whole(kept, json.dumps(played) + "\n")
     return played["seeds"]
 
 
@@ -117,7 +122,8 @@ def table_row(line: Line, metric: str) -> Row:
     row |= {"env_steps": round(last.env_steps[-1]), **{name: _text(value) for name, value in final.items()}}
     if absolute.size:
         best = iqm_estimate(absolute)
-        row |= {"absolute": _text(best.value), "absolute_low": _text(best.low), "absolute_high": _text(best.high)}
+        row |= {"absolute_seeds": absolute.size, "absolute": _text(best.value)}
+        row |= {"absolute_low": _text(best.low), "absolute_high": _text(best.high)}
     return row
 
 
@@ -203,8 +209,13 @@ def _how(line: Line, folder: Path) -> Row:
     command = ["python -m wqmix_jax.train", *map(_quoted, line.run.overrides), f"run_dir={folder}"]
     seeds = f"seed={header['seeds'][0]} num_seeds={len(header['seeds'])}"
     game = {"game": header["simulator"]} if "simulator" in header else {}
-    named = {"panel": line.run.panel, "line": line.run.line, "seeds": header["seeds"], "failed": line.failed}
+    named = {"panel": line.run.panel, "line": line.run.line, "seeds": header["seeds"], "failed": _failed(folder)}
     return {**named, "command": f"{' '.join(command)} {seeds}", **game, **facts}
+
+
+def _failed(folder: Path) -> list[str]:
+    """Names of a run's seeds that failed."""
+    return [member_name(labels_of(failure)) for failure in read_summary(folder).get("failed", [])]
 
 
 def _quoted(override: str) -> str:

@@ -119,6 +119,11 @@ def test_the_values_of_a_sweep_are_compared(tmp_path: Path, capsys: pytest.Captu
     assert code == 0
     assert "algo.lr 0.1 0.2" in lines
     assert any(line.startswith("B 2 2 [2, 2] 1 [1, 1]") for line in lines)
+    code, _, err = told(capsys, folder, "--metric", "algo.lr")
+    assert (code, "metric=algo.lr is not allowed: all of these runs have episode_length, episode_return" in err) == (
+        2,
+        True,
+    )
 
 
 @pytest.mark.parametrize(
@@ -131,6 +136,7 @@ def test_the_values_of_a_sweep_are_compared(tmp_path: Path, capsys: pytest.Captu
             ("--metric", "win_rate"),
             "metric=win_rate is not allowed: all of these runs have episode_length, episode_",
         ),
+        ({}, ("--out", "picture.pgf"), "--out: picture.pgf is not allowed: it must end with ."),
         ({}, ("--out", "picture.doc"), "--out: picture.doc is not allowed: it must end with ."),
         ({}, ("--out", "picture"), "--out: picture is not allowed: it must end with ."),
         ({}, ("--out", "new/picture.png"), "--out: new/picture.png is not allowed: there is no folder new"),
@@ -160,6 +166,16 @@ def test_how_workers_run_is_no_other_task(tmp_path: Path, capsys: pytest.Capture
     assert code == 0
     assert "env.eval_envs 1 4" in lines
     assert "A 1 1 [-] 0.25 [-]" in lines  # no interval from one seed
+
+
+def test_runs_without_an_evaluation_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begun = run(tmp_path / "parts" / "begun", {})
+    one, other = run(tmp_path / "parts" / "one", {0: 1.0}), run(tmp_path / "other", {0: 2.0})
+    code, lines, err = told(capsys, begun, one, other)
+    assert (code, lines, err) == (2, [], f"error: {begun} can't be compared: it has no evaluations yet\n")
+    code, lines, err = told(capsys, tmp_path / "parts", other, "--out", tmp_path / "picture.png")
+    assert (code, err) == (0, f"warning: {begun} has no evaluations yet and is left out\n")
+    assert lines[0] == f"A iql: {one} (1 seed)"
 
 
 def test_folders_that_are_no_two_runs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

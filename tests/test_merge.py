@@ -20,7 +20,9 @@ def part(folder: Path, seeds: list[int], returns: list[float], **options: Any) -
     values = {"algo": {"lr": 1e-3}, "env": {}, "seed": 0, "num_seeds": 3, "hosts": 2, "host": 0, "total_env_steps": 9}
     save_config(folder, {**values, "run_dir": str(folder), **options})
     line = {"kind": "eval", "env_steps": 9, "learner_steps": 1, "episodes": 2, "episode_length": 1.0}
-    lines = [line | {"seed": seed, "episode_return": value} for seed, value in zip(seeds, returns, strict=True)]
+    lines = [
+        line | {"seed": seed, "episode_return": value} for seed, value in zip(seeds, returns, strict=bool(returns))
+    ]
     with MetricsFile(folder, num_bytes=0) as metrics:
         metrics.write(lines)
     final = {str(line["seed"]): line for line in lines}
@@ -81,6 +83,33 @@ def test_what_does_not_belong_together_is_refused(
     assert not (tmp_path / "merged").exists()
 
 
+def of_version(folder: Path, version: str) -> Path:
+    """The run, as if it had been trained in that version of StarCraft II."""
+    header = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(header | {"simulator": {"StarCraft II": version}}))
+    return folder
+
+
+def test_versions_of_a_game_are_not_joined(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for host, version in ((0, "4.6.2"), (1, "4.10")):
+        of_version(run_dir / f"host_{host}", version)
+    with pytest.raises(SystemExit) as ended:
+        merge.main([str(run_dir), "--out", str(tmp_path / "merged")])
+    assert ended.value.code == 2
+    assert "host_1 has version of StarCraft II='4.10' and" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+    rows = table.table([run_dir / "host_0", run_dir / "host_1"])
+    assert [(row["version of StarCraft II"], row["seeds"]) for row in rows] == [("4.6.2", 1), ("4.10", 2)]
+
+
+def test_hosts_may_have_their_simulators_in_different_places(run_dir: Path, tmp_path: Path) -> None:
+    part(tmp_path / "elsewhere", [3], [8.0], env={"worker_python": "/opt/smac/bin/python"})
+    runs = [run_dir / "host_0", tmp_path / "elsewhere"]
+    assert [row["seeds"] for row in table.table(runs)] == [2]
+    merge.merge(runs, tmp_path / "merged")
+    assert load_header(tmp_path / "merged")["seeds"] == [0, 3]
+
+
 def test_nothing_is_overwritten(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         merge.main([str(run_dir), "--out", str(run_dir)])
@@ -120,6 +149,28 @@ def test_a_table_has_a_row_per_setting(run_dir: Path, tmp_path: Path, capsys: py
         ("0.002", "1", "8"),
     ]
     assert (rows[0]["episode_return_q25"], rows[0]["episode_return_q75"]) == ("1.5", "3")
+
+
+def test_different_tasks_are_told_apart_in_a_table(tmp_path: Path) -> None:
+    one = part(tmp_path / "one", [0], [1.0], env={"map": "3m"}, eval_episodes=32)
+    other = part(
+        tmp_path / "other", [0], [2.0], algo={"lr": 2e-3, "mixer": "vdn"}, env={"map": "3s5z"}, eval_episodes=8
+    )
+    header = json.loads((other / "run.json").read_text())
+    (other / "run.json").write_text(json.dumps({**header, "algo": "vdn"}))
+    rows = table.table([one, other])
+    told = {"algo", "env.map", "eval_episodes"}  # and not algo.lr, which belongs to different algorithms
+    assert [{name: row[name] for name in told} for row in rows] == [
+        {"algo": "iql", "env.map": "3m", "eval_episodes": "32"},
+        {"algo": "vdn", "env.map": "3s5z", "eval_episodes": "8"},
+    ]
+    assert not any(name.startswith("algo.") for row in rows for name in row)
+
+
+def test_seeds_without_an_evaluation_are_told(tmp_path: Path) -> None:
+    part(tmp_path / "begun", [1, 2], [])
+    [row] = table.table([part(tmp_path / "one", [0], [4.0]), tmp_path / "begun"])
+    assert (row["seeds"], row["not evaluated yet"], row["episode_return"]) == (3, 2, "4")
 
 
 def test_seeds_that_are_there_twice_are_not_counted_twice(run_dir: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ is the metric there, ``mean`` its mean over training until there, the area under
 """
 
 import argparse
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from wqmix_jax.plotting import (
     seeds_label,
     styles,
 )
-from wqmix_jax.runs import find_runs, read_config, read_summary, shared_options
+from wqmix_jax.runs import VERSION, find_runs, read_config, read_summary, shared_options, simulator_versions
 from wqmix_jax.statistics import (
     Estimate,
     horizon,
@@ -49,10 +50,11 @@ PICTURE = Path("outputs") / "comparison.png"
 FEW_SEEDS = 5
 """With fewer, intervals are told but warned of: they come from the few seeds that are there."""
 
+NEED_TEX = {"pgf"}
+"""Formats that matplotlib writes only where TeX is installed."""
+
 MOST_OPTIONS = 2
 """Of more that differ between runs of one algorithm, the picture's legend shows none."""
-
-_VERSION = "version of "
 
 
 class Group(NamedTuple):
@@ -112,7 +114,7 @@ def _picture_file(text: str) -> Path:
     Raises:
         ArgumentTypeError: if it is another, or it can't be written.
     """
-    path, known = out_file(text), FigureCanvasBase.get_supported_filetypes()
+    path, known = out_file(text), FigureCanvasBase.get_supported_filetypes().keys() - NEED_TEX
     if path.suffix.removeprefix(".").lower() not in known:
         raise argparse.ArgumentTypeError(f"{path} is not allowed: it must end with .{', .'.join(sorted(known))}")
     return path
@@ -122,11 +124,17 @@ def find_groups(folders: Sequence[Path]) -> dict[str, Group]:
     """The groups by their letters, ``A`` and so on.
 
     Raises:
-        ConfigError: if they are of different tasks, fewer than two or too many, or if a seed is there twice.
+        ConfigError: if they are of different tasks, fewer than two or too many, if one has no evaluations yet, or if a
+            seed is there twice.
     """
     found: list[Group] = []
     for folder in folders:
-        found += _joined([group for run in find_runs([folder]) for group in _of(run)])
+        of_runs = {run: _of(run) for run in find_runs([folder])}
+        if not any(of_runs.values()):
+            raise ConfigError(f"{folder} can't be compared: it has no evaluations yet")
+        for run in (run for run, groups in of_runs.items() if not groups):
+            print(f"warning: {run} has no evaluations yet and is left out", file=sys.stderr)
+        found += _joined([group for groups in of_runs.values() for group in groups])
     if len(found) < 2:
         raise ConfigError(f"{', '.join(map(str, folders))} can't be compared: two runs with evaluations are needed")
     if len(found) > len(COLOURS):
@@ -145,7 +153,7 @@ def choose_metric(groups: Mapping[str, Group], wanted: str | None) -> str:
         ConfigError: if ``wanted`` is not one that all groups have.
     """
     records = [record for group in groups.values() for record in group.records]
-    numbers = {name for name in records[0] if isinstance(records[0][name], float)}
+    numbers = {name for name in records[0].keys() - labels_of(records[0]) if isinstance(records[0][name], float)}
     shared = sorted(name for name in numbers if all(name in record for record in records))
     if wanted is None:
         return "win_rate" if "win_rate" in shared else "episode_return"
@@ -274,7 +282,7 @@ def _of(run: Path) -> list[Group]:
     header, values, records = load_header(run), read_config(run), load_metrics(run, kind="eval")
     options = shared_options({name: value for name, value in values.items() if name != "sweep"})
     workers = load_group("env", "_host")
-    task = {"env": header["env"]} | {_VERSION + name: told for name, told in header.get("simulator", {}).items()}
+    task = {"env": header["env"], **simulator_versions(header)}
     task |= {key: options.pop(key) for key in list(options) if key.startswith("env.") and key[4:] not in workers}
     failed = [labels_of(failure) for failure in read_summary(run).get("failed", [])]
     found: dict[str, Group] = {}
@@ -315,7 +323,7 @@ def _refuse_other_task(group: Group, first: Group) -> None:
     """An option that one of them doesn't have, of another version of this project, is only told."""
     for name in dict.fromkeys([*first.task, *group.task]):
         one, other = (of.task.get(name, "unknown") for of in (first, group))
-        if one != other and ("unknown" not in (one, other) or name.startswith(_VERSION)):
+        if one != other and ("unknown" not in (one, other) or name.startswith(VERSION)):
             told = f"{first.folders[0]} has {name}={one}, and {group.folders[0]} has {name}={other}"
             raise ConfigError(f"{told}: figures of different tasks can't be compared")
 

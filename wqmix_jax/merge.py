@@ -13,7 +13,6 @@ from typing import Any
 from wqmix_jax.config import ConfigError
 from wqmix_jax.exits import OneLineParser, refuse
 from wqmix_jax.logger import HEADER_FILE, METRICS_FILE, load_header, load_metrics
-from wqmix_jax.members import member_name
 from wqmix_jax.plotting import plot_run
 from wqmix_jax.runs import (
     SUMMARY_FILE,
@@ -23,7 +22,9 @@ from wqmix_jax.runs import (
     read_config,
     read_summary,
     save_config,
+    seeds_apart,
     shared_options,
+    simulator_versions,
 )
 
 
@@ -53,12 +54,7 @@ def merge(runs: Sequence[Path], out: Path) -> None:
     headers, configs = [load_header(run) for run in runs], [read_config(run) for run in runs]
     for run, header, config in zip(runs, headers, configs, strict=True):
         _refuse_other(run, _identity(header, config), runs[0], _identity(headers[0], configs[0]))
-    members: dict[str, Path] = {}
-    for run, header in zip(runs, headers, strict=True):
-        for name in map(member_name, header["members"]):
-            if name in members:
-                raise ConfigError(f"seed {name} is in both {members[name]} and {run}")
-            members[name] = run
+    seeds_apart(runs)
     new_run_dir(str(out), algo=headers[0]["algo"], env=headers[0]["env"], option="--out")  # refuses what isn't empty
     summaries = [_summary(run) for run in runs]
     for run in runs:
@@ -81,7 +77,7 @@ def merge(runs: Sequence[Path], out: Path) -> None:
 
 def _identity(header: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """All that parts of a run have in common."""
-    return {"version": header["version"], **shared_options(config)}
+    return {"version": header["version"], **simulator_versions(header), **shared_options(config)}
 
 
 def _refuse_other(run: Path, found: dict[str, Any], first: Path, wanted: dict[str, Any]) -> None:

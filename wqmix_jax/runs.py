@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 import wqmix_jax
 from wqmix_jax.config import RESUMABLE, ConfigError, RunConfig, run_defaults
 from wqmix_jax.devices import num_cores
-from wqmix_jax.logger import HEADER_FILE, METRICS_FILE, load_metrics, read_mapping
+from wqmix_jax.logger import HEADER_FILE, METRICS_FILE, load_header, load_metrics, read_mapping
 from wqmix_jax.members import labels_of, member_name
 from wqmix_jax.trainer import Trainer
 
@@ -44,6 +44,10 @@ _PACKAGES = (
 )  # fmt: skip
 
 _OF_A_PART = ("seed", "num_seeds", "hosts", "host")
+_OF_A_MACHINE = ("env.worker_python",)
+
+VERSION = "version of "
+"""Before a simulator's name, where its version stands beside options."""
 
 
 def new_run_dir(run_dir: str | None, *, algo: str, env: str, option: str = "run_dir") -> Path:
@@ -124,7 +128,7 @@ def held(run_dir: Path) -> Iterator[None]:
 
 def save_config(run_dir: Path, values: Mapping[str, Any]) -> None:
     """Writes ``config.yaml``: ``values`` as nested mappings, every default and ``_target_`` included."""
-    _write(run_dir / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(dict(values))))
+    write_whole(run_dir / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(dict(values))))
 
 
 def read_config(run_dir: Path, *, option: str = "resume") -> dict[str, Any]:
@@ -189,7 +193,28 @@ def kept_options(values: Mapping[str, Any]) -> dict[str, Any]:
 def shared_options(values: Mapping[str, Any]) -> dict[str, Any]:
     """All that runs of different seeds have in common when they belong together, by dotted names."""
     options = kept_options({name: value for name, value in values.items() if name not in _OF_A_PART})
-    return {**options, "total_env_steps": values["total_env_steps"]}
+    shared = {name: value for name, value in options.items() if name not in _OF_A_MACHINE}
+    return {**shared, "total_env_steps": values["total_env_steps"]}
+
+
+def simulator_versions(header: Mapping[str, Any]) -> dict[str, str]:
+    """The versions of the simulators that a run was trained in, named as they stand beside options."""
+    return {VERSION + name: version for name, version in header.get("simulator", {}).items()}
+
+
+def seeds_apart(runs: Iterable[Path]) -> dict[str, Path]:
+    """The run that each member is of, by the member's name.
+
+    Raises:
+        ConfigError: if one is in two of them.
+    """
+    found: dict[str, Path] = {}
+    for run in runs:
+        for name in map(member_name, load_header(run)["members"]):
+            if name in found:
+                raise ConfigError(f"seed {name} is in both {found[name]} and {run}")
+            found[name] = run
+    return found
 
 
 def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -297,7 +322,7 @@ def save_summary(run_dir: Path, config: RunConfig, trainer: Trainer, **facts: An
         },
         "versions": versions(),
     }
-    _write(run_dir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+    write_whole(run_dir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:
@@ -323,8 +348,8 @@ def _megabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:,.1f} MB"
 
 
-def _write(path: Path, text: str) -> None:
-    """In one piece: a reader sees the old file or the new one."""
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file in one piece: a reader sees the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)

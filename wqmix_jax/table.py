@@ -15,7 +15,7 @@ import numpy as np
 from wqmix_jax.exits import OneLineParser, out_file, refuse
 from wqmix_jax.logger import load_header, load_metrics
 from wqmix_jax.members import labels_of, member_name
-from wqmix_jax.runs import find_runs, read_config, read_summary, shared_options
+from wqmix_jax.runs import find_runs, read_config, read_summary, shared_options, simulator_versions
 from wqmix_jax.statistics import quartiles
 
 Row = dict[str, Any]
@@ -77,25 +77,29 @@ def _apart(members: Sequence[Row]) -> Iterator[tuple[Row, list[Row]]]:
 def _settings(run: Path) -> Row:
     config, header = read_config(run), load_header(run)
     options = shared_options({name: value for name, value in config.items() if name != "sweep"})
-    return {"algo": header["algo"], "env": header["env"], **options}
+    return {"algo": header["algo"], "env": header["env"], **simulator_versions(header), **options}
 
 
 def _differing(settings: Sequence[Row]) -> list[str]:
-    """Names and options that tell the runs apart; options of different algorithms and environments aren't compared."""
+    """Names and options that tell the runs apart; an algorithm's and an environment's own only among its runs."""
     names = [name for name in ("algo", "env") if len({setting[name] for setting in settings}) > 1]
     found = dict.fromkeys(names)
     for one in settings:
         for other in settings:
-            if (one["algo"], one["env"]) == (other["algo"], other["env"]):
-                found |= dict.fromkeys(key for key in one | other if one.get(key) != other.get(key))
+            differing = (key for key in one | other if one.get(key) != other.get(key))
+            others_own = {f"{name}." for name in names if one[name] != other[name]}
+            found |= dict.fromkeys(key for key in differing if not key.startswith(tuple(others_own)))
     return list(found)
 
 
 def _figures(members: Sequence[Row]) -> Row:
-    sound = [member["line"] for member in members if member["line"] and not member["failed"]]
+    running = [member["line"] for member in members if not member["failed"]]
+    sound = [line for line in running if line]
+    waiting = len(running) - len(sound)
     figures: Row = {
         "seeds": len(members),
         "failed": sum(member["failed"] for member in members),
+        **({"not evaluated yet": waiting} if waiting else {}),
         "env_steps": min((line["env_steps"] for line in sound), default=0),
     }
     for name in ("episode_return", "win_rate"):

@@ -110,6 +110,18 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> Faked:
     return training
 
 
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch, faked: Faked) -> list[Picture]:
+    """The pictures, which are drawn here."""
+    monkeypatch.setattr(pictures, "draw", DRAW)
+    figures_drawn: list[Picture] = []
+    save = Picture.savefig
+    monkeypatch.setattr(
+        Picture, "savefig", lambda self, *args, **kw: figures_drawn.append(self) or save(self, *args, **kw)
+    )
+    return figures_drawn
+
+
 def absolute(folder: Path) -> dict[str, dict[str, float]]:
     """Best policies that are worth ten times their seed's number."""
     return {str(seed): {"episode_return": 10.0 * seed} for seed in load_header(folder)["seeds"]}
@@ -306,6 +318,63 @@ def test_what_is_not_allowed_is_refused_in_one_line(
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
+def test_a_seed_that_is_there_twice_is_refused(
+    small: Figure, faked: Faked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert made(tmp_path, "num_seeds=2", "lines=[iql]") == 0
+    runs = tmp_path / "out" / "matrix_game" / "game" / "iql"
+    shutil.copytree(runs / "seeds_0-1", runs / "seeds_1-2")
+    for texts in (("num_seeds=4",), ("train=false",)):
+        capsys.readouterr()
+        assert made(tmp_path, *texts, "lines=[iql]") == 2
+        told = f"error: IQL: seed 0 is in both {runs / 'seeds_0-1'} and {runs / 'seeds_1-2'}\n"
+        assert capsys.readouterr().err == told
+    assert len(faked.started) == 1
+    run = figures.runs(small, "matrix_game")[0]
+    with pytest.raises(ConfigError, match="seed 0 is in both"):  # where it has come while others trained
+        results.gather(run, [runs / "seeds_0-1", runs / "seeds_1-2"], 10)
+
+
+def test_what_another_process_has_trained_meanwhile_is_not_trained_again(
+    small: Figure, faked: Faked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the first line trains, the second gets its first two seeds."""
+    start = faked.start
+
+    def start_both(values: dict[str, Any], *, algo: str, env: str) -> Path:
+        if algo == "iql":
+            folder = Path(values["run_dir"]).parent.parent / "vdn_slow" / "seeds_0-1"
+            start({**values, "num_seeds": 2, "run_dir": str(folder)}, algo="vdn", env=env)
+        return start(values, algo=algo, env=env)
+
+    monkeypatch.setattr(reproduce.runner, "start", start_both)
+    assert made(tmp_path, "num_seeds=3") == 0
+    assert [(Path(folder).parent.name, seeds) for folder, seeds in faked.started] == [
+        ("vdn_slow", [0, 1]),
+        ("iql", [0, 1, 2]),
+        ("vdn_slow", [2]),
+    ]
+
+
+def test_the_table_says_how_many_seeds_have_a_policy(
+    small: Figure, faked: Faked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert made(tmp_path, "num_seeds=1", "lines=[iql]") == 0
+    monkeypatch.setattr(results, "absolute_metric", lambda folder, _: absolute(folder) if "1-2" in folder.name else {})
+    assert made(tmp_path, "num_seeds=3", "lines=[iql]") == 0
+    [row] = rows_of(tmp_path / "out" / "fig2" / "table.csv")
+    assert (row["seeds"], row["absolute_seeds"], row["absolute"]) == ("3", "2", "15")
+
+
+def test_each_run_is_told_with_its_own_failures(small: Figure, faked: Faked, tmp_path: Path) -> None:
+    faked.failing = (1,)
+    assert made(tmp_path, "num_seeds=2", "lines=[iql]") == SEEDS_FAILED
+    faked.failing = ()
+    assert made(tmp_path, "num_seeds=3", "lines=[iql]") == 0
+    runs = json.loads((tmp_path / "out" / "fig2" / "made.json").read_text())["runs"]
+    assert [(run["seeds"], run["failed"]) for run in runs] == [([0, 1], ["1"]), ([2], [])]
+
+
 def test_an_unknown_figure_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         reproduce.main(["fig1"])
@@ -347,7 +416,11 @@ def test_the_game_is_played_where_it_is_and_smax_elsewhere(
     monkeypatch.setattr(reproduce, "load_config", lambda *overrides: None)
     assert reproduce._environment(figure, chosen, []) == "smac"
     chosen, _ = reproduce._parsed([f"out={tmp_path}", "train=false"])
-    (tmp_path / "smac").mkdir()
+    others = {"smac": "3s5z", "smax": "6h_vs_8z"}  # this figure is of the second map
+    for env, panel in others.items():
+        record_run(tmp_path / env / panel / "qmix_50k" / "seeds_0-0", {}, [], env=env)
+    assert reproduce._environment(figure, chosen, []) == "smax"
+    record_run(tmp_path / "smac" / "6h_vs_8z" / "qmix_50k" / "seeds_0-0", {}, [], env="smac")
     assert reproduce._environment(figure, chosen, []) == "smac"
 
 
@@ -403,19 +476,15 @@ def test_the_export_is_laid_out_as_marl_eval_documents(small: Figure, faked: Fak
 
 
 def test_changes_are_told_and_authors_curves_stand_beside_ours(
-    small: Figure, faked: Faked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Figure, drawn: list[Picture], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pictures, "draw", DRAW)
-    drawn: list[Picture] = []
-    save = Picture.savefig
-    monkeypatch.setattr(Picture, "savefig", lambda self, *args, **kw: drawn.append(self) or save(self, *args, **kw))
     (tmp_path / "theirs.jsonl").write_text(
         '{"seed": 0, "epsilon_anneal_time": 50000}\n'
         '{"env_steps": 2, "episode_return": -1.0}\n{"env_steps": 400, "episode_return": 90.0}\n'
     )
     figure = small.model_copy(update={"authors": {"IQL": str(tmp_path / "theirs.jsonl")}, "lowest": -0.5})
     monkeypatch.setattr(reproduce, "load_figure", lambda name: figure)
-    assert made(tmp_path, "quick=true", "num_seeds=2", "logger.progress=false") == 0
+    assert made(tmp_path, "quick=true", "num_seeds=2", "seed=0", "logger.progress=false") == 0
     paper, mean = drawn[0].axes
     [legend] = [axes.get_legend() for axes in (paper, mean) if axes.get_legend()]
     assert [text.get_text() for text in legend.get_texts()] == [
@@ -430,6 +499,15 @@ def test_changes_are_told_and_authors_curves_stand_beside_ours(
     told = "quick run, not as in the paper: total_env_steps=10000, eval_interval=1000, eval_episodes=4"
     assert drawn[0].get_suptitle() == f"Figure 2: Small\n{told}"
     assert json.loads((tmp_path / "out" / "fig2" / "made.json").read_text())["title"] == ["Figure 2: Small", told]
+
+
+def test_an_axis_stays_upright_where_all_returns_are_below_its_end(
+    small: Figure, drawn: list[Picture], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reproduce, "load_figure", lambda name: small.model_copy(update={"lowest": 9.0}))
+    assert made(tmp_path, "num_seeds=1") == 0
+    low, high = drawn[0].axes[0].get_ylim()
+    assert low < 0 < 3 < high
 
 
 def test_a_line_looks_the_same_whichever_others_are_there(
