@@ -39,6 +39,10 @@ REFUSED = [
     (["+algo=ow_qmix", "algo.gamma=1.5"], "algo.gamma=1.5 is not allowed: input should be less than or equal to 1"),
     (["+algo=ow_qmix", "algo.batch_size=0"], "algo.batch_size=0 is not allowed: input should be greater than 0"),
     (["+algo=ow_qmix", "num_seeds=0"], "num_seeds=0 is not allowed: input should be greater than 0"),
+    (
+        ["+algo=ow_qmix", "num_seeds=1000000000"],
+        "num_seeds=1000000000 is not allowed: input should be less than or equal to",
+    ),
     (["+algo=ow_qmix", "num_seeds=1.5"], "num_seeds=1.5 is not allowed: input should be a valid integer"),
     (["+algo=ow_qmix", "total_env_steps=-5"], "total_env_steps=-5 is not allowed: input should be greater than 0"),
     (["+algo=ow_qmix", "env.world_shape=[3,3]"], "env.world_shape=(3, 3) is not allowed: its 9 cells must hold"),

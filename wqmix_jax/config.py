@@ -32,6 +32,9 @@ PositiveInt = Annotated[int, Field(gt=0)]
 
 MAX_SEED = 2**31 - 1
 
+MAX_NUM_SEEDS = 100_000
+"""Of one run; whether as many fit into the memory is found out only once all of them are listed."""
+
 CONTRACTS = {"algo": "wqmix_jax.algos.base.Algorithm", "env": "wqmix_jax.envs.base.Environment"}
 """What the classes of a run's parts subclass, named as their ``_target_`` are: both import this module."""
 
@@ -109,7 +112,7 @@ class RunConfig:
 
     algo: Any
     env: Any
-    num_seeds: PositiveInt
+    num_seeds: Annotated[int, Field(gt=0, le=MAX_NUM_SEEDS)]
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)]
     sweep: dict[str, Annotated[list[Any], Field(min_length=1)]]
     hosts: PositiveInt | None
