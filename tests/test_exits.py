@@ -32,7 +32,10 @@ def heard(ended: list[object], event: threading.Event) -> StopSignals:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_the_second_signal_ends_at_once(number: signal.Signals, code: int, ended: list[object]) -> None:
+def test_the_second_signal_ends_at_once(
+    number: signal.Signals, code: int, ended: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exits, "ONE_SIGNAL", 0.0)
     event = threading.Event()
     with heard(ended, event) as signals:
         send(number)
@@ -43,6 +46,24 @@ def test_the_second_signal_ends_at_once(number: signal.Signals, code: int, ended
         send(number)
         wait_until(event)
     assert ended == ["told", code]
+
+
+def test_a_signal_that_comes_twice_at_once_counts_as_one(ended: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from ``timeout``, which signals the process and then its group."""
+    now = [0.0]
+    monkeypatch.setattr(exits.time, "monotonic", lambda: now[0])
+    event = threading.Event()
+    with heard(ended, event) as signals:
+        send(signal.SIGTERM)
+        while signals.received is None:
+            pass
+        now[0] = 0.9
+        send(signal.SIGTERM)
+        assert not event.wait(0.2)
+        now[0] = 1.1
+        send(signal.SIGTERM)
+        wait_until(event)
+    assert ended == ["told", 143]
 
 
 def test_while_there_is_nothing_to_save_the_first_does(ended: list[object]) -> None:

@@ -84,7 +84,7 @@ def test_another_schema_is_refused(run_dir: Path) -> None:
     path.write_text(path.read_text().replace('"schema": 1', '"schema": 2'))
     with pytest.raises(ValueError, match=r"run\.json has schema=2; this version of wqmix_jax reads schema 1"):
         load_metrics(run_dir)
-    for text in ("", "[]"):
+    for text in ("", "[]", '{"schema": 1}', '{"schema": 1, "version": "0", "algo": "iql", "env": "coin", "seeds": 3}'):
         path.write_text(text)
         with pytest.raises(ConfigError, match=r"run\.json is damaged"):
             load_metrics(run_dir)

@@ -43,6 +43,15 @@ REFUSED = [
         ["+algo=ow_qmix", "num_seeds=1000000000"],
         "num_seeds=1000000000 is not allowed: input should be less than or equal to",
     ),
+    (["+algo=ow_qmix", "sweep.alpha=[[1],[2]]"], "algo.alpha=[1] is not allowed: input should be a valid number"),
+    (["-m", "resume=one,two"], "resume=one,two is not allowed: runs are resumed one at a time, without -m"),
+    (["resume=one,two"], "resume=one,two is not allowed: runs are resumed one at a time, without -m"),
+    (["env=jumanji", "+algo=iql", "env.generator.sides=3"], "env.generator={'sides': 3} is not allowed: "),
+    (
+        ["+algo=iql", "env.num_agents.least=3"],
+        "env.num_agents={'least': 3} is not allowed: input should be a valid integer",
+    ),
+    (["+algo=iql", "--config-dir", ".", "num_seeds=0"], "num_seeds=0 is not allowed: input should be greater than 0"),
     (["+algo=ow_qmix", "num_seeds=1.5"], "num_seeds=1.5 is not allowed: input should be a valid integer"),
     (["+algo=ow_qmix", "total_env_steps=-5"], "total_env_steps=-5 is not allowed: input should be greater than 0"),
     (["+algo=ow_qmix", "env.world_shape=[3,3]"], "env.world_shape=(3, 3) is not allowed: its 9 cells must hold"),
@@ -173,6 +182,23 @@ def test_load_config_reads_what_the_command_line_reads(tmp_path: Path) -> None:
     for overrides in (["algo=iql"], ["+algo=iql", "algo.q_star_dim=8"], ["+algo=iql", "num_seeds="]):
         with pytest.raises(ConfigError):
             load_config(*overrides)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["env.generator={grid_size: 6, fov: 3, num_agents: 2, num_food: 1, force_coop: true}"],
+        [
+            "env.generator={grid_size: 6, fov: 3, num_agents: 2}",
+            "env.generator.num_food=1",
+            "env.generator.force_coop=true",
+        ],
+        ["env.generator={grid_size: 6, fov: 3, num_agents: 2}", "++env.generator={num_food: 1, force_coop: true}"],
+    ],
+)
+def test_what_an_environment_passes_on_is_written_like_any_option(texts: list[str]) -> None:
+    config = load_config("+algo=iql", "env=jumanji", *texts)
+    assert config.env.generator == {"grid_size": 6, "fov": 3, "num_agents": 2, "num_food": 1, "force_coop": True}
 
 
 @pytest.fixture(scope="module")

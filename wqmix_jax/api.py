@@ -124,7 +124,10 @@ def trained_policy(config: RunConfig, state: TrainState, *, member: int = 0) -> 
 
 
 def _checked(seeds: Sequence[int]) -> list[int]:
-    listed = [int(seed) for seed in seeds]
+    try:
+        listed = [operator.index(seed) for seed in seeds]
+    except TypeError:
+        listed = []
     if not listed or len(set(listed)) < len(listed) or min(listed) < 0 or max(listed) > MAX_SEED:
-        raise ConfigError(f"seeds={listed} is not allowed: different integers from 0 to {MAX_SEED} are needed")
+        raise ConfigError(f"seeds={seeds} is not allowed: different integers from 0 to {MAX_SEED} are needed")
     return listed

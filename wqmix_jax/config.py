@@ -167,10 +167,10 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
         plain[name] = make(name, plain[name])
     config = _validated(RunConfig, plain, prefix="")
     for name, swept in config.sweep.items():
-        if len(set(swept)) < len(swept):
-            raise ConfigError(f"sweep.{name}={swept} is not allowed: different values are needed")
         for value in swept:
             build("algo", {**values["algo"], name: value})
+        if len(set(swept)) < len(swept):
+            raise ConfigError(f"sweep.{name}={swept} is not allowed: different values are needed")
     return config
 
 

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn, Self
@@ -19,6 +20,9 @@ FAULT, REFUSED, SEEDS_FAILED = 1, 2, 3
 """Exit codes: something outside the run stopped it; an option was refused; the run is over but some seeds failed."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+ONE_SIGNAL = 1.0
+"""Seconds in which signals count as one: ``timeout`` and some launchers signal a process, then its whole group."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -127,14 +131,18 @@ class StopSignals:
             self._reader.close()
 
     def _watch(self) -> None:
+        first = 0.0
         while data := self._reader.recv(1):
             signum = data[0]
             if signum not in SIGNALS:
                 continue
-            if self._at_once or self.received is not None:
+            now = time.monotonic()
+            if self._at_once or (self.received is not None and now - first >= ONE_SIGNAL):
                 self._before_exit()
                 sys.stderr.flush()
                 os._exit(exit_code_of(signum))
-            self.received = signum
+            if self.received is not None:
+                continue
+            self.received, first = signum, now
             name = signal.Signals(signum).name
             print(f"{name}: saving at the end of this chunk; a second signal ends the run at once", file=sys.stderr)

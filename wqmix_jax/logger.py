@@ -136,6 +136,9 @@ def load_header(run_dir: str | os.PathLike[str]) -> Line:
     header = read_mapping(path)
     if header.get("schema") != SCHEMA:
         raise ConfigError(f"{path} has schema={header.get('schema')}; this version of wqmix_jax reads schema {SCHEMA}")
+    for name, kind in {"version": str, "algo": str, "env": str, "seeds": list}.items():
+        if not isinstance(header.get(name), kind):
+            raise ConfigError(f"{path} is damaged: {name}={header.get(name)!r} is no {kind.__name__}")
     return {"members": [{"seed": seed} for seed in header["seeds"]], **header}  # runs before sweeps had seeds alone
 
 

@@ -6,6 +6,7 @@ wrong with them is told in one line on stderr, with exit code 2, before anything
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,14 +31,17 @@ from wqmix_jax.hosts import abandon_others, connected, refuse_unexpected_process
 
 _GROUPS = ("algo", "env")
 
+_IN_A_MAPPING = re.compile(r"sweep\.|(algo|env)\.\w+(\.|=\s*\{)")
+
 
 def main() -> None:
     """Runs the command line."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra raises its errors as they are, for `_in_one_line`
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
-    sys.argv = [sys.argv[0], *_with_open_sweep(sys.argv[1:])]
-    args = parser.parse_args()
+    sys.argv = [sys.argv[0], *_with_open_keys(sys.argv[1:])]
+    args = parser.parse_intermixed_args()
+    sys.argv = [sys.argv[0], *_flags_first(sys.argv[1:], args.overrides)]  # for hydra, which parses them again
     multirun = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
     with _refusals():
         add_import_paths(args.config_dir)
@@ -74,7 +78,7 @@ def load_values(*overrides: str, config_dir: str | os.PathLike[str] | None = Non
     Raises:
         ConfigError: where an option is not known; values are checked when `run_config` builds what they describe.
     """
-    overrides = tuple(_with_open_sweep(overrides))
+    overrides = tuple(_with_open_keys(overrides))
     add_import_paths(config_dir)
     check_overrides(overrides, config_dir)
     with _in_one_line(overrides, config_dir):
@@ -129,7 +133,7 @@ def check_overrides(
     parsed = parse_overrides(overrides)
     by_key = {override.key_or_group: override for override in parsed}
     if "resume" in by_key and by_key["resume"].value() is not None:
-        _check_resume(parsed)
+        _check_resume(parsed, multirun)
         return
     swept = [override for override in parsed if override.is_sweep_override()]
     if swept and not multirun and swept[0].key_or_group not in _GROUPS:
@@ -193,9 +197,20 @@ def _is_choice(override: Override, multirun: bool) -> bool:
     return isinstance(override.value(), str) or (multirun and override.is_sweep_override())
 
 
-def _with_open_sweep(arguments: Sequence[str]) -> list[str]:
-    """Lets ``sweep.NAME=..`` be written like any option, although the yaml can't list the names."""
-    return [f"++{text}" if text.startswith("sweep.") else text for text in arguments]
+def _flags_first(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """Argparse refuses a ``key=value`` after a flag that comes after others."""
+    flags = list(arguments)
+    for text in overrides:
+        flags.remove(text)
+    return [*flags, *overrides]
+
+
+def _with_open_keys(arguments: Sequence[str]) -> list[str]:
+    """Lets ``sweep.NAME=..``, ``env.options.NAME=..`` and the like be written as any option.
+
+    They are mappings whose names the yamls can't list.
+    """
+    return [f"++{text}" if _IN_A_MAPPING.match(text) else text for text in arguments]
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
@@ -234,10 +249,12 @@ def _start(values: dict[str, Any], choices: Mapping[str, str], given: Sequence[s
     runner.start(values, algo=choices["algo"], env=choices["env"])
 
 
-def _check_resume(parsed: Sequence[Override]) -> None:
+def _check_resume(parsed: Sequence[Override], multirun: bool) -> None:
     """A run's options are those of its ``config.yaml``."""
     for override in parsed:
         key = override.key_or_group
+        if key == "resume" and (multirun or override.is_sweep_override()):
+            raise ConfigError(f"{override.input_line} is not allowed: runs are resumed one at a time, without -m")
         if key.split(".")[0] not in (*RESUMABLE, "resume", "hydra") and not key.startswith("hydra/"):
             kept = f"a run keeps its options, except {', '.join(RESUMABLE)}"
             raise ConfigError(f"{override.input_line} is not allowed with resume: {kept}")

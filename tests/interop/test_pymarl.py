@@ -315,7 +315,7 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, params: PyTree) -> None:
     assert not (tmp_path / "sprung").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"no zip archive", b"PK\x03\x04broken"])
+@pytest.mark.parametrize("content", [b"", b"no zip archive", b"hello", b"PK\x03\x04broken"])
 def test_a_broken_file_is_named(tmp_path: Path, params: PyTree, content: bytes) -> None:
     (tmp_path / "agent.th").write_bytes(content)
     with pytest.raises(PyMARLError, match=r"agent\.th can't be read"):

@@ -81,7 +81,10 @@ class JumanjiEnvironment(Environment):
             return _env_state(*self._jumanji.reset(jax.random.key_data(key)))
 
     def step(self, env_state: EnvState, joint_action: Array, key: PRNGKey) -> tuple[EnvState, StepOutcome]:
-        """Jumanji's step, whose randomness is in its state; a discount of 0 says that the task itself ended."""
+        """Jumanji's step, whose randomness is in its state; a discount of 0 says that the task itself ended.
+
+        RobotWarehouse says so at its time limit, too, so that targets don't bootstrap there.
+        """
         del key
         with jax.numpy_rank_promotion("allow"):
             state, timestep = self._jumanji.step(env_state.state, joint_action)

@@ -5,7 +5,6 @@ authors' WQMIX learners leave the central nets out; forks that save them call th
 ``central_mixer.th``, and so do we. The optimiser's ``opt.th`` is not read. `NETS` is the one table of names.
 """
 
-import pickle
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -208,7 +207,7 @@ def read_tensors(folder: str | Path, net: str) -> dict[str, np.ndarray]:
         raise PyMARLError(f"{path} is not there{_step_folders(Path(folder))}")
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # whatever torch's unpickler raises at what is no checkpoint
         reason = str(error).splitlines() or [type(error).__name__]
         raise PyMARLError(f"{path} can't be read: {reason[0]}") from None
     if not isinstance(state_dict, Mapping):
@@ -225,6 +224,8 @@ def hidden_dim(folder: str | Path) -> int:
     tensors = read_tensors(folder, "agent")
     if "rnn.weight_hh" not in tensors:
         raise PyMARLError(f"{Path(folder) / 'agent.th'}: rnn.weight_hh is missing")
+    if tensors["rnn.weight_hh"].ndim != 2:
+        raise PyMARLError(f"{Path(folder) / 'agent.th'}: rnn.weight_hh has shape {tensors['rnn.weight_hh'].shape}")
     return tensors["rnn.weight_hh"].shape[-1]
 
 

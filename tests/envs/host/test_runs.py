@@ -28,6 +28,14 @@ def configs(folder: Path, **toy: Any) -> Path:
     return folder
 
 
+def test_a_simulator_without_its_class_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Written after ``--config-dir``, as argparse alone wouldn't take it."""
+    folder = configs(tmp_path / "configs")
+    assert main("+algo=my_algo", "--config-dir", str(folder), "env=my_env", "env.simulator=corridor.py") == 2
+    told = "error: env.simulator='corridor.py' is not allowed: write FILE.py:CLASS or module:CLASS\n"
+    assert capfd.readouterr().err == told
+
+
 def test_a_run_that_fails_is_saved_and_goes_on_with_the_same_version_only(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

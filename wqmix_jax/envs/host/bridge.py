@@ -287,6 +287,14 @@ class HostEnvironment(BridgedEnvironment):
         """See `BridgedEnvironment.played`."""
         return _absolute(self.simulator), self.options
 
+    @pydantic.field_validator("simulator")
+    @classmethod
+    def _names_a_class(cls, simulator: str) -> str:
+        where, _, name = simulator.rpartition(":")
+        if not where or not name:
+            raise ValueError("write FILE.py:CLASS or module:CLASS")
+        return simulator
+
 
 def _call_host() -> Array:
     return io_callback(lambda: np.True_, jax.ShapeDtypeStruct((), np.bool_), ordered=True)
