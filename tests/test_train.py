@@ -205,7 +205,7 @@ def test_what_an_environment_passes_on_is_written_like_any_option(texts: list[st
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run as a user outside the repository makes it, in a process of its own."""
     folder = copy_user_folder(tmp_path_factory.mktemp("outside") / "my project's, files")
-    ended = _process("--config-dir", "configs", *TINY, "run_dir=first/run", cwd=folder)
+    ended = _process(*TINY, "--config-dir", "configs", "run_dir=first/run", cwd=folder)  # in the midst of the options
     assert ended.returncode == 0, ended.stderr
     assert sorted(path.name for path in folder.iterdir() if path.name != "__pycache__") == [
         "coin.py", "configs", "first", "huber_iql.py",
