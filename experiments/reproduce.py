@@ -23,7 +23,7 @@ from wqmix_jax.exits import REFUSED, SEEDS_FAILED, OneLineParser, RunError
 from wqmix_jax.hosts import with_host
 from wqmix_jax.logger import HEADER_FILE, load_header, load_metrics
 from wqmix_jax.plotting import styles
-from wqmix_jax.runs import held, read_config, read_summary, seeds_apart, shared_options
+from wqmix_jax.runs import held, read_config, read_summary, refuse_common_seeds, shared_options
 from wqmix_jax.table import show
 from wqmix_jax.train import load_config, load_values
 
@@ -162,7 +162,7 @@ def plan(figure: Figure, env: str, chosen: ReproduceOptions, overrides: Sequence
             line = Planned(run, with_host(composed, {}), folder, _made(folder))
             if chosen.train:  # what is only drawn needs no game
                 game = run_config(line.values).env.host.versions()
-            seeds_apart(line.made)
+            refuse_common_seeds(line.made)
             for made in line.made:
                 _refuse_others(made, line.values)
                 game = _same_game(made, game)

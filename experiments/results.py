@@ -18,7 +18,7 @@ from wqmix_jax.evaluate import play_policies
 from wqmix_jax.logger import load_header, load_metrics, read_mapping
 from wqmix_jax.members import labels_of, member_name
 from wqmix_jax.policy import BEST, POLICY_DIR
-from wqmix_jax.runs import read_config, read_summary, seeds_apart, write_whole
+from wqmix_jax.runs import read_config, read_summary, refuse_common_seeds, write_whole
 from wqmix_jax.statistics import Estimate, SeedCurves, horizon, iqm_estimate, quartiles, seed_curves
 from wqmix_jax.table import Row, write_csv
 
@@ -56,7 +56,7 @@ def gather(run: Run, folders: Sequence[Path], absolute_factor: int) -> Line:
     Raises:
         ConfigError: if a seed is in two of them.
     """
-    seeds_apart(folders)
+    refuse_common_seeds(folders)
     line = Line(run, list(folders), [], {}, [])
     for folder in folders:
         failed = _failed(folder)

@@ -83,16 +83,15 @@ def test_what_does_not_belong_together_is_refused(
     assert not (tmp_path / "merged").exists()
 
 
-def of_version(folder: Path, version: str) -> Path:
-    """The run, as if it had been trained in that version of StarCraft II."""
+def set_version(folder: Path, version: str) -> None:
+    """Makes it look as if it had been trained in that version of StarCraft II."""
     header = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(header | {"simulator": {"StarCraft II": version}}))
-    return folder
 
 
 def test_versions_of_a_game_are_not_joined(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for host, version in ((0, "4.6.2"), (1, "4.10")):
-        of_version(run_dir / f"host_{host}", version)
+        set_version(run_dir / f"host_{host}", version)
     with pytest.raises(SystemExit) as ended:
         merge.main([str(run_dir), "--out", str(tmp_path / "merged")])
     assert ended.value.code == 2

@@ -21,8 +21,8 @@ from wqmix_jax.runs import (
     new_run_dir,
     read_config,
     read_summary,
+    refuse_common_seeds,
     save_config,
-    seeds_apart,
     shared_options,
     simulator_versions,
 )
@@ -54,7 +54,7 @@ def merge(runs: Sequence[Path], out: Path) -> None:
     headers, configs = [load_header(run) for run in runs], [read_config(run) for run in runs]
     for run, header, config in zip(runs, headers, configs, strict=True):
         _refuse_other(run, _identity(header, config), runs[0], _identity(headers[0], configs[0]))
-    seeds_apart(runs)
+    refuse_common_seeds(runs)
     new_run_dir(str(out), algo=headers[0]["algo"], env=headers[0]["env"], option="--out")  # refuses what isn't empty
     summaries = [_summary(run) for run in runs]
     for run in runs:

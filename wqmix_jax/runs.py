@@ -202,11 +202,11 @@ def simulator_versions(header: Mapping[str, Any]) -> dict[str, str]:
     return {VERSION + name: version for name, version in header.get("simulator", {}).items()}
 
 
-def seeds_apart(runs: Iterable[Path]) -> dict[str, Path]:
-    """The run that each member is of, by the member's name.
+def refuse_common_seeds(runs: Iterable[Path]) -> None:
+    """Refuses runs that have a member in common.
 
     Raises:
-        ConfigError: if one is in two of them.
+        ConfigError: if so.
     """
     found: dict[str, Path] = {}
     for run in runs:
@@ -214,7 +214,6 @@ def seeds_apart(runs: Iterable[Path]) -> dict[str, Path]:
             if name in found:
                 raise ConfigError(f"seed {name} is in both {found[name]} and {run}")
             found[name] = run
-    return found
 
 
 def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
