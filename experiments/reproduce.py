@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from experiments import pictures, results
 from experiments.figures import Figure, Run, figure_names, load_figure, runs
 from wqmix_jax import runner
-from wqmix_jax.config import CONFIG_DIR, ConfigError, PositiveInt, build, options, run_config
+from wqmix_jax.config import CONFIG_DIR, ConfigError, PositiveInt, checked, options, run_config
 from wqmix_jax.devices import claim_cores
 from wqmix_jax.exits import REFUSED, SEEDS_FAILED, OneLineParser, RunError
 from wqmix_jax.hosts import with_host
@@ -226,10 +226,7 @@ def _parsed(texts: Sequence[str]) -> tuple[ReproduceOptions, list[str]]:
         values: Any = OmegaConf.to_container(merged)
     except Exception as error:  # of omegaconf or its yaml parser
         raise ConfigError(" ".join(str(error).split())) from None
-    try:
-        return build("", {"_target_": f"{__name__}.{ReproduceOptions.__name__}", **values}), overrides
-    except ConfigError as error:
-        raise ConfigError(str(error).removeprefix(".")) from None
+    return checked(ReproduceOptions, values, prefix=""), overrides
 
 
 def _environment(figure: Figure, chosen: ReproduceOptions, overrides: Sequence[str]) -> str:

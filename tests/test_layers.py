@@ -21,7 +21,7 @@ LAYERS = (
     ("loop",),
     ("logger", "checkpoint", "memory", "tabular", "interop", "statistics"),
     ("progress", "runs"),
-    ("plotting",),
+    ("plotting", "trust"),
     ("api", "runner", "merge", "table"),
     ("compare",),
     ("train",),

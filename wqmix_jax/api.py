@@ -9,15 +9,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from wqmix_jax.algos.base import Algorithm
 from wqmix_jax.config import MAX_SEED, ConfigError, RunConfig, build, run_config
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.logger import load_header
 from wqmix_jax.loop import advance, begin, is_finished
 from wqmix_jax.members import make_members, member_name
 from wqmix_jax.memory import compile_within_memory
-from wqmix_jax.policy import GreedyPolicy, policy_file, read_policies
-from wqmix_jax.runs import read_config
+from wqmix_jax.policy import GreedyPolicy, policy_file, read_labels, read_policies
 from wqmix_jax.trainer import Trainer, TrainState, make_trainer, train_sharding
+from wqmix_jax.trust import NOTHING_NAMED, Named, open_config
 
 
 def train_seeds(
@@ -71,43 +72,86 @@ def train_seeds(
 
 
 def load_policy(
-    run_dir: str | os.PathLike[str], *, member: int = 0, which: Literal["best", "last"] = "best"
+    run_dir: str | os.PathLike[str],
+    *,
+    member: int = 0,
+    which: Literal["best", "last"] = "best",
+    config: RunConfig | None = None,
+    config_dir: str | os.PathLike[str] | None = None,
+    worker_python: str | None = None,
+    simulator: str | None = None,
 ) -> GreedyPolicy:
     """How the agents of a run play.
 
     Args:
-        run_dir: the run's folder.
+        run_dir: the run's folder; with ``config`` a file of its policies, too.
         member: which of those that trained there, from 0 in the order of ``run.json``: the seeds, and in a sweep
             all of them for each of its values.
         which: the policy of the best evaluation, or of the last checkpoint.
+        config: the algorithm and environment. With it, the folder's ``config.yaml`` is not read; without it, that file
+            names the classes, see `wqmix_jax.trust`.
+        config_dir: a folder from which their modules may be imported, as ``--config-dir``.
+        worker_python: the interpreter of the workers, which must be repeated where the run has one of its own.
+        simulator: the run's ``env.simulator``, which must be repeated where it is neither in the current folder nor in
+            ``config_dir``.
 
     Raises:
-        ConfigError: if the folder holds no such policy.
+        ConfigError: if there is no such policy, if it doesn't fit ``config``, or if the folder names code that may not
+            be executed.
     """
-    _, policies = load_policies(run_dir, which=which)
+    if config is None:
+        _, policies = load_policies(run_dir, which=which, named=Named(config_dir, worker_python, simulator))
+    else:
+        path = Path(run_dir)
+        policies = policies_of_file(policy_file(path, which) if path.is_dir() else path, config)
     if not 0 <= member < len(policies):
         raise ConfigError(f"member={member} is not allowed: {run_dir} has members 0 to {len(policies) - 1}")
     return list(policies.values())[member]
 
 
 def load_policies(
-    run_dir: str | os.PathLike[str], *, which: Literal["best", "last"] = "best"
+    run_dir: str | os.PathLike[str], *, which: Literal["best", "last"] = "best", named: Named = NOTHING_NAMED
 ) -> tuple[Environment, dict[str, GreedyPolicy]]:
     """The environment of a run, and the policies of all who trained there by their names (`members.member_name`).
 
+    Args:
+        run_dir: the run's folder.
+        which: the policies of the best evaluations, or of the last checkpoint.
+        named: the places and programs from which the folder may have code executed.
+
     Raises:
-        ConfigError: if the folder holds no such policies.
+        ConfigError: if the folder holds no such policies, or names code that may not be executed.
     """
     folder = Path(run_dir)
-    values, path = read_config(folder, option="run_dir"), policy_file(folder, which)
+    values, path = open_config(folder, named), policy_file(folder, which)
     env, algo = build("env", values["env"]), build("algo", values["algo"])
-    like = jax.eval_shape(lambda: algo.acting_params(algo.init(jax.random.key(0), env.spec)))
-    params = jax.tree.map(jnp.asarray, read_policies(path, like).params)
-    names = map(member_name, load_header(folder)["members"])
     arithmetic = {name: values[name] for name in ("matmul_precision", "compute_dtype")}
-    return env, {
-        name: GreedyPolicy(algo, jax.tree.map(operator.itemgetter(index), params), env.spec, **arithmetic)
-        for index, name in enumerate(names)
+    return env, _policies(path, env, algo, load_header(folder)["members"], arithmetic)
+
+
+def policies_of_file(path: Path, config: RunConfig) -> dict[str, GreedyPolicy]:
+    """The policies in a run's ``policies/best.npz`` or ``last.npz`` by their names; reads nothing else of the run.
+
+    Args:
+        path: the file.
+        config: the algorithm and environment that its shapes must fit.
+
+    Raises:
+        ConfigError: if it can't be read or has other shapes.
+    """
+    arithmetic = {"matmul_precision": config.matmul_precision, "compute_dtype": config.compute_dtype}
+    return _policies(path, config.env, config.algo, read_labels(path), arithmetic)
+
+
+def _policies(
+    path: Path, env: Environment, algo: Algorithm, labels: Sequence[Mapping[str, Any]], arithmetic: Mapping[str, str]
+) -> dict[str, GreedyPolicy]:
+    spec = env.spec  # outside of `eval_shape`: an environment may cache what it makes
+    like = jax.eval_shape(lambda: algo.acting_params(algo.init(jax.random.key(0), spec)))
+    params = jax.tree.map(jnp.asarray, read_policies(path, like).params)
+    return {
+        name: GreedyPolicy(algo, jax.tree.map(operator.itemgetter(index), params), spec, **arithmetic)
+        for index, name in enumerate(map(member_name, labels))
     }
 
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, dataclass_transform
 
 import pydantic
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 
 _PACKAGE = Path(__file__).parent
@@ -160,12 +161,12 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
     """
     plain = _plain(values)
     _refuse_key_of_a_group(plain)
-    parts = {"algo": _part, "env": _part, "checkpoint": _section(CheckpointOptions), "logger": _section(LoggerOptions)}
+    parts = {"algo": build, "env": build, "checkpoint": _section(CheckpointOptions), "logger": _section(LoggerOptions)}
     for name, make in parts.items():
         if not isinstance(plain.get(name), Mapping):
             raise ConfigError(f"{name}={plain.get(name)!r} is not allowed: a group of options is needed")
         plain[name] = make(name, plain[name])
-    config = _validated(RunConfig, plain, prefix="")
+    config = checked(RunConfig, plain, prefix="")
     for name, swept in config.sweep.items():
         for value in swept:
             build("algo", {**values["algo"], name: value})
@@ -204,12 +205,33 @@ def add_import_paths(config_dir: str | os.PathLike[str] | None) -> None:
 def build(name: str, values: Mapping[str, Any]) -> Any:
     """Builds the object of the class that ``values["_target_"]`` names from the other values.
 
+    The class is checked before anything is constructed.
+
+    Args:
+        name: a key of `CONTRACTS`; keys in messages are prefixed with it.
+        values: the class in ``_target_``, and its options as plain data; no ``_target_`` inside them is built.
+
     Raises:
-        ConfigError: where the class can't be found or refuses a value; keys are prefixed with ``name``.
+        ConfigError: if the class can't be found, doesn't subclass the contract, or refuses a value.
     """
-    fields = _plain(values)
-    cls = target_class(name, fields.pop("_target_", None))
-    return _validated(cls, fields, prefix=f"{name}.")
+    fields = _plain(values, f"{name}.")
+    return checked(part_class(name, fields.pop("_target_", None)), fields, prefix=f"{name}.")
+
+
+def part_class(name: str, target: str | None) -> type:
+    """`target_class`, for a class that subclasses its contract.
+
+    Args:
+        name: a key of `CONTRACTS`.
+        target: the class, ``MODULE.CLASS``.
+
+    Raises:
+        ConfigError: if the class can't be found, or isn't a subclass.
+    """
+    cls = target_class(name, target)
+    if not issubclass(cls, pkgutil.resolve_name(CONTRACTS[name])):
+        raise ConfigError(f"{name}._target_={target!r} is not allowed: it is no {CONTRACTS[name]}")
+    return cls
 
 
 def target_class(name: str, target: str | None) -> type:
@@ -254,13 +276,6 @@ def _where(error: Exception) -> str:
     return f" ({type(error).__name__} in {last.filename}, line {last.lineno})"
 
 
-def _part(name: str, values: Mapping[str, Any]) -> Any:
-    part = build(name, values)
-    if not isinstance(part, pkgutil.resolve_name(CONTRACTS[name])):
-        raise ConfigError(f"{name}._target_={values['_target_']!r} is not allowed: it is no {CONTRACTS[name]}")
-    return part
-
-
 def load_group(group: str, option: str) -> dict[str, Any]:
     """The plain values of ``configs/GROUP/OPTION.yaml``, for one that inherits nothing."""
     return _plain(OmegaConf.load(CONFIG_DIR / group / f"{option}.yaml"))
@@ -273,14 +288,58 @@ def run_defaults() -> dict[str, Any]:
 
 
 def _section(cls: type) -> Any:
-    return lambda name, values: _validated(cls, values, prefix=f"{name}.")
+    return lambda name, values: checked(cls, values, prefix=f"{name}.")
 
 
-def _plain(values: Any) -> dict[str, Any]:
-    return dict(OmegaConf.to_container(OmegaConf.create(values), resolve=True))  # type: ignore[arg-type]
+def _plain(values: Any, prefix: str = "") -> dict[str, Any]:
+    """A copy in dicts and lists, nothing evaluated.
+
+    Raises:
+        ConfigError: at the first value that is not plain data.
+    """
+    try:
+        plain = OmegaConf.to_container(OmegaConf.create(values))
+    except OmegaConfBaseException as error:
+        where = f"{prefix}{error.full_key}: " if error.full_key else ""
+        raise ConfigError(where + str(error).splitlines()[0]) from None
+    refuse_what_is_not_data(plain, prefix.rstrip("."))
+    return dict(plain)  # type: ignore[arg-type]
 
 
-def _validated(cls: type[T], values: Mapping[str, Any], *, prefix: str) -> T:
+def refuse_what_is_not_data(value: Any, name: str = "") -> None:
+    """Accepts strings, numbers, booleans, None, and lists and mappings of them.
+
+    Args:
+        value: what to check.
+        name: its dotted name, for the message.
+
+    Raises:
+        ConfigError: at anything else, and at a string with ``${..}``, an interpolation that OmegaConf would evaluate.
+    """
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            refuse_what_is_not_data(key, name)
+            refuse_what_is_not_data(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            refuse_what_is_not_data(inner, name)
+    elif not isinstance(value, str | int | float | None):
+        raise ConfigError(f"{name}={value!r} is not allowed: options are plain data")
+    elif isinstance(value, str) and "${" in value:
+        raise ConfigError(f"{name}={value!r} is not allowed: only the yamls of a new run may refer to other values")
+
+
+def checked(cls: type[T], values: Mapping[str, Any], *, prefix: str) -> T:
+    """Builds an object of a class declared with `options`.
+
+    Args:
+        cls: the class.
+        values: its options.
+        prefix: precedes their names in messages, ``env.`` for example.
+
+    Raises:
+        ConfigError: if an option is unknown, missing or not allowed.
+    """
     try:
         return cls(**values)
     except pydantic.ValidationError as error:

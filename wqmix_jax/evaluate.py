@@ -24,7 +24,7 @@ from pydantic import Field
 
 from wqmix_jax.algos.base import Context, hyperparams
 from wqmix_jax.api import load_policies
-from wqmix_jax.config import CONFIG_DIR, ConfigError, PositiveInt, add_import_paths, build, options
+from wqmix_jax.config import CONFIG_DIR, ConfigError, PositiveInt, add_import_paths, build, checked, options
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.evaluator import Figures, greedy_episodes
 from wqmix_jax.exits import OneLineParser, RunError, refuse
@@ -32,6 +32,7 @@ from wqmix_jax.interop import pymarl
 from wqmix_jax.networks.functional import compute_in
 from wqmix_jax.policy import GREEDY, GreedyPolicy, play_episode
 from wqmix_jax.train import parse_overrides
+from wqmix_jax.trust import PROGRAMS, Named
 from wqmix_jax.types import PRNGKey, PyTree
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def _evaluate(overrides: Sequence[str], config_dir: str | None) -> Iterator[str]
     env_values, algo_values = values.pop("env"), values.pop("algo")
     chosen = _options(values)
     if chosen.run_dir is not None:
-        env, policies = load_policies(chosen.run_dir, which=chosen.policy)
+        env, policies = load_policies(chosen.run_dir, which=chosen.policy, named=_named(overrides, config_dir))
     else:
         env = build("env", env_values)
         policies = {"": _pymarl_policy(env, algo_values, chosen)}
@@ -154,10 +155,18 @@ def _refuse_foreign(overrides: Sequence[str]) -> None:
     parsed = _parsed(overrides)
     of_run = any(override.key_or_group == "run_dir" and override.value() is not None for override in parsed)
     for text, override in zip(overrides, parsed, strict=True):
-        if of_run and re.split("[./]", override.key_or_group)[0] in ("env", "algo"):
+        is_program = override.key_or_group in [f"env.{name}" for name in PROGRAMS]
+        if of_run and re.split("[./]", override.key_or_group)[0] in ("env", "algo") and not is_program:
             raise ConfigError(f"{text} is not allowed with run_dir: a run's own algorithm and environment play")
         if override.key_or_group == "algo":
             raise ConfigError(f"{text} is not allowed: the agents of a run or of a PyMARL checkpoint play")
+
+
+def _named(overrides: Sequence[str], config_dir: str | None) -> Named:
+    """The places and programs that this command names, see `wqmix_jax.trust`."""
+    given = {override.key_or_group: override.value() for override in _parsed(overrides)}
+    programs = {name: None if (value := given.get(f"env.{name}")) is None else str(value) for name in PROGRAMS}
+    return Named(config_dir, **programs)
 
 
 def _options(values: Mapping[str, Any]) -> EvaluateOptions:
@@ -171,10 +180,7 @@ def _options(values: Mapping[str, Any]) -> EvaluateOptions:
     if values["run_dir"] is None and values["pymarl"] is None:
         raise ConfigError("run_dir is missing: write run_dir=RUN_DIR, or pymarl=FOLDER, that of a PyMARL checkpoint")
     paths = {name: None if values[name] is None else str(values[name]) for name in ("run_dir", "pymarl", "render")}
-    try:
-        return build("", {"_target_": f"{__name__}.{EvaluateOptions.__name__}", **values, **paths})
-    except ConfigError as error:
-        raise ConfigError(str(error).removeprefix(".").replace("did you mean .", "did you mean ")) from None
+    return checked(EvaluateOptions, {**values, **paths}, prefix="")
 
 
 def _pymarl_policy(env: Environment, algo_values: Mapping[str, Any], chosen: EvaluateOptions) -> GreedyPolicy:

@@ -14,7 +14,7 @@ import numpy as np
 from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, hyperparams
 from wqmix_jax.config import ConfigError
 from wqmix_jax.envs.base import Environment, Moment
-from wqmix_jax.members import Member
+from wqmix_jax.members import Member, labels_of
 from wqmix_jax.networks.functional import compute_in
 from wqmix_jax.types import Array, EnvSpec, PRNGKey, PyTree
 
@@ -85,17 +85,43 @@ def read_policies(path: Path, params: PyTree) -> Policy:
     Raises:
         ConfigError: if it can't be read or has other shapes.
     """
+    leaves = _arrays(path)
+    like = Policy(params, np.int32(0), np.float32(0))  # type: ignore[arg-type]
+    num_members = {len(leaves[name]) if leaves[name].ndim else 0 for name in leaves}
+    if len(num_members) != 1 or num_members == {0}:
+        raise ConfigError(f"{path} is damaged: its arrays are of {sorted(num_members)} members")
+    for name, leaf in flat(like).items():
+        wanted, found = f"{leaf.dtype}{list(leaf.shape)}", "absent"
+        if name in leaves:
+            found = f"{leaves[name].dtype}{list(leaves[name].shape[1:])}"
+        if found != wanted:
+            raise ConfigError(f"{path} doesn't fit: {name} is {found} there, {wanted} here")
+    return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in flat(like)])
+
+
+def read_labels(path: Path) -> list[dict[str, Any]]:
+    """The labels of a file's members (`Member.labels`), in their order.
+
+    Raises:
+        ConfigError: if it can't be read or has none.
+    """
+    labels = {name: list(values) for name, values in _arrays(path).items() if labels_of({name: None})}
+    if "seed" not in labels or len({len(values) for values in labels.values()}) != 1:
+        raise ConfigError(f"{path} is damaged: it doesn't say whose policies it holds")
+    return [dict(zip(labels, values, strict=True)) for values in zip(*labels.values(), strict=True)]
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of the file; nothing is unpickled.
+
+    Raises:
+        ConfigError: if it can't be read.
+    """
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:  # by its name, numpy leaves it open
-            leaves = dict(arrays)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            return dict(arrays)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{path} can't be read: {error}") from None
-    like = Policy(params, np.int32(0), np.float32(0))  # type: ignore[arg-type]
-    for name, leaf in flat(like).items():
-        if name not in leaves or leaves[name].shape[1:] != leaf.shape:
-            found = list(leaves[name].shape[1:]) if name in leaves else "absent"
-            raise ConfigError(f"{path} doesn't fit: {name} is {found} there, {list(leaf.shape)} here")
-    return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in flat(like)])
 
 
 def flat(tree: PyTree) -> dict[str, Any]:

@@ -57,6 +57,7 @@ from wqmix_jax.runs import (
     steps_per_iteration,
 )
 from wqmix_jax.trainer import Trainer, make_trainer, train_sharding
+from wqmix_jax.trust import Named, open_config
 
 MAX_CHUNK_SECONDS = 10.0
 """A chunk that takes longer is cut into shorter ones: a signal waits for its end."""
@@ -104,13 +105,14 @@ def start(values: Mapping[str, Any], *, algo: str, env: str) -> Path:
     return run_dir
 
 
-def resume(run_dir: Path, changes: Mapping[str, Any]) -> Path:
+def resume(run_dir: Path, changes: Mapping[str, Any], *, config_dir: str | None = None) -> Path:
     """Continues a run from its last checkpoint, or from the start where there is none yet.
 
     Args:
         run_dir: the run's folder.
         changes: ``total_env_steps``, ``distributed``, ``checkpoint`` and ``logger`` may differ from the run's
-            ``config.yaml``; nested mappings.
+            ``config.yaml``; nested mappings. ``env`` repeats the programs (`trust.PROGRAMS`) that it may start.
+        config_dir: a folder from which modules may be imported, see `wqmix_jax.trust`.
 
     Returns:
         The run's folder.
@@ -121,12 +123,12 @@ def resume(run_dir: Path, changes: Mapping[str, Any]) -> Path:
         RunError: if the run had to stop, or seeds of it failed.
         SystemExit: if a signal ended it.
     """
-    old, header = read_config(run_dir), load_header(run_dir)
+    claim_cores()  # before an environment's library starts the backend
+    old, header = _opened(run_dir, changes.get("env", {}), config_dir), load_header(run_dir)
     if "merged" in header:
         raise ConfigError(f"resume={run_dir} is not allowed: it was merged from {', '.join(header['merged'])}")
     refuse_lost_checkpoints(run_dir)
     values = _merged(old, changes)
-    claim_cores()  # before an environment's library starts the backend
     values = connected(values, os.environ)
     config = run_config(values)
     refuse_missing_wandb(config.logger)
@@ -139,6 +141,19 @@ def resume(run_dir: Path, changes: Mapping[str, Any]) -> Path:
     members = make_members(config.algo, config.seeds, config.sweep)
     _train(config, values, run_dir, _make_trainer(config, members), members)
     return run_dir
+
+
+def _opened(run_dir: Path, programs: Mapping[str, str], config_dir: str | None) -> dict[str, Any]:
+    """The run's options.
+
+    Raises:
+        ConfigError: if they name code that may not be executed, or another interpreter than ``programs``.
+    """
+    before = read_config(run_dir)["env"]
+    for name, value in programs.items():
+        if before.get(name) != value:
+            raise ConfigError(f"env.{name}={value} is not allowed with resume: the run has {before.get(name)}")
+    return open_config(run_dir, Named(config_dir, **programs), option="resume")
 
 
 def _train(

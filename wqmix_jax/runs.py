@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import wqmix_jax
-from wqmix_jax.config import RESUMABLE, ConfigError, RunConfig, run_defaults
+from wqmix_jax.config import RESUMABLE, ConfigError, RunConfig, refuse_what_is_not_data, run_defaults
 from wqmix_jax.devices import num_cores
 from wqmix_jax.logger import HEADER_FILE, METRICS_FILE, load_header, load_metrics, read_mapping
 from wqmix_jax.members import labels_of, member_name
@@ -153,6 +153,10 @@ def read_config(run_dir: Path, *, option: str = "resume") -> dict[str, Any]:
         raise ConfigError(f"{path} is damaged: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is damaged: it holds no options")
+    try:
+        refuse_what_is_not_data(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     for group in ("algo", "env"):
         if not isinstance(values.get(group), dict):
             raise ConfigError(f"{path} is damaged: it has no options of {group}")

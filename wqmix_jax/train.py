@@ -4,6 +4,7 @@ Hydra composes the options from the package's yamls and those of a user's own fo
 wrong with them is told in one line on stderr, with exit code 2, before anything is compiled or written.
 """
 
+import argparse
 import contextlib
 import os
 import re
@@ -31,7 +32,13 @@ from wqmix_jax.hosts import abandon_others, connected, refuse_unexpected_process
 
 _GROUPS = ("algo", "env")
 
-_IN_A_MAPPING = re.compile(r"sweep\.|(algo|env)\.\w+(\.|=\s*\{)")
+_IN_A_MAPPING = re.compile(r"sweep\.|(algo|env)\.\w+(\.|=\s*\{)|env\.(worker_python|simulator)=")
+
+_PROGRAMS = ("env.worker_python", "env.simulator")
+"""What may be repeated with ``resume``: the folder alone is not trusted with it, see `wqmix_jax.trust`."""
+
+_REFUSED_FLAGS = ("config_path", "config_name", "experimental_rerun")
+"""Hydra's flags that would compose, or unpickle, other files than the package's yamls and those of ``--config-dir``."""
 
 
 def main() -> None:
@@ -44,6 +51,7 @@ def main() -> None:
     sys.argv = [sys.argv[0], *_flags_first(sys.argv[1:], args.overrides)]  # for hydra, which parses them again
     multirun = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
     with _refusals():
+        _refuse_flags(args)
         add_import_paths(args.config_dir)
         _register_help(args.config_dir)
         shows_only = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
@@ -57,6 +65,13 @@ def main() -> None:
             sys.argv += [f"hydra.sweep.dir={text.removeprefix('run_dir=')}" for text in given]  # hydra's own key
         with _in_one_line(args.overrides, args.config_dir):
             _run()
+
+
+def _refuse_flags(args: argparse.Namespace) -> None:
+    for name in _REFUSED_FLAGS:
+        if getattr(args, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} is not allowed: --config-dir DIR adds yamls, resume=RUN_DIR continues a run")
 
 
 def load_config(*overrides: str, config_dir: str | os.PathLike[str] | None = None) -> RunConfig:
@@ -208,7 +223,7 @@ def _flags_first(arguments: Sequence[str], overrides: Sequence[str]) -> list[str
 def _with_open_keys(arguments: Sequence[str]) -> list[str]:
     """Lets ``sweep.NAME=..``, ``env.options.NAME=..`` and the like be written as any option.
 
-    They are mappings whose names the yamls can't list.
+    They are mappings whose names the yamls can't list; ``env.worker_python`` with ``resume`` has no yaml that lists it.
     """
     return [f"++{text}" if _IN_A_MAPPING.match(text) else text for text in arguments]
 
@@ -219,9 +234,9 @@ def _run(cfg: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     several = hydra_config.mode == RunMode.MULTIRUN
     with contextlib.nullcontext() if several else _refusals():  # several: hydra collects the errors
-        for source in hydra_config.runtime.config_sources:
-            if source.provider == "command-line":
-                add_import_paths(source.path)
+        sources = hydra_config.runtime.config_sources
+        config_dir = next((source.path for source in sources if source.provider == "command-line"), None)
+        add_import_paths(config_dir)
         values = _plain(cfg)
         if values["resume"] is None:
             if several:
@@ -231,7 +246,8 @@ def _run(cfg: DictConfig) -> None:
         else:
             from wqmix_jax import runner
 
-            runner.resume(Path(str(values["resume"])), _changes(cfg, hydra_config.overrides.task))
+            changes = _changes(cfg, hydra_config.overrides.task)
+            runner.resume(Path(str(values["resume"])), changes, config_dir=config_dir)
 
 
 def _start(values: dict[str, Any], choices: Mapping[str, str], given: Sequence[str]) -> None:
@@ -255,7 +271,8 @@ def _check_resume(parsed: Sequence[Override], multirun: bool) -> None:
         key = override.key_or_group
         if key == "resume" and (multirun or override.is_sweep_override()):
             raise ConfigError(f"{override.input_line} is not allowed: runs are resumed one at a time, without -m")
-        if key.split(".")[0] not in (*RESUMABLE, "resume", "hydra") and not key.startswith("hydra/"):
+        allowed = key.split(".")[0] in (*RESUMABLE, "resume", "hydra") or key in _PROGRAMS
+        if not allowed and not key.startswith("hydra/"):
             kept = f"a run keeps its options, except {', '.join(RESUMABLE)}"
             raise ConfigError(f"{override.input_line} is not allowed with resume: {kept}")
 

@@ -285,7 +285,9 @@ class HostEnvironment(BridgedEnvironment):
     @property
     def played(self) -> tuple[str, dict[str, Any]]:
         """See `BridgedEnvironment.played`."""
-        return _absolute(self.simulator), self.options
+        file = simulator_file(self.simulator)
+        name = self.simulator.rpartition(":")[2]
+        return self.simulator if file is None else f"{file}:{name}", self.options
 
     @pydantic.field_validator("simulator")
     @classmethod
@@ -300,13 +302,13 @@ def _call_host() -> Array:
     return io_callback(lambda: np.True_, jax.ShapeDtypeStruct((), np.bool_), ordered=True)
 
 
-def _absolute(simulator: str) -> str:
-    """``FILE.py:CLASS`` with the whole path, looked for where Python looks for modules."""
-    where, _, name = simulator.rpartition(":")
+def simulator_file(simulator: str) -> Path | None:
+    """The whole path in ``FILE.py:CLASS``, looked for where Python looks for modules; None for ``module:CLASS``."""
+    where = simulator.rpartition(":")[0]
     if not where.endswith(".py"):
-        return simulator
+        return None
     found = next((path for folder in ("", *sys.path) if (path := Path(folder) / where).is_file()), Path(where))
-    return f"{found.absolute()}:{name}"
+    return found.absolute()
 
 
 _answers: dict[tuple[str, ...], dict[str, Any]] = {}
