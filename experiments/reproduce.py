@@ -187,12 +187,18 @@ def train(line: Planned, failed: list[str]) -> None:
     for made in line.made:
         if not _is_finished(made):
             with _collecting(failed):
-                runner.resume(made, {})
+                runner.resume(made, _programs(line.values))
     for seeds in missing_seeds(line):
         folder = line.folder / f"seeds_{seeds[0]}-{seeds[-1]}"
         part = {"seed": seeds[0], "num_seeds": len(seeds), "run_dir": str(folder)}
         with _collecting(failed):
             runner.start({**line.values, **part}, algo=line.run.algo, env=line.run.env)
+
+
+def _programs(values: dict[str, Any]) -> dict[str, Any]:
+    """The interpreter that a resumed run may start: the one that this command names."""
+    python = values["env"].get("worker_python")
+    return {} if python is None else {"env": {"worker_python": python}}
 
 
 def missing_seeds(line: Planned) -> list[range]:

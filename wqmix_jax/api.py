@@ -103,7 +103,9 @@ def load_policy(
         _, policies = load_policies(run_dir, which=which, named=Named(config_dir, worker_python, simulator))
     else:
         path = Path(run_dir)
-        policies = policies_of_file(policy_file(path, which) if path.is_dir() else path, config)
+        path = policy_file(path, which) if path.is_dir() else path
+        arithmetic = {"matmul_precision": config.matmul_precision, "compute_dtype": config.compute_dtype}
+        policies = policies_of_file(path, config.env, config.algo, arithmetic)
     if not 0 <= member < len(policies):
         raise ConfigError(f"member={member} is not allowed: {run_dir} has members 0 to {len(policies) - 1}")
     return list(policies.values())[member]
@@ -126,29 +128,36 @@ def load_policies(
     values, path = open_config(folder, named), policy_file(folder, which)
     env, algo = build("env", values["env"]), build("algo", values["algo"])
     arithmetic = {name: values[name] for name in ("matmul_precision", "compute_dtype")}
-    return env, _policies(path, env, algo, load_header(folder)["members"], arithmetic)
+    return env, policies_of_file(path, env, algo, arithmetic, labels=load_header(folder)["members"])
 
 
-def policies_of_file(path: Path, config: RunConfig) -> dict[str, GreedyPolicy]:
+def policies_of_file(
+    path: Path,
+    env: Environment,
+    algo: Algorithm,
+    arithmetic: Mapping[str, str],
+    *,
+    labels: Sequence[Mapping[str, Any]] | None = None,
+) -> dict[str, GreedyPolicy]:
     """The policies in a run's ``policies/best.npz`` or ``last.npz`` by their names; reads nothing else of the run.
 
     Args:
         path: the file.
-        config: the algorithm and environment that its shapes must fit.
+        env: the environment that its shapes must fit.
+        algo: the algorithm that its shapes must fit.
+        arithmetic: ``matmul_precision`` and ``compute_dtype``, see `GreedyPolicy`.
+        labels: those of the members; the file's own when absent.
 
     Raises:
         ConfigError: if it can't be read or has other shapes.
     """
-    arithmetic = {"matmul_precision": config.matmul_precision, "compute_dtype": config.compute_dtype}
-    return _policies(path, config.env, config.algo, read_labels(path), arithmetic)
-
-
-def _policies(
-    path: Path, env: Environment, algo: Algorithm, labels: Sequence[Mapping[str, Any]], arithmetic: Mapping[str, str]
-) -> dict[str, GreedyPolicy]:
     spec = env.spec  # outside of `eval_shape`: an environment may cache what it makes
     like = jax.eval_shape(lambda: algo.acting_params(algo.init(jax.random.key(0), spec)))
-    params = jax.tree.map(jnp.asarray, read_policies(path, like).params)
+    policies = read_policies(path, like)
+    params = jax.tree.map(jnp.asarray, policies.params)
+    labels = read_labels(path) if labels is None else labels
+    if len(labels) != len(policies.env_steps):
+        raise ConfigError(f"{path} doesn't fit: it holds {len(policies.env_steps)} members, run.json has {len(labels)}")
     return {
         name: GreedyPolicy(algo, jax.tree.map(operator.itemgetter(index), params), spec, **arithmetic)
         for index, name in enumerate(map(member_name, labels))

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 
 from wqmix_jax.algos.base import Context, hyperparams
-from wqmix_jax.api import load_policies
+from wqmix_jax.api import load_policies, policies_of_file
 from wqmix_jax.config import CONFIG_DIR, ConfigError, PositiveInt, add_import_paths, build, checked, options
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.evaluator import Figures, greedy_episodes
@@ -31,7 +31,7 @@ from wqmix_jax.exits import OneLineParser, RunError, refuse
 from wqmix_jax.interop import pymarl
 from wqmix_jax.networks.functional import compute_in
 from wqmix_jax.policy import GREEDY, GreedyPolicy, play_episode
-from wqmix_jax.train import parse_overrides
+from wqmix_jax.train import parse_overrides, tell_replaced, users_first
 from wqmix_jax.trust import PROGRAMS, Named
 from wqmix_jax.types import PRNGKey, PyTree
 
@@ -44,6 +44,7 @@ _HELP = """\
 Plays greedy episodes of trained agents: means with 95% confidence intervals, and a picture if asked for.
 
   python -m wqmix_jax.evaluate run_dir=RUN_DIR [episodes=100] [policy=best] [render=out.gif]
+  python -m wqmix_jax.evaluate policy_file=FILE algo=NAME [env=NAME] [KEY=VALUE ..]
   python -m wqmix_jax.evaluate pymarl=FOLDER [env=NAME] [env.KEY=VALUE ..]
 
 --config-dir DIR   adds the folder of your own algorithms and environments
@@ -60,6 +61,7 @@ class EvaluateOptions:
     Attributes:
         run_dir: the folder of a run.
         policy: which of its policies, those of the best evaluations or of the last checkpoint.
+        policy_file: a file of policies alone, played by the algorithm and environment of this command.
         pymarl: the folder of a PyMARL checkpoint.
         episodes: greedy episodes of each member.
         seed: of the episodes' randomness.
@@ -71,6 +73,7 @@ class EvaluateOptions:
 
     run_dir: str | None
     policy: Literal["best", "last"]
+    policy_file: str | None
     pymarl: str | None
     episodes: PositiveInt
     seed: Annotated[int, Field(ge=0, lt=2**31)]
@@ -134,6 +137,10 @@ def _evaluate(overrides: Sequence[str], config_dir: str | None) -> Iterator[str]
     chosen = _options(values)
     if chosen.run_dir is not None:
         env, policies = load_policies(chosen.run_dir, which=chosen.policy, named=_named(overrides, config_dir))
+    elif chosen.policy_file is not None:
+        env, algo = build("env", env_values), build("algo", algo_values)
+        arithmetic = {"matmul_precision": chosen.matmul_precision, "compute_dtype": "float32"}
+        policies = policies_of_file(Path(chosen.policy_file), env, algo, arithmetic)
     else:
         env = build("env", env_values)
         policies = {"": _pymarl_policy(env, algo_values, chosen)}
@@ -153,13 +160,16 @@ def _refuse_foreign(overrides: Sequence[str]) -> None:
         ConfigError: if one was given.
     """
     parsed = _parsed(overrides)
-    of_run = any(override.key_or_group == "run_dir" and override.value() is not None for override in parsed)
+    played = {override.key_or_group for override in parsed if override.value() is not None}
+    of_run = "run_dir" in played
     for text, override in zip(overrides, parsed, strict=True):
         is_program = override.key_or_group in [f"env.{name}" for name in PROGRAMS]
         if of_run and re.split("[./]", override.key_or_group)[0] in ("env", "algo") and not is_program:
             raise ConfigError(f"{text} is not allowed with run_dir: a run's own algorithm and environment play")
-        if override.key_or_group == "algo":
+        if override.key_or_group == "algo" and "policy_file" not in played:
             raise ConfigError(f"{text} is not allowed: the agents of a run or of a PyMARL checkpoint play")
+    if "policy_file" in played and not of_run and "algo" not in played:
+        raise ConfigError("algo is missing: with policy_file write algo=NAME, the algorithm that trained the policy")
 
 
 def _named(overrides: Sequence[str], config_dir: str | None) -> Named:
@@ -175,11 +185,14 @@ def _options(values: Mapping[str, Any]) -> EvaluateOptions:
     Raises:
         ConfigError: if one is not allowed.
     """
-    if values["run_dir"] is not None and values["pymarl"] is not None:
-        raise ConfigError("pymarl is not allowed with run_dir: the one plays a PyMARL checkpoint, the other a run")
-    if values["run_dir"] is None and values["pymarl"] is None:
-        raise ConfigError("run_dir is missing: write run_dir=RUN_DIR, or pymarl=FOLDER, that of a PyMARL checkpoint")
-    paths = {name: None if values[name] is None else str(values[name]) for name in ("run_dir", "pymarl", "render")}
+    sources = ("run_dir", "policy_file", "pymarl")
+    played = [name for name in sources if values[name] is not None]
+    if len(played) > 1:
+        raise ConfigError(f"{played[1]} is not allowed with {played[0]}: each says whose agents play")
+    if not played:
+        others = "policy_file=FILE algo=NAME for a file of policies, or pymarl=FOLDER, that of a PyMARL checkpoint"
+        raise ConfigError(f"run_dir is missing: write run_dir=RUN_DIR, or {others}")
+    paths = {name: None if values[name] is None else str(values[name]) for name in (*sources, "render")}
     return checked(EvaluateOptions, {**values, **paths}, prefix="")
 
 
@@ -302,12 +315,14 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
 
 def _compose(overrides: Sequence[str], config_dir: str | None) -> dict[str, Any]:
     """What ``configs/evaluate.yaml`` and the overrides say; unknown keys are added, for their schema to refuse."""
-    forced = [text if text.startswith(("env=", "+", "~")) else f"++{text}" for text in overrides]
-    if config_dir is not None:
-        forced.append(f"hydra.searchpath=['file://{Path(config_dir).absolute()}']")
+    plain = [text.removeprefix("+") if text.startswith("+algo=") else text for text in overrides]
+    forced = [text if text.startswith(("env=", "algo=", "+", "~")) else f"++{text}" for text in plain]
+    of_run = any(override.key_or_group == "run_dir" for override in _parsed(overrides))
     try:
-        with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        with users_first(config_dir), hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             composed = hydra.compose("evaluate", forced)
+            if not of_run:  # whose own algorithm and environment play
+                tell_replaced("evaluate", forced, config_dir)
             return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]
     except MissingConfigException as error:
         known = ", ".join(name for name in error.options or () if not name.startswith("_"))

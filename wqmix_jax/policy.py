@@ -105,7 +105,7 @@ def read_labels(path: Path) -> list[dict[str, Any]]:
     Raises:
         ConfigError: if it can't be read or has none.
     """
-    labels = {name: list(values) for name, values in _arrays(path).items() if labels_of({name: None})}
+    labels = {name: values.tolist() for name, values in _arrays(path).items() if labels_of({name: None})}
     if "seed" not in labels or len({len(values) for values in labels.values()}) != 1:
         raise ConfigError(f"{path} is damaged: it doesn't say whose policies it holds")
     return [dict(zip(labels, values, strict=True)) for values in zip(*labels.values(), strict=True)]

@@ -124,10 +124,11 @@ def resume(run_dir: Path, changes: Mapping[str, Any], *, config_dir: str | None 
         SystemExit: if a signal ended it.
     """
     claim_cores()  # before an environment's library starts the backend
-    old, header = _opened(run_dir, changes.get("env", {}), config_dir), load_header(run_dir)
+    recorded, header = read_config(run_dir), load_header(run_dir)
     if "merged" in header:
         raise ConfigError(f"resume={run_dir} is not allowed: it was merged from {', '.join(header['merged'])}")
     refuse_lost_checkpoints(run_dir)
+    old = _opened(run_dir, recorded["env"], changes.get("env", {}), config_dir)
     values = _merged(old, changes)
     values = connected(values, os.environ)
     config = run_config(values)
@@ -143,16 +144,17 @@ def resume(run_dir: Path, changes: Mapping[str, Any], *, config_dir: str | None 
     return run_dir
 
 
-def _opened(run_dir: Path, programs: Mapping[str, str], config_dir: str | None) -> dict[str, Any]:
+def _opened(
+    run_dir: Path, recorded: Mapping[str, Any], programs: Mapping[str, str], config_dir: str | None
+) -> dict[str, Any]:
     """The run's options.
 
     Raises:
         ConfigError: if they name code that may not be executed, or another interpreter than ``programs``.
     """
-    before = read_config(run_dir)["env"]
     for name, value in programs.items():
-        if before.get(name) != value:
-            raise ConfigError(f"env.{name}={value} is not allowed with resume: the run has {before.get(name)}")
+        if recorded.get(name) != value:
+            raise ConfigError(f"env.{name}={value} is not allowed with resume: the run has {recorded.get(name)}")
     return open_config(run_dir, Named(config_dir, **programs), option="resume")
 
 

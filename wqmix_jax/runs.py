@@ -15,6 +15,7 @@ import platform
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,18 @@ def how_to_go_on(run_dir: Path) -> str:
     """The command that continues a run, in words for a person."""
     plain = re.fullmatch(r"[\w./-]+", str(run_dir))
     quoted = str(run_dir) if plain else shlex.quote(f"'{run_dir}'")  # once for hydra, once for the shell
-    return f"to go on: python -m wqmix_jax.train resume={quoted}"
+    return f"to go on: python -m wqmix_jax.train resume={quoted}{_programs(run_dir)}"
+
+
+def _programs(run_dir: Path) -> str:
+    """The programs of a run that must be repeated when it is resumed (see `wqmix_jax.trust`), quoted as its folder is."""
+    env: dict[str, Any] = {}
+    with contextlib.suppress(ConfigError):
+        env = read_config(run_dir)["env"]
+    python, simulator = env.get("worker_python"), str(env.get("simulator", ".py:"))
+    repeated = {} if python in (None, sys.executable) else {"worker_python": python}
+    repeated |= {} if ".py:" in simulator else {"simulator": simulator}
+    return "".join(f" env.{name}={shlex.quote(json.dumps(value))}" for name, value in repeated.items())
 
 
 def refuse_full_disk(run_dir: Path, checkpoint_bytes: int) -> None:

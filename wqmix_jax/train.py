@@ -6,21 +6,26 @@ wrong with them is told in one line on stderr, with exit code 2, before anything
 
 import argparse
 import contextlib
+import functools
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import hydra
 import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -63,7 +68,7 @@ def main() -> None:
             given = [text for text in args.overrides if text.startswith("run_dir=")]
             _make_sweep_dir(given)
             sys.argv += [f"hydra.sweep.dir={text.removeprefix('run_dir=')}" for text in given]  # hydra's own key
-        with _in_one_line(args.overrides, args.config_dir):
+        with users_first(args.config_dir), _in_one_line(args.overrides, args.config_dir):
             _run()
 
 
@@ -111,7 +116,9 @@ def _register_help(config_dir: str | None) -> None:
     """What the help in ``train.yaml`` refers to: a group's names, and options with what they mean."""
 
     def described() -> str:
-        options = (CONFIG_DIR / "train.yaml").read_text().partition("\nnum_seeds:")
+        folders = [Path(config_dir or CONFIG_DIR), CONFIG_DIR]
+        path = next(path for folder in folders if (path := folder / "train.yaml").is_file())
+        options = path.read_text().partition("\nnum_seeds:")
         return "".join(options[1:]).partition("\n# Hydra")[0].strip()
 
     def chosen(*, _root_: DictConfig) -> str:
@@ -145,7 +152,7 @@ def check_overrides(
     Raises:
         ConfigError: where something is refused.
     """
-    parsed = parse_overrides(overrides)
+    parsed = _without_search_path(parse_overrides(overrides))
     by_key = {override.key_or_group: override for override in parsed}
     if "resume" in by_key and by_key["resume"].value() is not None:
         _check_resume(parsed, multirun)
@@ -175,20 +182,28 @@ def check_overrides(
         raise ConfigError(f"{algo.input_line} is not allowed: write +algo={name} (NAME is one of {listed})")
 
 
+def _without_search_path(parsed: list[Override]) -> list[Override]:
+    """Refuses hydra's own way to add a folder, which puts it after the package's."""
+    for override in parsed:
+        if override.key_or_group == "hydra.searchpath":
+            raise ConfigError(f"{override.input_line} is not allowed: --config-dir DIR adds the yamls of a folder")
+    return parsed
+
+
 def _check_each_run(overrides: Sequence[str], config_dir: str | os.PathLike[str] | None) -> None:
     """Refuses a sweep before its first run where one of them is not allowed.
 
-    Not for SLURM's launcher: what a run needs, StarCraft II say, may be there and not here.
+    For SLURM's launcher nothing is built: what a run needs, StarCraft II for example, may be there and not here.
     """
     parsed = parse_overrides(overrides)
-    if any(override.key_or_group == "hydra/launcher" and "submitit" in str(override.value()) for override in parsed):
-        return
+    launchers = [str(override.value()) for override in parsed if override.key_or_group == "hydra/launcher"]
+    check = load_values if any("submitit" in launcher for launcher in launchers) else load_config
     from wqmix_jax.devices import claim_cores
 
     claim_cores()  # before an environment's library starts the backend
     for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None):
         for run in batch:
-            load_config(*run, config_dir=config_dir)
+            check(*run, config_dir=config_dir)
 
 
 def _with_late_options(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
@@ -239,6 +254,8 @@ def _run(cfg: DictConfig) -> None:
         add_import_paths(config_dir)
         values = _plain(cfg)
         if values["resume"] is None:
+            if not several:  # otherwise all are told before the first run
+                tell_replaced("train", [*hydra_config.overrides.hydra, *hydra_config.overrides.task], config_dir)
             if several:
                 values["run_dir"] = os.path.relpath(hydra_config.runtime.output_dir)
             given = [override.key_or_group for override in parse_overrides(hydra_config.overrides.task)]
@@ -288,10 +305,53 @@ def _changes(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
 
 def _compose(overrides: Sequence[str], config_dir: str | os.PathLike[str] | None) -> DictConfig:
     """What `hydra.main` would hand over."""
-    path = None if config_dir is None else str(Path(config_dir).absolute()).replace("'", r"\'")
-    search = [] if path is None else [f"hydra.searchpath=['file://{path}']"]
-    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return hydra.compose("train", overrides=[*overrides, *search])
+    with users_first(config_dir), hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        composed = hydra.compose("train", overrides=list(overrides))
+        tell_replaced("train", overrides, config_dir)
+        return composed
+
+
+class _UsersFirst(SearchPathPlugin):
+    """Puts a user's folder before all others: hydra puts that of ``--config-dir`` after the package's."""
+
+    folder: ClassVar[Path | None] = None
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        if self.folder is not None:
+            search_path.prepend("command-line", f"file://{self.folder}")
+
+
+@contextlib.contextmanager
+def users_first(config_dir: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Lets hydra find the yamls of ``config_dir`` before the package's of the same names."""
+    Plugins.instance().register(_UsersFirst)
+    before, _UsersFirst.folder = _UsersFirst.folder, None if config_dir is None else Path(config_dir).absolute()
+    try:
+        yield
+    finally:
+        _UsersFirst.folder = before
+
+
+def tell_replaced(name: str, overrides: Sequence[str], config_dir: str | os.PathLike[str] | None) -> None:
+    """Prints which of the package's yamls those of ``config_dir`` replace, while hydra is initialized.
+
+    Args:
+        name: the primary yaml, without its ending.
+        overrides: as on the command line.
+        config_dir: a folder of one's own yamls.
+    """
+    if config_dir is None:
+        return
+    loader = GlobalHydra.instance().config_loader()
+    for default in loader.compute_defaults_list(name, list(overrides), RunMode.RUN).defaults:
+        path = f"{default.config_path}.yaml"
+        if (CONFIG_DIR / path).is_file() and (own := Path(config_dir).absolute() / path).is_file():
+            _tell_once(f"using {own} instead of the built-in {str(default.config_path).replace('/', '=')}")
+
+
+@functools.cache
+def _tell_once(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:

@@ -16,7 +16,6 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import wqmix_jax
 from wqmix_jax.config import CONTRACTS, ConfigError, add_import_paths, part_class
 from wqmix_jax.envs.host.bridge import BridgedEnvironment, HostEnvironment, simulator_file
 from wqmix_jax.logger import HEADER_FILE
@@ -96,7 +95,7 @@ def _checked_target(run_dir: Path, group: str, target: Any, named: Named) -> lis
     if match is None:
         raise ConfigError(f"{option} is not allowed: a class is written MODULE.CLASS")
     module, lines = match["module"], []
-    if module.split(".")[0] == wqmix_jax.__name__:
+    if module.split(".")[0] == __name__.split(".")[0]:
         if not _is_module_of_package(module):
             raise ConfigError(f"{option} is not allowed: {module} is not a module of this package")
         return []
@@ -110,7 +109,7 @@ def _checked_target(run_dir: Path, group: str, target: Any, named: Named) -> lis
 
 
 def _is_module_of_package(module: str) -> bool:
-    path = Path(wqmix_jax.__file__).parent.joinpath(*module.split(".")[1:])
+    path = Path(__file__).parent.joinpath(*module.split(".")[1:])
     return path.with_name(f"{path.name}.py").is_file() or (path / "__init__.py").is_file()
 
 
