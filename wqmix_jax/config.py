@@ -5,6 +5,7 @@ algorithm or environment in the class that its yaml names with ``_target_``. Suc
 which makes it a frozen dataclass whose fields pydantic checks when it is built.
 """
 
+import dataclasses
 import difflib
 import importlib
 import os
@@ -353,12 +354,18 @@ def _worst(errors: list[Any]) -> Any:
     return next((error for error in errors if error["type"] == "unexpected_keyword_argument"), errors[0])
 
 
+def _keys(cls: type) -> list[str]:
+    """The names of its options; class variables are none."""
+    return [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+
 def _one_line(error: Any, cls: type, prefix: str) -> str:
     key = prefix + ".".join(str(part) for part in error["loc"])
     if error["type"] == "unexpected_keyword_argument":
-        if error["loc"][-1] in vars(cls).get("__annotations__", {}):
+        name = error["loc"][-1]
+        if name in vars(cls).get("__annotations__", {}) and name not in cls.__dataclass_fields__:  # type: ignore[attr-defined]
             return f"{key} is unknown: {cls.__name__} names it, but isn't declared with @options"
-        known = list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
+        known = _keys(cls)
         close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
         hint = f"did you mean {prefix}{close[0]}? " if close else ""
         return f"{key} is unknown: {hint}known keys are {', '.join(known)}"
@@ -369,6 +376,6 @@ def _one_line(error: Any, cls: type, prefix: str) -> str:
         return f"{key} is missing"
     allowed = error["msg"].removeprefix("Value error, ")
     if not error["loc"]:  # the message of a class's own check, which starts with one of its keys
-        is_key = allowed.split("=")[0] in cls.__dataclass_fields__  # type: ignore[attr-defined]
+        is_key = allowed.split("=")[0] in _keys(cls)
         return f"{prefix}{allowed}" if is_key else allowed
     return f"{key}={error['input']!r} is not allowed: {allowed[0].lower()}{allowed[1:]}"

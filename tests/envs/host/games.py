@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-MAPS = ("3s5z", "3m", "10gen_terran")
+MAPS = ("3s5z", "3m", "8m", "10gen_terran")
 
 
 @contextmanager
@@ -19,7 +19,9 @@ def faked(folder: Path, *, package: str = "fakes") -> Iterator[Path]:
     for name in MAPS:
         (maps / f"{name}.SC2Map").touch()
     for build in ("Base69232", "Base75689"):
-        (folder / "Versions" / build).mkdir(parents=True, exist_ok=True)
+        program = folder / "Versions" / build / "SC2_x64"
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.touch(0o755)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(HERE / package), os.environ.get("PYTHONPATH")])))
         patch.setenv("SC2PATH", str(folder))

@@ -33,7 +33,8 @@ class SmaxClient:
 
     def __init__(self, map_name, episode_limit, seed):
         env = make(map_name, episode_limit)
-        self.spec, self.n_agents, self.force_restarts = env.spec, env.spec.num_agents, 0
+        self.spec, self.n_agents = env.spec, env.spec.num_agents
+        self.force_restarts = self._episode_count = 0
         self._seed, self._episode_steps = seed, 0
         self._reset = jax.jit(jax.vmap(env.reset))
         self._step = jax.jit(jax.vmap(env.step))
@@ -92,8 +93,11 @@ class Smax(adapters.SMAC):
     """The adapter of SMAC over it; the packages that it looks for are not needed."""
 
     def __init__(self, seed, map_name, episode_limit):
-        self.env, self.game = SmaxClient(map_name, episode_limit, seed), {}
+        self.env, self.game, self.launched = SmaxClient(map_name, episode_limit, seed), {}, False
 
     def reset(self, seed):
         self.env.seed(seed)
         super().reset(seed)
+
+    def scale_rewards(self):
+        """SMAX scales its rewards itself."""

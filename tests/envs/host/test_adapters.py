@@ -1,5 +1,6 @@
 """SMAC, SMACv2 and SMAClite behind the bridge, by fakes with their signatures and quirks."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,15 @@ def battle(env: Any, choose: Any, seeds: np.ndarray = SEEDS) -> list[tuple[np.nd
     return calls
 
 
+def ended_once(calls: list[tuple[np.ndarray, ...]]) -> list[tuple[np.ndarray, ...]]:
+    """The same calls, with the rewards of rows that have ended replaced by zeros."""
+    ended, found = calls[0][-1].copy(), []
+    for call in calls[1:]:
+        found.append((*call[:4], np.where(ended, 0, call[4]), *call[5:]))
+        ended |= call[5] | call[6] | call[7]
+    return found
+
+
 def test_smac_is_played_to_its_end(game: Path) -> None:
     env = make("env=smac", "env.map=3m")
     assert env.spec == (3, 9, 5, 36, 6)
@@ -60,9 +70,9 @@ def test_smac_is_played_to_its_end(game: Path) -> None:
     assert not failed.any()
     np.testing.assert_array_equal(metrics[:, 0], 1)  # win_rate
     np.testing.assert_array_equal(metrics[:, 2], 3)  # dead_enemies
-    # Nine points of damage and 200 for the battle, scaled to 20 for 230.
-    total = sum(np.where(call[5] | (call is not won[-1]), call[4], 0) for call in won[1:])
-    np.testing.assert_allclose(total, (9 + 200) / 11.5, rtol=1e-6)
+    # All there is to be won: nine points of damage, thirty for the dead and 200 for the battle.
+    total = np.sum([call[4] for call in ended_once(won)], axis=0)
+    np.testing.assert_allclose(total, 20, rtol=1e-6)
     # With only 3 health points each, six shots leave allies dead: they may do nothing else than nothing.
     dead = lost[-1][0].sum(-1) == 0
     assert dead.any()
@@ -116,14 +126,98 @@ def test_smaclite_takes_plain_integers_and_gets_a_limit_and_counts(game: Path) -
         won, again = battle(env, shoot), battle(env, shoot)
     np.testing.assert_array_equal(won[-1][3][:, [0, 2]], [[1, 3], [1, 3]])
     for one, other in zip(won, again, strict=True):
-        np.testing.assert_array_equal(one[0], other[0])
+        for found, right in zip(one, other, strict=True):
+            np.testing.assert_array_equal(found, right)
+
+
+def test_a_battle_of_smaclite_that_nobody_survives_is_won_as_smaclite_counts_it(game: Path) -> None:
+    env = make("env=smaclite", "env.map=1m")
+    with env.host.running([0]):
+        won, lost = battle(env, shoot), battle(env, stop)
+    np.testing.assert_array_equal(won[-1][3], [[1, 1, 1], [1, 1, 1]])  # win_rate, dead_allies, dead_enemies
+    np.testing.assert_allclose(won[-1][4], (1 + 10 + 200) / (213 / 20), rtol=1e-6)
+    np.testing.assert_array_equal(lost[-1][3], [[0, 1, 0], [0, 1, 0]])
+
+
+def with_health(test_mode: bool) -> str:
+    """Options for SMACv2 whose units' health comes from a list of three."""
+    team = "{dist_type: weighted_teams, unit_types: [marine, marauder], weights: [0.5, 0.5]}"
+    health = f"{{dist_type: fixed, items: [[0, 1, 2], [3, 4, 5], [6, 7, 8]], test_mode: {test_mode}}}"
+    parts = f"team_gen: {team}, start_positions: {{dist_type: surrounded_and_reflect, p: 0.5}}, health: {health}"
+    return f"env.options={{capability_config: {{n_units: 3, n_enemies: 3, {parts}}}}}"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["env=smaclite", "env.map=3m"],
+        ["env=smacv2"],
+        ["env=smacv2", with_health(False)],
+        ["env=smacv2", with_health(True)],
+    ],
+    ids=["smaclite", "smacv2", "smacv2 from a list", "smacv2 along a list"],
+)
+def test_a_battle_is_the_same_whatever_was_played_before(overrides: list[str], game: Path) -> None:
+    """A resumed run depends on it, whose workers are new."""
+    env, played = make(*overrides), []
+    for before in ([], [30, 40], [50]):
+        with env.host.running([0]):
+            for offset in before:
+                battle(env, shoot, SEEDS + offset)
+            played.append(battle(env, shoot))
+    for other in played[1:]:
+        if overrides[0] == "env=smaclite":
+            assert len(other) == len(played[0])
+            for one, found in zip(played[0], other, strict=True):
+                for right, array in zip(one, found, strict=True):
+                    np.testing.assert_array_equal(array, right)
+            continue
+        # StarCraft II draws from its own numbers whom the enemies shoot at: only what comes before is compared.
+        for right, array in zip(played[0][0], other[0], strict=True):
+            np.testing.assert_array_equal(array, right)
+        np.testing.assert_array_equal(other[1][4], played[0][1][4])
+
+
+def test_rewards_of_smacv2_are_scaled_by_their_own_battle(game: Path) -> None:
+    """Else the best return of a battle would depend on a worker's first one."""
+    env = make("env=smacv2", "env.num_units=3", "env.num_enemies=2")
+    with env.host.running([0]):
+        for offset in range(3):
+            calls = battle(env, shoot, SEEDS + offset)
+            won = calls[-1][3][:, 0] == 1
+            total = np.sum([call[4] for call in ended_once(calls)], axis=0)
+            assert won.any()
+            np.testing.assert_allclose(total[won], 20, rtol=1e-6)
+
+
+def test_rewards_of_smac_do_not_depend_on_how_quickly_units_are_created(game: Path) -> None:
+    env = make("env=smac", "env.map=8m")
+    with env.host.running([0]):
+        calls = battle(env, shoot)
+    assert (calls[-1][3][:, 0] == 1).all()
+    np.testing.assert_allclose(np.sum([call[4] for call in ended_once(calls)], axis=0), 20, rtol=1e-6)
+
+
+def test_a_first_battle_left_before_its_end_launches_no_second_game(
+    game: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client counts battles when they end, and launches a game where it has counted none."""
+    monkeypatch.setenv("FAKE_SC2_LAUNCHES", "1")
+    for env in (make("env=smac", "env.map=3m"), make("env=smacv2")):
+        with env.host.running([0]):
+            for _ in range(3):
+                assert not called(env.host.supervisor, "reset", SEEDS)[-1].any()
+            assert env.host.facts() == {"worker_restarts": 0}
 
 
 @pytest.mark.parametrize(
     ("env", "versions"),
     [
         ("env=smac", {"smac": "unknown", "StarCraft II": "build 75689"}),
-        ("env=smac env.game_version=4.6.2", {"smac": "unknown", "StarCraft II": "4.6.2 (build 69232)"}),
+        (
+            "env=smac env.game_version=4.6.2 env.difficulty=5",
+            {"smac": "unknown", "StarCraft II": "4.6.2 (build 69232)"},
+        ),
         ("env=smaclite", {"smaclite": "unknown"}),
     ],
 )
@@ -134,13 +228,36 @@ def test_versions_are_told(env: str, versions: dict[str, str], game: Path) -> No
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["env=smac", "env.map=4z"], "SMAC can't be used: map=4z is not allowed: choose one of 3m, 3s5z"),
-        (["env=smaclite", "env.map=4z"], "SMAClite can't be used: map=4z is not allowed: choose one of 3m, 3s5z"),
+        (["env=smac", "env.map=4z"], "SMAC can't be used: map=4z is not allowed: choose one of 3m, 3s5z, 8m"),
+        (["env=smaclite", "env.map=4z"], "SMAClite can't be used: map=4z is not allowed: choose one of 1m, 3m, 3s5z"),
         (["env=smac", "env.game_version=1.0.0"], r"SMAC can't be used: StarCraft II is not found \(Unknown game"),
+        (["env=smac", "env.game_version=4.10"], r"env.game_version=4.1 is not allowed: .* three parts, as in 4.10.0$"),
         (["env=smac", "env.difficulty=X"], "env.difficulty='X' is not allowed: input should be '1', '2'"),
         (["env=smac", "env.options={seed: 1}"], "env.options={seed: ..} is not allowed: it has a key of its own"),
         (["env=smac", "env.options={difficulty: 1}"], "env.options={difficulty: ..} is not allowed"),
-        (["env=smac", "env.options={rewards: 1}"], r"TypeError: .*unexpected keyword argument 'rewards'"),
+        (
+            ["env=smac", "env.options={reward_sparce: true}"],
+            r"options={reward_sparce: ..} is not allowed: StarCraft2Env has no such option; did you mean reward_spa",
+        ),
+        (
+            ["env=smacv2", "env.options={conic_fof: true}"],
+            r"options={conic_fof: ..} is not allowed: StarCraft2Env has no such option; did you mean conic_fov\?$",
+        ),
+        (
+            ["env=smaclite", "env.options={use_rvo2: true}"],
+            r"options={use_rvo2: ..} is not allowed: SMACliteEnv has no such option; did you mean use_cpp_rvo2\?$",
+        ),
+        (
+            ["env=smaclite", "env.options={map_file: x}"],
+            r"options={map_file: ..} is not allowed: .*; choose from use_cpp",
+        ),
+        (
+            ["env=smaclite", "env.options={max_episode_steps: 9}"],
+            r"options={max_episode_steps: ..} is not allowed: env.episode_limit is the time limit$",
+        ),
+        (["env=smac", "env.options={heuristic_ai: true}"], "it replaces the agents' actions by its own"),
+        (["env=smacv2", "env.options={heuristic_ai: true}"], "it replaces the agents' actions by its own"),
+        (["env=smac", "env._role=x"], r"env._role is unknown: known keys are worker_python, "),
         (["env=smac", "env.worker_python=/no/python"], "env.worker_python=/no/python is not allowed: it is not an in"),
         (["env=smac", "env.step_timeout=0"], "env.step_timeout=0 is not allowed: input should be greater than 0"),
     ],
@@ -151,15 +268,37 @@ def test_what_is_not_allowed_is_one_line(overrides: list[str], told: str, game: 
     assert "\n" not in str(refused.value)
 
 
-def test_a_missing_game_or_map_is_one_line(game: Path) -> None:
-    (game / "Maps" / "SMAC_Maps" / "3m.SC2Map").unlink()
-    with pytest.raises(ConfigError, match=r"the file of map=3m is not found .*: copy SMAC_Maps into .*/sc2/Maps$"):
-        make("env=smac", "env.map=3m", "env.options={debug: false}")
+@pytest.mark.parametrize(
+    ("version", "build"),
+    [("", "Base75689"), ("env.game_version=4.6.2", "Base69232"), ("env.game_version=4.10.0", "Base75689")],
+)
+def test_a_missing_program_of_the_game_is_one_line(version: str, build: str, game: Path) -> None:
+    """Of the version that would be played: the folders of all of them are there."""
+    program = game / "Versions" / build / "SC2_x64"
+    overrides = ["env=smac", "env.map=3m", *filter(None, [version])]
+    program.chmod(0o644)
+    told = rf"StarCraft II can't be started: {program} is not executable: chmod \+x {program}$"
+    with pytest.raises(ConfigError, match=told):
+        make(*overrides, "env.options={debug: false}")
+    program.unlink()
+    told = f"StarCraft II is not complete: there is no {program}: install it and set SC2PATH to its folder$"
+    with pytest.raises(ConfigError, match=told):
+        make(*overrides, "env.options={debug: true}")
+
+
+@pytest.mark.parametrize(("env", "name"), [("smac", "3m"), ("smacv2", "10gen_terran")])
+def test_a_missing_game_or_map_is_one_line(env: str, name: str, game: Path) -> None:
+    (game / "Maps" / "SMAC_Maps" / f"{name}.SC2Map").unlink()
+    told = (
+        f"the file of map={name} is not found .*: put the .SC2Map files of https://github.com/oxwhirl/{env}/releases/"
+    )
+    with pytest.raises(ConfigError, match=rf"{told}.*/SMAC_Maps.zip into {game}/Maps/SMAC_Maps$"):
+        make(f"env={env}", f"env.map={name}", "env.options={reward_win: 201}")
     shutil.rmtree(game)
     with pytest.raises(
-        ConfigError, match=r"StarCraft II is not found at .*/sc2: install it and set SC2PATH to its fol"
+        ConfigError, match=r"StarCraft II is not found \(.*\): install it and set SC2PATH to its folder$"
     ):
-        make("env=smac", "env.map=3m", "env.options={debug: true}")
+        make(f"env={env}", f"env.map={name}", "env.options={reward_win: 202}")
 
 
 def test_a_missing_package_or_a_namesake_is_one_line(tmp_path: Path) -> None:
@@ -168,10 +307,21 @@ def test_a_missing_package_or_a_namesake_is_one_line(tmp_path: Path) -> None:
     ):
         make("env=smac")
     with pytest.raises(
-        ConfigError, match=r"smaclite can't be imported by .*: pip install git\+https://github.com/uoe-a"
+        ConfigError, match=r"smaclite can't be imported by .*: pip install -U git\+https://github.com/uoe-a"
     ):
         make("env=smaclite")
-    with faked(tmp_path, package="namesake"), pytest.raises(ConfigError) as refused:
-        make("env=smac")
-    told = "is another package (PyPI's smac, a package for hyperparameters): pip uninstall smac, then pip install git+"
-    assert told in str(refused.value)
+    with faked(tmp_path, package="namesake"):
+        with pytest.raises(ConfigError) as refused:
+            make("env=smac")
+        told = "is another package (PyPI's smac, a package for hyperparameters): pip uninstall smac, then pip install"
+        assert told in str(refused.value)
+        with pytest.raises(ConfigError, match=r"smaclite in .* is of the time before gymnasium: pip install -U git\+"):
+            make("env=smaclite")
+
+
+def test_smaclite_without_the_library_of_rtree_says_how_to_get_it(tmp_path: Path) -> None:
+    """As on Python 3.11 and newer, for which the rtree that SMAClite asks for has no wheel."""
+    with faked(tmp_path / "sc2", package="without_rtree"), pytest.raises(ConfigError) as refused:
+        make("env=smaclite")
+    assert re.search(r"\(Could not load libspatialindex_c library\): pip install -U 'rtree>=1.0.1'", str(refused.value))
+    assert "\n" not in str(refused.value)

@@ -3,7 +3,10 @@
 Loaded by a worker, in the interpreter that has the game: Python 3.7 or newer, and nothing of this package.
 """
 
+import copy
+import difflib
 import importlib
+import inspect
 import os
 import random
 import sys
@@ -22,6 +25,7 @@ class SMAC:
 
     package, repository = "smac", "https://github.com/oxwhirl/smac.git"
     namesake = "PyPI's smac, a package for hyperparameters"
+    maps_archive = "https://github.com/oxwhirl/smac/releases/download/v0.1-beta1/SMAC_Maps.zip"
 
     def __init__(self, seed, **options):
         """Makes the environment and looks for the game and the map; the game itself starts with the first reset.
@@ -32,7 +36,8 @@ class SMAC:
         """
         self.check_package()
         self.env = self.make(seed=seed, **options)
-        self.game = find_game(options["map_name"], options.get("game_version"))
+        self.game = find_game(options["map_name"], options.get("game_version"), self.maps_archive)
+        self.launched = False
         self.won = self.dead_allies = self.dead_enemies = 0
 
     def check_package(self):
@@ -58,7 +63,15 @@ class SMAC:
         """The environment itself."""
         maps = importlib.import_module("smac.env.starcraft2.maps.smac_maps")
         refuse_unknown(options["map_name"], maps.get_smac_map_registry())
-        return importlib.import_module("smac.env").StarCraft2Env(**options)
+        client = importlib.import_module("smac.env").StarCraft2Env
+        refuse_unknown_options(options, client)
+        refuse_heuristic(options)
+        return client(**options)
+
+    @property
+    def client(self):
+        """The ``StarCraft2Env``, which SMACv2 wraps."""
+        return self.env
 
     def versions(self):
         """Of the package and of the game; numbers of different games are not comparable."""
@@ -77,10 +90,29 @@ class SMAC:
         }
 
     def reset(self, seed):
-        """The next battle; of the seed, StarCraft II takes no notice after its launch."""
+        """Starts the next battle; StarCraft II ignores the seed after its launch."""
+        if self.launched:
+            self.count_first_battle()
         self.env.reset()  # what it returns is None in some versions
+        self.launched = True
         self.refuse_restart()
+        self.scale_rewards()
         self.won = self.dead_allies = self.dead_enemies = 0
+
+    def count_first_battle(self):
+        """Counts a first battle that was left before its end, after which the client would launch a second game."""
+        self.client._episode_count = max(self.client._episode_count, 1)
+
+    def scale_rewards(self):
+        """Scales rewards by this battle's own enemies, as the client means to do.
+
+        The client adds up the enemies' health at each look at the map until its first battle has ended. So its scale
+        depends on how quickly the game created the first units and, where units are drawn (SMACv2), on which battle a
+        worker happened to play first: a resumed run or a replaced worker would change the rewards.
+        """
+        client = self.client
+        points = sum(unit.health_max + unit.shield_max for unit in client.enemies.values())
+        client.max_reward = client.n_enemies * client.reward_death_value + client.reward_win + points
 
     def step(self, joint_action):
         """The reward, and how the battle ended: at its time limit only with ``continuing_episode``, as in PyMARL."""
@@ -96,7 +128,7 @@ class SMAC:
     def observe(self):
         """What the agents see, the state, and what each may do."""
         avail_actions = [self.env.get_avail_agent_actions(agent) for agent in range(self.env.n_agents)]
-        return np.asarray(self.env.get_obs()), np.asarray(self.env.get_state()), np.asarray(avail_actions)
+        return self.env.get_obs(), self.env.get_state(), avail_actions
 
     def metrics(self):
         """Whether the battle was won, and how many died."""
@@ -117,16 +149,32 @@ class SMACv2(SMAC):
 
     package, repository = "smacv2", "https://github.com/oxwhirl/smacv2.git"
     namesake = "not oxwhirl's"
+    maps_archive = "https://github.com/oxwhirl/smacv2/releases/download/maps/SMAC_Maps.zip"
+
+    def __init__(self, seed, **options):
+        """Makes the environment, as `SMAC` does, and keeps its distributions as they are before the first draw."""
+        super().__init__(seed, **options)
+        self.undrawn = copy.deepcopy(self.env.env_key_to_distribution_map)
 
     def make(self, **options):
         """The environment with its distributions of teams and positions."""
         maps = importlib.import_module("smacv2.env.starcraft2.maps.smac_maps")
         refuse_unknown(options["map_name"], maps.get_smac_map_registry())
-        return importlib.import_module("smacv2.env.starcraft2.wrapper").StarCraftCapabilityEnvWrapper(**options)
+        wrapper = importlib.import_module("smacv2.env.starcraft2.wrapper")
+        refuse_unknown_options(options, wrapper.StarCraft2Env)
+        refuse_heuristic(options)
+        return wrapper.StarCraftCapabilityEnvWrapper(**options)
+
+    @property
+    def client(self):
+        """See `SMAC.client`."""
+        return self.env.env
 
     def reset(self, seed):
-        """The next battle, whose teams and positions are drawn from the seed."""
+        """Starts the next battle, whose teams and positions are drawn from the seed alone."""
         random.seed(seed)
+        # Some distributions shuffle their own lists, so a draw would depend on those before it.
+        self.env.env_key_to_distribution_map = copy.deepcopy(self.undrawn)
         reseed(self.env.env_key_to_distribution_map, np.random.SeedSequence(seed))
         super().reset(seed)
 
@@ -135,18 +183,34 @@ class SMAClite:
     """SMAClite (Michalski et al. 2023), https://github.com/uoe-agents/smaclite; it needs no StarCraft II."""
 
     def __init__(self, seed, map_name, episode_limit, **options):
-        """Makes the environment of a map; ``options`` are those of ``gymnasium.make``."""
-        try:
-            gymnasium = importlib.import_module("gymnasium")
-            importlib.import_module("smaclite")  # registers its maps
-        except ImportError as error:
-            advice = "pip install git+https://github.com/uoe-agents/smaclite.git"
-            raise SetupError(f"smaclite can't be imported by {sys.executable} ({error}): {advice}") from error
+        """Makes the environment of a map; ``options`` are those of ``SMACliteEnv``."""
+        gymnasium = self.check_packages()
         maps = {name[9:-3] for name in gymnasium.registry if name.startswith("smaclite/")}
+        if not maps:
+            raise SetupError(f"smaclite in {sys.executable} is of the time before gymnasium: {self.advice}")
         refuse_unknown(map_name, maps - {"custom"})
+        if "max_episode_steps" in options:
+            raise SetupError("options={max_episode_steps: ..} is not allowed: env.episode_limit is the time limit")
+        refuse_unknown_options(options, importlib.import_module("smaclite.env").SMACliteEnv, "map_info", "map_file")
         self.env = gymnasium.make(f"smaclite/{map_name}-v0", disable_env_checker=True, **options).unwrapped
         self.episode_limit = episode_limit
-        self.obs = ()
+        self.obs, self.won = (), False
+
+    advice = "pip install -U git+https://github.com/uoe-agents/smaclite.git"
+
+    def check_packages(self):
+        """Gymnasium, once SMAClite has registered its maps there."""
+        try:
+            gymnasium = importlib.import_module("gymnasium")
+            importlib.import_module("smaclite")
+        except ImportError as error:
+            raise SetupError(f"smaclite can't be imported by {sys.executable} ({error}): {self.advice}") from error
+        except OSError as error:  # rtree 1.0.0, which SMAClite asks for, has no library for Python 3.11 and newer
+            if "libspatialindex" not in str(error):
+                raise
+            advice = "pip install -U 'rtree>=1.0.1'; pip's complaint that smaclite requires rtree 1.0.0 can be ignored"
+            raise SetupError(f"smaclite can't be imported by {sys.executable} ({error}): {advice}") from error
+        return gymnasium
 
     def versions(self):
         """Of the package."""
@@ -164,25 +228,29 @@ class SMAClite:
         }
 
     def reset(self, seed):
-        """The next battle; SMAClite draws from the global generators."""
+        """Starts the next battle; SMAClite draws from the global generators."""
         np.random.seed(seed)  # noqa: NPY002
         random.seed(seed)
+        # The state holds the last actions, and no version of SMAClite clears them.
+        self.env.last_actions = np.zeros(self.env.n_agents * self.env.n_actions)
         self.obs, _ = self.env.reset(seed=seed)
+        self.won = False
 
     def step(self, joint_action):
         """The reward, and whether a side is dead."""
-        self.obs, reward, terminated, truncated, _ = self.env.step(joint_action)
+        self.obs, reward, terminated, truncated, info = self.env.step(joint_action)
+        # Older versions don't report it; all of them reward a win where no enemy is left, even if no ally is.
+        self.won = info.get("battle_won", not self.env.enemies)
         return reward, terminated, truncated
 
     def observe(self):
         """What the agents see, the state, and what each may do."""
-        return np.stack(self.obs), np.asarray(self.env.get_state()), np.asarray(self.env.get_avail_actions())
+        return self.obs, self.env.get_state(), self.env.get_avail_actions()
 
     def metrics(self):
-        """Whether the battle was won, and how many died: units leave its dicts when they do."""
-        allies, enemies = len(self.env.agents), len(self.env.enemies)
-        dead = self.env.n_agents - allies, self.env.n_enemies - enemies
-        return dict(zip(METRICS, (allies > 0 and enemies == 0, *dead)))
+        """Whether the battle was won, as SMAClite counts it, and how many died: units leave its dicts when they do."""
+        dead = self.env.n_agents - len(self.env.agents), self.env.n_enemies - len(self.env.enemies)
+        return dict(zip(METRICS, (self.won, *dead)))
 
     def close(self):
         """Closes its window, if there is one."""
@@ -195,11 +263,34 @@ def refuse_unknown(name, names):
         raise SetupError(f"map={name} is not allowed: choose one of {', '.join(sorted(names))}")
 
 
-def find_game(map_name, game_version):
+def refuse_unknown_options(options, client, *taken):
+    """Refuses options that the constructor of ``client`` doesn't name: it may ignore them without a word.
+
+    Args:
+        options: what is passed to it, by name.
+        client: the class.
+        taken: names of arguments that are no options.
+    """
+    kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    parameters = inspect.signature(client).parameters
+    known = [name for name in parameters if parameters[name].kind in kinds and name not in (*taken, "seed")]
+    for name in sorted(options.keys() - {*known, "seed"}):
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
+        raise SetupError(f"options={{{name}: ..}} is not allowed: {client.__name__} has no such option; {hint}")
+
+
+def refuse_heuristic(options):
+    """Refuses the client's own player, whose actions would be recorded as the agents'."""
+    if options.get("heuristic_ai"):
+        raise SetupError("options={heuristic_ai: true} is not allowed: it replaces the agents' actions by its own")
+
+
+def find_game(map_name, game_version, maps_archive):
     """The version of the installed game, found without starting it.
 
     Raises:
-        SetupError: where the game or the map's file is missing.
+        SetupError: where the game, its executable or the map's file is missing.
     """
     maps, run_configs = importlib.import_module("pysc2.maps"), importlib.import_module("pysc2.run_configs")
     advice = "install it and set SC2PATH to its folder"
@@ -209,24 +300,46 @@ def find_game(map_name, game_version):
         raise SetupError(f"StarCraft II is not found ({one_line(error)}): {advice}") from error
     if not os.path.isdir(config.data_dir):
         raise SetupError(f"StarCraft II is not found at {config.data_dir}: {advice}")
+    game = describe(config)
+    refuse_executable(executable(config), advice)
     try:
         config.map_data(maps.get(map_name).path)
     except Exception as error:
-        copy = f"copy SMAC_Maps into {os.path.join(config.data_dir, 'Maps')}"
-        raise SetupError(f"the file of map={map_name} is not found ({one_line(error)}): {copy}") from error
-    return {"StarCraft II": describe(config)}
+        folder = os.path.join(config.data_dir, "Maps", "SMAC_Maps")
+        unpack = f"put the .SC2Map files of {maps_archive} into {folder}"
+        raise SetupError(f"the file of map={map_name} is not found ({one_line(error)}): {unpack}") from error
+    return {"StarCraft II": game}
 
 
 def describe(config):
-    """``4.6.2 (build 69232)``; of the newest build where pysc2 doesn't know which version it is."""
+    """``4.6.2 (build 69232)``, or the build alone where pysc2 doesn't know which version it is."""
     game_version = getattr(config.version, "game_version", None)
-    build = getattr(config.version, "build_version", None)
-    if not build or game_version == "latest":
-        folder = os.path.join(config.data_dir, "Versions")
-        builds = [name[4:] for name in os.listdir(folder) if name.startswith("Base")] if os.path.isdir(folder) else []
-        build = max(map(int, builds)) if builds else build
-        game_version = None if game_version == "latest" else game_version
-    return f"{game_version} (build {build})" if game_version else f"build {build}"
+    build = build_of(config)
+    return f"{game_version} (build {build})" if game_version not in (None, "latest") else f"build {build}"
+
+
+def build_of(config):
+    """The number of the build that plays; the newest where pysc2 doesn't name one."""
+    version, folder = config.version, os.path.join(config.data_dir, "Versions")
+    build = getattr(version, "build_version", None)
+    if build and getattr(version, "game_version", None) != "latest":
+        return build
+    builds = [name[4:] for name in os.listdir(folder) if name.startswith("Base")] if os.path.isdir(folder) else []
+    return max(map(int, builds)) if builds else build
+
+
+def executable(config):
+    """The game's program, where pysc2 looks for it."""
+    name = getattr(config, "_exec_name", "SC2_x64")
+    return os.path.join(config.data_dir, "Versions", f"Base{build_of(config) or 0:05}", name)
+
+
+def refuse_executable(path, advice):
+    """Refuses a program that can't be started: an archive unpacked in part, or a copy without its permissions."""
+    if not os.path.isfile(path):
+        raise SetupError(f"StarCraft II is not complete: there is no {path}: {advice}")
+    if not os.access(path, os.X_OK):
+        raise SetupError(f"StarCraft II can't be started: {path} is not executable: chmod +x {path}")
 
 
 def reseed(distributions, sequence):
@@ -235,6 +348,8 @@ def reseed(distributions, sequence):
     for found, child in zip(held, sequence.spawn(len(held))):
         if hasattr(found, "rng"):
             found.rng = np.random.default_rng(child)
+        if hasattr(found, "index") and hasattr(found, "teams"):  # which walks through a list of teams
+            found.index = int(np.random.default_rng(child).integers(len(found.teams)))
         if hasattr(found, "__dict__"):
             parts = {name: part for name, part in vars(found).items() if hasattr(part, "generate")}
             reseed(parts, child)

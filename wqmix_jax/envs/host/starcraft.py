@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import pydantic
 from pydantic import Field
 
 from wqmix_jax.config import PositiveInt, options
@@ -33,6 +34,20 @@ class SMAC(BridgedEnvironment):
     def played(self) -> tuple[str, dict[str, Any]]:
         """See `BridgedEnvironment.played`."""
         return _adapter("SMAC"), self._options(self.options)
+
+    @pydantic.field_validator("difficulty", mode="before")
+    @classmethod
+    def _digit(cls, difficulty: Any) -> Any:
+        """The command line reads ``7`` as a number."""
+        return str(difficulty) if type(difficulty) is int else difficulty
+
+    @pydantic.field_validator("game_version", mode="before")
+    @classmethod
+    def _three_parts(cls, game_version: Any) -> Any:
+        """Refuses a version that was read as a number: 4.10 became 4.1."""
+        if isinstance(game_version, int | float):
+            raise ValueError("a number is no version: write all three parts, as in 4.10.0")
+        return game_version
 
     def _options(self, extra: dict[str, Any]) -> dict[str, Any]:
         """All arguments of ``StarCraft2Env`` but its seed."""

@@ -1,11 +1,14 @@
 """A small battle with the rules of SMAC's client, for the fakes of its packages."""
 
+import collections
 import os
 from pathlib import Path
 
 import numpy as np
 
-HEALTH = 3
+HEALTH, KILL, WIN = 3, 10, 200
+
+Unit = collections.namedtuple("Unit", "health_max shield_max")
 
 
 class Battle:
@@ -49,35 +52,50 @@ class Battle:
         moves = [0, 1, int(position < 3), int(position > 0), 0, 0]
         return moves + [int(health > 0) for health in self.enemies]
 
-    def fight(self, actions):
-        """One step; returns the points that the enemies lost."""
+    def fight(self, actions, *, at_once=False, kill=KILL):
+        """One step; returns the points that the enemies lost, and those for the dead. Who dies may still shoot."""
         for agent, action in enumerate(actions):
             assert self.get_avail_agent_actions(agent)[action] == 1, f"Agent {agent} cannot perform action {action}"
             assert action != 0 or self.allies[agent] == 0, "No-op only available for dead agents."
         self.last_action = np.eye(self.n_actions)[np.array(actions)]
-        before = self.enemies.sum()
+        before = self.enemies.copy()
         for agent, action in enumerate(actions):
             self.positions[agent] += (action == 2) - (action == 3)
             if action >= 6:
                 self.enemies[action - 6] = max(0, self.enemies[action - 6] - 1)
         alive = np.flatnonzero(self.allies)
-        if self.enemies.any() and len(alive):
+        if (before if at_once else self.enemies).any() and len(alive):
             self.allies[self.rng.choice(alive)] -= 1
-        return float(before - self.enemies.sum())
+        return float((before - self.enemies).sum() + kill * ((before > 0) & (self.enemies == 0)).sum())
 
 
 class StarCraft2Client:
-    """What `StarCraft2Env` of SMAC and SMACv2 share: when it launches, how it ends, and how it hides a crash."""
+    """What `StarCraft2Env` of SMAC and SMACv2 share: when it launches, how it ends, and how it hides a crash.
 
-    def prepare(self, n_agents, n_enemies, episode_limit, seed, continuing_episode, scale):
+    Its quirks are those of the real one: the first battle that ends, not the first reset, is the last to launch a game
+    and to add to the scale of the rewards, and each look at the map adds once more.
+    """
+
+    def prepare(self, n_agents, n_enemies, episode_limit, seed, continuing_episode, death_value, win, scale_rate, slow):
         self.n_agents, self.n_enemies, self.episode_limit = n_agents, n_enemies, episode_limit
-        self._seed, self.continuing_episode, self._scale = seed, continuing_episode, scale
+        self._seed, self.continuing_episode = seed, continuing_episode
+        self.reward_death_value, self.reward_win, self.reward_scale_rate = death_value, win, scale_rate
+        self.max_reward = n_enemies * death_value + win
         self.n_actions = 6 + n_enemies
-        self._episode_count = self._episode_steps = self._total_steps = self.force_restarts = 0
-        self._battle = None
+        self._episode_count = self._episode_steps = self._total_steps = self.force_restarts = self._resets = 0
+        self._battle, self.enemies, self.slow, self.launches = None, {}, slow, 0
 
     def _launch(self):
+        self.launches += 1
+        assert self.launches <= int(os.environ.get("FAKE_SC2_LAUNCHES", "9")), "one more game"
         self._battle = Battle(self.n_agents, self.n_enemies, self._seed)
+
+    def init_units(self):
+        """Looks at the map, twice where the game is slow to create its units."""
+        for _ in range(1 + self.slow):
+            self.enemies = {index: Unit(int(health), 0) for index, health in enumerate(self._battle.enemies)}
+            if self._episode_count == 0:
+                self.max_reward += sum(unit.health_max + unit.shield_max for unit in self.enemies.values())
 
     def full_restart(self):
         self._launch()
@@ -100,8 +118,8 @@ class StarCraft2Client:
             self._launch()
         else:
             self._battle.begin()
-        self._episode_count += 1
-        if self._crashes("reset", self._episode_count):
+        self._resets += 1
+        if self._crashes("reset", self._resets):
             self.full_restart()  # and goes on with stale units
 
     def step(self, actions):
@@ -110,19 +128,20 @@ class StarCraft2Client:
         if self._crashes("step", self._total_steps):
             self.full_restart()
             return 0, True, {}
-        reward = self._battle.fight(actions)
+        reward = self._battle.fight(actions, kill=self.reward_death_value)
         self._episode_steps += 1
         allies, enemies = self._battle.allies, self._battle.enemies
         info = {"battle_won": False, "dead_allies": (allies == 0).sum(), "dead_enemies": (enemies == 0).sum()}
         terminated = False
         if not allies.any() or not enemies.any():
             terminated, info["battle_won"] = True, not enemies.any()
-            reward += 200 * info["battle_won"]
+            reward += self.reward_win * info["battle_won"]
         elif self._episode_steps >= self.episode_limit:
             terminated = True
             if self.continuing_episode:
                 info["episode_limit"] = True
-        return reward / self._scale, terminated, info
+        self._episode_count += terminated
+        return reward / (self.max_reward / self.reward_scale_rate), terminated, info
 
     def get_obs(self):
         return self._battle.get_obs()

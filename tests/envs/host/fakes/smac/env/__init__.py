@@ -41,9 +41,10 @@ class StarCraft2Env(StarCraft2Client):
         debug=False,
     ):
         params = smac_maps.get_smac_map_registry()[map_name]
-        scale = (params["n_enemies"] * reward_death_value + reward_win) / reward_scale_rate
-        self.prepare(params["n_agents"], params["n_enemies"], params["limit"], seed, continuing_episode, scale)
+        units, rewards = (params["n_agents"], params["n_enemies"]), (reward_death_value, reward_win, reward_scale_rate)
+        self.prepare(*units, params["limit"], seed, continuing_episode, *rewards, slow=params.get("slow", 0))
 
     def reset(self):
         self.begin()
+        self.init_units()
         return self.get_obs(), self.get_state()
