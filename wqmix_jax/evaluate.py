@@ -243,6 +243,9 @@ def play_policies(
 
     Yields:
         The policy's name, and its figures ``[episodes]`` by their names in the records.
+
+    Raises:
+        RunError: if the environment failed in all episodes of a policy.
     """
     algo, compute_dtype = next((policy.algo, policy.compute_dtype) for policy in policies.values())
     hp = jax.tree.map(jnp.asarray, hyperparams(algo))
@@ -258,6 +261,9 @@ def play_policies(
         one_seed = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (policy.params, hp, GREEDY, key))
         with env.host.running([seed]):
             played = jax.tree.map(lambda leaf: np.asarray(leaf)[0], play(*one_seed))
+        if not played.whole.any():
+            of = f" of seed {name}" if name else ""
+            raise RunError(f"all {episodes} episodes{of} failed in the simulator: the warnings above say why")
         figures = {"episode_return": played.episode_return, "episode_length": played.episode_length, **played.metrics}
         yield name, {what: values[played.whole] for what, values in figures.items()}
 

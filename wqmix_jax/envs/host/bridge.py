@@ -82,13 +82,14 @@ class BridgedEnvironment(Environment):
         python = self.program.python
         if shutil.which(python) is None:
             raise ValueError(f"worker_python={python} is not allowed: it is not an interpreter that can be run")
+        of = "" if self.worker_python is None else f" with worker_python={python}"
         try:
-            info = self.info
+            answer = self._answer
         except WorkerError as error:
-            raise ValueError(f"{type(self).__name__} can't be used: {error}") from None
-        wrong = [name for name in _SIZES if not isinstance(info.get(name), int) or info[name] < 1]
+            raise ValueError(f"{type(self).__name__} can't be used{of}: {error}") from None
+        wrong = _misfit(answer)
         if wrong:
-            raise ValueError(f"{type(self).__name__} can't be used: its info() gives no positive {wrong[0]}")
+            raise ValueError(f"{type(self).__name__} can't be used: {wrong}")
         return self
 
     @property
@@ -296,6 +297,23 @@ class HostEnvironment(BridgedEnvironment):
         if not where or not name:
             raise ValueError("write FILE.py:CLASS or module:CLASS")
         return simulator
+
+
+def _misfit(answer: Mapping[str, Any]) -> str | None:
+    """What is wrong with a simulator's ``info`` and ``versions``."""
+    info, versions = answer["info"], answer["versions"]
+    for method, found in (("info", info), ("versions", versions)):
+        if not isinstance(found, dict):
+            return f"its {method}() returns {found!r}, but a dict is needed"
+    for name in _SIZES:
+        size = info.get(name)
+        if type(size) is not int or size < 1:
+            given = f"gives {name}={size!r}" if name in info else f"lacks {name}"
+            return f"its info() {given}: a whole number above 0 is needed"
+    metrics = info.get("metrics", [])
+    if not isinstance(metrics, list) or not all(isinstance(name, str) for name in metrics):
+        return f"its info() gives metrics={metrics!r}: a list of names is needed"
+    return None
 
 
 def _call_host() -> Array:

@@ -65,7 +65,7 @@ def ask(program: Program, timeout: float) -> dict[str, Any]:
     """What a simulator says of itself, its ``info`` and ``versions``, from a worker that ends again.
 
     Raises:
-        WorkerError: where it can't be made, or takes longer than ``timeout`` seconds.
+        WorkerError: where it can't be made, ends before it has answered, or takes longer than ``timeout`` seconds.
     """
     asked = Worker(program, {"seed": 0, "memory": None, "layout": [], "row": 0, "metrics": []})
     try:
@@ -74,7 +74,10 @@ def ask(program: Program, timeout: float) -> dict[str, Any]:
             raise WorkerError(f"it did not answer within {timeout:g} s")
         if cause := asked.receive():
             raise WorkerError(cause)
-        return json.loads(asked.receive_text())
+        answer = asked.receive_text()
+        if answer is None:
+            raise WorkerError(asked.death())
+        return json.loads(answer)
     finally:
         asked.hang_up()
         asked.end(time.monotonic() + SECONDS_TO_CLOSE)
@@ -132,21 +135,30 @@ class Worker:
     """One process in a group of its own, with the socket to it and what it writes to stderr."""
 
     def __init__(self, program: Program, described: Mapping[str, Any]) -> None:
-        """Starts it; it makes its simulator at once and waits."""
+        """Starts it; it makes its simulator at once and waits.
+
+        Raises:
+            WorkerError: if the interpreter can't be started.
+        """
         self.channel, theirs = socket.socketpair()
         self._log: IO[bytes] = tempfile.TemporaryFile("a+b")  # noqa: SIM115 (`end` closes it)
         argument = {**program._asdict(), **described, "socket": theirs.fileno()}
         passed = [fd for fd in (theirs.fileno(), described["memory"]) if fd is not None]
         with theirs:
-            self.process = subprocess.Popen(
-                [program.python, str(PROGRAM), json.dumps(argument)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=self._log,
-                pass_fds=passed,
-                start_new_session=True,
-                env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **os.environ},
-            )
+            try:
+                self.process = subprocess.Popen(
+                    [program.python, str(PROGRAM), json.dumps(argument)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=self._log,
+                    pass_fds=passed,
+                    start_new_session=True,
+                    env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **os.environ},
+                )
+            except OSError as error:  # not a program after all, or no process or memory is left
+                self.channel.close()
+                self._log.close()
+                raise WorkerError(f"{program.python} can't be started: {error.strerror}") from error
         self.fresh = True
 
     def send(self, command: bytes) -> None:
@@ -158,18 +170,21 @@ class Worker:
         """The cause of a failure, None where the command was carried out."""
         try:
             status = self.channel.recv(1)
-            if status == worker.FAILED:
-                return self.receive_text()
-        except OSError as error:
-            return f"worker died: {error}"
-        return None if status == worker.DONE else self._death()
+        except OSError:  # as of a worker that ended before it had read its command
+            return self.death()
+        if status == worker.FAILED:
+            return self.receive_text() or self.death()
+        return None if status == worker.DONE else self.death()
 
-    def receive_text(self) -> str:
-        """The text that follows a status."""
+    def receive_text(self) -> str | None:
+        """The text that follows a status; None where the worker ended before it was complete."""
         self.channel.settimeout(SECONDS_TO_CLOSE)  # an answer that has begun comes at once
-        with self.channel.makefile("rb") as stream:
+        with contextlib.suppress(OSError), self.channel.makefile("rb") as stream:
             length = int.from_bytes(stream.read(4), "little")
-            return stream.read(length).decode(errors="replace") or self._death()
+            text = stream.read(length)
+            if length and len(text) == length:
+                return text.decode(errors="replace")
+        return None
 
     def trim_log(self) -> None:
         """Forgets what was written to stderr once it is much."""
@@ -194,15 +209,18 @@ class Worker:
         self.channel.close()
         self._log.close()
 
-    def _death(self) -> str:
-        """How the process ended, and the last that it wrote."""
+    def death(self) -> str:
+        """How the process ended, and the last line that it wrote."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=SECONDS_TO_CLOSE)
         code = self.process.returncode
-        how = f"killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
-        self._log.seek(max(0, os.fstat(self._log.fileno()).st_size - 400))
+        if code is None:
+            how = "closed its connection without ending"
+        else:
+            how = f"killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        self._log.seek(max(0, os.fstat(self._log.fileno()).st_size - 4000))
         last = self._log.read().decode(errors="replace").strip().splitlines()[-1:]
-        return " ".join([f"worker {how}", *(f"({line})" for line in last)])
+        return " ".join([f"worker {how}", *(f"({line[-400:].strip()})" for line in last)])
 
 
 class Pool:

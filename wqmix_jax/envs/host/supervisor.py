@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from wqmix_jax.envs.host import worker
-from wqmix_jax.envs.host.pool import Interrupt, Pool, Program
+from wqmix_jax.envs.host.pool import Interrupt, Pool, Program, WorkerError
 from wqmix_jax.exits import RunError
 from wqmix_jax.types import EnvSpec
 
@@ -119,6 +119,8 @@ class Supervisor:
         try:
             if self.failure is None:
                 failed[list(obey(pool))] = True
+        except WorkerError as error:  # a process that can't be started
+            self.failure = RunError(str(error))
         except (Exception, KeyboardInterrupt) as error:  # jax may call in the main thread, where Ctrl-C arrives
             self.failure = error
         if self.failure is None and self.interrupt.happened():

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import json
 import mmap
+import operator
 import os
 import random
 import socket
@@ -22,6 +23,7 @@ INFO, RESET, STEP = b"i", b"r", b"s"
 DONE, FAILED = b".", b"!"
 
 OBSERVED = ("obs", "state", "avail_actions")
+BY_AGENT = ("obs", "avail_actions")
 
 
 def main():
@@ -81,7 +83,7 @@ def obey(command, simulator, arrays, metrics):
     """Carries out one command; returns what goes back over the socket."""
     if command == INFO:
         versions = simulator.versions() if hasattr(simulator, "versions") else {}
-        return json.dumps({"info": simulator.info(), "versions": versions})
+        return json.dumps({"info": simulator.info(), "versions": versions}, default=plain)
     if command == RESET:
         simulator.reset(int(arrays["seed"]))
     else:
@@ -99,15 +101,62 @@ def obey(command, simulator, arrays, metrics):
     return ""
 
 
+def plain(value):
+    """NumPy's numbers and arrays as JSON can hold them.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    try:
+        return operator.index(value)
+    except TypeError:
+        kind = type(value).__name__
+        raise TypeError(f"info() or versions() holds a {kind}: only numbers, text and lists are allowed") from None
+
+
 def put(arrays, name, value):
     """Writes a value of just the right shape; a bool is anything but zero."""
     target = arrays[name]
-    found = np.asarray(value)
-    if found.shape != target.shape:
-        raise ValueError(f"{name} has shape {found.shape}, but {target.shape} is needed")
-    if not np.isfinite(found).all():
-        raise ValueError(f"{name} holds a value that is not finite")
+    found = fitting(name, value, target.shape)
+    finite = np.isfinite(found)
+    if not finite.all():
+        where = f" of agent {np.argwhere(~finite)[0][0]}" if name in BY_AGENT else ""
+        raise ValueError(f"{name}{where} holds a value that is not finite")
     target[...] = found
+
+
+def fitting(name, value, shape):
+    """A value as an array of ``shape``.
+
+    Raises:
+        ValueError: if it has another shape; the first agent whose row is to blame is named.
+    """
+    try:
+        found = np.asarray(value)
+    except ValueError:  # its rows differ
+        found = None
+    if found is None or found.shape != shape:
+        raise ValueError(misfit(name, value, shape))
+    return found
+
+
+def misfit(name, value, shape):
+    """The error of a value that lacks ``shape``."""
+    shapes = [shape_of(row) for row in value] if name in BY_AGENT else []
+    if len(set(shapes)) > 1:
+        agent = next(agent for agent, found in enumerate(shapes) if found != shape[1:])
+        return f"{name} of agent {agent} has shape {shapes[agent]}, but {shape[1:]} is needed"
+    return f"{name} has shape {shape_of(value)}, but {shape} is needed"
+
+
+def shape_of(value):
+    """Its shape as an array, if it has one."""
+    try:
+        return np.asarray(value).shape
+    except ValueError:
+        return "ragged"
 
 
 def told(error):
