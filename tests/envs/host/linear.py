@@ -35,5 +35,14 @@ class Linear(Algorithm):
         return loss, Aux({"loss": loss, "reward": masked_mean(batch.reward, batch.mask)}, {})
 
 
+@options
+class LinearInState(Linear):
+    """The same, drawn to the reward and the sum of the state."""
+
+    def loss(self, params: Any, target: Any, batch: Episode, hp: Any, ctx: Context, noise: Any) -> tuple[Array, Aux]:
+        wanted = batch.reward + batch.state[:, :-1].sum(-1)
+        return super().loss(params, target, batch._replace(reward=wanted), hp, ctx, noise)
+
+
 def linear(**changes: Any) -> Linear:
     return build("algo", {"_target_": f"{__name__}.Linear", **TINY, **changes})

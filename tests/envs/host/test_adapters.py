@@ -4,6 +4,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from tests.envs.host.games import faked
 from tests.envs.host.running import called, idle_where
 from wqmix_jax import load_config
 from wqmix_jax.config import ConfigError
+from wqmix_jax.envs.host import adapters
 
 SEEDS = np.array([11, 12])
 
@@ -176,6 +178,17 @@ def test_a_battle_is_the_same_whatever_was_played_before(overrides: list[str], g
         for right, array in zip(played[0][0], other[0], strict=True):
             np.testing.assert_array_equal(array, right)
         np.testing.assert_array_equal(other[1][4], played[0][1][4])
+
+
+def test_a_list_of_smacv2_is_entered_at_a_place_drawn_from_the_seed() -> None:
+    """Otherwise each battle would have its first entry."""
+    walks = SimpleNamespace(teams=[[1], [2], [3]], index=0)
+    entered = []
+    for seed in (*range(20), *range(20)):
+        adapters.reseed({"health": walks}, np.random.SeedSequence(seed))
+        entered.append(walks.index)
+    assert set(entered) == {0, 1, 2}
+    assert entered[:20] == entered[20:]
 
 
 def test_rewards_of_smacv2_are_scaled_by_their_own_battle(game: Path) -> None:

@@ -5,23 +5,29 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from tests.environments import TINY
-from tests.envs.host.running import HERE, WORKERS
+from tests.envs.host.games import faked
+from tests.envs.host.linear import linear
+from tests.envs.host.running import HERE, WORKERS, toy
 from tests.running import main, timeless
 from wqmix_jax import load_metrics
+from wqmix_jax.evaluate import play_policies
+from wqmix_jax.exits import RunError
 from wqmix_jax.logger import load_header
+from wqmix_jax.policy import GreedyPolicy
 
 RUN = ("num_seeds=2", "seed=5", "num_envs=2", "eval_episodes=2", "eval_interval=20", "total_env_steps=60")
 
 
-def configs(folder: Path, **toy: Any) -> Path:
+def configs(folder: Path, algo_class: str = "Linear", **toy: Any) -> Path:
     """A user's folder with the toy and the linear algorithm."""
     simulator = {"simulator": f"{HERE / 'toy.py'}:Toy", "options": {"episode_limit": 5, **toy}}
     env = {"_target_": "wqmix_jax.envs.host.bridge.HostEnvironment", **WORKERS, "max_restarts": 0, **simulator}
-    algo = {"_target_": "tests.envs.host.linear.Linear", **TINY}
+    algo = {"_target_": f"tests.envs.host.linear.{algo_class}", **TINY}
     for group, values in {"env": env, "algo": algo}.items():
         (folder / group).mkdir(parents=True, exist_ok=True)
         (folder / group / f"my_{group}.yaml").write_text(yaml.safe_dump(values))
@@ -80,3 +86,38 @@ def test_a_failed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None
     assert [record["env_steps"] for record in runs[0]][-1] >= 60
     final = [[record for record in run if record["kind"] == "eval"][-2:] for run in runs]
     assert final[0] == final[1]
+
+
+@pytest.mark.slow  # it compiles three times: no cache keeps programs that call the host
+def test_a_run_of_smaclite_that_was_cut_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    """SMAClite's state holds the last actions, which it never clears: new workers have none."""
+    folder = configs(tmp_path / "configs", "LinearInState")
+    command = ["+algo=my_algo", "env=smaclite", "env.map=3m", "env.episode_limit=4", *RUN[:-1]]
+    runs = []
+    with faked(tmp_path / "sc2"):
+        for name, first in (("whole", 60), ("cut", 20)):
+            run_dir = tmp_path / name
+            assert main(*command, f"total_env_steps={first}", f"run_dir={run_dir}", config_dir=folder) == 0
+            if first < 60:
+                assert main(f"resume={run_dir}", "total_env_steps=60", config_dir=folder) == 0
+            runs.append(timeless(load_metrics(run_dir)))
+    assert runs[0][-1]["env_steps"] >= 60
+    losses = [[record["loss"] for record in run if "loss" in record] for run in runs]
+    assert len(losses[0]) > 2
+    assert losses[0] == losses[1]
+    assert [record for record in runs[0] if record["kind"] == "eval"][-2:] == [
+        record for record in runs[1] if record["kind"] == "eval"
+    ][-2:]
+
+
+def test_an_evaluation_without_a_complete_episode_is_no_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fault = {"kind": "fail", "during": "step", "marks": str(tmp_path), "times": 99}
+    env = toy(faults=[fault], fault_step=0, workers={"max_restarts": 9})
+    policy = GreedyPolicy(linear(), {"agent": np.zeros((3, 3))}, env.spec, "float32")
+    with pytest.raises(
+        RunError, match=r"^all 2 episodes of seed 7 failed in the simulator: the warnings above say why$"
+    ):
+        list(play_policies(env, {"7": policy}, episodes=2, seed=0, matmul_precision="float32"))
+    assert capsys.readouterr().err.count("the toy broke") == 2

@@ -1,0 +1,173 @@
+"""Workers that never get to play, and simulators that say something wrong of themselves: one line that says why."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.envs.host.running import WORKERS, toy
+from wqmix_jax.config import ConfigError, build
+from wqmix_jax.envs.host import worker
+from wqmix_jax.exits import RunError
+
+HALF = f"""#!{sys.executable}
+import json, socket, sys
+channel = socket.socket(fileno=json.loads(sys.argv[2])["socket"])
+channel.recv(1)
+channel.sendall(b".\\x00\\x01\\x00\\x00half")
+print("gone in the middle", file=sys.stderr)
+sys.exit(3)
+"""
+"""A worker whose answer of 256 bytes ends after 4."""
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Callable[..., Path]:
+    """Writes an interpreter."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "python"
+        path.write_text(text)
+        path.chmod(0o755)
+        return path
+
+    return write
+
+
+WITHOUT_NUMPY = f'#!/bin/sh\nexec {sys.executable} -S "$@"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (WITHOUT_NUMPY, r"worker ended with exit code 1 \(ModuleNotFoundError: No module named 'numpy'\)$"),
+        ("#!/bin/sh\nexit 0\n", "worker ended with exit code 0$"),
+        ("#!/bin/sh\necho no >&2\nkill -11 $$\n", r"worker killed by signal 11 \(no\)$"),
+        ("no program", r".*/python can't be started: Exec format error$"),
+        (HALF, r"worker ended with exit code 3 \(gone in the middle\)$"),
+    ],
+    ids=["without numpy", "no Python", "crash", "no program", "half an answer"],
+)
+def test_an_interpreter_that_cannot_play_is_refused(text: str, told: str, program: Callable[..., Path]) -> None:
+    python = program(text)
+    with pytest.raises(ConfigError, match=f"^HostEnvironment can't be used with worker_python={python}: {told}"):
+        toy(workers={"worker_python": str(python)})
+
+
+LATER = f'#!/bin/sh\nif mkdir "$0.first" 2>/dev/null; then exec {sys.executable} "$@"; fi\n'
+"""Gives the sizes and then does what follows."""
+
+
+@pytest.mark.parametrize(
+    ("then", "cause"),
+    [
+        (
+            f'exec {sys.executable} -S "$@"\n',
+            r"worker ended with exit code 1 \(ModuleNotFoundError: No module .* a reset",
+        ),
+        ("", "worker ended with exit code 0 in a reset; no worker is replaced any more"),
+    ],
+)
+def test_a_worker_that_ends_before_its_first_command_is_reported(
+    then: str, cause: str, program: Callable[..., Path]
+) -> None:
+    env = toy(workers={"worker_python": str(program(LATER + then)), "max_restarts": 0})
+    with pytest.raises(RunError, match=f"environment 0 of training: {cause}"), env.host.running([0]):
+        env.host.supervisor.reset("training", np.array([2]))
+
+
+def test_an_interpreter_that_vanishes_ends_the_run_with_one_line(program: Callable[..., Path]) -> None:
+    python = program(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    env = toy(workers={"worker_python": str(python)})
+    python.unlink()
+    with (
+        pytest.raises(RunError, match=rf"^{python} can't be started: No such file or directory$"),
+        env.host.running([0]),
+    ):
+        env.host.supervisor.reset("training", np.array([2]))
+
+
+SIMULATOR = """
+import numpy as np
+
+SIZES = dict.fromkeys(["num_agents", "num_actions", "obs_dim", "state_dim", "episode_limit"], 2)
+
+
+class Game:
+    def __init__(self, seed, info, versions="{}"):
+        self.said, self.told = info, versions
+
+    def info(self):
+        return eval(self.said)
+
+    def versions(self):
+        return eval(self.told)
+"""
+
+
+def game(folder: Path, **options: Any) -> Any:
+    (folder / "game.py").write_text(SIMULATOR)
+    target = "wqmix_jax.envs.host.bridge.HostEnvironment"
+    return build("env", {"_target_": target, **WORKERS, "simulator": f"{folder / 'game.py'}:Game", "options": options})
+
+
+@pytest.mark.parametrize(
+    ("info", "told"),
+    [
+        ("{**SIZES, 'obs_dim': 0}", "its info() gives obs_dim=0: a whole number above 0 is needed"),
+        ("{**SIZES, 'obs_dim': 2.5}", "its info() gives obs_dim=2.5: a whole number above 0 is needed"),
+        ("{**SIZES, 'obs_dim': np.zeros(2, int)}", "its info() gives obs_dim=[0, 0]: a whole number above 0 is needed"),
+        ("dict(num_agents=2)", "its info() lacks num_actions: a whole number above 0 is needed"),
+        ("{**SIZES, 'metrics': 'hits'}", "its info() gives metrics='hits': a list of names is needed"),
+        ("None", "its info() returns None, but a dict is needed"),
+        ("{**SIZES, 'obs_dim': Game}", "TypeError: info() or versions() holds a type: only numbers, text and lists"),
+    ],
+)
+def test_sizes_that_cannot_be_used_are_refused(info: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        game(tmp_path, info=info)
+    assert str(refused.value).startswith(f"HostEnvironment can't be used: {told}")
+    assert "\n" not in str(refused.value)
+
+
+def test_sizes_may_be_integers_of_numpy(tmp_path: Path) -> None:
+    info = "{**{name: np.int64(size) for name, size in SIZES.items()}, 'metrics': ('hits', np.str_('wins'))}"
+    env = game(tmp_path, info=info, versions="{'game': np.float32(1.5)}")
+    assert env.spec == (2, 2, 2, 2, 2)
+    assert all(type(size) is int for size in env.spec)
+    assert env.info["metrics"] == ["hits", "wins"]
+    assert env.host.versions() == {"game": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("obs", [[1, 2, 3], [1, 2]], r"obs of agent 1 has shape \(2,\), but \(3,\) is needed"),
+        ("obs", [[1, [2], 3], [1, 2, 3]], r"obs of agent 0 has shape ragged, but \(3,\) is needed"),
+        ("obs", [np.ones(3), None], r"obs of agent 1 has shape \(\), but \(3,\) is needed"),
+        ("obs", [[1, 2], [1, 2]], r"obs has shape \(2, 2\), but \(2, 3\) is needed"),
+        ("obs", [[1, 2, 3]], r"obs has shape \(1, 3\), but \(2, 3\) is needed"),
+        ("obs", [[1, 2, 3], [1, np.nan, 3]], "obs of agent 1 holds a value that is not finite"),
+        (
+            "avail_actions",
+            [[1, 1, 0, 0], [1, 1, 0]],
+            r"avail_actions of agent 1 has shape \(3,\), but \(4,\) is needed",
+        ),
+        ("state", [1, [2, 3]], r"state has shape ragged, but \(2,\) is needed"),
+        ("state", [1, np.inf], "state holds a value that is not finite"),
+        ("reward", [1.0], r"reward has shape \(1,\), but \(\) is needed"),
+    ],
+)
+def test_what_does_not_fit_is_named_by_agent(name: str, value: Any, told: str) -> None:
+    arrays = {
+        "obs": np.zeros((2, 3)),
+        "avail_actions": np.zeros((2, 4), bool),
+        "state": np.zeros(2),
+        "reward": np.zeros(()),
+    }
+    with pytest.raises(ValueError, match=f"^{told}$"):
+        worker.put(arrays, name, value)
+    assert not arrays[name].any()
