@@ -30,5 +30,9 @@ class Simulator(Protocol):
         ...
 
     def observe(self) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
-        """What is seen now: obs ``[N, O]``, state ``[D]`` and avail_actions ``[N, A]``, of an ended episode too."""
+        """What is seen now: obs ``[N, O]``, state ``[D]`` and avail_actions ``[N, A]``, of an ended episode too.
+
+        All numbers are finite, and each agent has an available action. The rows of an agent that has left hold any
+        finite observation, by custom zeros, and one available action, which does nothing.
+        """
         ...

@@ -104,7 +104,7 @@ class SMAClite(BridgedEnvironment):
     Attributes:
         map: the battle.
         episode_limit: steps.
-        options: further arguments of ``gymnasium.make``.
+        options: further arguments of ``SMACliteEnv``.
     """
 
     map: str
