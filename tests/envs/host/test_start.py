@@ -1,7 +1,10 @@
 """Workers that never get to play, and simulators that say something wrong of themselves: one line that says why."""
 
+import contextlib
+import os
+import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +91,26 @@ def test_an_interpreter_that_vanishes_ends_the_run_with_one_line(program: Callab
         env.host.running([0]),
     ):
         env.host.supervisor.reset("training", np.array([2]))
+
+
+@pytest.fixture
+def many_open_files() -> Iterator[None]:
+    """More than 1024 of them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    with contextlib.ExitStack() as stack:
+        for _ in range(1100):
+            stack.callback(os.close, os.dup(0))
+        yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_workers_may_be_many(many_open_files: None) -> None:
+    """As many as the system allows, not as `select.select` does."""
+    env = toy(episode_limit=6)
+    with env.host.running([0]):
+        env.host.supervisor.reset("training", np.array([2]))
+        assert not env.host.supervisor.arrays("training")["failed"].any()
 
 
 SIMULATOR = """

@@ -70,7 +70,7 @@ def ask(program: Program, timeout: float) -> dict[str, Any]:
     asked = Worker(program, {"seed": 0, "memory": None, "layout": [], "row": 0, "metrics": []})
     try:
         asked.send(worker.INFO)
-        if not select.select([asked.channel], [], [], timeout)[0]:
+        if not _readable(asked.channel, timeout):
             raise WorkerError(f"it did not answer within {timeout:g} s")
         if cause := asked.receive():
             raise WorkerError(cause)
@@ -199,7 +199,7 @@ class Worker:
     def end(self, deadline: float) -> None:
         """Kills its whole group, once it has ended by itself or at the deadline (`time.monotonic`)."""
         with contextlib.suppress(OSError, WorkerError):
-            while select.select([self.channel], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            while _readable(self.channel, deadline - time.monotonic()):
                 if not self.channel.recv(4096):
                     break
         # Before `wait`: until then the process, even a dead one, keeps the group's number from being used again.
@@ -356,6 +356,13 @@ class Pool:
     def _tell_reaper(self, sign: str, of: Worker) -> None:
         with contextlib.suppress(OSError):
             os.write(self._reaper.stdin.fileno(), f"{sign}{of.process.pid}\n".encode())  # type: ignore[union-attr]
+
+
+def _readable(channel: socket.socket, timeout: float) -> bool:
+    """Waits for at most ``timeout`` seconds until something arrives; `select.select` takes no descriptor above 1023."""
+    poller = select.poll()
+    poller.register(channel, select.POLLIN)
+    return bool(poller.poll(max(0.0, timeout) * 1000))
 
 
 def _layout(fields: Mapping[str, tuple[Any, tuple[int, ...]]]) -> tuple[list[tuple[str, str, list[int], int]], int]:

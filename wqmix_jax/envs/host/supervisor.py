@@ -119,8 +119,10 @@ class Supervisor:
         try:
             if self.failure is None:
                 failed[list(obey(pool))] = True
-        except WorkerError as error:  # a process that can't be started
+        except WorkerError as error:  # of an interpreter that is gone
             self.failure = RunError(str(error))
+        except OSError as error:  # too many open files, say
+            self.failure = RunError(f"a worker can't be started: {error}")
         except (Exception, KeyboardInterrupt) as error:  # jax may call in the main thread, where Ctrl-C arrives
             self.failure = error
         if self.failure is None and self.interrupt.happened():
