@@ -130,14 +130,18 @@ class JumanjiEnvironment(Environment):
 
 @functools.cache
 def _made(name: str, time_limit: int, generator: str) -> Any:
-    """One object per set of options, as jumanji's caches are its own."""
-    from jumanji.registration import make
+    """One object per set of options, as jumanji's caches are its own.
 
-    arguments = json.loads(generator)
-    if not arguments:
-        return make(name, time_limit=time_limit)
-    default: Any = make(name)
-    return make(name, time_limit=time_limit, generator=type(default._generator)(**arguments))
+    It holds arrays and outlives the caller, so its arrays are concrete even where a function is being traced.
+    """
+    with jax.ensure_compile_time_eval():
+        from jumanji.registration import make
+
+        arguments = json.loads(generator)
+        if not arguments:
+            return make(name, time_limit=time_limit)
+        default: Any = make(name)
+        return make(name, time_limit=time_limit, generator=type(default._generator)(**arguments))
 
 
 def _env_state(state: Any, timestep: Any) -> EnvState:

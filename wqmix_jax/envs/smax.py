@@ -234,8 +234,8 @@ def map_names() -> list[str]:
 
 @functools.cache
 def _library() -> Any:
-    """JaxMARL's module of the game, imported in silence."""
-    with _silence():
+    """JaxMARL's module of the game, imported in silence; its maps are arrays, which a trace must not make."""
+    with _silence(), jax.ensure_compile_time_eval():
         from jaxmarl.environments.smax import smax_env
     return smax_env
 
@@ -253,16 +253,20 @@ def _silence() -> Iterator[None]:
 
 @functools.cache
 def _game(name: str, max_steps: int, see_enemy_actions: bool, walls_cause_death: bool, attack_mode: str) -> Any:
-    """One object per set of options: JaxMARL's jitted methods are cached by it."""
-    from jaxmarl.environments.smax import HeuristicEnemySMAX
+    """One object per set of options: JaxMARL's jitted methods are cached by it.
 
-    return HeuristicEnemySMAX(
-        scenario=_scenario(name),
-        max_steps=max_steps,
-        see_enemy_actions=see_enemy_actions,
-        walls_cause_death=walls_cause_death,
-        attack_mode=attack_mode,
-    )
+    It holds arrays and outlives the caller, so its arrays are concrete even where a function is being traced.
+    """
+    with jax.ensure_compile_time_eval():
+        from jaxmarl.environments.smax import HeuristicEnemySMAX
+
+        return HeuristicEnemySMAX(
+            scenario=_scenario(name),
+            max_steps=max_steps,
+            see_enemy_actions=see_enemy_actions,
+            walls_cause_death=walls_cause_death,
+            attack_mode=attack_mode,
+        )
 
 
 def _scenario(name: str) -> Any:
