@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from wqmix_jax.algos.base import Algorithm
 from wqmix_jax.config import MAX_SEED, ConfigError, RunConfig, build, run_config
 from wqmix_jax.envs.base import Environment
+from wqmix_jax.envs.checks import check_environment
 from wqmix_jax.logger import load_header
 from wqmix_jax.loop import advance, begin, is_finished
 from wqmix_jax.members import make_members, member_name
@@ -41,11 +42,12 @@ def train_seeds(
         `wqmix_jax.logger`.
 
     Raises:
-        ConfigError: if an option or a seed is not allowed.
+        ConfigError: if an option or a seed is not allowed, or the environment doesn't fit its spec.
         RunError: if an environment outside of JAX fails too often, or the memory is too small.
     """
     config = config if isinstance(config, RunConfig) else run_config(config)
     members = make_members(config.algo, _checked(seeds), config.sweep)
+    check_environment(config.env)
     sharding = train_sharding(config, len(members))
 
     def grouped(learner_groups: int) -> Trainer:
@@ -122,7 +124,8 @@ def load_policies(
         named: the places and programs from which the folder may have code executed.
 
     Raises:
-        ConfigError: if the folder holds no such policies, or names code that may not be executed.
+        ConfigError: if the folder holds no such policies, names code that may not be executed, or if the environment
+            doesn't fit its spec.
     """
     folder = Path(run_dir)
     values, path = open_config(folder, named), policy_file(folder, which)
@@ -149,8 +152,9 @@ def policies_of_file(
         labels: those of the members; the file's own when absent.
 
     Raises:
-        ConfigError: if it can't be read or has other shapes.
+        ConfigError: if it can't be read or has other shapes, or if the environment doesn't fit its spec.
     """
+    check_environment(env)
     spec = env.spec  # outside of `eval_shape`: an environment may cache what it makes
     like = jax.eval_shape(lambda: algo.acting_params(algo.init(jax.random.key(0), spec)))
     policies = read_policies(path, like)

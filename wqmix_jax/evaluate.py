@@ -26,6 +26,7 @@ from wqmix_jax.algos.base import Context, hyperparams
 from wqmix_jax.api import load_policies, policies_of_file
 from wqmix_jax.config import CONFIG_DIR, ConfigError, PositiveInt, add_import_paths, build, checked, options
 from wqmix_jax.envs.base import Environment
+from wqmix_jax.envs.checks import check_environment
 from wqmix_jax.evaluator import Figures, greedy_episodes
 from wqmix_jax.exits import OneLineParser, RunError, refuse
 from wqmix_jax.interop import pymarl
@@ -201,9 +202,11 @@ def _pymarl_policy(env: Environment, algo_values: Mapping[str, Any], chosen: Eva
     if not Path(folder).is_dir():
         raise ConfigError(f"pymarl={folder} is not allowed: there is no such folder")
     algo = build("algo", {**algo_values, "hidden_dim": pymarl.hidden_dim(folder)})
-    like = jax.eval_shape(lambda: algo.init(jax.random.key(0), env.spec))
+    check_environment(env)
+    spec = env.spec  # outside the trace, in case the environment keeps what it makes on first use
+    like = jax.eval_shape(lambda: algo.init(jax.random.key(0), spec))
     params = pymarl.load_checkpoint(folder, like, nets=["agent"])
-    return GreedyPolicy(algo, params, env.spec, chosen.matmul_precision)
+    return GreedyPolicy(algo, params, spec, chosen.matmul_precision)
 
 
 def evaluate_policies(env: Environment, policies: Mapping[str, GreedyPolicy], chosen: EvaluateOptions) -> Iterator[str]:

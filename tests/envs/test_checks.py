@@ -1,0 +1,159 @@
+"""An environment that breaks its contract is refused in one line before anything is compiled."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests import running
+from tests.environments import Clock, Leaver, Recall
+from wqmix_jax.config import ConfigError, build, load_group
+from wqmix_jax.envs.base import Environment
+from wqmix_jax.envs.checks import check_environment
+from wqmix_jax.types import Observation
+
+
+def changed(**members: Any) -> Environment:
+    """`Recall`, two agents with two actions and features each, three of the state, with other members."""
+    return type("Changed", (Recall,), members)()
+
+
+def with_spec(**sizes: int) -> Environment:
+    return changed(spec=property(lambda self: Recall().spec._replace(**sizes)))
+
+
+def with_seen(**changes: Any) -> Environment:
+    """Observations with other leaves, functions of the right ones."""
+
+    def observe(self: Any, env_state: Any) -> Observation:
+        seen = Recall().observe(env_state)
+        return seen._replace(**{name: change(getattr(seen, name)) for name, change in changes.items()})
+
+    return changed(observe=observe)
+
+
+def with_outcome(**changes: Any) -> Environment:
+    def step(self: Any, *args: Any) -> Any:
+        env_state, outcome = Recall().step(*args)
+        return env_state, outcome._replace(**changes)
+
+    return changed(step=step)
+
+
+def with_metrics(**metrics: Any) -> Environment:
+    return changed(metrics=lambda self, env_state: metrics)
+
+
+def raising(*_: Any) -> Any:
+    raise ValueError("the coin rolled away\nand more")
+
+
+KEY = jax.random.key(0)
+UNFIT: list[tuple[str, Any, str]] = [
+    ("obs_dim", with_spec(obs_dim=5), r"observe returns obs of float32\[2, 2\], but float32\[2, 5\] .*spec.obs_dim=5"),
+    (
+        "state_dim",
+        with_spec(state_dim=2),
+        r"observe returns state of float32\[3\], but float32\[2\] .*spec.state_dim=2",
+    ),
+    ("num_actions", with_spec(num_actions=3), r"avail_actions of bool\[2, 2\], but bool\[2, 3\] .*spec.num_actions=3"),
+    (
+        "num_agents",
+        with_spec(num_agents=3),
+        r"obs of float32\[2, 2\], but float32\[3, 2\] is needed, spec.num_agents=3",
+    ),
+    ("no steps", with_spec(episode_limit=0), r"spec.episode_limit=0; return a positive integer"),
+    ("half a step", with_spec(episode_limit=2.5), r"spec.episode_limit=2.5; return a positive integer"),  # type: ignore
+    ("no spec", changed(spec=property(lambda self: (2, 2))), r"spec is a tuple; return a wqmix_jax.types.EnvSpec"),
+    ("integers", with_seen(obs=lambda obs: obs.astype(int)), r"obs of int32\[2, 2\], but float32\[2, 2\] is needed"),
+    ("avail", with_seen(avail_actions=lambda a: a.astype(jnp.float32)), r"avail_actions of float32\[2, 2\], but bool"),
+    ("a tuple", changed(observe=lambda self, env_state: (1, 2)), r"observe returns tuple; return a .*Observation"),
+    ("reward", with_outcome(reward=jnp.zeros(2)), r"step returns reward of float32\[2\], but float32\[\] is needed"),
+    (
+        "ends",
+        with_outcome(terminated=jnp.float32(0)),
+        r"step returns terminated of float32\[\], but bool\[\] is needed",
+    ),
+    ("no pair", changed(step=lambda self, *args: args[0]), r"step returns RecallState; return a pair"),
+    (
+        "state",
+        changed(step=lambda self, s, *args: (s._replace(steps=s.steps + 0.5), Recall().step(s, *args)[1])),
+        r"step returns the state's steps of float32\[\], but reset returns it of int32\[\]",
+    ),
+    (
+        "structure",
+        changed(step=lambda self, s, *args: (tuple(s), Recall().step(s, *args)[1])),
+        r"step returns a state of another structure than reset",
+    ),
+    ("metrics", with_metrics(won=jnp.zeros(2)), r"metrics returns 'won' of float32\[2\], but a scalar is needed"),
+    ("taken", with_metrics(episode_return=jnp.float32(0)), r"'episode_return', which every record has already"),
+    ("unpack", changed(unpack=lambda self, packed: Recall().unpack(packed)._replace(state=jnp.zeros(7))), "unpack ret"),
+    ("keys", changed(pack=lambda self, env_state: {"key": KEY}), r"pack returns key of key<fry>\[\], but integers"),
+    ("error", changed(reset=raising), r"reset raises ValueError: the coin rolled away \(.*test_checks.py, line \d+\)$"),
+    ("in spec", changed(spec=property(raising)), r"spec raises ValueError: the coin rolled away"),
+]
+
+
+@pytest.mark.parametrize(("env", "message"), [(env, told) for _, env, told in UNFIT], ids=[name for name, *_ in UNFIT])
+def test_an_environment_that_does_not_fit_its_spec_is_refused(env: Environment, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^env=Changed is not allowed: .*{message}") as refused:
+        check_environment(env)
+    assert "\n" not in str(refused.value)
+
+
+class Halves(Clock):
+    """The time in halves, stored as bytes."""
+
+    def observe(self, env_state: Any) -> Observation:
+        seen = super().observe(env_state)
+        return seen._replace(obs=seen.obs / 2, state=jnp.abs(seen.state))
+
+    @property
+    def storage_dtype(self) -> Any:
+        return jnp.int8
+
+
+class Wholes(Clock):
+    @property
+    def storage_dtype(self) -> Any:
+        return jnp.int8
+
+
+def test_a_feature_that_the_replay_would_lose_is_refused() -> None:
+    message = r"^env=Halves is not allowed: obs\[0, 1\] is 0.5 after 0 steps and 0.0 after pack and unpack: .*int8\)$"
+    with pytest.raises(ConfigError, match=message):
+        check_environment(Halves(episode_limit=4, ends_from=9))
+    check_environment(Wholes(episode_limit=4, ends_from=9))
+
+
+@pytest.mark.parametrize("name", ["predator_prey", "matrix_game", "jumanji"])
+def test_this_packages_environments_fit(name: str) -> None:
+    check_environment(build("env", load_group("env", name)))
+
+
+def test_the_tests_own_environments_fit() -> None:
+    check_environment(Leaver(episode_limit=4, ends_from=9))
+    check_environment(Recall())
+
+
+def test_a_command_refuses_it_before_it_writes_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`train`, and `evaluate` and `load_policy` of a run whose environment has changed since."""
+    folder = running.copy_user_folder(tmp_path / "mine")
+    coin = folder / "coin.py"
+    wrong = coin.read_text().replace("num_actions=2, obs_dim=2", "num_actions=2, obs_dim=3")
+    (folder / "wrong_coin.py").write_text(wrong)
+    yaml = (folder / "configs" / "env" / "coin.yaml").read_text().replace("coin.Coin", "wrong_coin.Coin")
+    (folder / "configs" / "env" / "wrong_coin.yaml").write_text(yaml)
+    run_dir = tmp_path / "run"
+    code = running.main(*running.TINY, "env=wrong_coin", f"run_dir={run_dir}", config_dir=folder / "configs")
+    err = capsys.readouterr().err.splitlines()
+    assert code == 2
+    assert err == [
+        "error: env=Coin is not allowed: observe returns obs of float32[2, 2], but float32[2, 3] is needed, "
+        "spec.num_agents=2, spec.obs_dim=3"
+    ]
+    assert not run_dir.exists()

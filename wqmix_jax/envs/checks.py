@@ -1,0 +1,242 @@
+"""Checks of an environment before anything is compiled: do its functions return what its spec promises?
+
+Without them a wrong size shows as an error deep inside a network, and a feature that the replay can't hold never shows.
+"""
+
+import operator
+import sysconfig
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wqmix_jax.config import ConfigError
+from wqmix_jax.envs.base import Environment, Host
+from wqmix_jax.types import EnvSpec, Observation, PRNGKey, PyTree, StepOutcome
+
+RESERVED_METRICS = (
+    *("episode_return", "episode_return_std", "episode_length", "episode_length_std"),
+    *("kind", "seed", "env_steps", "learner_steps", "episodes"),
+)
+"""Names that a record has anyway."""
+
+STEPS_PACKED = 16
+"""Steps of the episode whose states are packed and unpacked."""
+
+CLOSE = 1e-5
+"""Relative: how far an unpacked feature may be from the observed one; compilers round float32 differently."""
+
+_LIBRARIES = (*(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), str(Path(__file__).parents[1]))
+"""Folders of code that isn't to blame for what it raises."""
+
+
+class _Field(NamedTuple):
+    """What an array must look like.
+
+    Attributes:
+        sizes: names of `EnvSpec` fields, one for each axis.
+        kinds: numpy's kinds of dtypes that are allowed.
+        dtype: how they are called.
+    """
+
+    sizes: tuple[str, ...]
+    kinds: str
+    dtype: str
+
+
+_OBSERVATION = {
+    "obs": _Field(("num_agents", "obs_dim"), "f", "float32"),
+    "state": _Field(("state_dim",), "f", "float32"),
+    "avail_actions": _Field(("num_agents", "num_actions"), "b", "bool"),
+}
+_OUTCOME = {
+    "reward": _Field((), "fiub", "float32"),  # a number of another dtype is converted
+    "terminated": _Field((), "b", "bool"),
+    "truncated": _Field((), "b", "bool"),
+}
+
+
+class _Fault(Exception):
+    """What is wrong with an environment."""
+
+
+def check_environment(env: Environment) -> None:
+    """Refuses an environment whose functions don't return what its spec and `Environment` promise.
+
+    The functions are traced, and nothing is compiled, except for one small program: where an environment from outside
+    this package stores other things than float32 observations, a few states are packed and unpacked.
+
+    Raises:
+        ConfigError: with one line that names the function, the field, and what was expected and found.
+    """
+    try:
+        spec = _checked_spec(env)
+        _check_shapes(env, spec)
+        if _stores_its_own_way(env):
+            _check_packing(env)
+    except _Fault as fault:
+        raise ConfigError(f"env={type(env).__name__} is not allowed: {fault}") from fault.__cause__
+
+
+def _checked_spec(env: Environment) -> EnvSpec:
+    spec = _called("spec", lambda: env.spec)
+    if not isinstance(spec, EnvSpec):
+        raise _Fault(f"spec is a {type(spec).__name__}; return a wqmix_jax.types.EnvSpec")
+    for name, size in spec._asdict().items():
+        if not _is_positive_integer(size):
+            raise _Fault(f"spec.{name}={size!r}; return a positive integer")
+    return spec
+
+
+def _is_positive_integer(size: Any) -> bool:
+    try:
+        return operator.index(size) > 0 and not isinstance(size, bool)
+    except TypeError:
+        return False
+
+
+def _check_shapes(env: Environment, spec: EnvSpec) -> None:
+    """Traces every function once, the observation first: with a wrong size, `step` may fail for no visible reason."""
+    key = jax.eval_shape(_key)
+    env_state = _traced("reset", env.reset, key)
+    _check_fields("observe", _traced("observe", env.observe, env_state), Observation, _OBSERVATION, spec)
+    packed = _traced("pack", env.pack, env_state)
+    _check_packed(packed)
+    _check_fields("unpack", _traced("unpack", env.unpack, packed), Observation, _OBSERVATION, spec)
+    joint_action = jax.ShapeDtypeStruct((spec.num_agents,), jnp.int32)
+    stepped = _traced("step", env.step, env_state, joint_action, key)
+    if not isinstance(stepped, tuple) or len(stepped) != 2 or not isinstance(stepped[1], StepOutcome):
+        raise _Fault(
+            f"step returns {_described(stepped)}; return a pair, the next state and a wqmix_jax.types.StepOutcome"
+        )
+    _check_fields("step", stepped[1], StepOutcome, _OUTCOME, spec)
+    _check_same_state(env_state, stepped[0])
+    _check_metrics(_traced("metrics", env.metrics, env_state))
+
+
+def _check_fields(name: str, found: Any, kind: type, fields: dict[str, _Field], spec: EnvSpec) -> None:
+    if not isinstance(found, kind):
+        raise _Fault(f"{name} returns {_described(found)}; return a wqmix_jax.types.{kind.__name__}")
+    for field, expected in fields.items():
+        leaf = getattr(found, field)
+        shape = tuple(getattr(spec, size) for size in expected.sizes)
+        sizes = "".join(f", spec.{size}={getattr(spec, size)}" for size in expected.sizes)
+        if not hasattr(leaf, "shape") or leaf.shape != shape or np.dtype(leaf.dtype).kind not in expected.kinds:
+            needed = f"{expected.dtype}{list(shape)} is needed{sizes}"
+            raise _Fault(f"{name} returns {field} of {_described(leaf)}, but {needed}")
+
+
+def _check_packed(packed: PyTree) -> None:
+    """The replay stores bytes: `jax.random` keys, say, have none."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(packed):
+        if not (jnp.issubdtype(leaf.dtype, np.number) or leaf.dtype == np.bool_):
+            raise _Fault(f"pack returns {_name(path)} of {_described(leaf)}, but integers, floats or bools are needed")
+
+
+def _check_same_state(first: PyTree, following: PyTree) -> None:
+    """A loop needs states of one kind."""
+    if jax.tree.structure(first) != jax.tree.structure(following):
+        structures = f"{jax.tree.structure(following)}, but reset returns {jax.tree.structure(first)}"
+        raise _Fault(f"step returns a state of another structure than reset: {structures}")
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(first)]
+    for path, one, other in zip(paths, jax.tree.leaves(first), jax.tree.leaves(following), strict=True):
+        if (one.shape, one.dtype) != (other.shape, other.dtype):
+            differs = f"{_described(other)}, but reset returns it of {_described(one)}"
+            raise _Fault(f"step returns the state's {_name(path)} of {differs}")
+
+
+def _check_metrics(found: Any) -> None:
+    if not isinstance(found, dict):
+        raise _Fault(f"metrics returns {_described(found)}; return a dict of scalars")
+    for name, leaf in found.items():
+        if name in RESERVED_METRICS:
+            raise _Fault(f"metrics returns {name!r}, which every record has already; choose another name")
+        if getattr(leaf, "shape", None) != () or np.dtype(leaf.dtype).kind not in "fiub":
+            raise _Fault(f"metrics returns {name!r} of {_described(leaf)}, but a scalar is needed: float32[]")
+
+
+def _stores_its_own_way(env: Environment) -> bool:
+    """Whether packing is to be tried: not where it can't lose anything, nor where playing would start a simulator.
+
+    The environments of this package have tests for it.
+    """
+    kind = type(env)
+    plain = kind.pack is Environment.pack and kind.unpack is Environment.unpack
+    lossless = plain and np.dtype(env.storage_dtype) == np.float32
+    own = kind.__module__.split(".")[0] == __name__.split(".")[0]
+    return not lossless and not own and type(env.host) is Host
+
+
+def _check_packing(env: Environment) -> None:
+    """Plays a few random steps and compares what is observed with what comes back from the replay."""
+    seen, unpacked = jax.device_get(_called("step", lambda: jax.jit(lambda: _observed_twice(env))()))
+    for name in Observation._fields:
+        one, other = getattr(seen, name), getattr(unpacked, name)
+        differs = ~np.isclose(one, other, rtol=CLOSE, atol=CLOSE, equal_nan=True)
+        if differs.any():
+            step, *where = (int(index) for index in np.argwhere(differs)[0])
+            at = f"{name}{where} is {one[step, *where]} after {step} steps and {other[step, *where]} after"
+            advice = "a wider storage_dtype, or a pack and unpack that lose nothing, is needed"
+            raise _Fault(f"{at} pack and unpack: {advice} (storage_dtype: {np.dtype(env.storage_dtype)})")
+
+
+def _observed_twice(env: Environment) -> tuple[Observation, Observation]:
+    """Observations of an episode's first states, leaves ``[T, ..]``: as they are, and packed and unpacked."""
+    reset_key, *keys = jax.random.split(_key(), 1 + min(STEPS_PACKED, env.spec.episode_limit))
+
+    def both(env_state: PyTree) -> tuple[Observation, Observation]:
+        return env.observe(env_state), env.unpack(env.pack(env_state))
+
+    def play(carry: tuple[PyTree, Any], key: PRNGKey) -> tuple[tuple[PyTree, Any], Any]:
+        env_state, ended = carry
+        action_key, step_key = jax.random.split(key)
+        allowed = jnp.where(env.observe(env_state).avail_actions, 0.0, -jnp.inf)
+        joint_action = jax.random.categorical(action_key, allowed).astype(jnp.int32)
+        following, outcome = env.step(env_state, joint_action, step_key)
+        following = jax.tree.map(lambda old, new: jnp.where(ended, old, new), env_state, following)
+        return (following, ended | outcome.terminated | outcome.truncated), both(following)
+
+    first = env.reset(reset_key)
+    _, later = jax.lax.scan(play, (first, jnp.bool_(False)), jnp.stack(keys))
+    return jax.tree.map(lambda one, others: jnp.concatenate([one[None], others]), both(first), later)
+
+
+def _key() -> PRNGKey:
+    return jax.random.key(0, impl="threefry2x32")
+
+
+def _traced(name: str, function: Callable[..., Any], *args: Any) -> Any:
+    return _called(name, lambda: jax.eval_shape(function, *args))
+
+
+def _called(name: str, call: Callable[[], Any]) -> Any:
+    """What a function of the environment returns; an error inside becomes one line with the line of code."""
+    try:
+        return call()
+    except (ConfigError, _Fault):
+        raise
+    except Exception as error:  # the user's code may raise anything
+        text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+        raise _Fault(f"{name} raises {type(error).__name__}: {text}{_where(error)}") from error
+
+
+def _where(error: Exception) -> str:
+    """The line that raised it: the deepest outside of Python's library, installed packages and this one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(("<", *_LIBRARIES))]
+    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".") or "value"
+
+
+def _described(found: Any) -> str:
+    """``float32[2, 5]`` of an array, else the type's name."""
+    if hasattr(found, "shape") and hasattr(found, "dtype"):
+        return f"{found.dtype}{list(found.shape)}"
+    return type(found).__name__
