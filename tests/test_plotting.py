@@ -110,6 +110,11 @@ def test_a_seed_that_failed_does_not_cut_the_others_off(
     assert (line.get_xdata()[-1], line.get_ydata()[-1]) == last
 
 
+@pytest.mark.parametrize("lines", [[], evaluated(0, {0: float("nan"), 10: float("nan")}, win_rate=float("nan"))])
+def test_evaluations_that_all_failed_and_none_at_all_can_be_drawn(lines: list[dict[str, Any]], tmp_path: Path) -> None:
+    assert plot_run(recorded.record_run(tmp_path / "run", {}, lines)).stat().st_size > 0
+
+
 def test_lines_of_a_large_sweep_look_different() -> None:
     labels = [f"alpha={alpha}, lr={lr}" for alpha in range(8) for lr in range(9)]
     assert len(set(styles(labels).values())) == len(labels)

@@ -88,7 +88,7 @@ def learning_curve(records: Sequence[dict[str, Any]], name: str = "episode_retur
 def plot_run(run_dir: str | os.PathLike[str]) -> Path:
     """Draws ``learning_curve.png`` from a run's ``metrics.jsonl``, as far as it has come, and returns its path.
 
-    Seeds that failed are left out, where not all of a line did.
+    Seeds that failed are left out, where not all of a line did. Without any evaluation the axes are empty.
     """
     folder = Path(run_dir)
     failed = [labels_of(failure) for failure in read_summary(folder).get("failed", [])]
@@ -96,13 +96,14 @@ def plot_run(run_dir: str | os.PathLike[str]) -> Path:
     settings: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         settings.setdefault(setting_name(record), []).append(record)
-    names = [name for name in _METRICS if all(name in record for record in records)]
+    names = [name for name in _METRICS if all(name in record for record in records)][: len(_METRICS) if records else 1]
     figure = new_figure(6.4, 3.9 * len(names))
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     for name, axes in zip(names, panels, strict=True):
         _draw_settings(axes, settings, failed, name)
         decorate(axes, name)
-        axes.legend(frameon=False)
+        if settings:
+            axes.legend(frameon=False)
     task = " ".join(str(header[key]) for key in ("env", "map") if key in header)
     panels[0].set_title(f"{header['algo']} on {task}")
     panels[-1].set_xlabel("environment steps")
@@ -136,7 +137,9 @@ def draw_band(
         label: of the line in the legend.
         shade: of the shade; it has no line of its own in the legend when absent.
     """
-    dashes = {"marker": style.marker, "markersize": 5, "markevery": 0.15, "linestyle": style.line}
+    # Markers at equal distances need a point to start from, which a curve of failed evaluations alone doesn't have.
+    every = 0.15 if np.isfinite(estimate.value).any() else None
+    dashes = {"marker": style.marker, "markersize": 5, "markevery": every, "linestyle": style.line}
     axes.plot(env_steps, estimate.value, color=style.colour, linewidth=1.8, label=label, **dashes)
     if np.any(estimate.low != estimate.high) and np.isfinite(estimate.low).any():
         # Faint, for shades lie over one another: whose they are is told by thin edges.

@@ -18,6 +18,7 @@ import wqmix_jax
 from wqmix_jax.checkpoint import Checkpoints, Origin, Restored, checkpoint_bytes
 from wqmix_jax.config import ConfigError, RunConfig, run_config
 from wqmix_jax.devices import claim_cores
+from wqmix_jax.envs.checks import check_environment
 from wqmix_jax.exits import SEEDS_FAILED, RunError, StopSignals, exit_code_of
 from wqmix_jax.hosts import connected
 from wqmix_jax.logger import MetricsFile, WandbRuns, create_metrics, load_header, load_metrics, refuse_missing_wandb
@@ -35,7 +36,7 @@ from wqmix_jax.loop import (
 )
 from wqmix_jax.members import Member, labels_of, make_members
 from wqmix_jax.memory import compile_within_memory, refuse_small_memory
-from wqmix_jax.plotting import plot_run
+from wqmix_jax.plotting import CURVE_FILE, plot_run
 from wqmix_jax.policy import BEST, LAST, POLICY_DIR, Policy, better, no_policy, save_policy
 from wqmix_jax.progress import make_display
 from wqmix_jax.runs import (
@@ -179,7 +180,7 @@ def _train(
         save_config(run_dir, values)  # what a resumed run may have changed
         num_bytes = restored.metrics_bytes if restored else 0
         with (
-            contextlib.closing(checkpoints),
+            _closing(checkpoints),
             MetricsFile(run_dir, num_bytes=num_bytes) as metrics,
             WandbRuns(run_dir, config.logger, values, num_bytes=metrics.num_bytes if restored else 0) as wandb_runs,
         ):
@@ -317,9 +318,11 @@ class _Session:
             return
         if loop is not None:
             if not is_finished(loop):  # its last evaluation must still be made
-                self._save(loop)
-                self.checkpoints.wait()
-            self._report(loop, "failed")
+                with _warning_of_faults("the checkpoint can't be written"):
+                    self._save(loop)
+                    self.checkpoints.wait()
+            with _warning_of_faults(f"{SUMMARY_FILE} can't be written"):
+                self._report(loop, "failed")
         raise failure
 
     def _record(self, loop: Loop, lines: list[Line]) -> None:
@@ -388,7 +391,8 @@ class _Session:
             wall_seconds=round(self._wall_seconds(), 2),
         )
         if load_metrics(self.run_dir, kind="eval"):
-            plot_run(self.run_dir)
+            with _warning_of_faults(f"{CURVE_FILE} can't be drawn"):
+                plot_run(self.run_dir)
 
     def _may_end_soon(self, steps: np.ndarray) -> bool:
         """Whether some seed may reach its total in the next chunk."""
@@ -409,6 +413,7 @@ def _folder_of_host(config: RunConfig) -> str | None:
 
 
 def _make_trainer(config: RunConfig, members: tuple[Member, ...]) -> Trainer:
+    check_environment(config.env)
     return make_trainer(config, sharding=train_sharding(config, len(members)))
 
 
@@ -419,6 +424,28 @@ def _no_policy(config: RunConfig, trainer: Trainer, members: tuple[Member, ...])
 def _machine(trainer: Trainer) -> dict[str, Any]:
     devices = list(trainer.sharding.device_set)
     return {"jax": jax.__version__, "device kind": devices[0].device_kind, "device count": len(devices)}
+
+
+@contextlib.contextmanager
+def _closing(checkpoints: Checkpoints) -> Iterator[None]:
+    """Closes them at the end; an error there doesn't replace the one that ended the run."""
+    try:
+        yield
+    except BaseException:
+        with _warning_of_faults("the last checkpoint can't be written"):
+            checkpoints.close()
+        raise
+    checkpoints.close()
+
+
+@contextlib.contextmanager
+def _warning_of_faults(told: str) -> Iterator[None]:
+    """Turns an exception into a warning: what is only kept or shown of a run must not hide how the run itself ends."""
+    try:
+        yield
+    except Exception as error:  # matplotlib, say, may raise anything
+        reason = " ".join(str(error).split())
+        _tell(f"warning: {told} ({type(error).__name__}: {reason})")
 
 
 def _tell(text: str) -> None:

@@ -14,7 +14,7 @@ from tests.envs.host.games import faked
 from tests.envs.host.linear import linear
 from tests.envs.host.running import HERE, WORKERS, toy
 from tests.running import main, timeless
-from wqmix_jax import load_metrics
+from wqmix_jax import load_metrics, runner
 from wqmix_jax.evaluate import play_policies
 from wqmix_jax.exits import RunError
 from wqmix_jax.logger import load_header
@@ -68,6 +68,33 @@ def test_a_run_that_fails_is_saved_and_goes_on_with_the_same_version_only(
     assert main(f"resume={run_dir}", config_dir=folder) == 2
     told = "it was played with {'toy': '1.1'}, and here is {'toy': '1.2'}"
     assert capfd.readouterr().err == f"error: resume={run_dir} is not allowed: {told}\n"
+
+
+@pytest.mark.parametrize("broken", [(), ("plot_run", "save_policy")], ids=["all works", "nothing works"])
+def test_nothing_hides_the_error_that_ended_a_run(
+    broken: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each first step of an episode fails: after the four workers of the first evaluation none is replaced."""
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    fault = {"kind": "fail", "during": "step", "marks": str(marks), "times": 99}
+    folder, run_dir = configs(tmp_path / "configs", faults=[fault], fault_step=0), tmp_path / "run"
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise IndexError("index 0 is out of bounds")
+
+    for name in broken:
+        monkeypatch.setattr(runner, name, fail)
+    options = ("env.max_restarts=4", "checkpoint.every=1000", f"run_dir={run_dir}")
+    assert main("+algo=my_algo", "env=my_env", *RUN, *options, config_dir=folder) == 1
+    *before, last = capfd.readouterr().err.splitlines()
+    cause = r"error: seed 5, environment 0 of training: ValueError: the toy broke \(toy.py:\d+\) in a step; "
+    assert re.match(f"{cause}no worker is replaced any more after max_restarts=4", last)
+    warnings = [line for line in before if "IndexError: index 0 is out of bounds" in line]
+    told = ["the checkpoint can't be written", "learning_curve.png can't be drawn"] if broken else []
+    assert [line.removeprefix("warning: ").partition(" (")[0] for line in warnings] == told
+    assert json.loads((run_dir / "summary.json").read_text())["status"] == "failed"
+    assert (run_dir / "learning_curve.png").exists() == (not broken)
 
 
 @pytest.mark.slow
