@@ -1,5 +1,6 @@
 """When the host loop evaluates and what its lines say, on a trainer whose every record is known."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -126,6 +127,21 @@ def test_train_lines_are_means_over_the_intervals_active_iterations() -> None:
     # One active iteration, then the seed rests.
     assert (second["episode_return"], second["episode_length"], second["loss"]) == (5.0, 3.0, 25.0)
     assert second["steps_per_second"] == 1.5
+
+
+def test_iterations_without_a_whole_episode_are_left_out_of_the_mean_return() -> None:
+    """A failing environment cuts episodes; the trainer's record of an iteration that has no other is nan."""
+    trainer = known_trainer(chunk_iterations=2, eval_iterations=4, total_env_steps=12)
+
+    def cut(state: Any) -> tuple[Any, TrainRecord]:
+        state, record = trainer.train_chunk(state)
+        number = np.where(record.episode_return == 2, np.nan, record.episode_return)
+        return state, record._replace(episode_return=np.float32(number), episode_length=record.episode_length * np.nan)
+
+    first = run(trainer._replace(train_chunk=cut))[1][1][0]
+    assert first["episode_return"] == pytest.approx((1 + 3 + 4) / 3)
+    assert math.isnan(first["episode_length"])
+    assert first["env_steps"] == 9
 
 
 def test_losses_are_left_out_before_the_first_learner_step() -> None:

@@ -29,7 +29,8 @@ eval, one per seed and evaluation, the first before any learning:
 train, one per seed and evaluation interval, means over the interval's iterations:
     ``kind``                    ``"train"``
     ``seed``, ``env_steps``, ``learner_steps``, ``episodes``, as above
-    ``episode_return``, ``episode_length``      of the exploring episodes
+    ``episode_return``, ``episode_length``      of the exploring episodes, without those that a failing environment cut;
+                                                null where no episode was whole
     ``epsilon``
     ``steps_per_second``        this seed's environment steps per second of wall-clock time, evaluation and compilation
                                 left out

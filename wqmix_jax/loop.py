@@ -4,6 +4,7 @@
 taken over the iterations of a whole evaluation interval, so chunk sizes never change them.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -201,8 +202,8 @@ def _train_line(loop: Loop, interval: TrainRecord, index: int) -> Line:
         "kind": "train",
         **loop.members[index].labels,
         **_counts(last),
-        "episode_return": _mean(seed.episode_return[active]),
-        "episode_length": _mean(seed.episode_length[active]),
+        "episode_return": _mean_of_whole(seed.episode_return[active]),
+        "episode_length": _mean_of_whole(seed.episode_length[active]),
         "epsilon": _mean(seed.epsilon[active]),
         **{name: _mean(values[learned]) for name, values in seed.losses.items() if learned.any()},
         "steps_per_second": float(f"{(last.env_steps - loop.evaluated_at[index]) / loop.seconds:.5g}"),
@@ -219,6 +220,12 @@ def _counts(counters: Counters) -> dict[str, int]:
 
 def _mean(values: Any) -> float:
     return _exact(np.ascontiguousarray(values, np.float64).mean())
+
+
+def _mean_of_whole(values: np.ndarray) -> float:
+    """The mean over the iterations that had a whole episode; nan where none had."""
+    whole = values[~np.isnan(values)]
+    return _mean(whole) if whole.size else math.nan
 
 
 def _exact(value: Any) -> float:

@@ -90,8 +90,9 @@ class TrainRecord(NamedTuple):
         active: bool, whether the seed was still training.
         updates: int32, learner steps taken in this iteration.
         epsilon: exploration of its episodes.
-        episode_return: their mean undiscounted return.
-        episode_length: their mean length.
+        episode_return: their mean undiscounted return, without the episodes that a failure of the environment cut;
+            nan where it cut all of them.
+        episode_length: their mean length, over the same episodes.
         losses: scalars of the learner steps, their mean; zero where there were none.
     """
 
@@ -278,12 +279,19 @@ def _iteration(parts: _Parts, state: TrainState) -> tuple[TrainState, TrainRecor
         active=active,
         updates=updates,
         epsilon=ctx.epsilon,
-        episode_return=played.episode_return.mean(-1),
-        episode_length=played.episodes.length.mean(-1, dtype=jnp.float32),
+        episode_return=_mean_where(played.whole, played.episode_return),
+        episode_length=_mean_where(played.whole, played.episodes.length),
         losses=losses,
     )
     failed = state.failed | (ready & ~_is_finite((learner.params, losses.get("loss", ()))))
     return state._replace(learner=learner, counters=counters, failed=failed), record
+
+
+def _mean_where(whole: Array, values: Array) -> Array:
+    """The mean over whole episodes: ``[S, E]`` bool, ``[S, E]`` -> ``[S]`` float32, nan where none is whole."""
+    values = values.astype(jnp.float32)
+    # The plain mean where all are whole, as nearly always: a sum divided by a count may round differently.
+    return jnp.where(whole.all(-1), values.mean(-1), values.mean(-1, where=whole))
 
 
 def _is_finite(tree: PyTree) -> Array:
