@@ -50,6 +50,16 @@ class Clock(Environment):
         return Observation(obs, jnp.stack([time, time * time, jnp.float32(1)]), avail)
 
 
+@options
+class Leaver(Clock):
+    """A `Clock` whose agent 1 leaves after the first step: from then on it has no available action."""
+
+    def observe(self, env_state: ClockState) -> Observation:
+        seen = super().observe(env_state)
+        stays = jnp.stack([jnp.bool_(True), env_state.steps < 1])[:, None]
+        return seen._replace(avail_actions=seen.avail_actions & stays)
+
+
 class RecallState(NamedTuple):
     """``steps`` and each agent's ``cue``, ``[N]`` int32, 0 or 1."""
 

@@ -8,24 +8,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments.table2 import exploration
-from tests.environments import Clock, Recall
+from tests.environments import Clock, Leaver, Recall
 from tests.running import main
 from wqmix_jax import load_config, load_metrics, train_seeds
-from wqmix_jax.algos.base import Context, hyperparams, is_mean_over_steps
+from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, hyperparams, is_mean_over_steps
 from wqmix_jax.algos.iql import IQL
 from wqmix_jax.config import RunConfig
 from wqmix_jax.envs.matrix_game import MatrixGame
 from wqmix_jax.learner import gradients, init_learner
+from wqmix_jax.replay import StoredEpisode, make_replay
 from wqmix_jax.train import names
-from wqmix_jax.types import Episode, PyTree
+from wqmix_jax.types import EnvSpec, Episode, PyTree
 
 ALGORITHMS = names("algo").split(", ")
 RUN_FAST = ("iql", "qplex", "qtran")
 LEARN_FAST = ("iql", "ow_qmix")
 SHARE_FAST = ("cw_qmix",)
+IDLE_FAST = ("qplex",)
 """Those of the fast tests: nearly all the time goes into compiling each algorithm anew."""
 
 PREDATOR_PREY = (
@@ -111,6 +114,60 @@ def test_a_batchs_gradient_is_the_mean_of_its_parts_by_their_steps(algo: str) ->
     mean = jax.tree.map(lambda one, other: (6 * one + 3 * other) / 9, first, second)
     for got, known in zip(jax.tree.leaves(mean), jax.tree.leaves(call(batch, noise)), strict=True):
         np.testing.assert_allclose(got, known, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_parameters_make_an_agent_play_what_is_unavailable(algo: str, value: float) -> None:
+    """A seed that has failed goes on playing beside the others, and some simulators end at an unavailable action."""
+    made = build_small(algo)
+    obs = jnp.linspace(-1, 1, 5 * 2 * 3).reshape(5, 2, 3)
+    avail = jnp.arange(4)[None, None, :] == jnp.array([[3, 1], [2, 2], [1, 3], [3, 3], [0, 1]])[..., None]
+    avail |= jnp.arange(4)[None, None, :] == 3
+    params = made.init(jax.random.key(0), EnvSpec(num_agents=2, num_actions=4, obs_dim=3, state_dim=1, episode_limit=1))
+    params = jax.tree.map(lambda leaf: jnp.full_like(leaf, value), params)
+    inputs = AgentInputs(obs, jnp.full((5, 2), -1), avail)
+    for epsilon in (0.0, 0.5):
+        ctx = Context(jnp.float32(epsilon), jnp.int32(0), jnp.int32(0))
+        carry = made.initial_carry((5, 2))
+        chosen, _ = made.act(params, carry, inputs, hyperparams(made), ctx, jax.random.key(1))
+        assert np.take_along_axis(np.array(avail), np.array(chosen)[..., None], axis=-1).all()
+
+
+@pytest.mark.parametrize("algo", all_but_slow(IDLE_FAST))
+def test_an_agent_without_an_available_action_is_harmless(algo: str) -> None:
+    """Its loss and gradients stay as large as where nobody leaves; the largest reward is 5."""
+    made, sizes = build_small(algo), []
+    ctx = Context(jnp.float32(0.5), jnp.int32(0), jnp.int32(0))
+    learner = init_learner(made.init(jax.random.key(1), Clock(episode_limit=5, ends_from=9).spec))
+    call = jax.jit(lambda batch, noise: gradients(made, learner, batch, hyperparams(made), ctx, noise))
+    for env in (Leaver(episode_limit=5, ends_from=9), Clock(episode_limit=5, ends_from=9)):
+        batch = replayed(env)
+        grads, metrics = call(batch, made.sample_noise(jax.random.key(2), batch))
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+        sizes.append((abs(float(metrics["loss"])), float(optax.tree.norm(grads))))
+    np.testing.assert_array_less(sizes[0], 3 * np.array(sizes[1]) + 1)
+
+
+def replayed(env: Clock) -> Episode:
+    """An episode of five steps, as the learner sees it after the replay."""
+    steps = [env.pack(env.reset(None)._replace(steps=jnp.int32(time))) for time in range(6)]
+    stored = StoredEpisode(
+        steps=jax.tree.map(lambda *leaves: jnp.stack(leaves)[None], *steps),
+        joint_action=jnp.array([[[1, 2], [2, 0], [0, 0], [1, 0], [0, 0]]], jnp.uint8),
+        reward=jnp.arange(1.0, 6.0)[None],
+        length=jnp.full(1, 5, jnp.int32),
+        terminated=jnp.ones(1, bool),
+    )
+    replay = make_replay(env, buffer_size=2, batch_size=1)
+    return replay.decode(replay.add(replay.init(), stored, jnp.bool_(True)).experience[0, :1], 5)
+
+
+def build_small(algo: str) -> Algorithm:
+    """An algorithm with its own options and narrow nets."""
+    made = load_config(f"+algo={algo}").algo
+    widths = {field.name: 8 for field in dataclasses.fields(made) if field.name.endswith("_dim")}
+    return dataclasses.replace(made, **widths)
 
 
 def small_run(algo: str, env: Any, total_env_steps: int) -> RunConfig:

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wqmix_jax.exploration import epsilon_greedy, linear_epsilon, masked_argmax
+from wqmix_jax.exploration import epsilon_greedy, linear_epsilon, masked_argmax, with_idle_action
 
 AVAIL = jnp.array([[True, False, True, True], [False, True, False, False]])
 
@@ -20,6 +20,20 @@ def test_an_unavailable_action_is_never_chosen(seed, epsilon):
     qs = jax.random.normal(qs_key, (50, 2, 4)) * 100
     actions = epsilon_greedy(key, qs, jnp.broadcast_to(AVAIL, qs.shape), jnp.float32(epsilon))
     assert np.take_along_axis(np.broadcast_to(AVAIL, qs.shape), np.array(actions)[..., None], axis=-1).all()
+
+
+@given(st.lists(st.floats(width=32), min_size=8, max_size=8), st.floats(0, 1, width=32), st.integers(0, 2**31 - 1))
+def test_no_value_makes_an_unavailable_action_the_best(values, epsilon, seed):
+    qs = jnp.array(values, jnp.float32).reshape(2, 4)  # nan and infinities among them
+    for actions in (masked_argmax(qs, AVAIL), epsilon_greedy(jax.random.key(seed), qs, AVAIL, jnp.float32(epsilon))):
+        assert np.take_along_axis(np.array(AVAIL), np.array(actions)[:, None], axis=-1).all()
+
+
+def test_an_agent_without_an_action_gets_the_first_and_the_others_keep_theirs():
+    avail = jnp.stack([AVAIL, AVAIL & jnp.array([[False], [True]])])
+    expected = np.array([AVAIL, [[True, False, False, False], AVAIL[1]]])
+    np.testing.assert_array_equal(with_idle_action(avail), expected)
+    np.testing.assert_array_equal(masked_argmax(jnp.ones((2, 2, 4)), jnp.zeros((2, 2, 4), bool)), np.zeros((2, 2)))
 
 
 def test_epsilon_is_the_chance_of_a_uniform_available_action_for_each_agent_alone():

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.environments import TINY, Clock, Counting, by_seed, tiny_wqmix
+from tests.environments import TINY, Clock, Counting, Leaver, by_seed, tiny_masac, tiny_wqmix
 from wqmix_jax.algos.base import Context, hyperparams
 from wqmix_jax.config import build, load_group
 from wqmix_jax.replay import make_replay
@@ -85,6 +85,20 @@ def test_exploring_agents_never_choose_what_is_unavailable():
     ]
     assert taken[np.array(batch.mask) > 0].all()
     assert len(np.unique(played.episodes.length)) > 1
+
+
+def test_an_agent_without_an_available_action_plays_and_learns_action_0():
+    """It leaves after the first step; the others' draws never depend on it."""
+    env = Leaver(episode_limit=5, ends_from=9)
+    for algo in (tiny_wqmix(), tiny_masac()):
+        _, played = play(env, algo, num_envs=8, epsilon=1.0)
+        joint_action = np.array(played.episodes.joint_action)[0]
+        assert (joint_action[:, 1:, 1] == 0).all()
+        assert len(np.unique(joint_action[:, 1:, 0])) > 1
+        avail = np.array(decoded(env, played).avail_actions)
+        np.testing.assert_array_equal(avail[:, 1:, 1], np.broadcast_to([True, False, False], avail[:, 1:, 1].shape))
+        np.testing.assert_array_equal(avail[:, 0, 1], np.broadcast_to([False, True, True], avail[:, 0, 1].shape))
+        assert avail[:, :, 0].all()
 
 
 def test_a_seed_plays_the_same_alone_and_in_company():

@@ -7,8 +7,23 @@ from wqmix_jax.types import Array, PRNGKey
 
 
 def masked_argmax(agent_qs: Array, avail_actions: Array) -> Array:
-    """Each agent's best available action: ``[.., N, A]``, ``[.., N, A]`` bool -> ``[.., N]`` int32, first on ties."""
-    return jnp.argmax(jnp.where(avail_actions, agent_qs, -jnp.inf), axis=-1).astype(jnp.int32)
+    """Each agent's best available action: ``[.., N, A]``, ``[.., N, A]`` bool -> ``[.., N]`` int32, first on ties.
+
+    The action is available whatever the values are, nan and infinities included; 0 where no action is available.
+    """
+    # An available -inf must beat an unavailable action; a nan passes through `maximum` and wins the argmax.
+    available_qs = jnp.maximum(agent_qs, jnp.finfo(agent_qs.dtype).min)
+    return jnp.argmax(jnp.where(avail_actions, available_qs, -jnp.inf), axis=-1).astype(jnp.int32)
+
+
+def with_idle_action(avail_actions: Array) -> Array:
+    """Makes action 0 available to each agent without any available action: ``[.., N, A]`` bool -> ``[.., N, A]`` bool.
+
+    Such an agent plays action 0, and maxima over its available actions are the utility of action 0, as for a unit in
+    SMAC that is dead. Rollout and replay apply this, so that no algorithm meets an agent without an action.
+    """
+    has_none = ~avail_actions.any(-1, keepdims=True)
+    return avail_actions.at[..., :1].set(avail_actions[..., :1] | has_none)
 
 
 def epsilon_greedy(key: PRNGKey, agent_qs: Array, avail_actions: Array, epsilon: Array) -> Array:

@@ -14,6 +14,7 @@ import numpy as np
 from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, hyperparams
 from wqmix_jax.config import ConfigError
 from wqmix_jax.envs.base import Environment, Moment
+from wqmix_jax.exploration import with_idle_action
 from wqmix_jax.members import Member, labels_of
 from wqmix_jax.networks.functional import compute_in
 from wqmix_jax.types import Array, EnvSpec, PRNGKey, PyTree
@@ -166,7 +167,7 @@ class GreedyPolicy:
         return PolicyCarry(self.algo.initial_carry(shape), jnp.full(shape, -1, jnp.int32))
 
     def act(self, carry: PolicyCarry, obs: Array, avail_actions: Array) -> tuple[Array, PolicyCarry]:
-        """The greedy action of each agent.
+        """The greedy action of each agent, 0 for an agent without an available action.
 
         Args:
             carry: of the step before, or `initial_carry`.
@@ -183,7 +184,7 @@ class GreedyPolicy:
         chex.assert_shape(obs, (*batch_shape, spec.num_agents, spec.obs_dim))
         chex.assert_shape(avail_actions, (*batch_shape, spec.num_agents, spec.num_actions))
         hp = jax.tree.map(jnp.asarray, hyperparams(self.algo))
-        inputs = AgentInputs(obs, carry.last_action, avail_actions)
+        inputs = AgentInputs(obs, carry.last_action, with_idle_action(avail_actions))
         key = jax.random.key(0, impl="threefry2x32")  # greedy: nothing depends on it
         with jax.default_matmul_precision(self.matmul_precision), compute_in(self.compute_dtype):
             joint_action, recurrent = self.algo.act(self.params, carry.recurrent, inputs, hp, GREEDY, key)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wqmix_jax.envs.base import Environment
+from wqmix_jax.exploration import with_idle_action
 from wqmix_jax.packing import Slots
 from wqmix_jax.types import Array, Episode, Observation, PRNGKey, PyTree
 
@@ -149,8 +150,12 @@ def _unpack_slots(env: Environment, stored: StoredEpisode, slots: Slots) -> Epis
 
 
 def _seen(env: Environment, steps: PyTree, real: Array) -> Observation:
-    """What was seen at packed states, leaves ``[R, T+1, ..]``, zero where they aren't ``real`` ``[R, T+1]``."""
+    """What was seen at packed states, leaves ``[R, T+1, ..]``, zero where they aren't ``real`` ``[R, T+1]``.
+
+    An agent without an available action gets action 0, see `with_idle_action`; in padding nothing is available.
+    """
     seen = jax.vmap(jax.vmap(env.unpack))(steps)
+    seen = seen._replace(avail_actions=with_idle_action(seen.avail_actions))
     return jax.tree.map(lambda leaf: jax.vmap(jax.vmap(jnp.where))(real, leaf, jnp.zeros_like(leaf)), seen)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, Hyperparams
 from wqmix_jax.envs.base import Environment, EnvState
+from wqmix_jax.exploration import with_idle_action
 from wqmix_jax.replay import StoredEpisode, stored_template
 from wqmix_jax.types import Array, PRNGKey, PyTree, StepOutcome
 
@@ -79,7 +80,8 @@ def rollout(
 
     def advance(play: _Play) -> _Play:
         seen = jax.vmap(env.observe)(play.env_state)
-        inputs = jax.tree.map(by_seed, AgentInputs(seen.obs, play.last_action, seen.avail_actions))
+        avail_actions = with_idle_action(seen.avail_actions)
+        inputs = jax.tree.map(by_seed, AgentInputs(seen.obs, play.last_action, avail_actions))
         act_keys = jax.vmap(jax.random.fold_in, (0, None))(play_keys.act, play.step)
         joint_action, carry = jax.vmap(algo.act)(params, play.carry, inputs, hp, ctx, act_keys)
         joint_action = flat(joint_action)

@@ -56,7 +56,9 @@ class MASAC(ActorCritic):
         """A draw from the policy; in evaluation, as the authors do, the likeliest available action without a floor."""
         carry, logits = self.step(params["agent"], carry, inputs)
         policy = epsilon_floor(logits, inputs.avail_actions, ctx.epsilon)
-        drawn = draw(policy, jax.random.gumbel(key, policy.shape, policy.dtype))
+        # Masked again: the policy of a seed whose parameters are nan is nan everywhere, at unavailable actions too.
+        perturbed = jnp.log(policy) + jax.random.gumbel(key, policy.shape, policy.dtype)
+        drawn = masked_argmax(perturbed, inputs.avail_actions)
         return jnp.where(ctx.epsilon > 0, drawn, masked_argmax(logits, inputs.avail_actions)), carry
 
     def sample_noise(self, key: PRNGKey, batch: Episode) -> Noise:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, Fraction, Hyperparams
 from wqmix_jax.config import options
-from wqmix_jax.exploration import epsilon_greedy
+from wqmix_jax.exploration import epsilon_greedy, masked_argmax
 from wqmix_jax.networks.agent import RecurrentAgent, agent_inputs
 from wqmix_jax.networks.functional import apply_net, init_net
 from wqmix_jax.td import lambda_return, td_target
@@ -158,8 +158,8 @@ def gather_actions(agent_qs: Array, joint_action: Array) -> Array:
 
 
 def greedy_actions(agent_qs: Array, avail_actions: Array) -> Array:
-    """Each agent's best available action, ``[.., N]``; action 0 where none is (padding)."""
-    return jnp.argmax(jax.lax.stop_gradient(jnp.where(avail_actions, agent_qs, UNAVAILABLE)), axis=-1)
+    """Each agent's best available action, ``[.., N]``, a constant to the gradient; see `masked_argmax`."""
+    return masked_argmax(jax.lax.stop_gradient(agent_qs), avail_actions)
 
 
 def greedy_values(agent_qs: Array, avail_actions: Array) -> Array:

@@ -92,7 +92,11 @@ class Environment(abc.ABC):
 
     @abc.abstractmethod
     def observe(self, env_state: EnvState) -> Observation:
-        """What the agents and the central nets see of ``env_state``; a pure function of it."""
+        """What the agents and the central nets see of ``env_state``; a pure function of it.
+
+        An agent without any available action plays action 0, which `step` should then ignore, and learns as if action 0
+        were its only available one. To rely on this is fine for an agent that has left the game.
+        """
 
     def metrics(self, env_state: EnvState) -> dict[str, Array]:
         """Scalars read off an episode's last state (a win, say), averaged over evaluation episodes. None by default."""

@@ -90,6 +90,11 @@ def same_row(calls: list[tuple[np.ndarray, ...]], row: int, seed: int) -> None:
         ("fail", "reset", r"ValueError: the toy broke \(toy.py:\d+\) in a reset"),
         ("hang", "step", "hung for 0.5 s in a step"),
         ("hang_deaf", "step", "hung for 0.5 s in a step"),
+        (
+            "idle",
+            "step",
+            r"ValueError: agent 1 has no available action after 2 steps of the episode \(worker.py:\d+\) in a step",
+        ),
         ("shape", "step", r"ValueError: obs has shape \(2, 2\), but \(2, 3\) is needed \(worker.py:\d+\) in a step"),
     ],
 )
@@ -172,35 +177,43 @@ def test_old_restarts_are_forgotten(marks: Path) -> None:
         assert env.host.facts() == {"worker_restarts": 5}
 
 
-def trained(env: Any, num_iterations: int) -> list[Any]:
-    """The states of two seeds after each iteration."""
+def trained(env: Any, num_iterations: int) -> tuple[list[Any], list[Any]]:
+    """The states of two seeds after each iteration, and the records."""
     trainer = make_trainer(tiny_run(linear(), env, num_envs=2, total_env_steps=100), sharding=env.host.sharding())
-    states = [trainer.init([3, 4])]
+    states, records = [trainer.init([3, 4])], []
     for _ in range(num_iterations):
-        state, _ = trainer.train_chunk(jax.tree.map(jnp.copy, states[-1]))
+        state, record = trainer.train_chunk(jax.tree.map(jnp.copy, states[-1]))
         states.append(state)
-    return jax.device_get([state._replace(keys=()) for state in states])
+        records.append(record)
+    return jax.device_get(([state._replace(keys=()) for state in states], records))
 
 
 def test_a_failed_step_is_never_learned_from_and_a_failed_run_stays_as_it_is(marks: Path) -> None:
     """The episode is cut before it: a prefix of the undisturbed one, not terminated, its rest as padding.
 
-    Once no worker is replaced any more, the state is kept to the bit, so that it can be saved.
+    Its return and length are not recorded. Once no worker is replaced any more, the state is kept to the bit, so that
+    it can be saved.
     """
     faults = [fault("kill", "step", marks), fault("fail", "reset", marks, times=99, after="kill-step-0")]
     env = toy(faults=faults, workers={"max_restarts": 1})
-    states: list[Any] = []
+    outcome: list[Any] = []
     with pytest.raises(RunError, match="the toy broke"), env.host.running([3, 4]):
-        states += trained(env, 2)
+        outcome += trained(env, 2)
+    states, records = outcome
     for one, other in zip(jax.tree.leaves(states[1]), jax.tree.leaves(states[2]), strict=True):
         np.testing.assert_array_equal(one, other)
-    _, undisturbed = trained(Native(episode_limit=5, eval_envs=2), 1)
+    (_, undisturbed), _ = trained(Native(episode_limit=5, eval_envs=2), 1)
     replay = make_replay(env, buffer_size=6, batch_size=2)
     decode = jax.vmap(lambda rows: replay.decode(rows, 5))
     found, right = jax.device_get([decode(state.replay.experience[:, 0, :2]) for state in (states[1], undisturbed)])
     [cut] = np.argwhere((found.mask != right.mask).any(-1))
     others = np.ones((2, 2), bool)
     others[tuple(cut)] = False
+    record = jax.tree.map(lambda leaf: leaf[0], records[0])  # of the one iteration of the chunk
+    for seed in range(2):
+        assert record.episode_return[seed] == pytest.approx(right.reward.sum(-1)[seed][others[seed]].mean())
+        assert record.episode_length[seed] == right.mask.sum(-1)[seed][others[seed]].mean()
+    assert np.isnan(records[1].episode_return).all()  # an iteration without a whole episode
     np.testing.assert_array_equal(found.mask[tuple(cut)], [1, 1, 0, 0, 0])
     np.testing.assert_array_equal(found.discount[tuple(cut)], np.ones(5))
     for name, leaf in found._asdict().items():

@@ -73,6 +73,8 @@ class Toy:
         obs = np.array([[self.x % 7, self.steps, agent] for agent in range(2)])
         avail = np.ones((2, 3), bool)
         avail[range(2), [(self.x + agent) % 3 for agent in range(2)]] = False
+        if self.misbehaves("idle"):
+            avail[1] = False
         return (obs[:, :2] if self.misbehaves("shape") else obs), np.array([self.x, self.steps, self.x // 10]), avail
 
     def metrics(self):

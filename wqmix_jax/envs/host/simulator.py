@@ -32,7 +32,8 @@ class Simulator(Protocol):
     def observe(self) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
         """What is seen now: obs ``[N, O]``, state ``[D]`` and avail_actions ``[N, A]``, of an ended episode too.
 
-        All numbers are finite, and each agent has an available action. The rows of an agent that has left hold any
-        finite observation, by custom zeros, and one available action, which does nothing.
+        All numbers are finite. Until the episode ends, every agent needs at least one available action; an agent
+        without any is an error of the simulator. The rows of an agent that has left hold any finite observation, by
+        custom zeros, and one available action, which does nothing.
         """
         ...

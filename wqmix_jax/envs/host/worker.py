@@ -30,14 +30,15 @@ def main():
     """Serves the simulator that the command line describes as JSON, until the parent hangs up."""
     described = json.loads(sys.argv[1])
     channel = socket.socket(fileno=described["socket"])
-    simulator = None
+    simulator, steps = None, 0
     try:
         simulator, arrays = make(described), share(described)
         while True:
             command = channel.recv(1)
             if not command:
                 break
-            answer(channel, DONE, obey(command, simulator, arrays, described["metrics"]))
+            steps = steps + 1 if command == STEP else 0
+            answer(channel, DONE, obey(command, simulator, arrays, described["metrics"], steps))
     except Exception as error:
         with contextlib.suppress(OSError):  # the parent may be gone
             answer(channel, FAILED, told(error))
@@ -79,8 +80,8 @@ def share(described):
     return arrays
 
 
-def obey(command, simulator, arrays, metrics):
-    """Carries out one command; returns what goes back over the socket."""
+def obey(command, simulator, arrays, metrics, steps):
+    """Carries out one command, after which the episode has ``steps`` steps; returns what goes back over the socket."""
     if command == INFO:
         versions = simulator.versions() if hasattr(simulator, "versions") else {}
         return json.dumps({"info": simulator.info(), "versions": versions}, default=plain)
@@ -95,6 +96,8 @@ def obey(command, simulator, arrays, metrics):
     observed = simulator.observe()
     for name, value in zip(OBSERVED, observed):
         put(arrays, name, value)
+    if command == RESET or not (arrays["terminated"] or arrays["truncated"]):
+        refuse_idle(arrays["avail_actions"], steps)
     if metrics:
         measured = simulator.metrics()
         put(arrays, "metrics", [measured[name] for name in metrics])
@@ -157,6 +160,13 @@ def shape_of(value):
         return np.asarray(value).shape
     except ValueError:
         return "ragged"
+
+
+def refuse_idle(avail_actions, steps):
+    """Refuses an agent that has no available action although the episode goes on."""
+    idle = np.flatnonzero(~avail_actions.any(axis=-1))
+    if len(idle):
+        raise ValueError(f"agent {idle[0]} has no available action after {steps} steps of the episode")
 
 
 def told(error):
