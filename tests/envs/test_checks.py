@@ -9,9 +9,12 @@ import pytest
 
 from tests import running
 from tests.environments import Clock, Leaver, Recall
+from wqmix_jax import load_config, train_seeds
+from wqmix_jax.api import load_policies
 from wqmix_jax.config import ConfigError, build, load_group
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.envs.checks import check_environment
+from wqmix_jax.envs.predator_prey import PredatorPrey
 from wqmix_jax.types import Observation
 
 
@@ -141,7 +144,6 @@ def test_the_tests_own_environments_fit() -> None:
 def test_a_command_refuses_it_before_it_writes_anything(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`train`, and `evaluate` and `load_policy` of a run whose environment has changed since."""
     folder = running.copy_user_folder(tmp_path / "mine")
     coin = folder / "coin.py"
     wrong = coin.read_text().replace("num_actions=2, obs_dim=2", "num_actions=2, obs_dim=3")
@@ -157,3 +159,14 @@ def test_a_command_refuses_it_before_it_writes_anything(
         "spec.num_agents=2, spec.obs_dim=3"
     ]
     assert not run_dir.exists()
+
+
+def test_a_run_whose_environment_has_changed_since_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `load_policy` and `evaluate` do first; training without a folder refuses it too."""
+    kept = running.ROOT / "experiments" / "figures_1M" / "predator_prey" / "predator_prey" / "qmix" / "seeds_0-1"
+    monkeypatch.setattr(PredatorPrey, "_local_views", lambda self, env_state: jnp.zeros((3, 7)))
+    message = r"env=PredatorPrey is not allowed: observe returns obs of float32\[3, 7\], but float32\[8, 75\] is needed"
+    with pytest.raises(ConfigError, match=message):
+        load_policies(kept)
+    with pytest.raises(ConfigError, match=message):
+        train_seeds(load_config("+algo=iql", "env=predator_prey"), [0])
