@@ -22,9 +22,12 @@ def test_an_unavailable_action_is_never_chosen(seed, epsilon):
     assert np.take_along_axis(np.broadcast_to(AVAIL, qs.shape), np.array(actions)[..., None], axis=-1).all()
 
 
-@given(st.lists(st.floats(width=32), min_size=8, max_size=8), st.floats(0, 1, width=32), st.integers(0, 2**31 - 1))
+ANY_VALUE = st.sampled_from([np.nan, np.inf, -np.inf]) | st.floats(width=32)
+
+
+@given(st.lists(ANY_VALUE, min_size=8, max_size=8), st.floats(0, 1, width=32), st.integers(0, 2**31 - 1))
 def test_no_value_makes_an_unavailable_action_the_best(values, epsilon, seed):
-    qs = jnp.array(values, jnp.float32).reshape(2, 4)  # nan and infinities among them
+    qs = jnp.array(values, jnp.float32).reshape(2, 4)
     for actions in (masked_argmax(qs, AVAIL), epsilon_greedy(jax.random.key(seed), qs, AVAIL, jnp.float32(epsilon))):
         assert np.take_along_axis(np.array(AVAIL), np.array(actions)[:, None], axis=-1).all()
 

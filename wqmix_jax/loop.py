@@ -222,7 +222,7 @@ def _mean(values: Any) -> float:
     return _exact(np.ascontiguousarray(values, np.float64).mean())
 
 
-def _mean_of_whole(values: np.ndarray) -> float:
+def _mean_of_whole(values: Any) -> float:
     """The mean over the iterations that had a whole episode; nan where none had."""
     whole = values[~np.isnan(values)]
     return _mean(whole) if whole.size else math.nan
