@@ -119,24 +119,35 @@ def _with_swept(hp: Hyperparams, members: Sequence[Member], sharding: Sharding) 
 def advance(trainer: Trainer, loop: Loop) -> tuple[Loop, list[Line]]:
     """Trains for one chunk; at the end of an evaluation interval, and of the run, it evaluates too.
 
+    An evaluation that is due already, since it failed when the run was interrupted, is made first and alone.
+
     Returns:
         The run after it, and at an evaluation a train and an eval line of each member that trained since the one
         before; of one that has failed since then the train line alone.
     """
-    started = time.perf_counter()
-    state, record = trainer.train_chunk(loop.state)
-    pending = (*loop.pending, jax.device_get(record))
-    seconds = loop.seconds + time.perf_counter() - started
-    loop = loop._replace(state=state, pending=pending, seconds=seconds)
-    if num_pending(loop) < trainer.eval_iterations and not is_finished(loop):
+    if not _evaluation_is_due(trainer, loop):
+        loop = _train(trainer, loop)
+    if not _evaluation_is_due(trainer, loop):
         return loop, []
-    interval, evaluated = join(loop.pending), _evaluate(trainer, state)
+    interval, evaluated = join(loop.pending), _evaluate(trainer, loop.state)
     if trainer.failure() is not None:  # an evaluation that didn't take place
         return loop, []
     trained = np.flatnonzero(interval.active.any(0)).tolist()
     lines = [_train_line(loop, interval, index) for index in trained]
     lines += [_eval_line(loop.members[index], evaluated, index) for index in trained if not failed(loop)[index]]
     return loop._replace(pending=(), evaluated_at=env_steps(loop), seconds=0.0), lines
+
+
+def _train(trainer: Trainer, loop: Loop) -> Loop:
+    started = time.perf_counter()
+    state, record = trainer.train_chunk(loop.state)
+    pending = (*loop.pending, jax.device_get(record))
+    return loop._replace(state=state, pending=pending, seconds=loop.seconds + time.perf_counter() - started)
+
+
+def _evaluation_is_due(trainer: Trainer, loop: Loop) -> bool:
+    """Whether a whole evaluation interval is pending, or what the run trained last."""
+    return bool(loop.pending) and (num_pending(loop) >= trainer.eval_iterations or is_finished(loop))
 
 
 def env_steps(loop: Loop) -> np.ndarray:

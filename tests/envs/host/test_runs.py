@@ -148,3 +148,29 @@ def test_an_evaluation_without_a_complete_episode_is_no_result(
     ):
         list(play_policies(env, {"7": policy}, episodes=2, seed=0, matmul_precision="float32"))
     assert capsys.readouterr().err.count("the toy broke") == 2
+
+
+def test_a_run_whose_evaluation_fails_twice_goes_on_as_if_nothing_had_happened(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The fourth episode of a worker is one of the second evaluation: training has reached its second by then."""
+    runs = []
+    for name, times in (("whole", 0), ("broken", 1)):
+        (marks := tmp_path / name).mkdir()
+        fault = {"kind": "fail", "during": "reset", "marks": str(marks)}
+        faults = [
+            {**fault, "from_reset": 4, "times": times},
+            {**fault, "from_reset": 3, "times": 2 * times, "after": "resumed"},
+        ]
+        folder, run_dir = configs(tmp_path / f"{name}_configs", faults=faults), tmp_path / f"{name}_run"
+        options = (*RUN, "num_seeds=1", "eval_episodes=6", "total_env_steps=40", "checkpoint.every=1000")
+        assert main("+algo=my_algo", "env=my_env", *options, f"run_dir={run_dir}", config_dir=folder) == times
+        for code in (1, 0) if times else ():
+            assert "of evaluation: ValueError: the toy broke" in capfd.readouterr().err
+            (marks / "resumed").touch()
+            assert main(f"resume={run_dir}", config_dir=folder) == code
+        runs.append(timeless(load_metrics(run_dir)))
+    assert "resumed at" in capfd.readouterr().out
+    assert not list(run_dir.glob("unusable_checkpoint_*"))
+    assert [record["env_steps"] for record in runs[0]][-1] >= 40
+    assert runs[0] == runs[1]
