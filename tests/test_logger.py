@@ -2,8 +2,13 @@
 
 import json
 import math
+import os
+import signal
 import struct
-from collections.abc import Iterator, Mapping
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +17,10 @@ import pytest
 import wandb
 from wandb.proto import wandb_internal_pb2
 
-from tests.running import TINY, main
+from tests.running import ROOT, TINY, main
 from wqmix_jax import load_metrics, logger
 from wqmix_jax.config import ConfigError, LoggerOptions
-from wqmix_jax.logger import HEADER_FILE, METRICS_FILE, MetricsFile, WandbRuns, create_metrics, load_header
+from wqmix_jax.logger import HEADER_FILE, METRICS_FILE, SUPERSEDED, MetricsFile, WandbRuns, create_metrics, load_header
 
 LINES = [
     {"kind": kind, "seed": seed, "env_steps": steps, "learner_steps": 0, "episodes": steps, "episode_return": value}
@@ -117,10 +122,9 @@ def options(mode: Any, **changes: Any) -> LoggerOptions:
 
 
 def test_offline_runs_hold_what_metrics_hold(run_dir: Path) -> None:
-    with WandbRuns(run_dir, options("offline"), {"algo": {"lr": 0.5}}, num_bytes=0) as runs:
+    with WandbRuns(run_dir, options("offline"), {"algo": {"lr": 0.5}}) as runs:
         runs.sync()
-        with MetricsFile(run_dir, num_bytes=(run_dir / METRICS_FILE).stat().st_size) as metrics:
-            metrics.write([LINES[0] | {"env_steps": 9}])
+        append(run_dir, [LINES[0] | {"env_steps": 9}])
     wandb.teardown()  # as at a process's end: its service has written everything once this returns
     token = load_header(run_dir)["run"]
     for seed in (0, 1):
@@ -130,14 +134,98 @@ def test_offline_runs_hold_what_metrics_hold(run_dir: Path) -> None:
         config = {item.key: json.loads(item.value_json) for item in run.config.update}
         assert config["algo"] == {"lr": 0.5}
         assert config["seed"] == seed
-        logged = [history(record) for record in wandb_records(run_dir, seed) if record.HasField("history")]
-        expected = load_metrics(run_dir, seed=seed)
-        assert len(logged) == len(expected)
-        for values, line in zip(logged, expected, strict=True):
+    assert_one_curve(run_dir)
+
+
+def append(run_dir: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    with MetricsFile(run_dir, num_bytes=(run_dir / METRICS_FILE).stat().st_size) as metrics:
+        metrics.write(lines)
+
+
+def cut_to(run_dir: Path, count: int) -> None:
+    """As a checkpoint does that knows of so many records."""
+    data = b"".join((run_dir / METRICS_FILE).read_bytes().splitlines(keepends=True)[:count])
+    with MetricsFile(run_dir, num_bytes=len(data)):
+        pass
+
+
+def assert_one_curve(run_dir: Path) -> None:
+    """What ``wandb sync`` finds is one file per seed, with every record once."""
+    assert len(list(run_dir.glob("wandb/*/*.wandb"))) == 2
+    for seed in (0, 1):
+        logged = [record.history for record in wandb_records(run_dir, seed) if record.HasField("history")]
+        assert [record.step.num for record in logged] == list(range(len(logged)))
+        for values, line in zip(map(history, logged), load_metrics(run_dir, seed=seed), strict=True):
             assert values["env_steps"] == line["env_steps"]
             name = f"{line['kind']}/episode_return"
             if math.isfinite(line["episode_return"]):
                 assert values[name] == line["episode_return"]
+
+
+def test_a_run_that_is_resumed_offline_is_one_curve(run_dir: Path) -> None:
+    for more in ([], [LINES[4] | {"env_steps": 9}], [LINES[5] | {"env_steps": 11}, LINES[2] | {"env_steps": 12}]):
+        with WandbRuns(run_dir, options("offline"), {}) as runs:
+            runs.sync()
+            append(run_dir, more)
+        wandb.teardown()
+        assert_one_curve(run_dir)
+    assert len(list((run_dir / "wandb" / SUPERSEDED).glob("*/*.wandb"))) == 4
+
+
+def test_a_run_for_which_wandb_is_switched_on_when_it_is_resumed_is_one_curve(run_dir: Path) -> None:
+    with WandbRuns(run_dir, options("disabled"), {}) as runs:
+        runs.sync()
+    with WandbRuns(run_dir, options("offline"), {}) as runs:
+        append(run_dir, [LINES[4] | {"env_steps": 9}])
+        runs.sync()
+    wandb.teardown()
+    assert_one_curve(run_dir)
+
+
+def hand_over_and_die(run_dir: str) -> None:
+    """In a process of its own: the records so far, some more, and ``kill -9``."""
+    with WandbRuns(Path(run_dir), options("offline"), {}) as runs:
+        runs.sync()
+        append(Path(run_dir), [LINES[4] | {"env_steps": 9}, LINES[5] | {"env_steps": 11}])
+        runs.sync()
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_run_that_was_killed_after_its_last_checkpoint_is_one_curve(run_dir: Path) -> None:
+    code = f"from tests.test_logger import hand_over_and_die; hand_over_and_die({str(run_dir)!r})"
+    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(load_metrics(run_dir)) == len(LINES) + 2
+    cut_to(run_dir, 4)
+    with WandbRuns(run_dir, options("offline"), {}) as runs:
+        append(run_dir, [LINES[4] | {"env_steps": 3}, LINES[5] | {"env_steps": 4}, LINES[5] | {"env_steps": 13}])
+        runs.sync()
+    wandb.teardown()
+    assert_one_curve(run_dir)
+
+
+def test_an_online_run_gets_what_it_does_not_have(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B refuses steps below the one at which a run continues."""
+    logged: list[tuple[str, int, int]] = []
+
+    def init(*, id: str, resume: str, **_: Any) -> Any:
+        def log(values: Mapping[str, Any], *, step: int, commit: bool) -> None:
+            assert commit
+            logged.append((id[-1], step, values["env_steps"]))
+
+        assert resume == "allow"
+        starting_step = 2 if id.endswith("-0") else 0
+        return SimpleNamespace(log=log, starting_step=starting_step, define_metric=str, finish=str)
+
+    monkeypatch.setattr(wandb, "init", init)
+    (run_dir / "wandb" / f"offline-run-20260101_000000-{load_header(run_dir)['run']}-1").mkdir(parents=True)
+    with WandbRuns(run_dir, options("online"), {}) as runs:
+        runs.sync()
+        append(run_dir, [LINES[4] | {"env_steps": 9}])
+    assert [each for each in logged if each[0] == "0"] == [("0", 2, 3), ("0", 3, 9)]
+    assert [each for each in logged if each[0] == "1"] == [("1", 0, 0), ("1", 1, 2), ("1", 2, 2)]
+    assert not list(run_dir.glob("wandb/offline-run-*")), "a later `wandb sync` would overwrite the online run"
 
 
 @pytest.mark.parametrize(
@@ -157,15 +245,15 @@ def test_a_group_is_named_by_what_tells_its_folder_apart(
     monkeypatch.setattr(wandb, "init", lambda **told: started.append(told) or SimpleNamespace(define_metric=print))
     Path(folder).mkdir(parents=True)
     create_metrics(Path(folder), version="0", algo="iql", env="coin", members=[{"seed": 0}])
-    WandbRuns(Path(folder), options("offline", group=None), {}, num_bytes=0)
+    WandbRuns(Path(folder), options("offline", group=None), {})
     monkeypatch.chdir(folder)
-    WandbRuns(Path(), options("offline", group=None), {}, num_bytes=0)
+    WandbRuns(Path(), options("offline", group=None), {})
     assert [(told["group"], told["name"]) for told in started] == [(group, f"{group}_seed0")] * 2
 
 
 def test_nothing_is_made_where_wandb_is_disabled(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wandb, "init", None)
-    with WandbRuns(run_dir, options("disabled"), {}, num_bytes=0) as runs:
+    with WandbRuns(run_dir, options("disabled"), {}) as runs:
         runs.sync()
     assert sorted(path.name for path in run_dir.iterdir()) == sorted([HEADER_FILE, METRICS_FILE])
 
@@ -178,7 +266,7 @@ def test_a_failure_there_is_told_once_and_stops_nothing(
         raise ConnectionError("no\nroute")
 
     monkeypatch.setattr(wandb if broken == "init" else wandb.Run, broken, fail)
-    with WandbRuns(run_dir, options("offline"), {}, num_bytes=0) as runs:
+    with WandbRuns(run_dir, options("offline"), {}) as runs:
         runs.sync()
         runs.sync()
     monkeypatch.undo()
@@ -214,4 +302,4 @@ def wandb_records(run_dir: Path, seed: int) -> Iterator[wandb_internal_pb2.Recor
 
 
 def history(record: Any) -> Mapping[str, Any]:
-    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.item}

@@ -38,8 +38,11 @@ train, one per seed and evaluation interval, means over the interval's iteration
     ``loss``, ``grad_norm`` (before clipping), and what the algorithm reports (``weight_mean``, ``q_tot_mean``, ..)
 """
 
+import collections
 import contextlib
+import glob
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -57,6 +60,8 @@ SCHEMA = 1
 """Version of the lines' keys and meanings; raised when one of them changes."""
 
 METRICS_FILE, HEADER_FILE = "metrics.jsonl", "run.json"
+
+WANDB_DIR, SUPERSEDED = "wandb", "superseded"
 
 Line = dict[str, Any]
 
@@ -218,20 +223,25 @@ def _from_json(text: str) -> Line:
 class WandbRuns:
     """The runs of Weights & Biases, one per seed in one group, fed from ``metrics.jsonl``.
 
+    A record's step there is its number among the records of its seed, so a record has the same step however often a run
+    is resumed. Each process hands over every record from the first on, except those below the step at which an online
+    run continues. An offline run can't be continued: the new one holds everything, and the folder of the one before
+    moves to `SUPERSEDED`, where ``wandb sync`` doesn't look.
+
     Whatever goes wrong there is told once on stderr and never stops training.
     """
 
-    def __init__(self, run_dir: Path, options: LoggerOptions, config: Mapping[str, Any], *, num_bytes: int) -> None:
+    def __init__(self, run_dir: Path, options: LoggerOptions, config: Mapping[str, Any]) -> None:
         """Starts the runs where ``options`` ask for them.
 
         Args:
-            run_dir: the run's folder; files of W&B go to ``wandb`` in it.
+            run_dir: the run's folder; files of W&B go to `WANDB_DIR` in it.
             options: see `LoggerOptions`.
             config: the run's options, shown with the runs.
-            num_bytes: how much of ``metrics.jsonl`` they hold already.
         """
         self._run_dir, self._options, self._config = run_dir, options, config
-        self._num_bytes = num_bytes
+        self._num_bytes = 0
+        self._num_records: collections.Counter[str] = collections.Counter()
         self._runs: dict[str, Any] = {}
         self._active = options.wandb != "disabled"
         self._guarded(self._start)
@@ -270,12 +280,14 @@ class WandbRuns:
         online = self._options.wandb == "online"
         for member in header["members"]:
             name = member_name(member)
+            run_id = f"{header['run']}-{name}"
+            _supersede(self._run_dir / WANDB_DIR, run_id)
             settings = wandb.Settings(silent=True, console="off", x_disable_stats=bool(self._runs))
             run = wandb.init(
                 project=self._options.project,
                 group=group,
                 name=f"{group}_seed{name}",
-                id=f"{header['run']}-{name}",
+                id=run_id,
                 dir=self._run_dir,
                 mode=self._options.wandb,
                 resume="allow" if online else None,
@@ -296,7 +308,20 @@ class WandbRuns:
             labels = labels_of(line)
             measured = {name: value for name, value in line.items() if name not in (*_COUNTERS, *labels)}
             values = {f"{line['kind']}/{name}": value for name, value in measured.items()}
-            self._runs[member_name(labels)].log({name: line[name] for name in _COUNTERS[2:]} | values)
+            member = member_name(labels)
+            run, step = self._runs[member], self._num_records[member]
+            self._num_records[member] += 1
+            if step >= run.starting_step:  # not 0 where W&B has the records of an online run until then
+                run.log({name: line[name] for name in _COUNTERS[2:]} | values, step=step, commit=True)
+
+
+def _supersede(wandb_dir: Path, run_id: str) -> None:
+    """Moves the folders of a run's earlier offline processes to where ``wandb sync`` doesn't find them."""
+    for folder in wandb_dir.glob(f"offline-run-*-{glob.escape(run_id)}"):
+        aside = wandb_dir / SUPERSEDED
+        aside.mkdir(exist_ok=True)
+        target = next(path for number in itertools.count() if not (path := aside / f"{folder.name}_{number}").exists())
+        folder.rename(target)
 
 
 def _group_of(run_dir: Path) -> str:

@@ -182,7 +182,7 @@ def _train(
         with (
             _closing(checkpoints),
             MetricsFile(run_dir, num_bytes=num_bytes) as metrics,
-            WandbRuns(run_dir, config.logger, values, num_bytes=metrics.num_bytes if restored else 0) as wandb_runs,
+            WandbRuns(run_dir, config.logger, values) as wandb_runs,
         ):
             session = _Session(config, run_dir, trainer, members, nothing, metrics, checkpoints, wandb_runs, signals)
             with config.env.host.running([member.seed for member in members]):
