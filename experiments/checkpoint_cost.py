@@ -1,12 +1,16 @@
-"""How long a checkpoint takes and how large it is: ``python -m experiments.checkpoint_cost [--seeds 1 16]``.
+"""How long a checkpoint takes and how large it is: ``python -m experiments.checkpoint_cost [--seeds 1 8 16]``.
 
 OW-QMIX on predator-prey with the paper's sizes; every array is full of random bytes, which can't be compressed: the
-worst case. One JSON line per number of seeds.
+worst case. One JSON line per number of seeds, each measured in a process of its own. ``save_extra_megabytes`` and
+``restore_extra_megabytes`` are what the process holds at most meanwhile, without the train state (Linux only).
 """
 
+import gc
 import json
+import multiprocessing
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +27,44 @@ from wqmix_jax.members import make_members
 from wqmix_jax.policy import no_policy
 from wqmix_jax.trainer import make_trainer
 
+STATUS = Path("/proc/self/status")
+
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
-    parser.add_argument("--seeds", type=count, nargs="+", default=[1, 16])
+    parser.add_argument("--seeds", type=count, nargs="+", default=[1, 8, 16])
     for num_seeds in parser.parse_args().seeds:
-        with tempfile.TemporaryDirectory(dir=".") as folder:
-            print(json.dumps(measure(num_seeds, Path(folder))), flush=True)
+        with (
+            tempfile.TemporaryDirectory(dir=".") as folder,
+            ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
+        ):
+            print(json.dumps(pool.submit(measure, num_seeds, Path(folder)).result()), flush=True)
+
+
+class PeakMemory:
+    """The most that this process has held of the memory inside a ``with`` block, beyond what it held before.
+
+    Attributes:
+        megabytes: of it; 0 where Linux doesn't say.
+    """
+
+    megabytes = 0.0
+
+    def __enter__(self) -> "PeakMemory":
+        gc.collect()
+        if STATUS.is_file():
+            (STATUS.parent / "clear_refs").write_text("5")  # the peak is counted from here on
+            self._before = resident("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if STATUS.is_file():
+            self.megabytes = round((resident("VmHWM") - self._before) / 1e6, 1)
+
+
+def resident(name: str) -> int:
+    """Bytes of this process in the memory."""
+    return next(int(line.split()[1]) * 1024 for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
 
 
 def random_array(leaf: Any) -> jax.Array:
@@ -52,16 +87,18 @@ def measure(num_seeds: int, folder: Path) -> dict[str, float]:
     loop = Loop(state, members, (), np.zeros(num_seeds, np.int32), 0.0)
     origin = Origin("measured", {}, {})
     checkpoints = Checkpoints(folder, trainer, members, best, origin, keep=1)
-    started = time.perf_counter()
-    checkpoints.save(loop, best, chunk_iterations=trainer.chunk_iterations, metrics_bytes=0, wall_seconds=0.0)
-    blocked = time.perf_counter() - started
-    checkpoints.wait()
-    saved = time.perf_counter() - started
-    started = time.perf_counter()
-    restored = checkpoints.restore(config.total_env_steps)
-    assert restored is not None
-    jax.block_until_ready(restored.loop.state)
-    seconds = time.perf_counter() - started
+    with PeakMemory() as saving:
+        started = time.perf_counter()
+        checkpoints.save(loop, best, chunk_iterations=trainer.chunk_iterations, metrics_bytes=0, wall_seconds=0.0)
+        blocked = time.perf_counter() - started
+        checkpoints.wait()
+        saved = time.perf_counter() - started
+    with PeakMemory() as restoring:
+        started = time.perf_counter()
+        restored = checkpoints.restore(config.total_env_steps)
+        assert restored is not None
+        jax.block_until_ready(restored.loop.state)
+        seconds = time.perf_counter() - started
     np.testing.assert_array_equal(restored.loop.state.replay.experience, state.replay.experience)
     checkpoints.close()
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -72,6 +109,8 @@ def measure(num_seeds: int, folder: Path) -> dict[str, float]:
         "save_seconds_training_waits": round(blocked, 3),
         "save_seconds_until_on_disk": round(saved, 3),
         "restore_seconds": round(seconds, 3),
+        "save_extra_megabytes": saving.megabytes,
+        "restore_extra_megabytes": round(restoring.megabytes - checkpoints.num_bytes / 1e6, 1),
     }
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,15 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore
 from jax.sharding import SingleDeviceSharding
 
 from tests.running import TINY, USER_FOLDER, last_checkpoint, main, process, shared_programs, timeless
-from wqmix_jax import evaluate, load_config, load_metrics, load_policy, runner
+from wqmix_jax import checkpoint, evaluate, load_config, load_metrics, load_policy, pieces, runner
 from wqmix_jax.algos.base import AgentInputs
 from wqmix_jax.config import ConfigError
+from wqmix_jax.exits import SEEDS_FAILED
 from wqmix_jax.logger import METRICS_FILE, create_metrics, load_header
 from wqmix_jax.loop import Loop
 from wqmix_jax.networks import functional
+from wqmix_jax.pieces import Pieces
 from wqmix_jax.runs import SUMMARY_FILE, held
 from wqmix_jax.trainer import Trainer
 
@@ -90,6 +94,18 @@ def test_a_killed_run_goes_on_to_the_bit(cut: Callable[..., Path], straight: Pat
     assert last_checkpoint(run_dir)["metrics_bytes"] < (run_dir / METRICS_FILE).stat().st_size - len(TORN)
     assert main(f"resume={run_dir}") == 0
     assert_same_run(run_dir, straight)
+
+
+def test_swept_failed_and_finished_members_go_on_to_the_bit(cut: Callable[..., Path], tmp_path: Path) -> None:
+    """With a learning rate that makes parameters infinite, two environments each, and members that end apart."""
+    changes = ("sweep.lr=[0.0005,1e38]", "num_envs=2", "algo.batch_size=4", "total_env_steps=36")
+    assert main(*TINY, *changes, f"run_dir={tmp_path / 'whole'}") == SEEDS_FAILED
+    run_dir = cut(5, *changes)
+    saved = last_checkpoint(run_dir)
+    assert saved["failed"] == [False, True, False, True]
+    assert main(f"resume={run_dir}") == SEEDS_FAILED
+    assert not list(run_dir.glob("unusable_checkpoint_*"))
+    assert_same_run(run_dir, tmp_path / "whole")
 
 
 def test_a_run_goes_on_with_its_seeds_on_another_number_of_devices(
@@ -216,6 +232,16 @@ def change_host(step: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def rewrite(step: Path, change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> None:
+    """Changes a checkpoint's arrays, and their checksum with them."""
+    folder = step.absolute() / "arrays"
+    with warnings.catch_warnings(), ocp.PyTreeCheckpointer() as orbax:
+        warnings.filterwarnings("ignore", "Sharding info not provided")
+        arrays = change(orbax.restore(folder))
+        orbax.save(folder, arrays, force=True)
+    change_host(step, crc32=checkpoint._checksum({name: Pieces(leaf) for name, leaf in arrays.items()}))
+
+
 def truncate(step: Path) -> None:
     """Cuts every file of a checkpoint's arrays in half."""
     for path in (step / "arrays").glob("**/d/*"):
@@ -234,10 +260,14 @@ UNUSABLE: list[tuple[Callable[[Path], None], str]] = [
     (lambda step: edit(step / "host" / "metadata", '"schema":', '"schema"'), "Expecting ':' delimiter"),
     (lambda step: change_host(step, run="another1"), "it is of another run (another1, and this is "),
     (replace_by_foreign_folder, 'Item "host" was not found'),
+    (
+        lambda step: rewrite(step, lambda arrays: arrays | {"state.failed": np.zeros(3, bool)}),
+        "it doesn't fit the run: state.failed is bool[3] there, bool[2] here",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("spoil", "told"), UNUSABLE, ids=["torn", "bits", "host", "run", "foreign"])
+@pytest.mark.parametrize(("spoil", "told"), UNUSABLE, ids=["torn", "bits", "host", "run", "foreign", "shape"])
 def test_a_spoilt_checkpoint_is_named_and_the_one_before_it_used(
     spoil: Callable[[Path], None],
     told: str,
@@ -255,6 +285,120 @@ def test_a_spoilt_checkpoint_is_named_and_the_one_before_it_used(
     assert f"resumed at {earlier.name} environment steps" in shown.out
     assert (run_dir / f"unusable_checkpoint_{latest.name}").is_dir()
     assert_same_run(run_dir, straight)
+
+
+def test_pending_records_of_more_than_an_interval_are_read(cut: Callable[..., Path], straight: Path) -> None:
+    """Earlier versions wrote them after two failed evaluations; the evaluation that is due is made first."""
+    run_dir = cut(7)
+    latest = max((run_dir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    count, whole = last_checkpoint(run_dir)["num_pending"], 6
+
+    def lengthen(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {
+            name: np.concatenate([leaf[:count], leaf[:count], leaf[:count], leaf[:count]])
+            if name.startswith("pending.")
+            else leaf
+            for name, leaf in arrays.items()
+        }
+
+    assert 4 * count > whole
+    rewrite(latest, lengthen)
+    change_host(latest, num_pending=4 * count)
+    assert main(f"resume={run_dir}") == 0
+    assert not list(run_dir.glob("unusable_checkpoint_*"))
+    saved, expected = last_checkpoint(run_dir), last_checkpoint(straight)
+    for name in (name for name in saved if name.startswith("state.")):
+        np.testing.assert_array_equal(saved[name], expected[name], err_msg=name)
+
+
+def chunk_shapes(step: Path) -> dict[str, tuple[list[int], list[int]]]:
+    """Shape of each array of a checkpoint, and of the chunks that it is stored in."""
+    spec = {"driver": "ocdbt", "base": {"driver": "file", "path": str(step / "arrays") + "/"}}
+    store = tensorstore.KvStore.open(spec).result()
+    names = [key.decode() for key in store.list().result() if key.endswith(b"/.zarray")]
+    found = {name.removesuffix("/.zarray"): json.loads(store[name]) for name in names}
+    return {name: (array["shape"], array["chunks"]) for name, array in found.items()}
+
+
+def test_large_arrays_are_written_and_read_in_pieces(
+    cut: Callable[..., Path], straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.MonkeyPatch.context() as small:  # `cut` undoes what `monkeypatch` has set
+        small.setattr(pieces, "PIECE_BYTES", 16)
+        small.setattr(checkpoint, "BATCH_BYTES", 32)
+        run_dir = cut(7)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 16)
+    stored = chunk_shapes(max((run_dir / "checkpoints").iterdir(), key=lambda path: int(path.name)))
+    shape, chunks = stored["state.replay.experience"]
+    assert chunks == list(pieces.piece_shape(tuple(shape), np.uint8)) != shape
+    assert main(f"resume={run_dir}") == 0
+    assert_same_run(run_dir, straight)
+
+
+def test_a_checkpoint_whose_arrays_were_written_whole_is_read(
+    cut: Callable[..., Path], straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As all were before arrays were written in pieces."""
+    run_dir = cut(7)
+    latest = max((run_dir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    rewrite(latest, lambda arrays: arrays)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 16)
+    shape, chunks = chunk_shapes(latest)["state.replay.experience"]
+    assert chunks == shape != list(pieces.piece_shape(tuple(shape), np.uint8))
+    assert main(f"resume={run_dir}") == 0
+    assert not list(run_dir.glob("unusable_checkpoint_*"))
+    assert_same_run(run_dir, straight)
+
+
+def test_an_accelerators_state_is_copied_and_written_while_training_goes_on(
+    tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, waited = [], []
+
+    def save(self: Any, *args: Any, real: Any = ocp.CheckpointManager.save, **kwargs: Any) -> Any:
+        begun.append(args)
+        return real(self, *args, **kwargs)
+
+    def wait(self: Any, real: Any = ocp.CheckpointManager.wait_until_finished) -> None:
+        waited.append(len(begun))
+        real(self)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "_has_room_for_copies", lambda _: True)
+    monkeypatch.setattr(ocp.CheckpointManager, "save", save)
+    monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", wait)
+    run_dir = tmp_path / "run"
+    assert main(*TINY, f"run_dir={run_dir}") == 0
+    assert waited[: len(begun)] == list(range(len(begun))), "only before the next, and at the end"
+    assert_same_run(run_dir, straight)
+
+
+@pytest.mark.parametrize(("platform", "left", "copied"), [("cpu", 10**12, False), ("gpu", 10**12, True),
+                                                          ("gpu", None, True), ("gpu", 10**6, False)])  # fmt: skip
+def test_a_state_is_copied_where_there_is_room(platform: str, left: int | None, copied: bool) -> None:
+    devices = SimpleNamespace(device_set=[SimpleNamespace(platform=platform)])
+    run = SimpleNamespace(_sharding=devices, _memory_left=lambda: left, num_bytes=10**6)
+    assert checkpoint.Checkpoints._has_room_for_copies(run) == copied  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_is_not_blamed_for_a_lack_of_memory(
+    tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError("Unable to allocate 3.00 GiB")
+
+    monkeypatch.setattr(checkpoint, "assemble", fail)
+    run_dir = Path(shutil.copytree(straight, tmp_path / "run"))
+    assert main(f"resume={run_dir}") == 1
+    assert "can't be read: Unable to allocate 3.00 GiB; to go on: " in capfd.readouterr().err
+    assert not list(run_dir.glob("unusable_checkpoint_*"))
+
+
+def test_arrays_without_elements_need_no_file() -> None:
+    state = {"learner": {"weights": np.ones((2, 3)), "nothing": np.zeros((2, 0), np.float32)}}
+    named = checkpoint._named(state, {}, {})  # type: ignore[arg-type]
+    assert list(named) == ["state.learner.weights"]
+    restored = checkpoint._unflat("state", named, state)
+    assert restored["learner"]["nothing"].shape == (2, 0)
 
 
 def test_without_a_usable_checkpoint_everything_stays(
@@ -335,7 +479,10 @@ def test_another_shape_is_named(
     edit(run_dir / "config.yaml", "hidden_dim: 4", "hidden_dim: 5")
     assert main(f"resume={run_dir}") == 2
     err = capfd.readouterr().err
-    assert "doesn't fit the run: best.params.agent.encoder.bias is float32[2, 4] there, float32[2, 5] here" in err
+    told = (
+        "can't be used: it doesn't fit the run: best.params.agent.encoder.bias is float32[2, 4] there, float32[2, 5] "
+    )
+    assert err.count(told) == 2, "both checkpoints are named"
     assert err.count("\n") == 1
 
 

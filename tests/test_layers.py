@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "wqmix_jax"
 
 # From the bottom to the top. A module or subpackage imports itself and the layers below, never others of its own layer.
 LAYERS = (
-    ("types", "config", "devices", "exits"),
+    ("types", "config", "devices", "exits", "pieces"),
     ("hosts", "option_help"),
     ("td", "weighting", "exploration", "policies", "networks", "packing", "envs"),
     ("replay",),
@@ -29,7 +29,7 @@ LAYERS = (
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
-HOMES = {"hydra": {"train", "evaluate"}, "wandb": {"logger"}, "orbax": {"checkpoint"}}
+HOMES = {"hydra": {"train", "evaluate"}, "wandb": {"logger"}, "orbax": {"checkpoint"}, "tensorstore": {"checkpoint"}}
 
 # Know the contract `algos.base`, never a concrete algorithm.
 ALGORITHM_BLIND = {"rollout", "learner", "batching", "evaluator", "trainer"}

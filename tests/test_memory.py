@@ -15,6 +15,7 @@ from wqmix_jax.exits import RunError
 from wqmix_jax.loop import abstract_state
 from wqmix_jax.members import make_members
 from wqmix_jax.memory import compile_within_memory, memory_limit, memory_plan, refuse_small_memory
+from wqmix_jax.pieces import buffer_bytes
 from wqmix_jax.trainer import make_trainer
 
 CONFIG = tiny_run(tiny_wqmix(hidden_dim=16, batch_size=4, buffer_size=512), Clock(episode_limit=64, ends_from=64))
@@ -42,6 +43,15 @@ def test_the_plan_is_the_programs_own_and_nothing_copies_the_replay(programs):
     assert memory_plan(programs[4], MEMBERS).temporaries < replays / 2
     assert programs[1].train_chunk.memory_analysis().alias_size_in_bytes == plan.state
     assert str(plan._replace(limit=10**9)).endswith("; 1,000.0 MB are there")
+
+
+def test_the_plan_has_room_for_a_checkpoint(programs):
+    plan = memory_plan(programs[1], MEMBERS)
+    assert plan.checkpoint == buffer_bytes(plan.state) > 0
+    assert plan.total == plan.state + plan.temporaries + plan.checkpoint
+    assert plan._replace(limit=plan.total).fits
+    assert not plan._replace(limit=plan.total - 1).fits
+    assert f"{plan.checkpoint / 1e6:,.1f} MB for checkpoints" in str(plan)
 
 
 def test_groups_take_less_memory_and_give_the_same_numbers(programs):

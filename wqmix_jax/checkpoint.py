@@ -1,20 +1,23 @@
 """Checkpoints of a whole run through orbax: the train state, the best policies, and how far the records were written.
 
-A checkpoint is named by `loop.slowest_steps` and appears under that name only when it is complete. It is copied off the
-device at once and written by other threads while training goes on.
+A checkpoint is named by `loop.slowest_steps` and appears under that name only when it is complete. It is written and
+read in pieces, see `wqmix_jax.pieces`, so a CPU never copies the replay as a whole. There, and where the host has no
+room for a copy of an accelerator's state, training waits until a checkpoint is written, because the next chunk
+overwrites the state. Otherwise the state is copied to the host, and other threads write it while training continues.
 """
 
 import asyncio
+import collections
 import contextlib
 import errno
 import functools
+import itertools
 import logging
 import os
 import re
 import shutil
 import sys
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +25,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from orbax.checkpoint.options import AsyncOptions, MultiprocessingOptions
-from orbax.checkpoint.type_handlers import NumpyHandler, create_type_handler_registry, get_json_tspec_write
+from orbax.checkpoint.type_handlers import (
+    NumpyHandler,
+    create_type_handler_registry,
+    get_json_tspec_read,
+    get_json_tspec_write,
+)
 
 from wqmix_jax.config import ConfigError, run_defaults
 from wqmix_jax.exits import RunError
 from wqmix_jax.loop import Loop, abstract_interval, abstract_state, env_steps, join, num_pending, slowest_steps
 from wqmix_jax.members import Member
+from wqmix_jax.pieces import (
+    BATCH_BYTES,
+    PIECE_BYTES,
+    Index,
+    Pieces,
+    assemble,
+    assemble_on_host,
+    buffer_bytes,
+    checksum,
+    piece_indices,
+    piece_shape,
+)
 from wqmix_jax.policy import Policy, flat
 from wqmix_jax.trainer import Trainer, TrainRecord, TrainState
 from wqmix_jax.types import PyTree
@@ -88,6 +109,7 @@ class Checkpoints:
         origin: Origin,
         *,
         keep: int,
+        memory_left: Callable[[], int | None] = lambda: None,
     ) -> None:
         """Opens the folder, made where absent.
 
@@ -98,12 +120,14 @@ class Checkpoints:
             best: a policy of the run's shapes.
             origin: what the run is.
             keep: how many of the latest are kept.
+            memory_left: bytes that are free in the host's memory, or None where that isn't known.
         """
         self._members, self._origin, self._sharding = members, origin, trainer.sharding
         self._state = abstract_state(trainer, members)
         self._interval = abstract_interval(trainer, members)
         self._best = best
-        self._abstract = _named(jax.eval_shape(_raw_keys, self._state), self._interval, best)
+        self._abstract = _named(_raw_shapes(self._state), self._interval, best)
+        self._memory_left = memory_left
         self.num_bytes = _num_bytes(self._abstract)
         _hush_orbax()
         self._directory = directory.absolute()
@@ -112,7 +136,7 @@ class Checkpoints:
         self._latest = self._manager.latest_step()
 
     def save(self, loop: Loop, best: Policy, *, chunk_iterations: int, metrics_bytes: int, wall_seconds: float) -> None:
-        """Begins to write a checkpoint; does nothing where the latest is of the same step.
+        """Writes a checkpoint, or begins to; does nothing where the latest is of the same step.
 
         Raises:
             RunError: if there is no room for it, or the one before it could not be written.
@@ -123,7 +147,8 @@ class Checkpoints:
         self.wait()
         self._check_room()
         named = _named(_raw_keys(loop.state), self._padded(loop), best)
-        arrays = {name: np.array(leaf) for name, leaf in named.items()}  # copies: the next chunk takes the buffers
+        waits = not self._has_room_for_copies()
+        arrays = {name: Pieces(leaf if waits else np.array(leaf)) for name, leaf in named.items()}
         host = {
             "schema": SCHEMA,
             **self._origin._asdict(),
@@ -144,6 +169,8 @@ class Checkpoints:
                 step, args=ocp.args.Composite(arrays=ocp.args.PyTreeSave(arrays), host=ocp.args.JsonSave(host))
             )
         self._latest = step
+        if waits:  # the next chunk overwrites the arrays
+            self.wait()
 
     def check(self) -> None:
         """Notices a checkpoint that could not be written.
@@ -168,7 +195,7 @@ class Checkpoints:
 
         That is the latest, unless a seed rests in it that a longer run would have trained on: then the latest before
         any seed came to rest, where it is still there, for the numbers of a run that was never cut. One that can't be
-        read, or is of another run, is named and moved aside, and another is taken.
+        read, doesn't fit, or is of another run, is named and moved aside, and another is taken.
 
         Returns:
             The run, with its new total, or None if there is no checkpoint.
@@ -223,8 +250,9 @@ class Checkpoints:
 
     def _read(self, step: int, host: dict[str, Any], total_env_steps: int) -> Restored:
         self._check_fits(step)
-        arrays = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore()))["arrays"]
-        if _checksum(arrays) != host["crc32"]:
+        stored = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore()))["arrays"]
+        arrays, crc = self._assembled(stored)
+        if crc != host["crc32"]:
             raise ValueError("its arrays are not those that were saved (crc32)")
         state = _typed_keys(jax.device_put(_unflat("state", arrays, self._state), self._sharding))
         padded = _unflat("pending", arrays, self._interval)
@@ -239,13 +267,29 @@ class Checkpoints:
         best = _unflat("best", arrays, self._best)
         return Restored(loop, best, host["chunk_iterations"], host["metrics_bytes"], host["wall_seconds"])
 
+    def _assembled(self, stored: "Mapping[str, _Stored]") -> tuple[dict[str, Any], int]:
+        """All arrays, those of the state on their devices, and their checksum."""
+        crc = 0
+
+        def checked(pieces: "_Stored") -> Iterator[tuple[Index, np.ndarray]]:
+            nonlocal crc
+            for index, piece in pieces:
+                crc = checksum(piece, crc)
+                yield index, piece
+
+        arrays = {}
+        for name in sorted(stored):
+            pieces, like = checked(stored[name]), self._abstract[name]
+            on_device = name.startswith("state.")
+            arrays[name] = assemble(pieces, like) if on_device else assemble_on_host(pieces, stored[name])
+        return arrays, crc
+
     def _check_fits(self, step: int) -> None:
         saved = self._manager.item_metadata(step)["arrays"]
         for name in sorted(self._abstract.keys() | saved.keys()):
             here, there = self._abstract.get(name), saved.get(name)
-            if here is None or there is None or (here.shape, here.dtype) != (tuple(there.shape), there.dtype):
-                path = self._directory / str(step)
-                raise ConfigError(f"{path} doesn't fit the run: {name} is {_shape(there)} there, {_shape(here)} here")
+            if here is None or there is None or _kind(name, here) != _kind(name, there):
+                raise ValueError(f"it doesn't fit the run: {name} is {_shape(there)} there, {_shape(here)} here")
 
     def _move_aside(self, unusable: Mapping[int, str]) -> None:
         for step, reason in unusable.items():
@@ -262,6 +306,13 @@ class Checkpoints:
             if (there := host["machine"].get(name)) != here:
                 told = f"{name} is {here}, and was {there} when the checkpoint was made"
                 print(f"warning: {told}; the numbers will not be equal to the last bit", file=sys.stderr)
+
+    def _has_room_for_copies(self) -> bool:
+        """Whether the state is on an accelerator, and the host's memory can take a copy of it."""
+        if next(iter(self._sharding.device_set)).platform == "cpu":
+            return False
+        left = self._memory_left()
+        return left is None or left > self.num_bytes + buffer_bytes(self.num_bytes)
 
     def _check_room(self) -> None:
         free = shutil.disk_usage(self._directory).free
@@ -292,7 +343,7 @@ class Checkpoints:
 
 def checkpoint_bytes(trainer: Trainer, members: Sequence[Member], best: Policy) -> int:
     """The most that the arrays of a checkpoint take, before there is a folder for them."""
-    state = jax.eval_shape(_raw_keys, abstract_state(trainer, members))
+    state = _raw_shapes(abstract_state(trainer, members))
     return _num_bytes(_named(state, abstract_interval(trainer, members), best))
 
 
@@ -301,8 +352,9 @@ def _num_bytes(arrays: Mapping[str, Any]) -> int:
 
 
 def _named(state: TrainState, pending: TrainRecord, best: Policy) -> dict[str, Any]:
-    """All arrays of a checkpoint by their names there."""
-    return {**_flat("state", state), **_flat("pending", pending), **_flat("best", best)}
+    """All arrays of a checkpoint by their names there; orbax doesn't take those without elements."""
+    named = {**_flat("state", state), **_flat("pending", pending), **_flat("best", best)}
+    return {name: leaf for name, leaf in named.items() if leaf.size}
 
 
 def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
@@ -311,9 +363,9 @@ def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
     alone = MultiprocessingOptions(
         primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
     )
-    handler = _WrittenByEveryProcess(deepcopy_host_arrays=False)  # `Checkpoints.save` hands over copies
+    handler = _InPieces(deepcopy_host_arrays=False)  # `Checkpoints.save` sees to it that they stay as they are
     arrays = ocp.PyTreeCheckpointHandler(
-        multiprocessing_options=alone, type_handler_registry=create_type_handler_registry((np.ndarray, handler))
+        multiprocessing_options=alone, type_handler_registry=create_type_handler_registry((Pieces, handler))
     )
     return ocp.CheckpointManager(
         directory,
@@ -329,13 +381,16 @@ def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
     )
 
 
-class _WrittenByEveryProcess(NumpyHandler):
-    """Numpy arrays that each process has for itself; orbax takes them for copies, and writes those of process 0."""
+class _InPieces(NumpyHandler):
+    """Writes and reads arrays as orbax does numpy's, but with a bounded number of bytes at a time.
+
+    Each process writes its own arrays; orbax takes them for copies, and writes those of process 0.
+    """
 
     async def _background_serialize(
-        self, values: Sequence[np.ndarray], infos: Sequence[Any], args: Sequence[Any] | None = None
+        self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None
     ) -> None:
-        writes = []
+        opened = []
         for value, info, arg in zip(values, infos, args or [None] * len(values), strict=True):
             await info.await_path_creation()
             spec = get_json_tspec_write(
@@ -347,8 +402,52 @@ class _WrittenByEveryProcess(NumpyHandler):
                 process_index=jax.process_index(),
                 arg=arg,
             )
-            writes.append(self._open_and_write(value, spec, info.ts_context))
+            spec["metadata"]["chunks"] = piece_shape(value.shape, value.dtype)
+            opened.append(tensorstore.open(tensorstore.Spec(spec), create=True, open=True, context=info.ts_context))
+        stores = await asyncio.gather(*opened)
+        writes, num_bytes = [], 0
+        for value, store in zip(values, stores, strict=True):
+            for index, piece in value:
+                writes.append(store[index].write(piece, can_reference_source_data_indefinitely=True))
+                num_bytes += piece.nbytes
+                if num_bytes >= BATCH_BYTES:
+                    await asyncio.gather(*writes)
+                    writes, num_bytes = [], 0
         await asyncio.gather(*writes)
+
+    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
+        """Opens the arrays; they are read when their pieces are asked for."""
+        opened = []
+        for info in infos:
+            spec = get_json_tspec_read(info, use_ocdbt=info.is_ocdbt_checkpoint)
+            opened.append(tensorstore.open(tensorstore.Spec(spec), open=True, context=info.ts_context))
+        return [_Stored(store) for store in await asyncio.gather(*opened)]
+
+
+class _Stored:
+    """An array of a checkpoint; iterating reads its pieces.
+
+    Attributes:
+        shape: of the whole array.
+        dtype: its dtype.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self.shape, self.dtype, self._store = tuple(store.shape), store.dtype.numpy_dtype, store
+
+    def __iter__(self) -> Iterator[tuple[Index, np.ndarray]]:
+        """Place and content of each piece, in order; some are read ahead."""
+        piece = piece_shape(self.shape, self.dtype)
+        if tuple(self._store.chunk_layout.read_chunk.shape) != piece:  # earlier versions wrote arrays in one piece
+            piece = self.shape
+        indices = piece_indices(self.shape, piece)
+        ahead = collections.deque(
+            (index, self._store[index].read()) for index in itertools.islice(indices, BATCH_BYTES // PIECE_BYTES)
+        )
+        while ahead:
+            index, reading = ahead.popleft()
+            yield index, reading.result()
+            ahead.extend((index, self._store[index].read()) for index in itertools.islice(indices, 1))
 
 
 @functools.cache
@@ -367,11 +466,13 @@ def _hush_orbax() -> None:
 
 @contextlib.contextmanager
 def _noting(unusable: dict[int, str], step: int) -> Iterator[None]:
-    """Notes why a checkpoint can't be read; a refusal, which says what to do, passes."""
+    """Notes why a checkpoint can't be read; a refusal, which says what to do, and a lack of memory pass."""
     try:
         yield
     except ConfigError:
         raise
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:  # not the checkpoint's fault
+        raise RunError(f"the checkpoint of step {step} can't be read: {_reason(error)}") from error
     except Exception as error:  # whatever the readers make of damaged bytes
         unusable[step] = _reason(error)
 
@@ -386,11 +487,12 @@ def _reason(error: BaseException) -> str:
     return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}.."
 
 
-def _checksum(arrays: Mapping[str, Any]) -> int:
+def _checksum(arrays: Mapping[str, Pieces]) -> int:
     """Over all bytes, in the order of the names."""
     crc = 0
     for name in sorted(arrays):
-        crc = zlib.crc32(np.ascontiguousarray(arrays[name]).data, crc)
+        for _, piece in arrays[name]:
+            crc = checksum(piece, crc)
     return crc
 
 
@@ -403,6 +505,15 @@ def _rests(host: dict[str, Any], total_env_steps: int) -> bool:
 def _raw_keys(state: TrainState) -> TrainState:
     """Typed keys as the integers they consist of."""
     return state._replace(keys=jax.tree.map(jax.random.key_data, state.keys))
+
+
+def _raw_shapes(state: TrainState) -> TrainState:
+    """Shapes, dtypes and devices of `_raw_keys`, from those of a train state."""
+    return jax.tree.map(
+        lambda leaf, raw: jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=leaf.sharding),
+        state,
+        jax.eval_shape(_raw_keys, state),
+    )
 
 
 def _typed_keys(state: TrainState) -> TrainState:
@@ -418,7 +529,15 @@ def _flat(prefix: str, tree: PyTree) -> dict[str, Any]:
 
 
 def _unflat(prefix: str, leaves: dict[str, Any], like: PyTree) -> PyTree:
-    return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in _flat(prefix, like)])
+    found = [
+        leaves[name] if leaf.size else np.zeros(leaf.shape, leaf.dtype) for name, leaf in _flat(prefix, like).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), found)
+
+
+def _kind(name: str, leaf: Any) -> tuple[Any, ...]:
+    """Dtype and shape of an array; the number of pending iterations may differ between checkpoints."""
+    return leaf.dtype, tuple(leaf.shape)[1 if name.startswith("pending.") else 0 :]
 
 
 def _shape(leaf: Any) -> str:

@@ -14,6 +14,7 @@ from wqmix_jax.config import ConfigError
 from wqmix_jax.exits import RunError
 from wqmix_jax.loop import abstract_state, compile_trainer
 from wqmix_jax.members import Member
+from wqmix_jax.pieces import buffer_bytes
 from wqmix_jax.trainer import Trainer
 
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
@@ -26,18 +27,20 @@ class MemoryPlan(NamedTuple):
         members: how many trainings share it.
         state: bytes of their train states, the replays among them.
         temporaries: bytes of what the programs compute on their way, and of their records.
+        checkpoint: bytes that writing or reading a checkpoint takes at most, beside the states.
         limit: bytes that are there for it; None where nobody tells.
     """
 
     members: int
     state: int
     temporaries: int
+    checkpoint: int
     limit: int | None
 
     @property
     def total(self) -> int:
         """Bytes in all."""
-        return self.state + self.temporaries
+        return self.state + self.temporaries + self.checkpoint
 
     @property
     def fits(self) -> bool:
@@ -46,6 +49,7 @@ class MemoryPlan(NamedTuple):
 
     def __str__(self) -> str:
         parts = f"{_megabytes(self.state)} of states and replays, {_megabytes(self.temporaries)} of temporaries"
+        parts += f", {_megabytes(self.checkpoint)} for checkpoints" if self.checkpoint else ""
         there = "" if self.limit is None else f"; {_megabytes(self.limit)} are there"
         each = _megabytes(self.total / self.members)
         return f"memory: {each} per seed, {_megabytes(self.total)} in all ({parts}){there}"
@@ -102,8 +106,14 @@ def memory_plan(trainer: Trainer, members: Sequence[Member]) -> MemoryPlan:
     )
     sharing = _devices_per_memory(trainer)
     num_members = len(members) if sharing > 1 else _seeds_per_device(trainer, members)
+    state = sharing * train.argument_size_in_bytes
+    on_host = _device(trainer).platform == "cpu"  # where checkpoints are written from
     return MemoryPlan(
-        num_members, sharing * train.argument_size_in_bytes, sharing * beside_state, memory_limit(trainer)
+        members=num_members,
+        state=state,
+        temporaries=sharing * beside_state,
+        checkpoint=buffer_bytes(state) if on_host else 0,
+        limit=memory_limit(trainer),
     )
 
 
@@ -115,8 +125,14 @@ def memory_limit(trainer: Trainer) -> int | None:
     device = _device(trainer)
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
+    left = host_memory_left()
+    return None if left is None else left + sum(array.nbytes for array in jax.live_arrays())
+
+
+def host_memory_left() -> int | None:
+    """Bytes that this process can still allocate on the host; None where nobody tells."""
     left = [size for size in (_machine_left(), _process_left(), _control_group_left()) if size is not None]
-    return min(left) + sum(array.nbytes for array in jax.live_arrays()) if left else None
+    return min(left, default=None)
 
 
 def _machine_left() -> int | None:

@@ -35,7 +35,7 @@ from wqmix_jax.loop import (
     sound_steps,
 )
 from wqmix_jax.members import Member, labels_of, make_members
-from wqmix_jax.memory import compile_within_memory, refuse_small_memory
+from wqmix_jax.memory import compile_within_memory, host_memory_left, refuse_small_memory
 from wqmix_jax.plotting import CURVE_FILE, plot_run
 from wqmix_jax.policy import BEST, LAST, POLICY_DIR, Policy, better, no_policy, save_policy
 from wqmix_jax.progress import make_display
@@ -172,7 +172,13 @@ def _train(
             print(line, flush=True)
         with signals.at_once():
             checkpoints = Checkpoints(
-                run_dir / CHECKPOINT_DIR, trainer, members, nothing, origin, keep=config.checkpoint.keep
+                run_dir / CHECKPOINT_DIR,
+                trainer,
+                members,
+                nothing,
+                origin,
+                keep=config.checkpoint.keep,
+                memory_left=host_memory_left,
             )
             for line in checkpoint_lines(config, run_dir, checkpoints.num_bytes):
                 print(line, flush=True)
