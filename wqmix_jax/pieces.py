@@ -19,8 +19,11 @@ PIECE_BYTES = 4 * 2**20
 BATCH_BYTES = 4 * PIECE_BYTES
 """How many bytes of pieces are written or read at the same time."""
 
-BATCH_COPIES = 4
-"""How often the bytes of such a batch exist at most: as pieces, as encoded, as compressed and as file buffers."""
+BATCH_COPIES = 5
+"""How often the bytes of such a batch exist at most: as pieces, encoded, compressed and in the buffers of files.
+
+Measured with ``python -m experiments.checkpoint_cost``.
+"""
 
 Index = tuple[slice, ...]
 
