@@ -1,5 +1,6 @@
 """Which host this is, and which seeds are its."""
 
+import re
 import socket
 import subprocess
 import sys
@@ -14,15 +15,29 @@ import pytest
 from tests.running import ROOT, TINY, last_checkpoint, main, popen, process, timeless
 from wqmix_jax import load_config, load_metrics
 from wqmix_jax.config import ConfigError
-from wqmix_jax.hosts import ADDRESS, connected, with_host
+from wqmix_jax.hosts import ADDRESS, connected, unused_tasks, with_host
 from wqmix_jax.logger import load_header
 from wqmix_jax.merge import merge
 
-STEP = {"SLURM_PROCID": "2", "SLURM_NTASKS": "3", "SLURM_STEP_NUM_TASKS": "3"}
+BATCH = {"SLURM_JOB_ID": "17", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}
+"""Of ``sbatch --ntasks=4`` without srun: one process, and no step."""
+
+STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_NTASKS": "3", "SLURM_STEP_NUM_TASKS": "3"}
+"""Of the third of three tasks of srun."""
+
+ONE_TASK = BATCH | {"SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "1"}
+"""Of ``srun --ntasks=1`` in a larger allocation, as submitit starts its jobs."""
+
+INTERACTIVE = BATCH | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}
+"""Of the shell that salloc opens on a node."""
+
 ARRAY = {
     f"SLURM_ARRAY_TASK_{key}": value
     for key, value in {"ID": "7", "COUNT": "3", "MIN": "5", "MAX": "9", "STEP": "2"}.items()
 }
+"""Of the second of three elements of ``sbatch --array=5-9:2``."""
+
+SUBMITIT = ONE_TASK | {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
 
 
 @pytest.mark.parametrize(
@@ -32,17 +47,64 @@ ARRAY = {
         (1, None, STEP, (1, 0)),
         (4, 3, {}, (4, 3)),
         (4, 3, STEP, (4, 3)),
+        (4, 3, ARRAY, (4, 3)),
+        (None, None, BATCH, (1, 0)),
+        (None, None, BATCH | {"SLURM_STEP_ID": "4294967291", "SLURM_STEP_NUM_TASKS": "4"}, (1, 0)),
+        (None, None, {"SLURM_PROCID": "1", "SLURM_NTASKS": "2(x3)"}, (1, 0)),
+        (None, None, INTERACTIVE, (1, 0)),
+        (None, None, ONE_TASK, (1, 0)),
+        (None, None, SUBMITIT, (1, 0)),
         (None, None, STEP, (3, 2)),
         (3, None, STEP, (3, 2)),
-        (None, None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (1, 0)),
-        (None, None, ARRAY, (3, 1)),
-        (None, None, ARRAY | STEP, (9, 5)),
-        (None, None, {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2"}, (2, 1)),
+        ("slurm", None, STEP, (3, 2)),
+        ("slurm", None, ONE_TASK, (1, 0)),
+        (None, None, ARRAY, (1, 0)),
+        (None, None, ARRAY | BATCH, (1, 0)),
+        (None, None, ARRAY | STEP, (3, 2)),
+        (3, None, ARRAY, (3, 1)),
+        ("slurm", None, ARRAY, (3, 1)),
+        ("slurm", None, ARRAY | BATCH, (3, 1)),
+        ("slurm", None, ARRAY | STEP, (9, 5)),
+        ("slurm", None, SUBMITIT, (2, 1)),
+        ("slurm", None, {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "1"}, (1, 0)),
     ],
 )
-def test_what_is_given_counts_and_slurm_fills_in(hosts, host, environ, expected) -> None:
+def test_seeds_are_split_where_asked_or_over_the_tasks_of_a_step(hosts, host, environ, expected) -> None:
     values = with_host({"hosts": hosts, "host": host, "distributed": False}, environ)
     assert (values["hosts"], values["host"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "environ", "line"),
+    [
+        ({}, {}, None),
+        ({}, STEP, None),
+        ({}, ONE_TASK, None),
+        ({}, {"SLURM_NTASKS": "1"}, None),
+        ({"hosts": 1}, BATCH, None),
+        ({"hosts": 4, "host": 1}, BATCH | ARRAY, None),
+        ({"hosts": "slurm"}, ARRAY, None),
+        ({"num_seeds": 1}, ARRAY, None),
+        ({}, BATCH, "SLURM_NTASKS=4, but this process is not an srun task: it trains all 8 seeds; start it with srun"),
+        ({"num_seeds": 1}, INTERACTIVE, "SLURM_NTASKS=4, but .* it trains its one seed; start it with srun"),
+        ({}, ARRAY, "SLURM_ARRAY_TASK_COUNT=3: each element trains all 8 seeds; hosts=slurm splits them"),
+        ({}, SUBMITIT, "SLURM_ARRAY_TASK_COUNT=2: each element trains all 8 seeds"),
+    ],
+)
+def test_tasks_that_are_not_used_are_reported(given, environ, line) -> None:
+    reported = unused_tasks({"hosts": None, "host": None, "distributed": False, "num_seeds": 8} | given, environ)
+    assert reported is None if line is None else re.match(line, str(reported))
+
+
+def test_a_batch_script_without_srun_trains_all_seeds_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in BATCH.items():
+        monkeypatch.setenv(name, value)
+    assert main(*TINY, f"run_dir={tmp_path / 'run'}") == 0
+    line = "SLURM_NTASKS=4, but this process is not an srun task: it trains all 2 seeds; start it with srun"
+    assert capsys.readouterr().err.startswith(line)
+    assert load_header(tmp_path / "run")["seeds"] == [3, 4]
 
 
 @pytest.mark.parametrize(
@@ -51,8 +113,20 @@ def test_what_is_given_counts_and_slurm_fills_in(hosts, host, environ, expected)
         (None, 1, {}, "hosts is missing: host=1 is one of how many"),
         (2, None, {}, "host is missing: SLURM runs 1 task.s. here and not hosts=2; write host=0 .. host=1"),
         (2, None, STEP, "host is missing: SLURM runs 3 task"),
-        (None, None, ARRAY | {"SLURM_ARRAY_TASK_MAX": "11"}, "job array has gaps"),
-        (None, None, {"SLURM_NTASKS": "2(x3)"}, r"SLURM_NTASKS=2\(x3\) is not a number, so hosts=N host=i must be"),
+        (4, None, BATCH, "host is missing: SLURM runs 1 task"),
+        ("all", None, STEP, "hosts=all is not allowed: a positive integer is needed, or slurm"),
+        ("slurm", None, {}, "hosts=slurm is not allowed: this process is neither an srun task nor an element of a job"),
+        ("slurm", None, BATCH, "hosts=slurm is not allowed: .*; start it with srun, or write hosts=N host=i"),
+        ("slurm", 1, STEP, "hosts=slurm is not allowed with host=1: SLURM numbers the hosts"),
+        ("slurm", None, ARRAY | {"SLURM_ARRAY_TASK_MAX": "11"}, "job array has gaps"),
+        (
+            None,
+            None,
+            STEP | {"SLURM_STEP_NUM_TASKS": "2(x3)"},
+            r"SLURM_STEP_NUM_TASKS=2\(x3\) is not a number, so host",
+        ),
+        (None, None, STEP | {"SLURM_PROCID": ""}, "SLURM_PROCID= is not a number, so hosts=N host=i must be"),
+        (None, None, STEP | {"SLURM_PROCID": "3"}, "SLURM_PROCID=3 is not allowed: SLURM_STEP_NUM_TASKS=3 are counted"),
     ],
 )
 def test_what_can_not_be_known_is_refused(hosts, host, environ, told) -> None:
@@ -89,6 +163,8 @@ def test_processes_that_jax_connects_unasked_are_refused(
 def test_jax_numbers_the_hosts_where_it_connects_them(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {"distributed": True, "hosts": None, "host": None}
     assert with_host(asked, STEP) == asked  # what SLURM says, JAX finds itself
+    with pytest.raises(ConfigError, match="hosts=slurm is not allowed with distributed=true: JAX numbers the hosts"):
+        with_host(asked | {"hosts": "slurm"}, STEP)
     for name, value in {"process_count": 4, "process_index": 3, "distributed.is_initialized": True}.items():
         monkeypatch.setattr(f"jax.{name}", lambda value=value: value)
     assert connected(asked, {}) == {"distributed": True, "hosts": 4, "host": 3}
@@ -131,6 +207,9 @@ def test_a_refusal_before_the_backend_starts_writes_nothing(tmp_path: Path) -> N
 def test_several_runs_are_not_distributed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main("-m", *TINY, "distributed=true") == 2
     assert capsys.readouterr().err == "error: distributed=true is not allowed with -m: connected hosts train one run\n"
+    assert main("-m", *TINY, "hosts=slurm") == 2
+    told = "each run of a sweep trains all its seeds"
+    assert capsys.readouterr().err == f"error: hosts=slurm is not allowed with -m: {told}\n"
 
 
 @pytest.mark.slow

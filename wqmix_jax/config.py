@@ -95,8 +95,8 @@ class RunConfig:
         num_seeds: how many seeds train, ``seed .. seed + num_seeds - 1``, on all hosts together.
         seed: the first seed.
         sweep: values of traced options of ``algo`` by their names; all seeds train with every combination, in one call.
-        hosts: over how many hosts the seeds are spread; SLURM's number of tasks, or 1, when absent.
-        host: which of them this is, from 0; SLURM's when absent.
+        hosts: over how many hosts the seeds are spread; the number of tasks of an srun step, or 1, when absent.
+        host: which of them this is, from 0; the number of this task when absent.
         distributed: whether `jax.distributed` is started first, which then numbers the hosts.
         num_envs: environments per seed that collect one episode each per iteration.
         updates_per_iteration: learner steps per iteration, once ``batch_size`` episodes are stored.

@@ -20,6 +20,12 @@ from wqmix_jax.exits import REFUSED
 ADDRESS = "JAX_COORDINATOR_ADDRESS"
 """The environment's variable that says where host 0 listens: ``HOST:PORT``, the same on all hosts."""
 
+SLURM = "slurm"
+"""The value of ``hosts`` that splits seeds over the tasks of an srun step and the elements of a job array."""
+
+_RESERVED_STEPS = 0xFFFFFFF0
+"""From here on SLURM's step ids aren't srun's: they name batch scripts and interactive shells."""
+
 CONNECT_SECONDS = 300
 """How long a host looks for host 0, as long as JAX does."""
 
@@ -28,27 +34,56 @@ MAX_APART_SECONDS = 7 * 24 * 3600
 
 
 def with_host(values: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """A run's options with ``hosts`` and ``host`` filled in: as they were given, from SLURM, or one host alone.
+    """A run's options with ``hosts`` and ``host`` filled in: as given, from SLURM, or one host alone.
 
-    Where the run is ``distributed``, `connected` fills in what wasn't given.
+    Without ``hosts``, seeds are split only where the process is one of several tasks of an srun step. With
+    ``hosts=slurm``, the elements of a job array are hosts, too. Where the run is ``distributed``, `connected` fills in
+    what wasn't given.
 
     Raises:
         ConfigError: if it can't be known which of several hosts this is.
     """
     hosts, host = values["hosts"], values["host"]
+    if hosts == SLURM and (values["distributed"] is True or host is not None):
+        other = "distributed=true: JAX" if values["distributed"] is True else f"host={host}: SLURM"
+        raise ConfigError(f"hosts={SLURM} is not allowed with {other} numbers the hosts")
     if values["distributed"] is True:
         return dict(values)
     if hosts is None and host is not None:
         raise ConfigError(f"hosts is missing: host={host} is one of how many?")
     if hosts == 1 or host is not None:
         return {**values, "host": host or 0}
-    count, index = _from_slurm(environ)
-    if hosts is not None and hosts != count:
+    count, index = _slurm_step(environ) or (1, 0)
+    if hosts is not None:
+        count, index = _in_slurm_array(count, index, environ)
+    if hosts == SLURM and count == 1 and not _slurm_step(environ) and "SLURM_ARRAY_TASK_ID" not in environ:
+        neither = "this process is neither an srun task nor an element of a job array"
+        raise ConfigError(f"hosts={SLURM} is not allowed: {neither}; start it with srun, or write hosts=N host=i")
+    if hosts not in (None, SLURM, count):
         if not isinstance(hosts, int) or hosts < 1:
-            raise ConfigError(f"hosts={hosts} is not allowed: a positive integer is needed")
+            raise ConfigError(f"hosts={hosts} is not allowed: a positive integer is needed, or {SLURM}")
         told = f"write host=0 .. host={hosts - 1}"
         raise ConfigError(f"host is missing: SLURM runs {count} task(s) here and not hosts={hosts}; {told}")
     return {**values, "hosts": count, "host": index}
+
+
+def unused_tasks(values: Mapping[str, Any], environ: Mapping[str, str]) -> str | None:
+    """A line about SLURM's tasks over which this run isn't split, or None.
+
+    Args:
+        values: a run's options as given, before `with_host`.
+        environ: the process's environment variables.
+    """
+    if values["hosts"] is not None or values["host"] is not None or values["distributed"] is True:
+        return None
+    seeds = "its one seed" if values["num_seeds"] == 1 else f"all {values['num_seeds']} seeds"
+    tasks, elements = (environ.get(name) or "1" for name in ("SLURM_NTASKS", "SLURM_ARRAY_TASK_COUNT"))
+    if tasks != "1" and not _slurm_step(environ):
+        split = "start it with srun to split them, or write hosts=N host=i"
+        return f"SLURM_NTASKS={tasks}, but this process is not an srun task: it trains {seeds}; {split}"
+    if elements != "1" and values["num_seeds"] != 1:
+        return f"SLURM_ARRAY_TASK_COUNT={elements}: each element trains {seeds}; hosts={SLURM} splits them"
+    return None
 
 
 def connected(values: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
@@ -149,23 +184,37 @@ def refuse_unexpected_processes(values: Mapping[str, Any]) -> None:
         raise ConfigError(f"distributed=false is not allowed: JAX connects {jax.process_count()} processes")
 
 
-def _from_slurm(environ: Mapping[str, str]) -> tuple[int, int]:
-    """How many tasks SLURM runs, those of a job array counted together with those of a step, and which this is."""
+def _slurm_step(environ: Mapping[str, str]) -> tuple[int, int] | None:
+    """How many tasks the srun step of this process has, and which of them this is; None outside of such a step.
 
-    def number(name: str, default: int) -> int:
-        text = environ.get(name) or str(default)
-        if not text.isdecimal():
-            raise ConfigError(f"{name}={text} is not a number, so hosts=N host=i must be written")
-        return int(text)
+    Under sbatch or salloc without srun there is one process, ``SLURM_PROCID=0``, whatever ``SLURM_NTASKS`` is.
+    """
+    step = environ.get("SLURM_STEP_ID") or environ.get("SLURM_STEPID") or ""
+    if not step.isdecimal() or int(step) >= _RESERVED_STEPS or not environ.get("SLURM_STEP_NUM_TASKS"):
+        return None
+    tasks = _number(environ, "SLURM_STEP_NUM_TASKS")
+    task = _number(environ, "SLURM_PROCID") if tasks > 1 else 0
+    if task >= tasks:
+        told = f"SLURM_STEP_NUM_TASKS={tasks} are counted from 0, so hosts=N host=i must be written"
+        raise ConfigError(f"SLURM_PROCID={task} is not allowed: {told}")
+    return tasks, task
 
-    tasks = number("SLURM_STEP_NUM_TASKS", number("SLURM_NTASKS", 1))
-    task = number("SLURM_PROCID", 0) if tasks > 1 else 0
-    elements = number("SLURM_ARRAY_TASK_COUNT", 1)
+
+def _in_slurm_array(tasks: int, task: int, environ: Mapping[str, str]) -> tuple[int, int]:
+    """The same over all elements of SLURM's job array, which run ``tasks`` tasks each."""
+    elements = _number(environ, "SLURM_ARRAY_TASK_COUNT", 1)
     if elements == 1:
         return tasks, task
-    first, last, step = (number(f"SLURM_ARRAY_TASK_{name}", 0) for name in ("MIN", "MAX", "STEP"))
+    first, last, step = (_number(environ, f"SLURM_ARRAY_TASK_{name}", 0) for name in ("MIN", "MAX", "STEP"))
     if step == 0:  # SLURM says more than this; a scheduler that imitates it may not
         first, last, step = 0, elements - 1, 1
     if (last - first) // step + 1 != elements:
         raise ConfigError("host is missing: SLURM's job array has gaps, so hosts=N host=i must be written")
-    return elements * tasks, (number("SLURM_ARRAY_TASK_ID", first) - first) // step * tasks + task
+    return elements * tasks, (_number(environ, "SLURM_ARRAY_TASK_ID", first) - first) // step * tasks + task
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name) or ("" if default is None else str(default))
+    if not text.isdecimal():
+        raise ConfigError(f"{name}={text} is not a number, so hosts=N host=i must be written")
+    return int(text)

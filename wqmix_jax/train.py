@@ -33,7 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from wqmix_jax import option_help
 from wqmix_jax.config import CONFIG_DIR, RESUMABLE, ConfigError, RunConfig, add_import_paths, run_config
 from wqmix_jax.exits import RunError, refuse
-from wqmix_jax.hosts import abandon_others, connected, refuse_unexpected_processes, with_host
+from wqmix_jax.hosts import SLURM, abandon_others, connected, refuse_unexpected_processes, unused_tasks, with_host
 
 _GROUPS = ("algo", "env")
 
@@ -106,7 +106,7 @@ def load_values(*overrides: str, config_dir: str | os.PathLike[str] | None = Non
 
 
 def names(group: str, config_dir: str | os.PathLike[str] | None = None) -> str:
-    """What ``algo`` or ``env`` can be: the names of the package's yamls and of those in a user's folder."""
+    """What ``algo``, ``env`` or ``preset`` can be: the names of the package's yamls and of those in a user's folder."""
     folders = [CONFIG_DIR] if config_dir is None else [CONFIG_DIR, Path(config_dir)]
     stems = {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
     return ", ".join(sorted(stem for stem in stems if not stem.startswith("_")))
@@ -157,12 +157,13 @@ def check_overrides(
     if "resume" in by_key and by_key["resume"].value() is not None:
         _check_resume(parsed, multirun)
         return
+    _check_preset(by_key.get("preset"), config_dir)
     swept = [override for override in parsed if override.is_sweep_override()]
     if swept and not multirun and swept[0].key_or_group not in _GROUPS:
         several = "several values make several runs with -m, and a list is written [A,B]"
         raise ConfigError(f"{swept[0].input_line} is not allowed: {several}")
-    if multirun and "distributed" in by_key and by_key["distributed"].value() is not False:
-        raise ConfigError(f"{by_key['distributed'].input_line} is not allowed with -m: connected hosts train one run")
+    if multirun:
+        _check_hosts_of_sweep(by_key)
     env, algo = by_key.get("env"), by_key.get("algo")
     if env is not None and env.is_sweep_override() and not multirun:
         raise ConfigError(f"{env.input_line} is not allowed: several environments make several runs with -m")
@@ -188,6 +189,20 @@ def _without_search_path(parsed: list[Override]) -> list[Override]:
         if override.key_or_group == "hydra.searchpath":
             raise ConfigError(f"{override.input_line} is not allowed: --config-dir DIR adds the yamls of a folder")
     return parsed
+
+
+def _check_preset(preset: Override | None, config_dir: str | os.PathLike[str] | None) -> None:
+    if preset is not None and (not preset.is_add() or preset.is_force_add() or preset.value() is None):
+        listed = names("preset", config_dir)
+        raise ConfigError(f"{preset.input_line} is not allowed: write +preset=NAME, NAME one of {listed}")
+
+
+def _check_hosts_of_sweep(by_key: Mapping[str, Override]) -> None:
+    """Refuses to spread several runs over hosts that number themselves."""
+    if "distributed" in by_key and by_key["distributed"].value() is not False:
+        raise ConfigError(f"{by_key['distributed'].input_line} is not allowed with -m: connected hosts train one run")
+    if "hosts" in by_key and by_key["hosts"].value() == SLURM:
+        raise ConfigError(f"hosts={SLURM} is not allowed with -m: each run of a sweep trains all its seeds")
 
 
 def _check_each_run(overrides: Sequence[str], config_dir: str | os.PathLike[str] | None) -> None:
@@ -239,8 +254,11 @@ def _with_open_keys(arguments: Sequence[str]) -> list[str]:
     """Lets ``sweep.NAME=..``, ``env.options.NAME=..`` and the like be written as any option.
 
     They are mappings whose names the yamls can't list; ``env.worker_python`` with ``resume`` has no yaml that lists it.
+    A preset moves to the end: hydra merges in the order of the command line, and a preset changes what the algorithm's
+    yaml says.
     """
-    return [f"++{text}" if _IN_A_MAPPING.match(text) else text for text in arguments]
+    opened = [f"++{text}" if _IN_A_MAPPING.match(text) else text for text in arguments]
+    return sorted(opened, key=lambda text: text.startswith("+preset="))
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
@@ -259,7 +277,8 @@ def _run(cfg: DictConfig) -> None:
             if several:
                 values["run_dir"] = os.path.relpath(hydra_config.runtime.output_dir)
             given = [override.key_or_group for override in parse_overrides(hydra_config.overrides.task)]
-            _start(with_host(values, {} if several else os.environ), hydra_config.runtime.choices, given)
+            environ = {} if several else os.environ  # each run of a sweep trains all its seeds
+            _start(with_host(values, environ), hydra_config.runtime.choices, given, unused_tasks(values, environ))
         else:
             from wqmix_jax import runner
 
@@ -267,7 +286,7 @@ def _run(cfg: DictConfig) -> None:
             runner.resume(Path(str(values["resume"])), changes, config_dir=config_dir)
 
 
-def _start(values: dict[str, Any], choices: Mapping[str, str], given: Sequence[str]) -> None:
+def _start(values: dict[str, Any], choices: Mapping[str, str], given: Sequence[str], note: str | None) -> None:
     from wqmix_jax.devices import claim_cores
 
     claim_cores()  # before an environment's library starts the backend
@@ -277,6 +296,8 @@ def _start(values: dict[str, Any], choices: Mapping[str, str], given: Sequence[s
     for name, because in config.algo.without_effect().items():
         if f"algo.{name}" in given:
             print(f"warning: algo.{name} has no effect with {because}", file=sys.stderr, flush=True)
+    if note is not None:
+        print(note, file=sys.stderr, flush=True)
     from wqmix_jax import runner
 
     runner.start(values, algo=choices["algo"], env=choices["env"])
