@@ -276,7 +276,7 @@ def loop_rows(config: RunConfig, name: str) -> list[Row]:
     """
     trainer = make_trainer(config, sharding=train_sharding(config, config.num_seeds))
     members = make_members(config.algo, config.seeds, {})
-    trainer, compile_seconds = compile_trainer(trainer, members)
+    trainer, compilation = compile_trainer(trainer, members)
     plan = memory_plan(trainer, members)
     if not plan.fits:
         return []
@@ -292,7 +292,7 @@ def loop_rows(config: RunConfig, name: str) -> list[Row]:
     rows = {
         "end_to_end_env_steps_per_second": (statistics.median(rates), "1/s"),
         "evaluation_env_steps_per_second": (evaluation_steps / seconds, "1/s"),
-        "compile_seconds": (compile_seconds, "s"),
+        "compile_seconds": (compilation.seconds, "s"),
         "replay_bytes_per_seed": (trainer.replay_bytes, "B"),
         "planned_memory_bytes": (plan.total, "B"),
     }

@@ -36,7 +36,7 @@ GAMES = {
 """How environments that stand for each other are told apart."""
 
 _CHOSEN_HERE = ("resume", "run_dir", "hosts", "host", "distributed", "sweep")
-_NO_MATTER = ("seed=", "logger", "checkpoint", "chunk_iterations", "env.worker_python")
+_NO_MATTER = ("seed=", "logger", "checkpoint", "chunk_iterations", "compilation_cache", "env.worker_python")
 
 
 @options

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "wqmix_jax"
 
 # From the bottom to the top. A module or subpackage imports itself and the layers below, never others of its own layer.
 LAYERS = (
-    ("types", "config", "devices", "exits", "pieces"),
+    ("types", "config", "devices", "exits", "pieces", "compile_cache"),
     ("hosts", "option_help"),
     ("td", "weighting", "exploration", "policies", "networks", "packing", "envs"),
     ("replay",),

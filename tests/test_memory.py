@@ -12,7 +12,7 @@ from wqmix_jax import memory
 from wqmix_jax.config import ConfigError
 from wqmix_jax.devices import seed_sharding
 from wqmix_jax.exits import RunError
-from wqmix_jax.loop import abstract_state
+from wqmix_jax.loop import Compilation, abstract_state
 from wqmix_jax.members import make_members
 from wqmix_jax.memory import compile_within_memory, memory_limit, memory_plan, refuse_small_memory
 from wqmix_jax.pieces import buffer_bytes
@@ -72,7 +72,9 @@ def test_as_few_groups_as_fit(programs, shortage, monkeypatch):
     whole, least = (memory_plan(programs[groups], MEMBERS).total for groups in (1, 4))
     limit = {"none": whole, "some": whole - 1, "most": least, "too much": least - 1}[shortage]
     monkeypatch.setattr(memory, "memory_limit", lambda _: limit)
-    monkeypatch.setattr(memory, "compile_trainer", lambda trainer, *_, **__: (programs[trainer.learner_groups], 0.0))
+    monkeypatch.setattr(
+        memory, "compile_trainer", lambda trainer, *_, **__: (programs[trainer.learner_groups], Compilation(0.0, True))
+    )
     if shortage == "too much":
         with pytest.raises(RunError, match=r"too little memory, .* MB are there"):
             compile_within_memory(grouped(1), MEMBERS, grouped)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from wqmix_jax.algos.base import Algorithm
+from wqmix_jax.compile_cache import use_compilation_cache
 from wqmix_jax.config import MAX_SEED, ConfigError, RunConfig, build, run_config
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.envs.checks import check_environment
@@ -46,6 +47,7 @@ def train_seeds(
         RunError: if an environment outside of JAX fails too often, or the memory is too small.
     """
     config = config if isinstance(config, RunConfig) else run_config(config)
+    use_compilation_cache(config.compilation_cache)
     members = make_members(config.algo, _checked(seeds), config.sweep)
     check_environment(config.env)
     sharding = train_sharding(config, len(members))

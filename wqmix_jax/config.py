@@ -32,6 +32,16 @@ IntPair = Annotated[tuple[int, int], Field(strict=False)]
 
 PositiveInt = Annotated[int, Field(gt=0)]
 
+
+def _cache_setting(value: Any) -> Any:
+    if not isinstance(value, bool | str) or value in ("", "on", "off", "none", "null", "yes", "no"):
+        raise ValueError("choose true, false or a folder")
+    return value
+
+
+CacheSetting = Annotated[Any, pydantic.AfterValidator(_cache_setting)]
+"""Where compiled programs are kept: in the user's cache folder if true, in the named folder, or nowhere if false."""
+
 MAX_SEED = 2**31 - 1
 
 MAX_NUM_SEEDS = 100_000
@@ -40,7 +50,7 @@ MAX_NUM_SEEDS = 100_000
 CONTRACTS = {"algo": "wqmix_jax.algos.base.Algorithm", "env": "wqmix_jax.envs.base.Environment"}
 """What the classes of a run's parts subclass, named as their ``_target_`` are: both import this module."""
 
-RESUMABLE = ("total_env_steps", "distributed", "checkpoint", "logger")
+RESUMABLE = ("total_env_steps", "distributed", "compilation_cache", "checkpoint", "logger")
 """Options that may differ when a run is resumed."""
 
 
@@ -106,6 +116,7 @@ class RunConfig:
         chunk_iterations: the most iterations of one compiled call; never changes a number.
         matmul_precision: what `jax.default_matmul_precision` is set to; without effect on a CPU.
         compute_dtype: of the matrices that nets multiply; all else, the parameters too, is float32.
+        compilation_cache: see `CacheSetting`.
         run_dir: the run's folder; a dated one under ``outputs`` when absent.
         resume: a run's folder to continue.
         checkpoint: see `CheckpointOptions`.
@@ -128,6 +139,7 @@ class RunConfig:
     chunk_iterations: PositiveInt
     matmul_precision: Literal["float32", "tensorfloat32", "bfloat16"]
     compute_dtype: Literal["float32", "bfloat16"]
+    compilation_cache: CacheSetting
     run_dir: str | None
     resume: str | None
     checkpoint: CheckpointOptions

@@ -24,7 +24,17 @@ from pydantic import Field
 
 from wqmix_jax.algos.base import Context, hyperparams
 from wqmix_jax.api import load_policies, policies_of_file
-from wqmix_jax.config import CONFIG_DIR, ConfigError, PositiveInt, add_import_paths, build, checked, options
+from wqmix_jax.compile_cache import cache_faults_in_one_line, use_compilation_cache
+from wqmix_jax.config import (
+    CONFIG_DIR,
+    CacheSetting,
+    ConfigError,
+    PositiveInt,
+    add_import_paths,
+    build,
+    checked,
+    options,
+)
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.envs.checks import check_environment
 from wqmix_jax.evaluator import Figures, greedy_episodes
@@ -70,6 +80,7 @@ class EvaluateOptions:
         member: whose episode is drawn, counted from 0 in the order of ``run.json``.
         overwrite: whether the picture may replace a file.
         matmul_precision: what `jax.default_matmul_precision` is set to.
+        compilation_cache: see `CacheSetting`.
     """
 
     run_dir: str | None
@@ -82,6 +93,7 @@ class EvaluateOptions:
     member: Annotated[int, Field(ge=0)]
     overwrite: bool
     matmul_precision: Literal["float32", "tensorfloat32", "bfloat16"]
+    compilation_cache: CacheSetting
 
 
 class MeanEstimate(NamedTuple):
@@ -136,6 +148,7 @@ def _evaluate(overrides: Sequence[str], config_dir: str | None) -> Iterator[str]
     values = _compose(overrides, config_dir)
     env_values, algo_values = values.pop("env"), values.pop("algo")
     chosen = _options(values)
+    use_compilation_cache(chosen.compilation_cache)
     if chosen.run_dir is not None:
         env, policies = load_policies(chosen.run_dir, which=chosen.policy, named=_named(overrides, config_dir))
     elif chosen.policy_file is not None:
@@ -262,7 +275,7 @@ def play_policies(
 
     for name, policy in policies.items():
         one_seed = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (policy.params, hp, GREEDY, key))
-        with env.host.running([seed]):
+        with env.host.running([seed]), cache_faults_in_one_line():
             played = jax.tree.map(lambda leaf: np.asarray(leaf)[0], play(*one_seed))
         if not played.whole.any():
             of = f" of seed {name}" if name else ""

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from wqmix_jax.algos.base import Hyperparams
+from wqmix_jax.compile_cache import compile_program
 from wqmix_jax.members import Member
 from wqmix_jax.trainer import Counters, EvalRecord, Trainer, TrainRecord, TrainState
 
@@ -43,7 +44,25 @@ class Loop(NamedTuple):
     seconds: float
 
 
-def compile_trainer(trainer: Trainer, members: Sequence[Member], *, fresh: bool = True) -> tuple[Trainer, float]:
+class Compilation(NamedTuple):
+    """How a trainer's programs were compiled.
+
+    Attributes:
+        seconds: tracing included.
+        from_cache: whether all of them were read from the persistent compilation cache.
+    """
+
+    seconds: float
+    from_cache: bool
+
+    def __add__(self, other: "Compilation") -> "Compilation":  # type: ignore[override]
+        return Compilation(self.seconds + other.seconds, self.from_cache and other.from_cache)
+
+    def __str__(self) -> str:
+        return f"compiled in {self.seconds:.1f} s{', from cache' if self.from_cache else ''}"
+
+
+def compile_trainer(trainer: Trainer, members: Sequence[Member], *, fresh: bool = True) -> tuple[Trainer, Compilation]:
     """Compiles a trainer's functions ahead of their first call.
 
     Args:
@@ -52,18 +71,17 @@ def compile_trainer(trainer: Trainer, members: Sequence[Member], *, fresh: bool 
         fresh: whether `Trainer.init` is compiled too; a resumed run doesn't need it.
 
     Returns:
-        The trainer with its functions compiled for this number of members, and the seconds that it took.
+        The trainer with its functions compiled for this number of members, and how that went.
     """
     started = time.perf_counter()
     state = abstract_state(trainer, members)
-    compiled = trainer._replace(
-        train_chunk=jax.jit(trainer.train_chunk, donate_argnums=0).lower(state).compile(),
-        evaluate=jax.jit(trainer.evaluate).lower(state).compile(),
-    )
+    lowered = [jax.jit(trainer.train_chunk, donate_argnums=0).lower(state), jax.jit(trainer.evaluate).lower(state)]
+    programs, from_cache = zip(*map(compile_program, lowered), strict=True)
+    compiled = trainer._replace(train_chunk=programs[0], evaluate=programs[1])
     if fresh:
-        init = jax.jit(trainer.init).lower(_as_array(_seeds(members))).compile(_once_options())
-        compiled = compiled._replace(init=lambda seeds: init(_as_array(seeds)))
-    return compiled, time.perf_counter() - started
+        init, known = compile_program(jax.jit(trainer.init).lower(_as_array(_seeds(members))), _once_options())
+        compiled, from_cache = compiled._replace(init=lambda seeds: init(_as_array(seeds))), (*from_cache, known)
+    return compiled, Compilation(time.perf_counter() - started, all(from_cache))
 
 
 def _once_options() -> dict[str, str | bool]:

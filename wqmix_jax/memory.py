@@ -12,7 +12,7 @@ import jax
 
 from wqmix_jax.config import ConfigError
 from wqmix_jax.exits import RunError
-from wqmix_jax.loop import abstract_state, compile_trainer
+from wqmix_jax.loop import Compilation, abstract_state, compile_trainer
 from wqmix_jax.members import Member
 from wqmix_jax.pieces import buffer_bytes
 from wqmix_jax.trainer import Trainer
@@ -69,7 +69,7 @@ def refuse_small_memory(trainer: Trainer, members: Sequence[Member]) -> None:
 
 def compile_within_memory(
     trainer: Trainer, members: Sequence[Member], regroup: Callable[[int], Trainer], *, fresh: bool = True
-) -> tuple[Trainer, float, list[str]]:
+) -> tuple[Trainer, Compilation, list[str]]:
     """`compile_trainer`, in as few groups of seeds as fit into the memory.
 
     Args:
@@ -79,21 +79,21 @@ def compile_within_memory(
         fresh: see `compile_trainer`.
 
     Returns:
-        The compiled trainer, the seconds that it took, and lines that say what it takes.
+        The compiled trainer, how it was compiled, and lines that say what it takes.
 
     Raises:
         RunError: where the seeds don't fit one by one either.
     """
-    trainer, seconds = compile_trainer(trainer, members, fresh=fresh)
+    trainer, compilation = compile_trainer(trainer, members, fresh=fresh)
     plan = memory_plan(trainer, members)
     for groups in _numbers_of_groups(plan, _seeds_per_device(trainer, members)):
         trainer, more = compile_trainer(regroup(groups), members, fresh=fresh)
-        plan, seconds = memory_plan(trainer, members), seconds + more
+        plan, compilation = memory_plan(trainer, members), compilation + more
         if plan.fits:
             break
     if not plan.fits:
         raise RunError(f"too little memory, fewer seeds may do: {plan}")
-    return trainer, seconds, list(_lines(trainer, members, plan))
+    return trainer, compilation, list(_lines(trainer, members, plan))
 
 
 def memory_plan(trainer: Trainer, members: Sequence[Member]) -> MemoryPlan:

@@ -16,6 +16,7 @@ import numpy as np
 
 import wqmix_jax
 from wqmix_jax.checkpoint import Checkpoints, Origin, Restored, checkpoint_bytes
+from wqmix_jax.compile_cache import use_compilation_cache
 from wqmix_jax.config import ConfigError, RunConfig, run_config
 from wqmix_jax.devices import claim_cores
 from wqmix_jax.envs.checks import check_environment
@@ -23,6 +24,7 @@ from wqmix_jax.exits import SEEDS_FAILED, RunError, StopSignals, exit_code_of
 from wqmix_jax.hosts import connected
 from wqmix_jax.logger import MetricsFile, WandbRuns, create_metrics, load_header, load_metrics, refuse_missing_wandb
 from wqmix_jax.loop import (
+    Compilation,
     Line,
     Loop,
     abstract_state,
@@ -85,6 +87,7 @@ def start(values: Mapping[str, Any], *, algo: str, env: str) -> Path:
     """
     config = run_config(values)
     refuse_missing_wandb(config.logger)
+    use_compilation_cache(config.compilation_cache)
     members = make_members(config.algo, config.seeds, config.sweep)
     run_dir = new_run_dir(_folder_of_host(config), algo=algo, env=env)
     trainer = _make_trainer(config, members)
@@ -140,6 +143,7 @@ def resume(run_dir: Path, changes: Mapping[str, Any], *, config_dir: str | None 
     before, now = header.get("simulator", {}), config.env.host.versions()
     if before != now:  # battles of different versions can't be compared, so one curve must not mix them
         raise ConfigError(f"resume={run_dir} is not allowed: it was played with {before}, and here is {now}")
+    use_compilation_cache(config.compilation_cache)
     members = make_members(config.algo, config.seeds, config.sweep)
     _train(config, values, run_dir, _make_trainer(config, members), members)
     return run_dir
@@ -241,7 +245,7 @@ class _Session:
     wandb_runs: WandbRuns
     signals: StopSignals
     told_failures: list[Line] = dataclasses.field(default_factory=list)
-    compile_seconds: float = 0.0
+    compilation: Compilation = dataclasses.field(default_factory=lambda: Compilation(0.0, from_cache=False))
     last_chunk_seconds: float | None = None
     seconds_before: float = 0.0
     started: float = dataclasses.field(default_factory=time.perf_counter)
@@ -291,9 +295,8 @@ class _Session:
     def _compile(self, *, fresh: bool) -> None:
         print("compiling", flush=True)
         regroup = functools.partial(self._rebuilt, self.trainer.chunk_iterations)
-        self.trainer, seconds, lines = compile_within_memory(self.trainer, self.members, regroup, fresh=fresh)
-        self.compile_seconds += seconds
-        for line in (f"compiled in {seconds:.1f} s", *lines):
+        self.trainer, self.compilation, lines = compile_within_memory(self.trainer, self.members, regroup, fresh=fresh)
+        for line in (str(self.compilation), *lines):
             print(line, flush=True)
 
     def _advance(self, loop: Loop) -> tuple[Loop, list[Line]]:
@@ -393,7 +396,8 @@ class _Session:
             failed=failures(loop),
             algo=header["algo"],
             env=header["env"],
-            compile_seconds=round(self.compile_seconds, 2),
+            compile_seconds=round(self.compilation.seconds, 2),
+            compiled_from_cache=self.compilation.from_cache,
             wall_seconds=round(self._wall_seconds(), 2),
         )
         if load_metrics(self.run_dir, kind="eval"):
