@@ -36,6 +36,7 @@ def test_an_agent_without_an_action_gets_the_first_and_the_others_keep_theirs():
     avail = jnp.stack([AVAIL, AVAIL & jnp.array([[False], [True]])])
     expected = np.array([AVAIL, [[True, False, False, False], AVAIL[1]]])
     np.testing.assert_array_equal(with_idle_action(avail), expected)
+    np.testing.assert_array_equal(with_idle_action(np.array(avail)), expected)  # as `GreedyPolicy.act` may be given it
     np.testing.assert_array_equal(masked_argmax(jnp.ones((2, 2, 4)), jnp.zeros((2, 2, 4), bool)), np.zeros((2, 2)))
 
 

@@ -12,7 +12,7 @@ def masked_argmax(agent_qs: Array, avail_actions: Array) -> Array:
     The action is available whatever the values are, nan and infinities included; 0 where no action is available.
     """
     # An available -inf must beat an unavailable action; a nan passes through `maximum` and wins the argmax.
-    available_qs = jnp.maximum(agent_qs, jnp.finfo(agent_qs.dtype).min)
+    available_qs = jnp.maximum(agent_qs, jnp.finfo(jnp.result_type(agent_qs, float)).min)
     return jnp.argmax(jnp.where(avail_actions, available_qs, -jnp.inf), axis=-1).astype(jnp.int32)
 
 
@@ -22,8 +22,8 @@ def with_idle_action(avail_actions: Array) -> Array:
     Such an agent plays action 0, and maxima over its available actions are the utility of action 0, as for a unit in
     SMAC that is dead. Rollout and replay apply this, so that no algorithm meets an agent without an action.
     """
-    has_none = ~avail_actions.any(-1, keepdims=True)
-    return avail_actions.at[..., :1].set(avail_actions[..., :1] | has_none)
+    is_first = jnp.arange(avail_actions.shape[-1]).reshape((1,) * (avail_actions.ndim - 1) + (-1,)) == 0
+    return avail_actions | (is_first & ~avail_actions.any(-1, keepdims=True))
 
 
 def epsilon_greedy(key: PRNGKey, agent_qs: Array, avail_actions: Array, epsilon: Array) -> Array:
