@@ -237,14 +237,16 @@ def how_to_go_on(run_dir: Path) -> str:
 
 
 def _programs(run_dir: Path) -> str:
-    """The programs of a run that must be repeated when it is resumed (see `wqmix_jax.trust`), quoted as its folder is."""
+    """The options that must be repeated when the run is resumed, see `wqmix_jax.trust`; quoted as its folder is."""
     env: dict[str, Any] = {}
     with contextlib.suppress(ConfigError):
         env = read_config(run_dir)["env"]
     python, simulator = env.get("worker_python"), str(env.get("simulator", ".py:"))
     repeated = {} if python in (None, sys.executable) else {"worker_python": python}
     repeated |= {} if ".py:" in simulator else {"simulator": simulator}
-    return "".join(f" env.{name}={shlex.quote(json.dumps(value))}" for name, value in repeated.items())
+    return "".join(
+        f" env.{name}={shlex.quote(json.dumps(value, ensure_ascii=False))}" for name, value in repeated.items()
+    )
 
 
 def refuse_full_disk(run_dir: Path, checkpoint_bytes: int) -> None:
