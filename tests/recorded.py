@@ -37,6 +37,6 @@ def record_run(
     save_config(folder, {**values, "run_dir": str(folder)})
     with MetricsFile(folder, num_bytes=0) as metrics:
         metrics.write(lines)
-    failures = [{"seed": seed, "learner_steps": 1} for seed in failed]
+    failures = [{"seed": seed, "env_steps": 70, "learner_steps": 1} for seed in failed]
     (folder / SUMMARY_FILE).write_text(json.dumps({"status": status, "failed": failures}))
     return folder

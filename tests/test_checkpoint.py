@@ -632,7 +632,9 @@ def test_the_best_policy_of_each_seed_is_kept(straight: Path) -> None:
     with np.load(straight / "policies" / "best.npz") as best:
         for index, seed in enumerate((3, 4)):
             returns = [
-                (line["episode_return"], -line["env_steps"]) for line in load_metrics(straight, kind="eval", seed=seed)
+                (line["episode_return"], -line["env_steps"])
+                for line in load_metrics(straight, kind="eval", seed=seed)
+                if line["learner_steps"] > 0
             ]
             assert (best["episode_return"][index], -best["env_steps"][index]) == max(returns)
             assert best["seed"][index] == seed

@@ -1,21 +1,33 @@
+import dataclasses
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import Field
 
+from tests.recorded import evaluated, record_run
 from tests.running import ROOT
-from wqmix_jax import evaluate, load_config
+from wqmix_jax import evaluate, load_config, load_policy, trained_policy
+from wqmix_jax.algos.base import TRACED
+from wqmix_jax.algos.iql import IQL
+from wqmix_jax.api import load_policies
+from wqmix_jax.config import ConfigError, build, options, run_config
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.envs.predator_prey import CATCH, LEFT, RIGHT, STAY, PredatorPrey
 from wqmix_jax.evaluator import Figures
 from wqmix_jax.interop.pymarl import save_checkpoint
+from wqmix_jax.members import Member, make_members
+from wqmix_jax.policy import Policy, save_policy
+from wqmix_jax.train import load_values
 
 HUNT = ("env=predator_prey", "env.world_shape=[1,2]", "env.num_agents=1", "env.num_stags=0", "env.num_hares=1")
 SHORT = "env.episode_limit=7"
@@ -45,7 +57,7 @@ def test_a_pymarl_agent_plays(
 ) -> None:
     evaluate.main([checkpoint(tmp_path, preferred), *HUNT, SHORT, "episodes=3"])
     told = [f"{what} {mean} (95% interval {mean} to {mean}, standard deviation 0.00)" for what, mean in printed]
-    assert capsys.readouterr().out.splitlines() == told
+    assert capsys.readouterr().out.splitlines() == [f"the agents of {tmp_path} play 3 greedy episodes", *told]
 
 
 def test_episodes_are_drawn_from_the_seed_and_failed_ones_left_out(
@@ -61,26 +73,150 @@ def test_episodes_are_drawn_from_the_seed_and_failed_ones_left_out(
     monkeypatch.setattr(evaluate, "greedy_episodes", played)
     evaluate.main([checkpoint(tmp_path, [STAY]), *HUNT, "episodes=3", "seed=5"])
     # The mean 7 of 6 and 8: 12.7062 is the 97.5% point of Student's t with one degree of freedom, the standard error 1.
-    interval = "(95% interval -5.71 to 19.71, standard deviation 1.00)"
-    assert capsys.readouterr().out.splitlines() == [
-        f"return 7.00 {interval}",
-        f"length 7.00 {interval}",
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "return 7.00 (95% interval -5.71 to 19.71, standard deviation 1.00)",
+        "length 7.00 (95% interval 1.00 to 19.71, standard deviation 1.00)",  # no episode has fewer steps than 1
         "win_rate 0.50 (95% interval 0.09 to 0.91, standard deviation 0.50)",  # Wilson's of one success in two
     ]
 
 
-def test_an_interval_holds_the_true_mean_as_often_as_it_says() -> None:
-    draws = np.random.default_rng(0).exponential(size=(1000, 30))
-    covered = [told.low <= 1 <= told.high for told in map(evaluate.estimate, draws)]
-    assert 0.9 < np.mean(covered) < 0.96  # a little less than 0.95: the draws are skewed
-    wins = np.random.default_rng(1).binomial(1, 0.9, size=(1000, 30))
-    covered = [told.low <= 0.9 <= told.high for told in (evaluate.estimate(each, is_share=True) for each in wins)]
-    assert 0.92 < np.mean(covered) < 0.98
+LIKED = {0: [LEFT, RIGHT, STAY, CATCH], 1: [CATCH, STAY], 2: [CATCH, STAY], 3: [LEFT, RIGHT, STAY, CATCH]}
+"""Of the seeds of `recorded`: the first and the last catch at once, the others stay to the end."""
 
 
-def test_one_value_has_no_interval_and_a_share_never_leaves_its_range() -> None:
-    assert np.isnan(evaluate.estimate(np.array([3.0])).low)
-    assert evaluate.estimate(np.array([0.9, 1.0]), is_share=True)[1:3] == (pytest.approx(0.3147, abs=1e-4), 1.0)
+@options
+class Chooser(IQL):
+    """Always plays the same action.
+
+    Attributes:
+        choice: the action.
+    """
+
+    choice: Annotated[int, Field(ge=0), TRACED]
+
+    def act(self, params: Any, carry: Any, inputs: Any, hp: Any, ctx: Any, key: Any) -> tuple[Any, Any]:
+        """The option's action, whatever the agents see."""
+        return jnp.broadcast_to(hp.choice, inputs.last_action.shape).astype(jnp.int32), carry
+
+
+def values_of_run(**algo: Any) -> dict[str, Any]:
+    small = ("algo.hidden_dim=4", "algo.batch_size=1", "algo.buffer_size=1")
+    values = load_values("+algo=iql", *HUNT, SHORT, *small)
+    return {**values, "algo": {**values["algo"], **algo}}
+
+
+def recorded(
+    folder: Path, env_steps: list[int], not_finite: Sequence[int] = (), which: str = "best", **record: Any
+) -> str:
+    """A run of seeds that like the actions of `LIKED`, whose policies have been trained for ``env_steps``."""
+    values, num_seeds = values_of_run(), len(env_steps)
+    lines = [line for seed in range(num_seeds) for line in evaluated(seed, {0: 0.0})]
+    record_run(folder, values, lines, env="predator_prey", **record)
+    algo, spec = build("algo", values["algo"]), build("env", values["env"]).spec
+    shapes = jax.eval_shape(lambda: algo.acting_params(algo.init(jax.random.key(0), spec)))
+    params = jax.tree.map(lambda leaf: np.zeros((num_seeds, *leaf.shape), leaf.dtype), shapes)
+    for seed, liked in LIKED.items():
+        if seed < num_seeds:
+            params["agent"]["head"]["bias"][seed, liked] = 1 + np.arange(len(liked))
+    params["agent"]["head"]["bias"][list(not_finite), 0] = np.nan
+    policy = Policy(params, np.array(env_steps, np.int32), np.zeros(num_seeds, np.float32))
+    save_policy(folder / "policies" / f"{which}.npz", policy, [Member(seed) for seed in range(num_seeds)])
+    return f"run_dir={folder}"
+
+
+def test_it_says_what_it_plays_and_leaves_failed_seeds_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate.main([recorded(tmp_path / "run", [0, 5000, 80, 20], failed=[2], not_finite=[]), "episodes=3"])
+    out = capsys.readouterr().out.splitlines()
+    assert out[:5] == [
+        f"the best policies of {tmp_path / 'run'} play 3 greedy episodes each",
+        "seed 0: untrained",
+        "seed 1: trained for 5,000 environment steps",
+        "seed 2: trained for 80 environment steps, failed at 70 environment steps, left out of the means over seeds",
+        "seed 3: trained for 20 environment steps",
+    ]
+    assert "seed 2: return 0.00 (95% interval 0.00 to 0.00, standard deviation 0.00)" in out
+    assert [line.split(" (")[0] for line in out[-3:]] == [
+        "3 seeds: return 0.67",
+        "3 seeds: length 3.00",
+        "3 seeds: captures 0.67",
+    ]
+    low, high = map(float, out[-2].split("interval ")[1].split(",")[0].split(" to "))
+    assert (low, high) == (1, 7)  # episodes have one to seven steps: between the ends of Student's interval
+
+
+def test_parameters_that_are_not_finite_are_never_played(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = recorded(tmp_path / "run", [70, 80], failed=[0], not_finite=[0], which="last")
+    evaluate.main([run, "episodes=1", "policy=last"])
+    out = capsys.readouterr().out.splitlines()
+    assert out[:3] == [
+        f"the last policies of {tmp_path / 'run'} play 1 greedy episode each",
+        "seed 0: failed at 70 environment steps, its parameters are not finite, left out",
+        "seed 1: trained for 80 environment steps",
+    ]
+    assert [line.split(" (")[0] for line in out[3:]] == [
+        "seed 1: return 0.00",
+        "seed 1: length 7.00",
+        "seed 1: captures 0.00",
+    ]
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main([run, "policy=last", f"render={tmp_path / 'film.gif'}"])
+    assert ended.value.code == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err == "error: member=0 is not allowed: the parameters of seed 0 are not finite\n"
+
+
+def test_a_run_without_any_finite_parameters_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = recorded(tmp_path / "run", [70, 80], failed=[0, 1], not_finite=[0, 1], which="last")
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main([run, "policy=last"])
+    assert ended.value.code == 2
+    path = tmp_path / "run" / "policies" / "last.npz"
+    told = f"error: {path} can't be played: no seed has finite parameters; try policy=best\n"
+    assert capsys.readouterr() == ("", told)
+
+
+def test_python_refuses_or_names_parameters_that_are_not_finite(tmp_path: Path) -> None:
+    recorded(tmp_path / "run", [70, 80], not_finite=[0])
+    with pytest.raises(ConfigError, match=r"^member=0 is not allowed: the parameters of seed 0 are not finite$"):
+        load_policy(tmp_path / "run", member=0)
+    assert load_policy(tmp_path / "run", member=1).env_steps == 80
+    with pytest.warns(UserWarning, match="seed 0 is left out: its parameters are not finite$"):
+        _, policies = load_policies(tmp_path / "run")
+    assert list(policies) == ["1"]
+
+
+def test_a_member_acts_with_its_own_swept_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = values_of_run(_target_=f"{__name__}.Chooser", choice=STAY)
+    folder, choices = tmp_path / "run", (STAY, CATCH)
+    lines = [line for choice in choices for line in evaluated(0, {0: 0.0}, **{"algo.choice": choice})]
+    record_run(folder, {**values, "sweep": {"choice": list(choices)}}, lines, env="predator_prey")
+    env, algo = build("env", values["env"]), build("algo", values["algo"])
+    params = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), algo.init(jax.random.key(0), env.spec))
+    members = make_members(algo, [0], {"choice": list(choices)})
+    save_policy(folder / "policies" / "best.npz", Policy(params, np.ones(2, np.int32), np.zeros(2)), members)
+    evaluate.main([f"run_dir={folder}", "episodes=1"])
+    out = capsys.readouterr().out
+    assert f"seed 0-choice{STAY}: return 0.00" in out
+    assert f"seed 0-choice{CATCH}: return 1.00" in out
+
+    spec = env.spec
+    seen = jnp.zeros((spec.num_agents, spec.obs_dim)), jnp.ones((spec.num_agents, spec.num_actions), bool)
+    config = dataclasses.replace(run_config(values), sweep={"choice": list(choices)})
+    state: Any = SimpleNamespace(
+        failed=np.zeros(2, bool),
+        learner=SimpleNamespace(params=params),
+        hp=SimpleNamespace(choice=np.array(choices, np.int32)),
+        counters=SimpleNamespace(env_steps=np.array([7, 9], np.int32)),
+    )
+    for member, choice in enumerate(choices):
+        for policy in (load_policy(folder, member=member), trained_policy(config, state, member=member)):
+            assert policy.act(policy.initial_carry(), *seen)[0].tolist() == [choice]
+    with pytest.raises(ConfigError, match=r"^member=2 is not allowed: choose one of 0 to 1$"):
+        trained_policy(config, state, member=2)
+    state.learner.params["agent"]["head"]["bias"][1] = np.nan
+    with pytest.raises(ConfigError, match=r"^member=1 is not allowed: its parameters are not finite$"):
+        trained_policy(config, state, member=1)
 
 
 def test_an_episode_is_drawn_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from wqmix_jax.statistics import (
     iqm_difference,
     iqm_estimate,
     mann_whitney_p,
+    mean_estimate,
     mean_over_training,
     probability_of_improvement,
     quartiles,
@@ -109,3 +110,71 @@ def test_the_p_value_is_that_of_all_orders() -> None:
     assert mann_whitney_p(np.array([4.0, 4.0, 4.0]), np.array([1.0, 1.0, 1.0])) == pytest.approx(0.1)
     assert np.isnan(mann_whitney_p(np.array([4.0]), np.array([1.0, 2.0])))
     assert mann_whitney_p(np.zeros(2), np.zeros(2)) == 1
+
+
+def test_the_interval_of_one_seed_is_students_or_wilsons() -> None:
+    mean, low, high, std = mean_estimate([np.array([6.0, 8.0])])
+    half = 12.7062  # Student's for one degree of freedom; the standard error is 1
+    assert (mean, std) == (7, 1)
+    np.testing.assert_allclose([low, high], [7 - half, 7 + half], rtol=1e-4)
+    assert mean_estimate([np.array([6.0, 8.0])], bounds=(1, 10))[1:3] == (1, 10)
+    half_won = mean_estimate([np.array([1.0, 0.0])], is_share=True)
+    np.testing.assert_allclose(half_won[:3], [0.5, 0.0945, 0.9055], atol=1e-4)
+    assert np.isnan(mean_estimate([np.array([3.0])])[1:3]).all()
+
+
+def test_battles_that_are_all_won_are_no_less_sure_than_with_one_loss() -> None:
+    """Three seeds of a hundred battles: Wilson's interval of 300 battles, and nearly the same with one loss."""
+    won = [np.ones(100)] * 3
+    np.testing.assert_allclose(mean_estimate(won, is_share=True)[:3], [1, 0.98736, 1], atol=1e-5)
+    one_lost = mean_estimate([*won[1:], np.array([0.0] + [1.0] * 99)], is_share=True)
+    assert one_lost.mean == pytest.approx(299 / 300)
+    assert 0.96 < one_lost.low < 0.98736
+    assert one_lost.high < 1
+
+
+def test_seeds_that_win_all_or_none_count_once_each() -> None:
+    """Wilson's interval of two successes in three."""
+    found = mean_estimate([np.ones(50), np.ones(50), np.zeros(50)], is_share=True)
+    np.testing.assert_allclose(found[:3], [2 / 3, 0.2077, 0.9385], atol=1e-4)
+
+
+def test_no_interval_leaves_what_is_possible() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        lengths = [rng.integers(1, 201, 4).astype(float) for _ in range(2)]
+        mean, low, high, _ = mean_estimate(lengths, bounds=(1, 200))
+        assert 1 <= low <= mean <= high <= 200
+        wins = [rng.binomial(1, rng.random(), 5).astype(float) for _ in range(2)]
+        mean, low, high, _ = mean_estimate(wins, is_share=True)
+        assert 0 <= low <= mean <= high <= 1
+        shares = [rng.random(3) for _ in range(2)]  # a win rate that isn't won or lost
+        mean, low, high, _ = mean_estimate(shares, bounds=(0, 1), is_share=True)
+        assert 0 <= low <= mean <= high <= 1
+
+
+@pytest.mark.parametrize(("num_seeds", "num_episodes"), [(1, 30), (2, 50), (3, 100), (8, 30)])
+@pytest.mark.parametrize(("rate", "most"), [(0.5, 0.995), (0.9, 0.995), (1.0, 1.0)])
+def test_intervals_hold_the_rate_of_like_seeds(num_seeds: int, num_episodes: int, rate: float, most: float) -> None:
+    draws = np.random.default_rng(1).binomial(1, rate, size=(1000, num_seeds, num_episodes)).astype(float)
+    found = [mean_estimate(list(each), is_share=True) for each in draws]
+    assert 0.93 < np.mean([told.low <= rate <= told.high for told in found]) <= most
+
+
+@pytest.mark.parametrize(("num_seeds", "least"), [(2, 0.8), (3, 0.86), (8, 0.9)])
+def test_intervals_hold_the_mean_over_seeds_that_differ(num_seeds: int, least: float) -> None:
+    """A seed's win rate is drawn from Beta(2, 2), whose mean is a half, its return around 0 with deviation 0.5."""
+    rng = np.random.default_rng(2)
+    rates = rng.beta(2, 2, size=(1000, num_seeds, 1))
+    wins = (rng.random((1000, num_seeds, 50)) < rates).astype(float)
+    found = [mean_estimate(list(each), is_share=True) for each in wins]
+    assert least < np.mean([told.low <= 0.5 <= told.high for told in found]) < 0.98
+    returns = rng.normal(0, 0.5, size=(1000, num_seeds, 1)) + rng.normal(size=(1000, num_seeds, 30))
+    found = [mean_estimate(list(each)) for each in returns]
+    assert least < np.mean([told.low <= 0 <= told.high for told in found]) < 0.98
+
+
+def test_the_interval_of_skewed_returns_holds_their_mean() -> None:
+    draws = np.random.default_rng(0).exponential(size=(1000, 30))
+    found = [mean_estimate([each]) for each in draws]
+    assert 0.9 < np.mean([told.low <= 1 <= told.high for told in found]) < 0.96  # a little less than 0.95

@@ -1,24 +1,28 @@
 """Training and playing from a notebook or a script: no command line, and no files but a run's own."""
 
+import dataclasses
 import operator
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from wqmix_jax.algos.base import Algorithm
 from wqmix_jax.compile_cache import use_compilation_cache
-from wqmix_jax.config import MAX_SEED, ConfigError, RunConfig, build, run_config
+from wqmix_jax.config import MAX_SEED, ConfigError, RunConfig, build, checked, run_config
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.envs.checks import check_environment
 from wqmix_jax.logger import load_header
 from wqmix_jax.loop import advance, begin, is_finished
-from wqmix_jax.members import make_members, member_name
+from wqmix_jax.members import labels_of, make_members, member_name
 from wqmix_jax.memory import compile_within_memory
-from wqmix_jax.policy import GreedyPolicy, policy_file, read_labels, read_policies
+from wqmix_jax.policy import BEST, LAST, GreedyPolicy, finite_members, policy_file, read_labels, read_policies
+from wqmix_jax.runs import read_summary
 from wqmix_jax.trainer import Trainer, TrainState, make_trainer, train_sharding
 from wqmix_jax.trust import NOTHING_NAMED, Named, open_config
 
@@ -75,6 +79,22 @@ def train_seeds(
             loop, lines = advance(trainer, loop)
 
 
+class RunPolicies(NamedTuple):
+    """How the agents of a run play.
+
+    Attributes:
+        env: where they were trained.
+        names: of all members (`members.member_name`), in the order of ``run.json``.
+        policies: those with finite parameters, by their members' names.
+        failed: the environment step at which a member's loss or parameters stopped being finite, by its name.
+    """
+
+    env: Environment
+    names: tuple[str, ...]
+    policies: dict[str, GreedyPolicy]
+    failed: dict[str, int]
+
+
 def load_policy(
     run_dir: str | os.PathLike[str],
     *,
@@ -91,7 +111,8 @@ def load_policy(
         run_dir: the run's folder; with ``config`` a file of its policies, too.
         member: which of those that trained there, from 0 in the order of ``run.json``: the seeds, and in a sweep
             all of them for each of its values.
-        which: the policy of the best evaluation, or of the last checkpoint.
+        which: the policy of the best evaluation since learning began (``env_steps`` is 0 if there was none yet), or of
+            the last checkpoint.
         config: the algorithm and environment. With it, the folder's ``config.yaml`` is not read; without it, that file
             names the classes, see `wqmix_jax.trust`.
         config_dir: a folder from which their modules may be imported, as ``--config-dir``.
@@ -100,19 +121,19 @@ def load_policy(
             ``config_dir``.
 
     Raises:
-        ConfigError: if there is no such policy, if it doesn't fit ``config``, or if the folder names code that may not
-            be executed.
+        ConfigError: if there is no such policy, if it doesn't fit ``config``, if its parameters are not finite, or if
+            the folder names code that may not be executed.
     """
     if config is None:
-        _, policies = load_policies(run_dir, which=which, named=Named(config_dir, worker_python, simulator))
+        opened = open_policies(run_dir, which=which, named=Named(config_dir, worker_python, simulator))
     else:
         path = Path(run_dir)
         path = policy_file(path, which) if path.is_dir() else path
         arithmetic = {"matmul_precision": config.matmul_precision, "compute_dtype": config.compute_dtype}
-        policies = policies_of_file(path, config.env, config.algo, arithmetic)
-    if not 0 <= member < len(policies):
-        raise ConfigError(f"member={member} is not allowed: {run_dir} has members 0 to {len(policies) - 1}")
-    return list(policies.values())[member]
+        opened = policies_of_file(path, config.env, config.algo, arithmetic)
+    if not 0 <= member < len(opened.names):
+        raise ConfigError(f"member={member} is not allowed: {run_dir} has members 0 to {len(opened.names) - 1}")
+    return opened.policies[playable(opened, member)]
 
 
 def load_policies(
@@ -120,20 +141,44 @@ def load_policies(
 ) -> tuple[Environment, dict[str, GreedyPolicy]]:
     """The environment of a run, and the policies of all who trained there by their names (`members.member_name`).
 
+    A policy whose parameters are not finite is left out, with a warning.
+
     Args:
         run_dir: the run's folder.
         which: the policies of the best evaluations, or of the last checkpoint.
         named: the places and programs from which the folder may have code executed.
 
     Raises:
-        ConfigError: if the folder holds no such policies, names code that may not be executed, or if the environment
-            doesn't fit its spec.
+        ConfigError: see `open_policies`.
+    """
+    opened = open_policies(run_dir, which=which, named=named)
+    for name in opened.names:
+        if name not in opened.policies:
+            warnings.warn(f"{run_dir}: seed {name} is left out: its parameters are not finite", stacklevel=2)
+    return opened.env, opened.policies
+
+
+def open_policies(
+    run_dir: str | os.PathLike[str], *, which: Literal["best", "last"] = "best", named: Named = NOTHING_NAMED
+) -> RunPolicies:
+    """Reads all policies of a run; each acts with its member's own values of swept options.
+
+    Args:
+        run_dir: the run's folder.
+        which: the policies of the best evaluations, or of the last checkpoint.
+        named: the places and programs from which the folder may have code executed.
+
+    Raises:
+        ConfigError: if the folder holds no such policies, or none with finite parameters, if it names code that may not
+            be executed, or if the environment doesn't fit its spec.
     """
     folder = Path(run_dir)
     values, path = open_config(folder, named), policy_file(folder, which)
     env, algo = build("env", values["env"]), build("algo", values["algo"])
     arithmetic = {name: values[name] for name in ("matmul_precision", "compute_dtype")}
-    return env, policies_of_file(path, env, algo, arithmetic, labels=load_header(folder)["members"])
+    opened = policies_of_file(path, env, algo, arithmetic, labels=load_header(folder)["members"])
+    failed = {member_name(labels_of(line)): line["env_steps"] for line in read_summary(folder).get("failed", [])}
+    return opened._replace(failed=failed)
 
 
 def policies_of_file(
@@ -143,31 +188,64 @@ def policies_of_file(
     arithmetic: Mapping[str, str],
     *,
     labels: Sequence[Mapping[str, Any]] | None = None,
-) -> dict[str, GreedyPolicy]:
-    """The policies in a run's ``policies/best.npz`` or ``last.npz`` by their names; reads nothing else of the run.
+) -> RunPolicies:
+    """The policies in a run's ``policies/best.npz`` or ``last.npz``; reads nothing else of the run.
 
     Args:
         path: the file.
         env: the environment that its shapes must fit.
-        algo: the algorithm that its shapes must fit.
+        algo: the algorithm that its shapes must fit; each policy acts with its member's own values of swept options.
         arithmetic: ``matmul_precision`` and ``compute_dtype``, see `GreedyPolicy`.
         labels: those of the members; the file's own when absent.
 
     Raises:
-        ConfigError: if it can't be read or has other shapes, or if the environment doesn't fit its spec.
+        ConfigError: if it can't be read, has other shapes, or holds no policy with finite parameters, or if the
+            environment doesn't fit its spec.
     """
     check_environment(env)
     spec = env.spec  # outside of `eval_shape`: an environment may cache what it makes
     like = jax.eval_shape(lambda: algo.acting_params(algo.init(jax.random.key(0), spec)))
-    policies = read_policies(path, like)
-    params = jax.tree.map(jnp.asarray, policies.params)
+    stored = read_policies(path, like)
     labels = read_labels(path) if labels is None else labels
-    if len(labels) != len(policies.env_steps):
-        raise ConfigError(f"{path} doesn't fit: it holds {len(policies.env_steps)} members, run.json has {len(labels)}")
-    return {
-        name: GreedyPolicy(algo, jax.tree.map(operator.itemgetter(index), params), spec, **arithmetic)
-        for index, name in enumerate(map(member_name, labels))
+    if len(labels) != len(stored.env_steps):
+        raise ConfigError(f"{path} doesn't fit: it holds {len(stored.env_steps)} members, run.json has {len(labels)}")
+    finite, names = finite_members(stored.params), tuple(map(member_name, labels))
+    if not finite.any():
+        other = LAST if path.stem == BEST else BEST
+        raise ConfigError(f"{path} can't be played: no seed has finite parameters; try policy={other}")
+    params = jax.tree.map(jnp.asarray, stored.params)
+    policies = {
+        names[index]: GreedyPolicy(
+            _with_swept(algo, labels[index]),
+            jax.tree.map(operator.itemgetter(index), params),
+            spec,
+            **arithmetic,
+            env_steps=int(stored.env_steps[index]),
+        )
+        for index in np.flatnonzero(finite).tolist()
     }
+    return RunPolicies(env, names, policies, failed={})
+
+
+def _with_swept(algo: Algorithm, member: Mapping[str, Any]) -> Algorithm:
+    """The algorithm with a member's own values of swept options, which its labels hold."""
+    swept = {name.removeprefix("algo."): value for name, value in member.items() if name != "seed"}
+    if not swept:
+        return algo
+    values = {field.name: getattr(algo, field.name) for field in dataclasses.fields(algo) if field.init}  # type: ignore[arg-type]
+    return checked(type(algo), {**values, **swept}, prefix="algo.")
+
+
+def playable(opened: RunPolicies, member: int) -> str:
+    """The name of a member, counted from 0.
+
+    Raises:
+        ConfigError: if its parameters are not finite.
+    """
+    name = opened.names[member]
+    if name not in opened.policies:
+        raise ConfigError(f"member={member} is not allowed: the parameters of seed {name} are not finite")
+    return name
 
 
 def trained_policy(config: RunConfig, state: TrainState, *, member: int = 0) -> GreedyPolicy:
@@ -177,9 +255,19 @@ def trained_policy(config: RunConfig, state: TrainState, *, member: int = 0) -> 
         config: what was trained.
         state: the state that `train_seeds` returned.
         member: which of those that it holds, counted from 0.
+
+    Raises:
+        ConfigError: if there is no such member, or its parameters are not finite.
     """
+    num_members = len(state.failed)
+    if not 0 <= member < num_members:
+        raise ConfigError(f"member={member} is not allowed: choose one of 0 to {num_members - 1}")
     params = jax.tree.map(operator.itemgetter(member), config.algo.acting_params(state.learner.params))
-    return GreedyPolicy(config.algo, params, config.env.spec, config.matmul_precision, config.compute_dtype)
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
+        raise ConfigError(f"member={member} is not allowed: its parameters are not finite")
+    swept = {name: getattr(state.hp, name)[member].item() for name in config.sweep}
+    algo, env_steps = dataclasses.replace(config.algo, **swept), int(state.counters.env_steps[member])
+    return GreedyPolicy(algo, params, config.env.spec, config.matmul_precision, config.compute_dtype, env_steps)
 
 
 def _checked(seeds: Sequence[int]) -> list[int]:

@@ -9,13 +9,12 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import hydra
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
@@ -23,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 
 from wqmix_jax.algos.base import Context, hyperparams
-from wqmix_jax.api import load_policies, policies_of_file
+from wqmix_jax.api import RunPolicies, open_policies, playable, policies_of_file
 from wqmix_jax.compile_cache import cache_faults_in_one_line, use_compilation_cache
 from wqmix_jax.config import (
     CONFIG_DIR,
@@ -42,6 +41,7 @@ from wqmix_jax.exits import OneLineParser, RunError, refuse
 from wqmix_jax.interop import pymarl
 from wqmix_jax.networks.functional import compute_in
 from wqmix_jax.policy import GREEDY, GreedyPolicy, play_episode
+from wqmix_jax.statistics import mean_estimate
 from wqmix_jax.train import parse_overrides, tell_replaced, users_first
 from wqmix_jax.trust import PROGRAMS, Named
 from wqmix_jax.types import PRNGKey, PyTree
@@ -49,10 +49,12 @@ from wqmix_jax.types import PRNGKey, PyTree
 if TYPE_CHECKING:
     from wqmix_jax.envs.viewer import StateViewer  # jumanji's import starts the backend
 
-CONFIDENCE = 0.95
-
 _HELP = """\
 Plays greedy episodes of trained agents: means with 95% confidence intervals, and a picture if asked for.
+
+The intervals of a seed are Student's over its episodes, cut to what is possible; of win rates they are Wilson's. Those
+over several seeds take into account how much the seeds and their episodes differ (wqmix_jax.statistics.mean_estimate
+has the formula). Seeds that failed are left out of the means over seeds; parameters that are not finite are not played.
 
   python -m wqmix_jax.evaluate run_dir=RUN_DIR [episodes=100] [policy=best] [render=out.gif]
   python -m wqmix_jax.evaluate policy_file=FILE algo=NAME [env=NAME] [KEY=VALUE ..]
@@ -71,7 +73,7 @@ class EvaluateOptions:
 
     Attributes:
         run_dir: the folder of a run.
-        policy: which of its policies, those of the best evaluations or of the last checkpoint.
+        policy: which of its policies: those of the best evaluations since learning began, or of the last checkpoint.
         policy_file: a file of policies alone, played by the algorithm and environment of this command.
         pymarl: the folder of a PyMARL checkpoint.
         episodes: greedy episodes of each member.
@@ -96,22 +98,6 @@ class EvaluateOptions:
     compilation_cache: CacheSetting
 
 
-class MeanEstimate(NamedTuple):
-    """A mean and how sure it is.
-
-    Attributes:
-        mean: over episodes or members.
-        low: of the interval that holds the true mean with `CONFIDENCE`; nan where there are fewer than two.
-        high: its other end.
-        std: the standard deviation that was seen.
-    """
-
-    mean: float
-    low: float
-    high: float
-    std: float
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line on ``arguments``, by default the process's own."""
     args = _parser().parse_args(arguments)
@@ -125,23 +111,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         refuse(str(error), error.exit_code)
 
 
-def estimate(values: np.ndarray, *, is_share: bool = False) -> MeanEstimate:
-    """The mean of independent ``values`` ``[n]`` with its confidence interval.
-
-    Student's interval; of shares (a win rate) Wilson's where each value is 0 or 1, and never beyond 0 and 1.
-    """
-    count, mean = len(values), float(np.mean(values))
-    std = float(np.std(values))
-    if count < 2:
-        return MeanEstimate(mean, math.nan, math.nan, std)
-    if is_share and np.isin(values, (0, 1)).all():
-        low, high = scipy.stats.binomtest(int(values.sum()), count).proportion_ci(CONFIDENCE, method="wilson")
-        return MeanEstimate(mean, float(low), float(high), std)
-    half = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * std / math.sqrt(count - 1)
-    low, high = (mean - half, mean + half) if not is_share else (max(0.0, mean - half), min(1.0, mean + half))
-    return MeanEstimate(mean, float(low), float(high), std)
-
-
 def _evaluate(overrides: Sequence[str], config_dir: str | None) -> Iterator[str]:
     """The lines that are printed."""
     _refuse_foreign(overrides)
@@ -150,21 +119,24 @@ def _evaluate(overrides: Sequence[str], config_dir: str | None) -> Iterator[str]
     chosen = _options(values)
     use_compilation_cache(chosen.compilation_cache)
     if chosen.run_dir is not None:
-        env, policies = load_policies(chosen.run_dir, which=chosen.policy, named=_named(overrides, config_dir))
+        opened = open_policies(chosen.run_dir, which=chosen.policy, named=_named(overrides, config_dir))
     elif chosen.policy_file is not None:
         env, algo = build("env", env_values), build("algo", algo_values)
         arithmetic = {"matmul_precision": chosen.matmul_precision, "compute_dtype": "float32"}
-        policies = policies_of_file(Path(chosen.policy_file), env, algo, arithmetic)
+        opened = policies_of_file(Path(chosen.policy_file), env, algo, arithmetic)
     else:
         env = build("env", env_values)
-        policies = {"": _pymarl_policy(env, algo_values, chosen)}
-    if chosen.member >= len(policies):
-        raise ConfigError(f"member={chosen.member} is not allowed: choose one of 0 to {len(policies) - 1}")
-    viewer = None if chosen.render is None else _viewer(env, policies, chosen, Path(chosen.render))
-    yield from evaluate_policies(env, policies, chosen)
+        opened = RunPolicies(env, ("",), {"": _pymarl_policy(env, algo_values, chosen)}, {})
+    if chosen.member >= len(opened.names):
+        raise ConfigError(f"member={chosen.member} is not allowed: choose one of 0 to {len(opened.names) - 1}")
+    viewer, drawn = None, opened.names[chosen.member]
+    if chosen.render is not None:
+        viewer, drawn = _viewer(opened.env, chosen, Path(chosen.render)), playable(opened, chosen.member)
+    yield from _described(opened, chosen)
+    yield from evaluate_policies(opened, chosen)
     if viewer is not None:
-        name, policy = list(policies.items())[chosen.member]
-        yield _film(env, policy, viewer, chosen, f"seed {name}, " if name else "")
+        policy = opened.policies[drawn]
+        yield _film(opened.env, policy, viewer, chosen, f"seed {drawn}, " if drawn else "")
 
 
 def _refuse_foreign(overrides: Sequence[str]) -> None:
@@ -222,25 +194,48 @@ def _pymarl_policy(env: Environment, algo_values: Mapping[str, Any], chosen: Eva
     return GreedyPolicy(algo, params, spec, chosen.matmul_precision)
 
 
-def evaluate_policies(env: Environment, policies: Mapping[str, GreedyPolicy], chosen: EvaluateOptions) -> Iterator[str]:
-    """One line per member and figure, then, where several seeds trained alike, one per figure over their means."""
-    means: dict[str, dict[str, list[float]]] = {}
-    precision = chosen.matmul_precision
-    played = play_policies(env, policies, episodes=chosen.episodes, seed=chosen.seed, matmul_precision=precision)
+def _described(opened: RunPolicies, chosen: EvaluateOptions) -> Iterator[str]:
+    """What is played: which policies, how long they were trained, and how many episodes."""
+    plays = f"{chosen.episodes} greedy episode{'s' if chosen.episodes > 1 else ''}"
+    if chosen.pymarl is not None:
+        yield f"the agents of {chosen.pymarl} play {plays}"
+        return
+    source = f"{chosen.policy} policies of {chosen.run_dir}" if chosen.run_dir else f"policies of {chosen.policy_file}"
+    yield f"the {source} play {plays} each"
+    for name in opened.names:
+        policy, failed = opened.policies.get(name), opened.failed.get(name)
+        words = [] if failed is None else [f"failed at {failed:,} environment steps"]
+        if policy is None:
+            words.append("its parameters are not finite, left out")
+        else:
+            words.insert(0, f"trained for {policy.env_steps:,} environment steps" if policy.env_steps else "untrained")
+            words += [] if failed is None else ["left out of the means over seeds"]
+        yield f"seed {name}: {', '.join(words)}"
+
+
+def evaluate_policies(opened: RunPolicies, chosen: EvaluateOptions) -> Iterator[str]:
+    """One line per member and figure, then, where several seeds trained alike, one per figure over their means.
+
+    Members that failed are not part of these means.
+    """
+    samples: dict[str, dict[str, list[np.ndarray]]] = {}
+    env, precision = opened.env, chosen.matmul_precision
+    played = play_policies(env, opened.policies, episodes=chosen.episodes, seed=chosen.seed, matmul_precision=precision)
     for name, figures in played:
         seed, _, swept = name.partition("-")
         for what, values in figures.items():
-            told = estimate(values, is_share=what == "win_rate")
-            means.setdefault(swept, {}).setdefault(what, []).append(told.mean)
-            yield _line(f"seed {name}: " if seed else "", what, told)
-    for swept, of_swept in means.items():
+            yield _line(f"seed {name}: " if seed else "", env, what, [values])
+            if name not in opened.failed:
+                samples.setdefault(swept, {}).setdefault(what, []).append(values)
+    for swept, of_swept in samples.items():
         for what, values in of_swept.items():
             if len(values) > 1:
-                over = f"{len(values)} seeds{f', {swept}' if swept else ''}: "
-                yield _line(over, what, estimate(np.array(values), is_share=what == "win_rate"))
+                yield _line(f"{len(values)} seeds{f', {swept}' if swept else ''}: ", env, what, values)
 
 
-def _line(of: str, what: str, told: MeanEstimate) -> str:
+def _line(of: str, env: Environment, what: str, samples: Sequence[np.ndarray]) -> str:
+    bounds = {"episode_length": (1, env.spec.episode_limit), "win_rate": (0, 1)}.get(what, (-math.inf, math.inf))
+    told = mean_estimate(samples, bounds=bounds, is_share=what == "win_rate")
     interval = "" if math.isnan(told.low) else f"95% interval {told.low:.2f} to {told.high:.2f}, "
     return f"{of}{what.removeprefix('episode_')} {told.mean:.2f} ({interval}standard deviation {told.std:.2f})"
 
@@ -264,7 +259,6 @@ def play_policies(
         RunError: if the environment failed in all episodes of a policy.
     """
     algo, compute_dtype = next((policy.algo, policy.compute_dtype) for policy in policies.values())
-    hp = jax.tree.map(jnp.asarray, hyperparams(algo))
     key = jax.random.key(seed, impl="threefry2x32")
     env.host.sharding()  # refuses where the host can't be called
 
@@ -274,6 +268,7 @@ def play_policies(
             return greedy_episodes(env, algo, params, hp, ctx, keys, num_episodes=episodes)
 
     for name, policy in policies.items():
+        hp = hyperparams(policy.algo)  # with the member's own values of swept options
         one_seed = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (policy.params, hp, GREEDY, key))
         with env.host.running([seed]), cache_faults_in_one_line():
             played = jax.tree.map(lambda leaf: np.asarray(leaf)[0], play(*one_seed))
@@ -284,9 +279,7 @@ def play_policies(
         yield name, {what: values[played.whole] for what, values in figures.items()}
 
 
-def _viewer(
-    env: Environment, policies: Mapping[str, GreedyPolicy], chosen: EvaluateOptions, path: Path
-) -> "StateViewer[Any]":
+def _viewer(env: Environment, chosen: EvaluateOptions, path: Path) -> "StateViewer[Any]":
     """What draws the episode.
 
     Raises:

@@ -27,7 +27,7 @@ class Policy(NamedTuple):
 
     Attributes:
         params: what `Algorithm.acting_params` gives.
-        env_steps: when each was evaluated, int32 ``[S]``.
+        env_steps: when each was evaluated, int32 ``[S]``; 0 for nets that have not learned yet.
         episode_return: how well each did, float32 ``[S]``; -inf where there was no evaluation.
     """
 
@@ -44,8 +44,14 @@ def no_policy(params: PyTree) -> Policy:
 
 
 def better(one: Policy, other: Policy) -> Policy:
-    """Of each member the policy with the higher return; ``one`` where they are equal or ``other`` has none."""
-    wins = other.episode_return > one.episode_return
+    """The better policy of each member: the one with the higher return, but a trained one before an untrained one.
+
+    Args:
+        one: the best policies so far; they are kept where returns are equal.
+        other: new ones; nan is the return of a member that has none.
+    """
+    untrained, evaluated = (one.env_steps == 0) & (other.env_steps > 0), ~np.isnan(other.episode_return)
+    wins = (other.episode_return > one.episode_return) | (untrained & evaluated)
 
     def choose(old: np.ndarray, new: Any) -> np.ndarray:
         return np.where(wins.reshape(-1, *[1] * (old.ndim - 1)), new, old)
@@ -125,6 +131,12 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         raise ConfigError(f"{path} can't be read: {error}") from None
 
 
+def finite_members(params: PyTree) -> np.ndarray:
+    """Which members have finite parameters: leaves ``[S, ..]`` -> bool ``[S]``."""
+    finite = [np.isfinite(leaf).reshape(len(leaf), -1).all(-1) for leaf in jax.tree.leaves(params)]
+    return np.array(np.stack(finite).all(0))
+
+
 def flat(tree: PyTree) -> dict[str, Any]:
     """Leaves by their paths, with dots between."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
@@ -148,11 +160,12 @@ class GreedyPolicy:
     """How one member's agents play, each on what it sees itself; all functions are pure.
 
     Attributes:
-        algo: how parameters are read.
+        algo: how parameters are read, with the member's own values of swept options.
         params: one member's, what `Algorithm.acting_params` gives.
         env_spec: the sizes of the environment.
         matmul_precision: what `jax.default_matmul_precision` is set to.
         compute_dtype: of the matrices that nets multiply.
+        env_steps: environment steps that it was trained for, 0 for untrained nets; None if that is unknown.
     """
 
     algo: Algorithm
@@ -160,6 +173,7 @@ class GreedyPolicy:
     env_spec: EnvSpec
     matmul_precision: str
     compute_dtype: str = "float32"
+    env_steps: int | None = None
 
     def initial_carry(self, batch_shape: tuple[int, ...] = ()) -> PolicyCarry:
         """What is remembered at the start of ``batch_shape`` episodes side by side, ``()`` for a single one."""

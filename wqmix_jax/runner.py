@@ -344,7 +344,8 @@ class _Session:
         self.wandb_runs.sync()
         labels, returns = [member.labels for member in self.members], np.full(len(self.members), np.nan, np.float32)
         for line in lines:
-            if line["kind"] == "eval":
+            # Later nets that have not learned yet are those of step 0, whose policy is there already.
+            if line["kind"] == "eval" and (line["learner_steps"] > 0 or line["env_steps"] == 0):
                 returns[labels.index(labels_of(line))] = line["episode_return"]
         self.best = better(self.best, self._policy(loop, returns))
 

@@ -3,7 +3,7 @@
 The interquartile mean (IQM) is the mean of the middle half of the seeds: a quarter, rounded down, is left out at either
 end, so of fewer than `FEWEST_TRIMMED` seeds it is the plain mean. Intervals hold 95% of `RESAMPLES` bootstrap samples
 over seeds, those of two groups drawn apart (Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the
-Statistical Precipice"). A single seed has no interval: its ends are nan.
+Statistical Precipice"). A single seed has no interval: its ends are nan. `mean_estimate` is for episodes of few seeds.
 """
 
 import math
@@ -47,6 +47,87 @@ class Estimate(NamedTuple):
     value: np.ndarray
     low: np.ndarray
     high: np.ndarray
+
+
+class MeanEstimate(NamedTuple):
+    """A mean over episodes, or over the episodes of several seeds.
+
+    Attributes:
+        mean: the mean; with several seeds, of the seeds' means.
+        low: the lower end of the interval that contains the true mean with probability `CONFIDENCE`; nan for a single
+            episode.
+        high: the upper end.
+        std: the standard deviation of the episodes; with several seeds, of the seeds' means.
+    """
+
+    mean: float
+    low: float
+    high: float
+    std: float
+
+
+def mean_estimate(
+    samples: Sequence[np.ndarray], *, bounds: tuple[float, float] = (-math.inf, math.inf), is_share: bool = False
+) -> MeanEstimate:
+    """The mean over seeds of the means over their episodes, with an interval that takes both into account.
+
+    The variance of the mean is the larger of two estimates: ``between``, from how much the seeds' means differ, and
+    ``within``, from how much the episodes of a seed do, which is all there is for a single seed. (With equal numbers of
+    episodes the ratio of the two is Kish's design effect.) The degrees of freedom are Satterthwaite's (1946) for the
+    two. The interval is Student's, cut to ``bounds``. Where every value is 0 or 1 and ``is_share`` says that this is a
+    share, it is Wilson's (1927) for the effective number of episodes, ``p (1 - p) / variance``, corrected by the
+    squared ratio of the normal and Student's quantile, but at least the number of seeds and at most that of episodes
+    (Dean and Pagano 2015, "Evaluating Confidence Interval Methods for Binomial Proportions in Clustered Surveys").
+    If all episodes of all seeds are equal, nothing shows a difference between seeds, and episodes count as independent.
+
+    In simulations, the 95% interval contains the true mean in 95% or more of the cases if seeds are alike, in about 90%
+    if they differ and there are three to eight, and in 70% to 90% if there are only two.
+
+    Args:
+        samples: one array ``[E]`` of at least one episode for each seed.
+        bounds: the least and the largest possible value.
+        is_share: whether a value of 0 or 1 is a loss or a win.
+    """
+    means, counts = np.array([values.mean() for values in samples]), np.array([len(values) for values in samples])
+    mean, num_seeds, num_episodes = float(means.mean()), len(samples), int(counts.sum())
+    std = float(means.std()) if num_seeds > 1 else float(samples[0].std())
+    if num_episodes < 2:
+        return MeanEstimate(mean, math.nan, math.nan, std)
+    wins = is_share and all(np.isin(values, (0, 1)).all() for values in samples)
+    if wins:
+        within, freedom_within = mean * (1 - mean) / num_episodes, math.inf  # known as soon as the mean is
+    else:
+        within = sum(values.var(ddof=1) / len(values) for values in samples if len(values) > 1) / num_seeds**2
+        freedom_within = num_episodes - num_seeds
+    between = means.var(ddof=1) / num_seeds if num_seeds > 1 else 0.0
+    variance = float(max(between, within))
+    quantile = _student_quantile((between, num_seeds - 1), (within, freedom_within))
+    if wins:
+        low, high = _wilson(mean, variance, quantile, num_seeds, num_episodes)
+    else:
+        half = quantile * math.sqrt(variance)
+        low, high = max(bounds[0], mean - half), min(bounds[1], mean + half)
+    return MeanEstimate(mean, low, high, std)
+
+
+def _student_quantile(*terms: tuple[float, float]) -> float:
+    """The two-sided `CONFIDENCE` quantile for a sum of variances, given with their degrees of freedom."""
+    total = sum(variance for variance, _ in terms)
+    inverse = sum((variance / total) ** 2 / freedom for variance, freedom in terms if variance > 0)
+    return float(
+        stats.t.ppf((1 + CONFIDENCE) / 2, 1 / inverse) if inverse > 0 else stats.norm.ppf((1 + CONFIDENCE) / 2)
+    )
+
+
+def _wilson(share: float, variance: float, quantile: float, least: int, most: int) -> tuple[float, float]:
+    """Wilson's interval of a share whose estimate has ``variance``, with ``least`` to ``most`` effective trials."""
+    normal = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
+    trials = share * (1 - share) / variance * (normal / quantile) ** 2 if variance > 0 else most
+    trials = min(max(trials, least), most)
+    scale = 1 + normal**2 / trials
+    centre = (share + normal**2 / (2 * trials)) / scale
+    half = normal / scale * math.sqrt(share * (1 - share) / trials + (normal / (2 * trials)) ** 2)
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 def horizon(records: Sequence[Mapping[str, Any]]) -> int:
