@@ -23,7 +23,14 @@ from wqmix_jax.exits import REFUSED, SEEDS_FAILED, OneLineParser, RunError
 from wqmix_jax.hosts import with_host
 from wqmix_jax.logger import HEADER_FILE, load_header, load_metrics
 from wqmix_jax.plotting import styles
-from wqmix_jax.runs import held, read_config, read_summary, refuse_common_seeds, shared_options
+from wqmix_jax.runs import (
+    held,
+    read_config,
+    read_summary,
+    refuse_common_seeds,
+    refuse_other_games,
+    shared_options,
+)
 from wqmix_jax.table import show
 from wqmix_jax.train import load_config, load_values
 
@@ -153,7 +160,8 @@ def plan(figure: Figure, env: str, chosen: ReproduceOptions, overrides: Sequence
     known = sorted({run.folder.name for run in runs(figure, env)})
     if (unknown := sorted(set(chosen.lines or []) - set(known))) or chosen.lines == []:
         raise ConfigError(f"lines={unknown} is not allowed: this figure has {', '.join(known)}")
-    game, planned = None, []
+    games: dict[str, dict[str, str]] = {}
+    planned = []
     for run in (run for run in runs(figure, env) if run.folder.name in (chosen.lines or known)):
         run = run._replace(overrides=(*run.overrides, *_changes(chosen, overrides)))
         folder = chosen.folder / env / run.folder
@@ -161,11 +169,11 @@ def plan(figure: Figure, env: str, chosen: ReproduceOptions, overrides: Sequence
             composed = load_values(*run.overrides, f"num_seeds={chosen.num_seeds}")
             line = Planned(run, with_host(composed, {}), folder, _made(folder))
             if chosen.train:  # what is only drawn needs no game
-                game = run_config(line.values).env.host.versions()
+                games["this installation"] = run_config(line.values).env.host.versions()
             refuse_common_seeds(line.made)
             for made in line.made:
                 _refuse_others(made, line.values)
-                game = _same_game(made, game)
+                _refuse_other_games(games, made)
                 if chosen.train and not _is_finished(made):
                     runner.refuse_lost_checkpoints(made)
                     with held(made):  # refuses one that another process trains
@@ -279,11 +287,15 @@ def _refuse_others(made: Path, values: dict[str, Any]) -> None:
             raise ConfigError(f"{told}; out=FOLDER keeps them apart")
 
 
-def _same_game(made: Path, game: dict[str, str] | None) -> dict[str, str]:
-    found = load_header(made).get("simulator", {})
-    if game is not None and found != game:
-        raise ConfigError(f"{made} was made with {found}, and here is {game}; out=FOLDER keeps them apart")
-    return found
+def _refuse_other_games(games: dict[str, dict[str, str]], made: Path) -> None:
+    """Adds the versions of a run's game to ``games``, where all must be equal."""
+    games[str(made)] = load_header(made).get("simulator", {})
+    try:
+        for line in refuse_other_games(games):
+            if str(made) in line:
+                print(line, file=sys.stderr)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; out=FOLDER keeps them apart") from None
 
 
 @contextlib.contextmanager

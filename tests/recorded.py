@@ -29,11 +29,12 @@ def record_run(
     failed: Sequence[int] = (),
     status: str = "finished",
     simulator: Mapping[str, str] | None = None,
+    version: str = "0",
 ) -> Path:
     """A run's folder with the options ``values`` and the records ``lines``."""
     folder.mkdir(parents=True)
     members = [dict(label) for label in dict.fromkeys(tuple(labels_of(line).items()) for line in lines)]
-    create_metrics(folder, version="0", algo=algo, env=env, members=members, simulator=simulator)
+    create_metrics(folder, version=version, algo=algo, env=env, members=members, simulator=simulator)
     save_config(folder, {**values, "run_dir": str(folder)})
     with MetricsFile(folder, num_bytes=0) as metrics:
         metrics.write(lines)

@@ -23,7 +23,7 @@ VALUES = {
 def run(folder: Path, ends: dict[int, float], last: int = 20, *, env: Any = None, **options: Any) -> Path:
     """A run whose seeds rise from 0, at 0 and 10 steps, to ``ends`` at ``last``."""
     lines = [line for seed, end in ends.items() for line in evaluated(seed, {0: 0.0, 10: 0.0, last: end})]
-    record = {key: options.pop(key) for key in ("failed", "simulator", "algo_name") if key in options}
+    record = {key: options.pop(key) for key in ("failed", "simulator", "algo_name", "version") if key in options}
     record["algo"] = record.pop("algo_name", "iql")
     values = {**VALUES, "env": {**VALUES["env"], **(env or {})}, **options}
     return record_run(folder, values, lines, **record)
@@ -124,11 +124,44 @@ def test_the_values_of_a_sweep_are_compared(tmp_path: Path, capsys: pytest.Captu
     assert "metric=algo.lr is not allowed: all of these runs have episode_length, episode_return" in err
 
 
+def test_seeds_of_another_version_of_this_library_are_not_joined(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "both" / "one", {0: 8.0, 1: 8.0})
+    run(tmp_path / "both" / "other", {2: 8.0, 3: 8.0}, version="1")
+    code, lines, _ = told(capsys, tmp_path / "both", "--out", tmp_path / "picture.png")
+    assert code == 0
+    assert [line.split(":")[0] for line in lines[:2]] == ["A iql", "B iql"]
+    assert "version of wqmix_jax 0 1" in lines
+
+
+def test_a_game_whose_version_was_not_recorded_yet_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = run(tmp_path / "old", {0: 8.0, 1: 8.0})
+    new = run(tmp_path / "new", {0: 8.0, 1: 8.0}, simulator={"jaxmarl": "0.2.0"})
+    newer = run(tmp_path / "newer", {0: 8.0, 1: 8.0}, simulator={"jaxmarl": "0.3.0"})
+    code, lines, err = told(capsys, old, new, "--out", tmp_path / "picture.png")
+    assert code == 0
+    assert err == (
+        f"warning: {old} doesn't record its version of jaxmarl, "
+        f"and {new} has jaxmarl=0.2.0: these may be different games\n"
+    )
+    assert "version of jaxmarl - 0.2.0" in lines
+    code, _, err = told(capsys, old, new, newer, "--out", tmp_path / "picture.png")
+    assert code == 2
+    assert f"{new} has jaxmarl=0.2.0, and {newer} has jaxmarl=0.3.0: figures of different games" in err
+
+
 @pytest.mark.parametrize(
     ("changes", "arguments", "complaint"),
     [
         ({"env": {"sides": 3}}, (), "has env.sides=2, and .*other has env.sides=3: figures of different tasks"),
-        ({"simulator": {"StarCraft II": "4.10"}}, (), "version of StarCraft II=unknown, and .*=4.10: figures of"),
+        (
+            {"simulator": {"StarCraft II": "4.10"}},
+            (),
+            "has StarCraft II=unknown, and .*other has StarCraft II=4.10: figures of",
+        ),
         (
             {},
             ("--metric", "win_rate"),

@@ -144,6 +144,12 @@ def test_it_says_what_it_plays_and_leaves_failed_seeds_out(tmp_path: Path, capsy
     assert (low, high) == (1, 7)  # episodes have one to seven steps: between the ends of Student's interval
 
 
+def test_another_version_of_the_game_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate.main([recorded(tmp_path / "run", [5], simulator={"hunt": "2"}), "episodes=1"])
+    told = f"warning: {tmp_path / 'run'} has hunt=2, and this installation has hunt=unknown: this may be another game"
+    assert capsys.readouterr().out.splitlines()[0] == f"{told} than the one of the training"
+
+
 def test_parameters_that_are_not_finite_are_never_played(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = recorded(tmp_path / "run", [70, 80], failed=[0], not_finite=[0], which="last")
     evaluate.main([run, "episodes=1", "policy=last"])

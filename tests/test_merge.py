@@ -95,10 +95,30 @@ def test_versions_of_a_game_are_not_joined(run_dir: Path, tmp_path: Path, capsys
     with pytest.raises(SystemExit) as ended:
         merge.main([str(run_dir), "--out", str(tmp_path / "merged")])
     assert ended.value.code == 2
-    assert "host_1 has version of StarCraft II='4.10' and" in capsys.readouterr().err
+    assert "host_1 has StarCraft II=4.10\n" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
     rows = table.table([run_dir / "host_0", run_dir / "host_1"])
     assert [(row["version of StarCraft II"], row["seeds"]) for row in rows] == [("4.6.2", 1), ("4.10", 2)]
+
+
+def test_a_game_whose_version_was_not_recorded_yet_is_joined_with_a_warning(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [run_dir / "host_0", run_dir / "host_1", part(tmp_path / "third", [3], [8.0])]
+    header = json.loads((runs[1] / "run.json").read_text())
+    (runs[1] / "run.json").write_text(json.dumps(header | {"simulator": {"jaxmarl": "0.2.0"}}))
+    merge.merge(runs[:2], tmp_path / "merged")
+    told = f"warning: {runs[0]} doesn't record its version of jaxmarl, and {runs[1]} has jaxmarl=0.2.0"
+    assert told in capsys.readouterr().err
+    assert "simulator" not in load_header(tmp_path / "merged")  # it is not known of all parts
+    merge.merge([runs[1], runs[0]], tmp_path / "again")
+    assert "simulator" not in load_header(tmp_path / "again")
+
+    header = json.loads((runs[2] / "run.json").read_text())
+    (runs[2] / "run.json").write_text(json.dumps(header | {"simulator": {"jaxmarl": "0.3.0"}}))
+    with pytest.raises(ConfigError, match=r"host_1 has jaxmarl=0\.2\.0, and .*third has jaxmarl=0\.3\.0"):
+        merge.merge(runs, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_hosts_may_have_their_simulators_in_different_places(run_dir: Path, tmp_path: Path) -> None:

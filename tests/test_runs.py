@@ -8,6 +8,8 @@ import jax
 import pytest
 
 from wqmix_jax import load_config, make_trainer, runner, runs
+from wqmix_jax.config import ConfigError
+from wqmix_jax.envs.base import GameOfPackage
 from wqmix_jax.logger import load_header
 from wqmix_jax.runs import device_lines, make_run_dir, new_run_dir, plan_lines, read_config
 from wqmix_jax.train import load_values
@@ -95,3 +97,23 @@ def test_runs_that_begin_in_the_same_second_each_train_in_their_own_folder(
 
 def test_an_empty_folder_can_be_used(tmp_path: Path) -> None:
     assert new_run_dir(str(tmp_path), algo="iql", env="coin") == tmp_path
+
+
+def test_a_run_goes_on_in_the_same_version_of_its_game(capsys: pytest.CaptureFixture[str]) -> None:
+    here = {"jaxmarl": "0.2.0"}
+    runner._refuse_other_game(Path("run"), {"simulator": here}, here)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ConfigError) as refused:
+        runner._refuse_other_game(Path("run"), {"simulator": {"jaxmarl": "0.1.0"}}, here)
+    told = "resume=run is not allowed: run has jaxmarl=0.1.0, and this installation has jaxmarl=0.2.0"
+    assert str(refused.value) == told
+    runner._refuse_other_game(Path("run"), {}, here)  # made before the version was recorded
+    told = "run doesn't record its version of jaxmarl, and this installation has jaxmarl=0.2.0"
+    assert capsys.readouterr().err == f"warning: {told}: these may be different games\n"
+    with pytest.raises(ConfigError, match="has toy=unknown, and this installation has toy=1"):
+        runner._refuse_other_game(Path("run"), {}, {"toy": "1"})  # such versions were always recorded
+
+
+def test_a_game_of_a_package_has_the_packages_version() -> None:
+    assert GameOfPackage("jax").versions() == {"jax": jax.__version__}
+    assert GameOfPackage("no_such_package").versions() == {"no_such_package": "unknown"}

@@ -30,7 +30,16 @@ from wqmix_jax.plotting import (
     seeds_label,
     styles,
 )
-from wqmix_jax.runs import VERSION, find_runs, read_config, read_summary, shared_options, simulator_versions
+from wqmix_jax.runs import (
+    VERSION,
+    find_runs,
+    library_version,
+    read_config,
+    read_summary,
+    refuse_other_games,
+    shared_options,
+    simulator_versions,
+)
 from wqmix_jax.statistics import (
     Estimate,
     horizon,
@@ -139,6 +148,7 @@ def find_groups(folders: Sequence[Path]) -> dict[str, Group]:
         raise ConfigError(f"{', '.join(map(str, folders))} can't be compared: two runs with evaluations are needed")
     if len(found) > len(COLOURS):
         raise ConfigError(f"{len(found)} runs are too many for one picture: python -m wqmix_jax.table lists them")
+    _refuse_other_versions(found)
     for group in found:
         _refuse_other_task(group, found[0])
         if not group.records:
@@ -290,7 +300,7 @@ def _of(run: Path) -> list[Group]:
         labels = labels_of(record)
         swept = {key: value for key, value in labels.items() if key != "seed"}
         num_failed = sum(swept.items() <= failure.items() for failure in failed)
-        new = Group([run], header["algo"], task, {**options, **swept}, [], num_failed)
+        new = Group([run], header["algo"], task, {**library_version(header), **options, **swept}, [], num_failed)
         group = found.setdefault(setting_name(labels), new)
         if labels not in failed:
             group.records.append(record)
@@ -319,11 +329,26 @@ def _joined(groups: Sequence[Group]) -> list[Group]:
     return joined
 
 
+def _refuse_other_versions(groups: Sequence[Group]) -> None:
+    """Refuses different games; a version that an older run doesn't record is only reported."""
+    games = {
+        str(of.folders[0]): {
+            name.removeprefix(VERSION): version for name, version in of.task.items() if name.startswith(VERSION)
+        }
+        for of in groups
+    }
+    try:
+        for line in refuse_other_games(games):
+            print(line, file=sys.stderr)
+    except ConfigError as error:
+        raise ConfigError(f"{error}: figures of different games can't be compared") from None
+
+
 def _refuse_other_task(group: Group, first: Group) -> None:
     """An option that one of them doesn't have, of another version of this project, is only told."""
     for name in dict.fromkeys([*first.task, *group.task]):
         one, other = (of.task.get(name, "unknown") for of in (first, group))
-        if one != other and ("unknown" not in (one, other) or name.startswith(VERSION)):
+        if one != other and "unknown" not in (one, other):
             told = f"{first.folders[0]} has {name}={one}, and {group.folders[0]} has {name}={other}"
             raise ConfigError(f"{told}: figures of different tasks can't be compared")
 

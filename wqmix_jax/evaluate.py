@@ -39,8 +39,10 @@ from wqmix_jax.envs.checks import check_environment
 from wqmix_jax.evaluator import Figures, greedy_episodes
 from wqmix_jax.exits import OneLineParser, RunError, refuse
 from wqmix_jax.interop import pymarl
+from wqmix_jax.logger import load_header
 from wqmix_jax.networks.functional import compute_in
 from wqmix_jax.policy import GREEDY, GreedyPolicy, play_episode
+from wqmix_jax.runs import refuse_other_games
 from wqmix_jax.statistics import mean_estimate
 from wqmix_jax.train import parse_overrides, tell_replaced, users_first
 from wqmix_jax.trust import PROGRAMS, Named
@@ -200,6 +202,8 @@ def _described(opened: RunPolicies, chosen: EvaluateOptions) -> Iterator[str]:
     if chosen.pymarl is not None:
         yield f"the agents of {chosen.pymarl} play {plays}"
         return
+    if chosen.run_dir is not None:
+        yield from _other_game(chosen.run_dir, opened.env)
     source = f"{chosen.policy} policies of {chosen.run_dir}" if chosen.run_dir else f"policies of {chosen.policy_file}"
     yield f"the {source} play {plays} each"
     for name in opened.names:
@@ -211,6 +215,15 @@ def _described(opened: RunPolicies, chosen: EvaluateOptions) -> Iterator[str]:
             words.insert(0, f"trained for {policy.env_steps:,} environment steps" if policy.env_steps else "untrained")
             words += [] if failed is None else ["left out of the means over seeds"]
         yield f"seed {name}: {', '.join(words)}"
+
+
+def _other_game(run_dir: str, env: Environment) -> Iterator[str]:
+    """Warnings where a run was trained in another version of the game than the one that is played here."""
+    there = load_header(run_dir).get("simulator", {})
+    try:
+        yield from refuse_other_games({run_dir: there, "this installation": env.host.versions()})
+    except ConfigError as error:
+        yield f"warning: {error}: this may be another game than the one of the training"
 
 
 def evaluate_policies(opened: RunPolicies, chosen: EvaluateOptions) -> Iterator[str]:

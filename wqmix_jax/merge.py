@@ -17,14 +17,15 @@ from wqmix_jax.plotting import plot_run
 from wqmix_jax.runs import (
     SUMMARY_FILE,
     find_runs,
+    library_version,
     make_run_dir,
     new_run_dir,
     read_config,
     read_summary,
     refuse_common_seeds,
+    refuse_other_games,
     save_config,
     shared_options,
-    simulator_versions,
 )
 
 
@@ -52,6 +53,8 @@ def merge(runs: Sequence[Path], out: Path) -> None:
             was written then.
     """
     headers, configs = [load_header(run) for run in runs], [read_config(run) for run in runs]
+    games = {str(run): header.get("simulator", {}) for run, header in zip(runs, headers, strict=True)}
+    warnings = refuse_other_games(games)
     for run, header, config in zip(runs, headers, configs, strict=True):
         _refuse_other(run, _identity(header, config), runs[0], _identity(headers[0], configs[0]))
     refuse_common_seeds(runs)
@@ -60,10 +63,14 @@ def merge(runs: Sequence[Path], out: Path) -> None:
     for run in runs:
         load_metrics(run)  # refuses what is damaged
     _warn_of_missing(configs)
+    for line in warnings:
+        print(line, file=sys.stderr)
     make_run_dir(out)
     labels = [label for header in headers for label in header["members"]]
     seeds = sorted({label["seed"] for label in labels})
     header = {**headers[0], "seeds": seeds, "members": labels, "merged": [str(run) for run in runs]}
+    if not all(games.values()):  # a version that a part doesn't record is unknown
+        header.pop("simulator", None)
     (out / HEADER_FILE).write_text(json.dumps(header) + "\n")
     with open(out / METRICS_FILE, "w") as file:
         for run in runs:
@@ -77,7 +84,7 @@ def merge(runs: Sequence[Path], out: Path) -> None:
 
 def _identity(header: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """All that parts of a run have in common."""
-    return {"version": header["version"], **simulator_versions(header), **shared_options(config)}
+    return {**library_version(header), **shared_options(config)}
 
 
 def _refuse_other(run: Path, found: dict[str, Any], first: Path, wanted: dict[str, Any]) -> None:

@@ -55,6 +55,7 @@ from wqmix_jax.runs import (
     read_config,
     read_summary,
     refuse_full_disk,
+    refuse_other_games,
     save_config,
     save_summary,
     steps_per_iteration,
@@ -140,9 +141,7 @@ def resume(run_dir: Path, changes: Mapping[str, Any], *, config_dir: str | None 
     if config.total_env_steps < old["total_env_steps"]:
         longer = f"at least {old['total_env_steps']}, what the run was started with, is needed"
         raise ConfigError(f"total_env_steps={config.total_env_steps} is not allowed with resume: {longer}")
-    before, now = header.get("simulator", {}), config.env.host.versions()
-    if before != now:  # battles of different versions can't be compared, so one curve must not mix them
-        raise ConfigError(f"resume={run_dir} is not allowed: it was played with {before}, and here is {now}")
+    _refuse_other_game(run_dir, header, config.env.host.versions())
     use_compilation_cache(config.compilation_cache)
     members = make_members(config.algo, config.seeds, config.sweep)
     _train(config, values, run_dir, _make_trainer(config, members), members)
@@ -204,6 +203,15 @@ def _train(
         told = f"{len(failures(loop))} of {len(members)} seeds failed, see {run_dir / SUMMARY_FILE}"
         raise RunError(told, SEEDS_FAILED)
     print(f"done: {run_dir}", flush=True)
+
+
+def _refuse_other_game(run_dir: Path, header: Mapping[str, Any], installed: Mapping[str, str]) -> None:
+    """Different versions of a game can't be compared, so one curve must not mix them."""
+    try:
+        for line in refuse_other_games({str(run_dir): header.get("simulator", {}), "this installation": installed}):
+            _tell(line)
+    except ConfigError as error:
+        raise ConfigError(f"resume={run_dir} is not allowed: {error}") from None
 
 
 def refuse_lost_checkpoints(run_dir: Path) -> None:

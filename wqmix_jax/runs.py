@@ -50,6 +50,12 @@ _OF_A_MACHINE = ("env.worker_python",)
 VERSION = "version of "
 """Before a simulator's name, where its version stands beside options."""
 
+UNKNOWN = "unknown"
+"""A version that is not recorded."""
+
+RECORDED_LATER = ("jaxmarl", "jumanji")
+"""Games whose versions older runs don't record, so that a missing one is not a different one."""
+
 
 def new_run_dir(run_dir: str | None, *, algo: str, env: str, option: str = "run_dir") -> Path:
     """The folder of a new run, not made yet: ``run_dir``, named by ``option``, or a dated one under ``outputs``.
@@ -205,6 +211,36 @@ def shared_options(values: Mapping[str, Any]) -> dict[str, Any]:
 def simulator_versions(header: Mapping[str, Any]) -> dict[str, str]:
     """The versions of the simulators that a run was trained in, named as they stand beside options."""
     return {VERSION + name: version for name, version in header.get("simulator", {}).items()}
+
+
+def library_version(header: Mapping[str, Any]) -> dict[str, str]:
+    """The version of this library that a run was begun with, named as it appears next to options."""
+    return {VERSION + "wqmix_jax": header["version"]}
+
+
+def refuse_other_games(games: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Refuses runs of different versions of a game.
+
+    Args:
+        games: the versions of each run's game, as its header has them, and of what is installed, by who has them.
+
+    Returns:
+        A warning for each run that doesn't record a version because it was made before versions were recorded.
+
+    Raises:
+        ConfigError: if two versions differ.
+    """
+    warnings = []
+    for name in sorted({name for game in games.values() for name in game}):
+        silent = [of for of, game in games.items() if name not in game and name in RECORDED_LATER]
+        found = {of: game.get(name, UNKNOWN) for of, game in games.items() if of not in silent}
+        first = next(iter(found))
+        for other, version in found.items():
+            if version != found[first]:
+                raise ConfigError(f"{first} has {name}={found[first]}, and {other} has {name}={version}")
+        told = f"and {first} has {name}={found[first]}: these may be different games"
+        warnings += [f"warning: {of} doesn't record its version of {name}, {told}" for of in silent]
+    return warnings
 
 
 def refuse_common_seeds(runs: Iterable[Path]) -> None:

@@ -15,7 +15,14 @@ import numpy as np
 from wqmix_jax.exits import OneLineParser, out_file, refuse
 from wqmix_jax.logger import load_header, load_metrics
 from wqmix_jax.members import labels_of, member_name
-from wqmix_jax.runs import find_runs, read_config, read_summary, shared_options, simulator_versions
+from wqmix_jax.runs import (
+    find_runs,
+    library_version,
+    read_config,
+    read_summary,
+    shared_options,
+    simulator_versions,
+)
 from wqmix_jax.statistics import quartiles
 
 Row = dict[str, Any]
@@ -77,7 +84,13 @@ def _apart(members: Sequence[Row]) -> Iterator[tuple[Row, list[Row]]]:
 def _settings(run: Path) -> Row:
     config, header = read_config(run), load_header(run)
     options = shared_options({name: value for name, value in config.items() if name != "sweep"})
-    return {"algo": header["algo"], "env": header["env"], **simulator_versions(header), **options}
+    return {
+        "algo": header["algo"],
+        "env": header["env"],
+        **library_version(header),
+        **simulator_versions(header),
+        **options,
+    }
 
 
 def _differing(settings: Sequence[Row]) -> list[str]:

@@ -1,5 +1,6 @@
 """Jumanji's own environments behind our protocol."""
 
+import importlib.metadata
 from typing import Any
 
 import jax
@@ -17,6 +18,10 @@ CROWDED = {"grid_size": 6, "fov": 6, "num_agents": 3, "num_food": 2, "force_coop
 
 def make(**options: Any) -> JumanjiEnvironment:
     return build("env", load_group("env", "jumanji") | options)
+
+
+def test_the_version_of_the_game_is_part_of_a_run() -> None:
+    assert make().host.versions() == {"jumanji": importlib.metadata.version("jumanji")}
 
 
 @pytest.mark.parametrize("name", ["LevelBasedForaging-v0", "RobotWarehouse-v0"])

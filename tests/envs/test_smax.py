@@ -1,5 +1,6 @@
 """SMAX behind our protocol: the native game step by step, how a battle ends, and what the replay keeps of it."""
 
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
@@ -22,6 +23,10 @@ PAPER_MAPS = {"3s5z": (8, 8), "5m_vs_6m": (5, 6), "6h_vs_8z": (6, 8), "3s5z_vs_3
 
 def make(**options: Any) -> SMAX:
     return build("env", load_group("env", "smax") | {"map": "3m"} | options)
+
+
+def test_the_version_of_the_game_is_part_of_a_run() -> None:
+    assert make().host.versions() == {"jaxmarl": importlib.metadata.version("jaxmarl")}
 
 
 @pytest.mark.parametrize(("name", "max_return", "see_enemy_actions"), [("3m", 2.0, False), ("3s_vs_5z", 20.0, True)])

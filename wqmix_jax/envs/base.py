@@ -7,6 +7,7 @@ environment that is batched by nature (a bridge to a host simulator) overrides i
 
 import abc
 import contextlib
+import importlib.metadata
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -57,7 +58,10 @@ class Host:
         return iter(())
 
     def versions(self) -> dict[str, str]:
-        """Of what its numbers depend on beside this project's packages."""
+        """Versions of the game by the names of its parts, where it is not part of this package.
+
+        They belong to the identity of a run: runs with different ones are neither continued nor joined.
+        """
         return {}
 
     def running(self, seeds: Sequence[int]) -> contextlib.AbstractContextManager[None]:
@@ -72,6 +76,21 @@ class Host:
     def facts(self) -> dict[str, Any]:
         """What a run's summary tells of it."""
         return {}
+
+
+class GameOfPackage(Host):
+    """A game that another package implements in JAX: its version decides what the numbers of a run mean."""
+
+    def __init__(self, package: str) -> None:
+        """Names the package, as pip does."""
+        self._package = package
+
+    def versions(self) -> dict[str, str]:
+        """The installed version of the package; "unknown" where it was not installed as a package."""
+        try:
+            return {self._package: importlib.metadata.version(self._package)}
+        except importlib.metadata.PackageNotFoundError:
+            return {self._package: "unknown"}
 
 
 class Environment(abc.ABC):

@@ -14,7 +14,7 @@ import pydantic
 from pydantic import Field
 
 from wqmix_jax.config import PositiveInt, options
-from wqmix_jax.envs.base import Environment, without_weak_types
+from wqmix_jax.envs.base import Environment, GameOfPackage, Host, without_weak_types
 from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, PyTree, StepOutcome
 
 
@@ -103,6 +103,11 @@ class JumanjiEnvironment(Environment):
     def metrics(self, env_state: EnvState) -> dict[str, Array]:
         """Jumanji's extras."""
         return {name: value.astype(jnp.float32) for name, value in env_state.extras.items()}
+
+    @property
+    def host(self) -> Host:
+        """Jumanji's version, which the rules of the game depend on."""
+        return GameOfPackage("jumanji")
 
     def pack(self, env_state: EnvState) -> Packed:
         """The agents' features once, not twice: the state is made of them."""

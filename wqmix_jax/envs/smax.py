@@ -19,7 +19,7 @@ import pydantic
 from pydantic import Field
 
 from wqmix_jax.config import PositiveInt, options
-from wqmix_jax.envs.base import Environment, EnvState, without_weak_types
+from wqmix_jax.envs.base import Environment, EnvState, GameOfPackage, Host, without_weak_types
 from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, PyTree, StepOutcome
 
 if TYPE_CHECKING:
@@ -128,6 +128,11 @@ class SMAX(Environment):
             "dead_allies": (~allies).sum().astype(jnp.float32),
             "dead_enemies": (~enemies).sum().astype(jnp.float32),
         }
+
+    @property
+    def host(self) -> Host:
+        """JaxMARL's version, which the rules of the battles depend on."""
+        return GameOfPackage("jaxmarl")
 
     def viewer(self) -> "SMAXViewer":
         """Draws the battle."""

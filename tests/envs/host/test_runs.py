@@ -66,7 +66,7 @@ def test_a_run_that_fails_is_saved_and_goes_on_with_the_same_version_only(
     header = run_dir / "run.json"
     header.write_text(header.read_text().replace('"1.2"', '"1.1"'))
     assert main(f"resume={run_dir}", config_dir=folder) == 2
-    told = "it was played with {'toy': '1.1'}, and here is {'toy': '1.2'}"
+    told = "has toy=1.1, and this installation has toy=1.2"
     assert capfd.readouterr().err == f"error: resume={run_dir} is not allowed: {told}\n"
 
 
