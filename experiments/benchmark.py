@@ -29,6 +29,7 @@ from rich.table import Table
 from experiments.plain_learner import make_plain_learner
 from wqmix_jax import load_config, make_trainer
 from wqmix_jax.algos.base import Context, hyperparams
+from wqmix_jax.command import command
 from wqmix_jax.config import ConfigError, RunConfig
 from wqmix_jax.devices import claim_cores
 from wqmix_jax.exits import OneLineParser, out_file, refuse
@@ -71,6 +72,7 @@ class Row(NamedTuple):
     num_seeds: int = 1
 
 
+@command
 def main() -> None:
     """Measures what the command line names and prints the table."""
     run(str(__doc__), lambda algo, overrides: [*measured(algo, overrides), peak_memory(algo)])

@@ -22,6 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from wqmix_jax.command import command
 from wqmix_jax.config import build, load_group
 from wqmix_jax.exits import OneLineParser, out_file
 
@@ -55,6 +56,7 @@ class Still:
         return self._seen
 
 
+@command
 def main() -> None:
     parser = OneLineParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--json", type=out_file, default=RESULT, help="where the numbers go")

@@ -21,6 +21,7 @@ from jax.sharding import SingleDeviceSharding
 
 from wqmix_jax import load_config
 from wqmix_jax.checkpoint import Checkpoints, Origin
+from wqmix_jax.command import command
 from wqmix_jax.exits import OneLineParser, count
 from wqmix_jax.loop import Loop, abstract_state
 from wqmix_jax.members import make_members
@@ -30,6 +31,7 @@ from wqmix_jax.trainer import make_trainer
 STATUS = Path("/proc/self/status")
 
 
+@command
 def main() -> None:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("--seeds", type=count, nargs="+", default=[1, 8, 16])

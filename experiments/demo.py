@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from wqmix_jax.command import command
+
 Records = list[dict[str, Any]]
 
 
@@ -63,6 +65,7 @@ NARROW = {"ow_qmix": ("algo.q_star_dim=64",)}
 ALGORITHMS = {"ow_qmix": ("OW-QMIX", "#D55E00", "-"), "qmix": ("QMIX", "#0072B2", "--")}
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line on ``arguments``, by default the process's own."""
     from wqmix_jax.config import ConfigError

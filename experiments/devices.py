@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from wqmix_jax import load_config
+from wqmix_jax.command import command
 from wqmix_jax.devices import SEED_AXIS
 from wqmix_jax.loop import advance, begin, compile_trainer, is_finished
 from wqmix_jax.members import make_members
@@ -27,6 +28,7 @@ OPTIONS = (
 )  # fmt: skip
 
 
+@command
 def main() -> None:
     jax.config.update("jax_num_cpu_devices", NUM_SEEDS)
     compilations: list[str] = []

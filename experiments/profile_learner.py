@@ -23,6 +23,7 @@ from rich.table import Table
 
 from experiments.benchmark import CALLS, next_step, one_after_another, with_episodes
 from wqmix_jax import load_config, make_trainer
+from wqmix_jax.command import command
 from wqmix_jax.config import ConfigError, RunConfig
 from wqmix_jax.exits import OneLineParser, count, refuse
 
@@ -37,6 +38,7 @@ class Operation(NamedTuple):
     traced_as: str
 
 
+@command
 def main() -> None:
     """Measures what the command line names and prints the tables."""
     parser = OneLineParser(description=str(__doc__))

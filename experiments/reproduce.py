@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from experiments import pictures, results
 from experiments.figures import Figure, Run, figure_names, load_figure, runs
 from wqmix_jax import runner
+from wqmix_jax.command import command
 from wqmix_jax.config import CONFIG_DIR, ConfigError, PositiveInt, checked, options, run_config
 from wqmix_jax.devices import claim_cores
 from wqmix_jax.exits import REFUSED, SEEDS_FAILED, OneLineParser, RunError
@@ -92,6 +93,7 @@ class Planned(NamedTuple):
     made: list[Path]
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line on ``arguments``, by default the process's own."""
     parser = OneLineParser(
@@ -236,7 +238,9 @@ def _parsed(texts: Sequence[str]) -> tuple[ReproduceOptions, list[str]]:
         is_own = key in ReproduceOptions.__dataclass_fields__  # type: ignore[attr-defined]
         (own if is_own else overrides).append(text)
     try:
-        merged = OmegaConf.merge(OmegaConf.load(DEFAULTS), OmegaConf.from_dotlist(own))
+        raw = dict(text.split("=", 1) for text in own if text.startswith(("out=", "env=")))
+        names = {key: None if value == "null" else value for key, value in raw.items()}  # never a number or a boolean
+        merged = OmegaConf.merge(OmegaConf.load(DEFAULTS), OmegaConf.from_dotlist(own), names)
         values: Any = OmegaConf.to_container(merged)
     except Exception as error:  # of omegaconf or its yaml parser
         raise ConfigError(" ".join(str(error).split())) from None

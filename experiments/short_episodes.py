@@ -15,11 +15,13 @@ import jax.numpy as jnp
 from experiments.benchmark import Row, learner_calls, run, timed_in_turn, with_episodes
 from wqmix_jax import load_config, make_trainer
 from wqmix_jax.batching import Batches
+from wqmix_jax.command import command
 from wqmix_jax.config import RunConfig
 from wqmix_jax.trainer import train_sharding
 from wqmix_jax.types import Array
 
 
+@command
 def main() -> None:
     """Measures, prints the table and writes it."""
     run(str(__doc__), lambda algo, overrides: measured(load_config(f"+algo={algo}", *overrides), algo))

@@ -23,6 +23,7 @@ from experiments import plain_qmix
 from experiments.benchmark import REPETITIONS, Row, loop_rows, show, timed, write
 from experiments.plain_qmix import make_plain_qmix
 from wqmix_jax import load_config
+from wqmix_jax.command import command
 from wqmix_jax.config import ConfigError
 from wqmix_jax.devices import claim_cores
 from wqmix_jax.envs.base import without_weak_types
@@ -34,6 +35,7 @@ NUM_ENVS, NUM_STEPS = 32, 128
 """Of the comparison of the environment alone."""
 
 
+@command
 def main() -> None:
     """Measures, prints the table and writes it."""
     parser = OneLineParser(description=str(__doc__).splitlines()[0])

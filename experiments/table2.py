@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wqmix_jax import load_config, train_seeds
+from wqmix_jax.command import command
 from wqmix_jax.config import ConfigError, RunConfig
 from wqmix_jax.exits import OneLineParser, out_file, refuse
 from wqmix_jax.train import names
@@ -30,6 +31,7 @@ OVERRIDES = (
 )
 
 
+@command
 def main() -> None:
     """Trains each algorithm and prints one table."""
     parser = OneLineParser(description=str(__doc__).splitlines()[0])

@@ -10,8 +10,9 @@ PACKAGE = Path(__file__).parent.parent / "wqmix_jax"
 
 # From the bottom to the top. A module or subpackage imports itself and the layers below, never others of its own layer.
 LAYERS = (
+    ("foreign_names",),
     ("types", "config", "devices", "exits", "pieces", "compile_cache"),
-    ("hosts", "option_help"),
+    ("hosts", "option_help", "command", "overrides"),
     ("td", "weighting", "exploration", "policies", "networks", "packing", "envs"),
     ("replay",),
     ("algos",),
@@ -26,10 +27,16 @@ LAYERS = (
     ("compare",),
     ("train",),
     ("evaluate",),
+    ("__main__",),
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
-HOMES = {"hydra": {"train", "evaluate"}, "wandb": {"logger"}, "orbax": {"checkpoint"}, "tensorstore": {"checkpoint"}}
+HOMES = {
+    "hydra": {"train", "evaluate", "overrides"},
+    "wandb": {"logger"},
+    "orbax": {"checkpoint"},
+    "tensorstore": {"checkpoint"},
+}
 
 # Know the contract `algos.base`, never a concrete algorithm.
 ALGORITHM_BLIND = {"rollout", "learner", "batching", "evaluator", "trainer"}
@@ -54,7 +61,7 @@ def test_imports_point_strictly_downwards() -> None:
         ("learner.py", "from wqmix_jax.algos.qmix import QMIX", "learner imports the concrete"),
         ("rollout.py", "from wqmix_jax.algos import iql", "rollout imports the concrete"),
         ("trainer.py", "from wqmix_jax import algos", "trainer imports the concrete"),
-        ("api.py", "import hydra", "api imports hydra, whose home is evaluate, train"),
+        ("api.py", "import hydra", "api imports hydra, whose home is evaluate, overrides, train"),
         ("trainer.py", "from orbax import checkpoint", "trainer imports orbax, whose home is checkpoint"),
         ("train.py", "import wandb.sdk", "train imports wandb, whose home is logger"),
         ("trainer.py", "importlib.import_module('wandb')", "trainer imports wandb, whose home is logger"),

@@ -1,5 +1,6 @@
 """The wheel holds all that a run needs and works from any folder; what the project says about itself agrees."""
 
+import itertools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 import wqmix_jax
+from wqmix_jax import foreign_names
 from wqmix_jax.config import CONFIG_DIR
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +38,15 @@ def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_console_script_lists_the_commands(site: Path) -> None:
+    listed = subprocess.run(
+        [site / "bin" / "wqmix_jax"], env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True
+    )
+    assert (listed.returncode, listed.stderr) == (0, b"")
+    for name in ("train", "evaluate", "compare", "merge", "table", "tabular"):
+        assert f"wqmix_jax {name} ".encode() in listed.stdout
+
+
 def test_wheel_holds_the_package_and_its_configs_alone(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -47,7 +58,7 @@ def test_wheel_holds_the_package_and_its_configs_alone(wheel: Path) -> None:
 def test_metadata(wheel: Path) -> None:
     metadata, names = _metadata(wheel)
     assert metadata["Version"] == wqmix_jax.__version__
-    assert metadata["Requires-Python"] == ">=3.11"
+    assert set(metadata["Requires-Python"].split(",")) == {">=3.11", "<3.14"}
     assert metadata["License-Expression"] == "Apache-2.0"
     assert {name.rsplit("/", 1)[-1] for name in names if "/licenses/" in name} == {"LICENSE", "NOTICE"}
     extras = {"cuda", "tpu", "smax", "torch", "launchers", "notebooks", "dev"}
@@ -100,21 +111,29 @@ def test_changelog_has_this_version() -> None:
     assert f"## [{wqmix_jax.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_every_name_in_the_pymarl_table_exists() -> None:
-    names = _documented_names()
-    assert len(names) > 20
-    known = set(yaml.safe_load((ROOT / "configs" / "train.yaml").read_text()))
+def test_the_readme_has_the_tables_of_the_error_messages() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for library in foreign_names.TABLES:
+        assert f"\n\n{foreign_names.table(library)}\n\n" in readme
+
+
+def test_every_name_of_ours_in_the_tables_exists() -> None:
+    rows = itertools.chain.from_iterable(foreign_names.TABLES.values())
+    names = {name.lstrip("+").split("=")[0] for row in rows for name in row.ours}
+    assert len(names) > 40
+    known = {"algo", "env"}
+    for key, value in yaml.safe_load((ROOT / "configs" / "train.yaml").read_text()).items():
+        known |= {key} | {f"{key}.{inner}" for inner in value if isinstance(value, dict)}
     for group in ("algo", "env"):
         for path in (ROOT / "configs" / group).glob("*.yaml"):
             known |= {f"{group}.{key}" for key in yaml.safe_load(path.read_text())}
     assert names - known == set()
 
 
-def _documented_names() -> set[str]:
-    """Our side of the README's table of PyMARL's names, values after ``=`` left out."""
-    table = (ROOT / "README.md").read_text().split("| PyMARL |", 1)[1].split("\n\n", 1)[0]
-    ours = [row.split("|")[2] for row in table.splitlines()[2:]]
-    return {name.split("=")[0] for cell in ours for name in re.findall(r"`([^`]+)`", cell)}
+def test_a_row_has_a_name_of_ours_for_each_of_theirs_or_says_why_not() -> None:
+    for row in itertools.chain.from_iterable(foreign_names.TABLES.values()):
+        assert len(row.ours) in (0, len(row.theirs))
+        assert row.ours or row.note
 
 
 def _metadata(wheel: Path) -> tuple[Message, list[str]]:

@@ -61,7 +61,7 @@ def test_the_options_of_every_training_compose(arguments: list[str]) -> None:
     multirun = "-m" in arguments
     config_dir = ROOT / "experiments" / "my_project" / "configs" if "--config-dir" in arguments else None
     overrides = [text for text in arguments if "=" in text and not text.startswith("hydra/")]
-    train.check_overrides(train._with_open_keys(overrides), config_dir, multirun=multirun)
+    train.check_overrides(train._prepared(overrides), config_dir, multirun=multirun)
     if not any(text.startswith("resume=") for text in overrides):
         for first in (0, -1) if multirun else (0,):
             one = [text.split("=", 1) for text in overrides]

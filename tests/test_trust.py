@@ -267,7 +267,7 @@ def test_a_folder_inside_the_run_is_no_place_to_import_from(run_dir: Path, tmp_p
     for folder in (run_dir, run_dir / "configs"):
         module(folder / "inside.py", tmp_path / "mark")
     edit(run_dir, env=env(_target_="inside.Game"))
-    with pytest.raises(ConfigError, match="inside is .*, which is not in the current folder"):
+    with pytest.raises(ConfigError, match=r"inside is .*, which is not in the current folder"):
         load_policy(run_dir, config_dir=run_dir / "configs")
     assert not (tmp_path / "mark").exists()
 

@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
 
+from wqmix_jax.command import command
 from wqmix_jax.config import ConfigError, load_group
 from wqmix_jax.exits import OneLineParser, out_file, refuse
 from wqmix_jax.logger import load_header, load_metrics
@@ -98,6 +99,7 @@ class Scores(NamedTuple):
     mean: np.ndarray
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line on ``arguments``, by default the process's own."""
     parser = OneLineParser(prog="python -m wqmix_jax.compare", description="Compares runs of one task.")

@@ -5,14 +5,17 @@ algorithm or environment in the class that its yaml names with ``_target_``. Suc
 which makes it a frozen dataclass whose fields pydantic checks when it is built.
 """
 
+import contextlib
+import copy
 import dataclasses
 import difflib
 import importlib
 import os
 import pkgutil
+import shlex
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, dataclass_transform
 
@@ -20,6 +23,8 @@ import pydantic
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
+
+from wqmix_jax.foreign_names import translated
 
 _PACKAGE = Path(__file__).parent
 CONFIG_DIR = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
@@ -181,11 +186,35 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
         plain[name] = make(name, plain[name])
     config = checked(RunConfig, plain, prefix="")
     for name, swept in config.sweep.items():
-        for value in swept:
-            build("algo", {**values["algo"], name: value})
+        swept[:] = [getattr(build("algo", {**values["algo"], name: value}), name) for value in swept]
         if len(set(swept)) < len(swept):
             raise ConfigError(f"sweep.{name}={swept} is not allowed: different values are needed")
     return config
+
+
+def with_checked_numbers(values: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+    """Writes numbers as their options hold them: an integer for the ``1e6`` of an option that takes integers.
+
+    Args:
+        values: nested mappings.
+        config: the run that `run_config` built from them.
+    """
+    return {name: _as_checked(value, getattr(config, name, value)) for name, value in values.items()}
+
+
+def _as_checked(value: Any, checked: Any) -> Any:
+    if isinstance(value, Mapping):
+        of = checked.get if isinstance(checked, Mapping) else lambda name, default: getattr(checked, name, default)
+        return {name: _as_checked(inner, of(name, inner)) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)) and isinstance(checked, (list, tuple)) and len(value) == len(checked):
+        return [_as_checked(*pair) for pair in zip(value, checked, strict=True)]
+    is_same = type(value) in (int, float) and type(checked) in (int, float) and value == checked
+    return checked if is_same else value
+
+
+def whole(value: Any) -> Any:
+    """An integer for a float that is one, ``1e6`` say; any other value as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _refuse_key_of_a_group(plain: Mapping[str, Any]) -> None:
@@ -356,9 +385,28 @@ def checked(cls: type[T], values: Mapping[str, Any], *, prefix: str) -> T:
     try:
         return cls(**values)
     except pydantic.ValidationError as error:
+        integers = _with_integers(values, error.errors())
+        if integers is not None:
+            return checked(cls, integers, prefix=prefix)
         raise ConfigError(_one_line(_worst(error.errors()), cls, prefix)) from None
     except TypeError as error:  # a plain dataclass of a user's own
         raise ConfigError(f"{prefix.rstrip('.')}: {error}") from None
+
+
+def _with_integers(values: Mapping[str, Any], errors: Sequence[Any]) -> dict[str, Any] | None:
+    """The values with integers for the whole floats that were refused for being floats; None where there is none."""
+    refused = [error for error in errors if error["type"] == "int_type" and type(error["input"]) is float]
+    changed = copy.deepcopy(dict(values))
+    found = False
+    for error in refused:
+        inside: Any = changed
+        *outer, last = (part for part in error["loc"] if not isinstance(part, str) or part != "int")
+        with contextlib.suppress(LookupError, TypeError):  # a place that is no key: the branch of a union, say
+            for part in outer:
+                inside = inside[part]
+            if (integer := whole(inside[last])) is not inside[last]:
+                inside[last], found = integer, True
+    return changed if found else None
 
 
 def _worst(errors: list[Any]) -> Any:
@@ -377,10 +425,7 @@ def _one_line(error: Any, cls: type, prefix: str) -> str:
         name = error["loc"][-1]
         if name in vars(cls).get("__annotations__", {}) and name not in cls.__dataclass_fields__:  # type: ignore[attr-defined]
             return f"{key} is unknown: {cls.__name__} names it, but isn't declared with @options"
-        known = _keys(cls)
-        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        hint = f"did you mean {prefix}{close[0]}? " if close else ""
-        return f"{key} is unknown: {hint}known keys are {', '.join(known)}"
+        return f"{key} is unknown: {_hint(key, error['input'], cls, prefix)}"
     if error["type"] in ("missing", "missing_argument"):
         if isinstance(error["loc"][-1], int):  # a list's value: pydantic names where it would stand
             whole, _, place = key.rpartition(".")
@@ -391,3 +436,45 @@ def _one_line(error: Any, cls: type, prefix: str) -> str:
         is_key = allowed.split("=")[0] in _keys(cls)
         return f"{prefix}{allowed}" if is_key else allowed
     return f"{key}={error['input']!r} is not allowed: {allowed[0].lower()}{allowed[1:]}"
+
+
+def _hint(key: str, value: Any, cls: type, prefix: str) -> str:
+    """What a key that is unknown may stand for, and otherwise which keys there are."""
+    known = _keys(cls)
+    group, name = prefix.rstrip("."), key.removeprefix(prefix)
+    foreign = translated(f"{key}.{next(iter(value))}" if isinstance(value, Mapping) and value else key)
+    all_known = f"known keys are {', '.join(known)}"
+    if foreign is not None and foreign.ours is not None and foreign.ours.removeprefix(prefix) in known and group:
+        return f"did you mean {foreign.ours} ({foreign.library}'s {foreign.theirs})? {all_known}"
+    if foreign is not None:
+        return str(foreign)
+    if owners := _owners(group, name):
+        return f"it is an option of {', '.join(owners)}; {all_known}"
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {prefix}{close[0]}? {all_known}" if close else all_known
+
+
+def _owners(group: str, name: str) -> list[str]:
+    """The algorithms or environments of this package whose yamls have an option."""
+    folder = CONFIG_DIR / group
+    if group not in CONTRACTS:
+        return []
+    stems = sorted(path.stem for path in folder.glob("[!_]*.yaml"))
+    return [stem for stem in stems if name in _yaml_options(folder, stem)]
+
+
+def _yaml_options(folder: Path, stem: str) -> set[str]:
+    """The options in a yaml and in those that it inherits."""
+    values: Any = OmegaConf.to_container(OmegaConf.load(folder / f"{stem}.yaml"))
+    inherited = (_yaml_options(folder, str(parent)) for parent in values.get("defaults", []))
+    return set(values).union(*inherited) - {"defaults", "_target_"}
+
+
+def install_extra(extra: str) -> str:
+    """The command that installs an extra here: make's in its own environment of a checkout, otherwise pip's."""
+    checkout = _PACKAGE.parent
+    if (checkout / "Makefile").is_file() and Path(sys.prefix) == checkout / ".venv":
+        return f"make setup EXTRAS={extra}"
+    if (checkout / "pyproject.toml").is_file():
+        return f"pip install -e {shlex.quote(f'{checkout}[{extra}]')}"
+    return f"pip install 'wqmix_jax[{extra}]'"

@@ -53,6 +53,20 @@ def claim_cores() -> None:
         jax.config.update("jax_num_cpu_devices", num_cores())
 
 
+def backend_failure() -> str | None:
+    """Says why JAX can't start the devices that it should use; None where it can, or where nothing imported it."""
+    try:
+        jax.local_devices()
+    except (AssertionError, RuntimeError) as error:  # a bare assertion where a platform's plugin isn't installed
+        asked = jax.config.values["jax_platforms"]
+        reason = (
+            str(error).partition(" (set JAX_PLATFORMS=")[0] or "no such device is found, or JAX's build for it isn't"
+        )
+        which = f"JAX_PLATFORMS={asked} can't be used here" if asked else "JAX can't start its devices"
+        return f"{which}: {reason}; JAX_PLATFORMS=cpu uses the CPU"
+    return None
+
+
 def num_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

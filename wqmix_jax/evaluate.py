@@ -23,6 +23,7 @@ from pydantic import Field
 
 from wqmix_jax.algos.base import Context, hyperparams
 from wqmix_jax.api import RunPolicies, open_policies, playable, policies_of_file
+from wqmix_jax.command import command, refuse_missing_backend
 from wqmix_jax.compile_cache import cache_faults_in_one_line, use_compilation_cache
 from wqmix_jax.config import (
     CONFIG_DIR,
@@ -41,10 +42,11 @@ from wqmix_jax.exits import OneLineParser, RunError, refuse
 from wqmix_jax.interop import pymarl
 from wqmix_jax.logger import load_header
 from wqmix_jax.networks.functional import compute_in
+from wqmix_jax.overrides import as_text, parse_overrides
 from wqmix_jax.policy import GREEDY, GreedyPolicy, play_episode
 from wqmix_jax.runs import refuse_other_games
 from wqmix_jax.statistics import mean_estimate
-from wqmix_jax.train import parse_overrides, tell_replaced, users_first
+from wqmix_jax.train import tell_replaced, users_first
 from wqmix_jax.trust import PROGRAMS, Named
 from wqmix_jax.types import PRNGKey, PyTree
 
@@ -100,12 +102,13 @@ class EvaluateOptions:
     compilation_cache: CacheSetting
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line on ``arguments``, by default the process's own."""
     args = _parser().parse_args(arguments)
     try:
         add_import_paths(args.config_dir)
-        for line in _evaluate(args.overrides, args.config_dir):
+        for line in _evaluate(as_text(args.overrides), args.config_dir):
             print(line, flush=True)
     except (ConfigError, pymarl.PyMARLError) as error:
         refuse(str(error))
@@ -120,6 +123,7 @@ def _evaluate(overrides: Sequence[str], config_dir: str | None) -> Iterator[str]
     env_values, algo_values = values.pop("env"), values.pop("algo")
     chosen = _options(values)
     use_compilation_cache(chosen.compilation_cache)
+    refuse_missing_backend()
     if chosen.run_dir is not None:
         opened = open_policies(chosen.run_dir, which=chosen.policy, named=_named(overrides, config_dir))
     elif chosen.policy_file is not None:

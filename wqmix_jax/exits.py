@@ -14,10 +14,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self, TextIO
 
 FAULT, REFUSED, SEEDS_FAILED = 1, 2, 3
 """Exit codes: something outside the run stopped it; an option was refused; the run is over but some seeds failed."""
+
+CLOSED_PIPE = 128 + getattr(signal, "SIGPIPE", 13)
+"""Exit code of a command whose reader is gone, as a shell reports it."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -50,20 +53,82 @@ def out_file(text: str) -> Path:
 
 
 def count(text: str) -> int:
-    """An argument's type: a whole number above 0.
+    """An argument's type: a whole number above 0, ``1e3`` and the like included.
 
     Raises:
         ArgumentTypeError: if it is something else.
     """
-    if not text.isdecimal() or int(text) == 0:
+    number = integer(text)
+    if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not allowed: choose a whole number above 0")
-    return int(text)
+    return number
+
+
+def integer(text: str) -> int:
+    """An argument's type: a whole number, ``1e3`` and the like included.
+
+    Raises:
+        ArgumentTypeError: if it is something else.
+    """
+    with contextlib.suppress(ValueError):
+        return int(text)
+    with contextlib.suppress(ValueError):
+        if (number := float(text)).is_integer():
+            return int(number)
+    raise argparse.ArgumentTypeError(f"{text} is not allowed: choose a whole number")
 
 
 def refuse(message: str, exit_code: int = REFUSED) -> NoReturn:
     """Ends the process with one line on stderr."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(exit_code)
+
+
+def is_broken(stream: TextIO) -> bool:
+    """Whether nobody reads a stream any more, found out with what it has yet to write."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        return True
+    return False
+
+
+def discard(*streams: TextIO) -> None:
+    """Sends what broken streams have yet to write nowhere: Python writes it at exit, and fails once more."""
+    for stream in filter(is_broken, streams):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Lets the process go on when nobody reads its output any more, after ``| head`` say."""
+    streams = _Lasting(sys.stdout), _Lasting(sys.stderr)
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+        yield
+
+
+class _Lasting:
+    """A stream that takes text for ever; once nobody reads it, the text goes nowhere."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """See `io.TextIOBase.write`."""
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            discard(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        """See `io.IOBase.flush`."""
+        discard(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class RunError(Exception):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from wqmix_jax.command import command
 from wqmix_jax.config import ConfigError
 from wqmix_jax.exits import OneLineParser, refuse
 from wqmix_jax.logger import HEADER_FILE, METRICS_FILE, load_header, load_metrics
@@ -29,6 +30,7 @@ from wqmix_jax.runs import (
 )
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line on ``arguments``, by default the process's own."""
     parser = OneLineParser(

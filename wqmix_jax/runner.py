@@ -16,11 +16,12 @@ import numpy as np
 
 import wqmix_jax
 from wqmix_jax.checkpoint import Checkpoints, Origin, Restored, checkpoint_bytes
+from wqmix_jax.command import refuse_missing_backend
 from wqmix_jax.compile_cache import use_compilation_cache
-from wqmix_jax.config import ConfigError, RunConfig, run_config
+from wqmix_jax.config import ConfigError, RunConfig, run_config, with_checked_numbers
 from wqmix_jax.devices import claim_cores
 from wqmix_jax.envs.checks import check_environment
-from wqmix_jax.exits import SEEDS_FAILED, RunError, StopSignals, exit_code_of
+from wqmix_jax.exits import SEEDS_FAILED, RunError, StopSignals, exit_code_of, lasting_output
 from wqmix_jax.hosts import connected
 from wqmix_jax.logger import MetricsFile, WandbRuns, create_metrics, load_header, load_metrics, refuse_missing_wandb
 from wqmix_jax.loop import (
@@ -70,13 +71,14 @@ AIMED_SHARE = 0.7
 """Of that, what a shorter one is to take; the shortest cost a CPU a fifth, for each fetches its memory anew."""
 
 
-def start(values: Mapping[str, Any], *, algo: str, env: str) -> Path:
+def start(values: Mapping[str, Any], *, algo: str, env: str, config_dir: str | os.PathLike[str] | None = None) -> Path:
     """Trains a new run to its end.
 
     Args:
         values: the options as nested mappings.
         algo: the algorithm's name, for labels.
         env: the environment's.
+        config_dir: the folder of own yamls and modules, for the command that continues the run.
 
     Returns:
         The run's folder.
@@ -104,20 +106,20 @@ def start(values: Mapping[str, Any], *, algo: str, env: str) -> Path:
         map_name=values["env"].get("map"),
         simulator=config.env.host.versions(),
     )
-    values = {**values, "run_dir": str(run_dir)}
+    values = {**with_checked_numbers(values, config), "run_dir": str(run_dir)}
     save_config(run_dir, values)
-    _train(config, values, run_dir, trainer, members)
+    _train(config, values, run_dir, trainer, members, how_to_go_on(run_dir, config_dir))
     return run_dir
 
 
-def resume(run_dir: Path, changes: Mapping[str, Any], *, config_dir: str | None = None) -> Path:
+def resume(run_dir: Path, changes: Mapping[str, Any], *, config_dir: str | os.PathLike[str] | None = None) -> Path:
     """Continues a run from its last checkpoint, or from the start where there is none yet.
 
     Args:
         run_dir: the run's folder.
         changes: ``total_env_steps``, ``distributed``, ``checkpoint`` and ``logger`` may differ from the run's
             ``config.yaml``; nested mappings. ``env`` repeats the programs (`trust.PROGRAMS`) that it may start.
-        config_dir: a folder from which modules may be imported, see `wqmix_jax.trust`.
+        config_dir: a folder of own yamls, from which modules may be imported, see `wqmix_jax.trust`.
 
     Returns:
         The run's folder.
@@ -136,7 +138,9 @@ def resume(run_dir: Path, changes: Mapping[str, Any], *, config_dir: str | None 
     old = _opened(run_dir, recorded["env"], changes.get("env", {}), config_dir)
     values = _merged(old, changes)
     values = connected(values, os.environ)
+    refuse_missing_backend()
     config = run_config(values)
+    values = with_checked_numbers(values, config)
     refuse_missing_wandb(config.logger)
     if config.total_env_steps < old["total_env_steps"]:
         longer = f"at least {old['total_env_steps']}, what the run was started with, is needed"
@@ -144,12 +148,12 @@ def resume(run_dir: Path, changes: Mapping[str, Any], *, config_dir: str | None 
     _refuse_other_game(run_dir, header, config.env.host.versions())
     use_compilation_cache(config.compilation_cache)
     members = make_members(config.algo, config.seeds, config.sweep)
-    _train(config, values, run_dir, _make_trainer(config, members), members)
+    _train(config, values, run_dir, _make_trainer(config, members), members, how_to_go_on(run_dir, config_dir))
     return run_dir
 
 
 def _opened(
-    run_dir: Path, recorded: Mapping[str, Any], programs: Mapping[str, str], config_dir: str | None
+    run_dir: Path, recorded: Mapping[str, Any], programs: Mapping[str, str], config_dir: str | os.PathLike[str] | None
 ) -> dict[str, Any]:
     """The run's options.
 
@@ -163,13 +167,18 @@ def _opened(
 
 
 def _train(
-    config: RunConfig, values: Mapping[str, Any], run_dir: Path, trainer: Trainer, members: tuple[Member, ...]
+    config: RunConfig,
+    values: Mapping[str, Any],
+    run_dir: Path,
+    trainer: Trainer,
+    members: tuple[Member, ...],
+    to_go_on: str,
 ) -> None:
-    """Trains to the end or to a signal. Every way out of a run leads through here."""
+    """Trains to the end or to a signal, and says how ``to_go_on``. Every way out of a run leads through here."""
     nothing = _no_policy(config, trainer, members)
     origin = Origin(load_header(run_dir)["run"], kept_options(values), _machine(trainer))
-    stopping = StopSignals(lambda: _tell(f"ended at once; {how_to_go_on(run_dir)}"))
-    with held(run_dir), stopping as signals, _faults(run_dir):
+    stopping = StopSignals(lambda: _tell(f"ended at once; {to_go_on}"))
+    with lasting_output(), held(run_dir), stopping as signals, _faults(run_dir, to_go_on):
         print(f"run: {run_dir}")
         for line in (*device_lines(trainer), *plan_lines(config, trainer, len(members))):
             print(line, flush=True)
@@ -197,7 +206,7 @@ def _train(
             with config.env.host.running([member.seed for member in members]):
                 loop = session.run(restored)
     if not is_finished(loop):
-        _tell(f"interrupted; {how_to_go_on(run_dir)}")
+        _tell(f"interrupted; {to_go_on}")
         sys.exit(exit_code_of(signals.received or 0))
     if failures(loop):
         told = f"{len(failures(loop))} of {len(members)} seeds failed, see {run_dir / SUMMARY_FILE}"
@@ -227,16 +236,16 @@ def refuse_lost_checkpoints(run_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def _faults(run_dir: Path) -> Iterator[None]:
+def _faults(run_dir: Path, to_go_on: str) -> Iterator[None]:
     """Turns what stops a run from outside into one line that says how to go on."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise RunError(f"{error.filename or run_dir}: {error.strerror}; {how_to_go_on(run_dir)}") from error
+        raise RunError(f"{error.filename or run_dir}: {error.strerror}; {to_go_on}") from error
     except RunError as error:
-        raise RunError(f"{error}; {how_to_go_on(run_dir)}") from error
+        raise RunError(f"{error}; {to_go_on}") from error
 
 
 @dataclasses.dataclass

@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import wqmix_jax
-from wqmix_jax.config import RESUMABLE, ConfigError, RunConfig, refuse_what_is_not_data, run_defaults
+from wqmix_jax.config import RESUMABLE, ConfigError, RunConfig, install_extra, refuse_what_is_not_data, run_defaults
 from wqmix_jax.devices import num_cores
 from wqmix_jax.logger import HEADER_FILE, METRICS_FILE, load_header, load_metrics, read_mapping
 from wqmix_jax.members import labels_of, member_name
@@ -47,6 +47,9 @@ _PACKAGES = (
 _OF_A_PART = ("seed", "num_seeds", "hosts", "host")
 _OF_A_MACHINE = ("env.worker_python",)
 
+MAX_NAMED = 8
+"""Runs that a message lists at most."""
+
 VERSION = "version of "
 """Before a simulator's name, where its version stands beside options."""
 
@@ -57,14 +60,15 @@ RECORDED_LATER = ("jaxmarl", "jumanji")
 """Games whose versions older runs don't record, so that a missing one is not a different one."""
 
 
-def new_run_dir(run_dir: str | None, *, algo: str, env: str, option: str = "run_dir") -> Path:
+def new_run_dir(run_dir: str | None, *, algo: str, env: str | None, option: str = "run_dir") -> Path:
     """The folder of a new run, not made yet: ``run_dir``, named by ``option``, or a dated one under ``outputs``.
 
     Raises:
         ConfigError: if there is already something in it.
     """
     if run_dir is None:
-        return Path("outputs") / f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{algo}_{env}"
+        names = "_".join(name for name in (algo, env) if name is not None)
+        return Path("outputs") / f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{names}"
     path = Path(run_dir)
     if not run_dir:
         raise ConfigError(f"{option}= is not allowed: it names no folder")
@@ -152,8 +156,7 @@ def read_config(run_dir: Path, *, option: str = "resume") -> dict[str, Any]:
     """
     path = run_dir / CONFIG_FILE
     if not path.is_file():
-        found = f"there is no {CONFIG_FILE} in it" if run_dir.is_dir() else "there is no such folder"
-        raise ConfigError(f"{option}={run_dir} is not allowed: {found}")
+        raise ConfigError(f"{option}={run_dir} is not allowed: {_no_run(run_dir, option)}")
     try:
         values = OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
@@ -168,6 +171,21 @@ def read_config(run_dir: Path, *, option: str = "resume") -> dict[str, Any]:
         if not isinstance(values.get(group), dict):
             raise ConfigError(f"{path} is damaged: it has no options of {group}")
     return {**run_defaults(), **values}  # type: ignore[dict-item]
+
+
+def _no_run(path: Path, option: str) -> str:
+    """What a path is that isn't a run's folder: something inside one, or a folder of several."""
+    of_run = next((folder for folder in path.parents if (folder / CONFIG_FILE).is_file()), None)
+    if of_run is not None and path.exists():
+        return f"it is inside the folder of a run; write {option}={of_run}"
+    if not path.is_dir():
+        return "it is a file" if path.exists() else "there is no such folder"
+    inside = sorted(found.parent for found in path.glob(f"*/{CONFIG_FILE}"))
+    if inside:
+        return (
+            f"it holds the runs {', '.join(folder.name for folder in inside[:MAX_NAMED])}; write {option}={inside[0]}"
+        )
+    return f"there is no {CONFIG_FILE} in it"
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
@@ -190,7 +208,9 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
     for folder in folders:
         inside = sorted(path.parent for path in folder.rglob(HEADER_FILE))
         if not inside:
-            raise ConfigError(f"{folder} is not allowed: there is no run in it ({HEADER_FILE})")
+            of_run = next((above for above in folder.parents if (above / HEADER_FILE).is_file()), None)
+            found_there = f"it is inside the run {of_run}" if of_run else f"there is no run in it ({HEADER_FILE})"
+            raise ConfigError(f"{folder} is not allowed: {found_there}")
         found += inside
     return list(dict.fromkeys(found))
 
@@ -265,24 +285,46 @@ def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def how_to_go_on(run_dir: Path) -> str:
-    """The command that continues a run, in words for a person."""
-    plain = re.fullmatch(r"[\w./-]+", str(run_dir))
-    quoted = str(run_dir) if plain else shlex.quote(f"'{run_dir}'")  # once for hydra, once for the shell
-    return f"to go on: python -m wqmix_jax.train resume={quoted}{_programs(run_dir)}"
+def how_to_go_on(run_dir: Path, config_dir: str | os.PathLike[str] | None = None) -> str:
+    """The command that continues a run, to be pasted into a shell in the current folder.
+
+    Args:
+        run_dir: the run's folder.
+        config_dir: the folder of own yamls and modules that it was started with.
+    """
+    parts = [_python(), "-m", "wqmix_jax.train"]
+    if config_dir is not None:
+        parts += ["--config-dir", _from_here(Path(config_dir))]
+    repeated = [f"env.{name}={_as_option(value)}" for name, value in _programs(run_dir).items()]
+    return f"to go on: {shlex.join([*parts, f'resume={_as_option(str(run_dir))}', *repeated])}"
 
 
-def _programs(run_dir: Path) -> str:
-    """The options that must be repeated when the run is resumed, see `wqmix_jax.trust`; quoted as its folder is."""
+def _programs(run_dir: Path) -> dict[str, str]:
+    """The options of ``env`` that must be repeated when the run is resumed, see `wqmix_jax.trust`."""
     env: dict[str, Any] = {}
     with contextlib.suppress(ConfigError):
         env = read_config(run_dir)["env"]
     python, simulator = env.get("worker_python"), str(env.get("simulator", ".py:"))
-    repeated = {} if python in (None, sys.executable) else {"worker_python": python}
-    repeated |= {} if ".py:" in simulator else {"simulator": simulator}
-    return "".join(
-        f" env.{name}={shlex.quote(json.dumps(value, ensure_ascii=False))}" for name, value in repeated.items()
-    )
+    repeated = {} if python in (None, sys.executable) else {"worker_python": str(python)}
+    return repeated | ({} if ".py:" in simulator else {"simulator": simulator})
+
+
+def _python() -> str:
+    """The running interpreter as a shell in the current folder finds it."""
+    found = shutil.which("python")
+    if not sys.executable or (found is not None and Path(found).absolute().parent == Path(sys.executable).parent):
+        return "python"
+    return _from_here(Path(sys.executable))
+
+
+def _from_here(path: Path) -> str:
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _as_option(path: str) -> str:
+    """A path as an option's value: see `overrides.as_text` for what isn't taken as it is written."""
+    path = re.sub(r"(\\*)\$\{", r"\1\1\\${", path)
+    return f"./{path}" if path == "null" or path.startswith(("'", '"', "~")) else path
 
 
 def refuse_full_disk(run_dir: Path, checkpoint_bytes: int) -> None:
@@ -322,9 +364,9 @@ def device_lines(trainer: Trainer) -> Iterator[str]:
     if devices[0].platform != "cpu":
         return
     if shutil.which("nvidia-smi") or os.path.exists("/dev/nvidiactl"):
-        yield 'An NVIDIA GPU is present but unused: pip install "wqmix_jax[cuda]" makes JAX use it.'
+        yield f"An NVIDIA GPU is present but unused: {install_extra('cuda')} makes JAX use it."
     elif glob.glob("/dev/accel[0-9]*") or os.environ.get("TPU_NAME"):
-        yield 'A TPU is present but unused: pip install "wqmix_jax[tpu]" makes JAX use it.'
+        yield f"A TPU is present but unused: {install_extra('tpu')} makes JAX use it."
 
 
 def plan_lines(config: RunConfig, trainer: Trainer, num_members: int) -> Iterator[str]:

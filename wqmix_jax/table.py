@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from wqmix_jax.command import command
 from wqmix_jax.exits import OneLineParser, out_file, refuse
 from wqmix_jax.logger import load_header, load_metrics
 from wqmix_jax.members import labels_of, member_name
@@ -28,6 +29,7 @@ from wqmix_jax.statistics import quartiles
 Row = dict[str, Any]
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line on ``arguments``, by default the process's own."""
     parser = OneLineParser(

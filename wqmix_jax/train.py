@@ -21,19 +21,30 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wqmix_jax import option_help
-from wqmix_jax.config import CONFIG_DIR, RESUMABLE, ConfigError, RunConfig, add_import_paths, run_config
+from wqmix_jax.command import command, copied_checkout, refuse_missing_backend
+from wqmix_jax.config import (
+    CONFIG_DIR,
+    RESUMABLE,
+    ConfigError,
+    RunConfig,
+    add_import_paths,
+    install_extra,
+    run_config,
+    whole,
+)
 from wqmix_jax.exits import RunError, refuse
+from wqmix_jax.foreign_names import translated
 from wqmix_jax.hosts import SLURM, abandon_others, connected, refuse_unexpected_processes, unused_tasks, with_host
+from wqmix_jax.overrides import as_text, parse_overrides, quoted
 
 _GROUPS = ("algo", "env")
 
@@ -46,28 +57,31 @@ _REFUSED_FLAGS = ("config_path", "config_name", "experimental_rerun")
 """Hydra's flags that would compose, or unpickle, other files than the package's yamls and those of ``--config-dir``."""
 
 
+@command
 def main() -> None:
     """Runs the command line."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra raises its errors as they are, for `_in_one_line`
-    parser = get_args_parser()
-    parser.error = refuse  # type: ignore[method-assign]
-    sys.argv = [sys.argv[0], *_with_open_keys(sys.argv[1:])]
-    args = parser.parse_intermixed_args()
-    sys.argv = [sys.argv[0], *_flags_first(sys.argv[1:], args.overrides)]  # for hydra, which parses them again
-    multirun = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
     with _refusals():
+        parser = get_args_parser()
+        parser.error = refuse  # type: ignore[method-assign]
+        sys.argv = [sys.argv[0], *_prepared(sys.argv[1:])]
+        args = parser.parse_intermixed_args()
+        sys.argv = [sys.argv[0], *_flags_first(sys.argv[1:], args.overrides)]  # for hydra, which parses them again
+        multirun = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
         _refuse_flags(args)
         add_import_paths(args.config_dir)
         _register_help(args.config_dir)
         shows_only = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
         if not shows_only:
-            check_overrides(args.overrides, args.config_dir, multirun=multirun)
+            repeated = check_overrides(args.overrides, args.config_dir, multirun=multirun)
+            sys.argv = [text for text in sys.argv if text not in repeated]
+            if (checkout := copied_checkout()) is not None:
+                told = f"edits in {checkout} have no effect on its copy in .venv; make setup replaces the copy"
+                print(f"warning: {told}", file=sys.stderr)
         if multirun and not shows_only:
             _check_each_run(args.overrides, args.config_dir)
-            sys.argv = _with_late_options(sys.argv, args.overrides)
-            given = [text for text in args.overrides if text.startswith("run_dir=")]
-            _make_sweep_dir(given)
-            sys.argv += [f"hydra.sweep.dir={text.removeprefix('run_dir=')}" for text in given]  # hydra's own key
+            folder = _make_sweep_dir(args.overrides)
+            sys.argv = [*_with_late_options(sys.argv, args.overrides), f"hydra.sweep.dir={folder}"]  # hydra's own key
         with users_first(args.config_dir), _in_one_line(args.overrides, args.config_dir):
             _run()
 
@@ -98,7 +112,7 @@ def load_values(*overrides: str, config_dir: str | os.PathLike[str] | None = Non
     Raises:
         ConfigError: where an option is not known; values are checked when `run_config` builds what they describe.
     """
-    overrides = tuple(_with_open_keys(overrides))
+    overrides = tuple(_prepared(overrides))
     add_import_paths(config_dir)
     check_overrides(overrides, config_dir)
     with _in_one_line(overrides, config_dir):
@@ -130,18 +144,30 @@ def _register_help(config_dir: str | None) -> None:
         OmegaConf.register_new_resolver(f"wqmix_jax.{name}", resolver, replace=True)
 
 
-def _make_sweep_dir(given: Sequence[str]) -> None:
-    """Makes the folder of several runs, for hydra, which makes it otherwise, tells what forbids that in a traceback."""
-    from wqmix_jax.runs import make_run_dir
+def _make_sweep_dir(overrides: Sequence[str]) -> str:
+    """Makes the folder of several runs, a new one of its own where none is given.
 
-    for folder in (override.value() for override in parse_overrides(given)):
-        if isinstance(folder, str) and "${" not in folder:
-            make_run_dir(Path(folder))
+    Hydra itself would make it, shows a traceback for what forbids that, and lets two sweeps of one second share one.
+
+    Returns:
+        The folder as an override has it.
+
+    Raises:
+        ConfigError: if it can't be made, or isn't empty.
+    """
+    from wqmix_jax.runs import make_run_dir, new_run_dir
+
+    [given] = [each for each in parse_overrides(overrides) if each.key_or_group == "run_dir"] or [None]
+    if given is None or given.value() is None:
+        return quoted(str(make_run_dir(new_run_dir(None, algo="sweep", env=None), numbered=True)))
+    if "${" not in str(given.value()):  # hydra has yet to work it out
+        make_run_dir(new_run_dir(str(given.value()), algo="sweep", env=None))
+    return str(given.input_line).partition("=")[2]
 
 
 def check_overrides(
     overrides: Sequence[str], config_dir: str | os.PathLike[str] | None, *, multirun: bool = False
-) -> None:
+) -> list[str]:
     """Refuses what hydra would take or tell less clearly: how algorithms and environments are chosen, and resuming.
 
     Args:
@@ -149,15 +175,27 @@ def check_overrides(
         config_dir: a folder of one's own yamls.
         multirun: whether several values of an option make several runs.
 
+    Returns:
+        Those overrides that only repeat what a resumed run says itself.
+
     Raises:
         ConfigError: where something is refused.
     """
     parsed = _without_search_path(parse_overrides(overrides))
     by_key = {override.key_or_group: override for override in parsed}
+    for key in ("hydra.run.dir", "hydra.sweep.dir"):
+        if key in by_key:
+            raise ConfigError(f"{by_key[key].input_line} is not allowed: write run_dir=FOLDER")
     if "resume" in by_key and by_key["resume"].value() is not None:
-        _check_resume(parsed, multirun)
-        return
+        return _check_resume(parsed, multirun)
     _check_preset(by_key.get("preset"), config_dir)
+    _check_choices(parsed, config_dir, multirun)
+    return []
+
+
+def _check_choices(parsed: Sequence[Override], config_dir: str | os.PathLike[str] | None, multirun: bool) -> None:
+    """Refuses what hydra would take or tell less clearly of a new run."""
+    by_key = {override.key_or_group: override for override in parsed}
     swept = [override for override in parsed if override.is_sweep_override()]
     if swept and not multirun and swept[0].key_or_group not in _GROUPS:
         several = "several values make several runs with -m, and a list is written [A,B]"
@@ -216,6 +254,7 @@ def _check_each_run(overrides: Sequence[str], config_dir: str | os.PathLike[str]
     from wqmix_jax.devices import claim_cores
 
     claim_cores()  # before an environment's library starts the backend
+    refuse_missing_backend()
     for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None):
         for run in batch:
             check(*run, config_dir=config_dir)
@@ -250,6 +289,18 @@ def _flags_first(arguments: Sequence[str], overrides: Sequence[str]) -> list[str
     return [*flags, *overrides]
 
 
+def _prepared(arguments: Sequence[str]) -> list[str]:
+    """The arguments as hydra must have them: paths and names as text, keys of open mappings added.
+
+    Raises:
+        ConfigError: if one has the name of another library's option.
+    """
+    for argument in arguments:
+        if argument.startswith("--") and (foreign := translated(argument.partition("=")[0])) is not None:
+            raise ConfigError(f"{argument} is unknown: {foreign}")
+    return _with_open_keys(as_text(arguments))
+
+
 def _with_open_keys(arguments: Sequence[str]) -> list[str]:
     """Lets ``sweep.NAME=..``, ``env.options.NAME=..`` and the like be written as any option.
 
@@ -271,6 +322,9 @@ def _run(cfg: DictConfig) -> None:
         config_dir = next((source.path for source in sources if source.provider == "command-line"), None)
         add_import_paths(config_dir)
         values = _plain(cfg)
+        values |= {
+            name: whole(values[name]) for name in ("hosts", "host")
+        }  # which are compared before they are checked
         if values["resume"] is None:
             if not several:  # otherwise all are told before the first run
                 tell_replaced("train", [*hydra_config.overrides.hydra, *hydra_config.overrides.task], config_dir)
@@ -278,7 +332,8 @@ def _run(cfg: DictConfig) -> None:
                 values["run_dir"] = os.path.relpath(hydra_config.runtime.output_dir)
             given = [override.key_or_group for override in parse_overrides(hydra_config.overrides.task)]
             environ = {} if several else os.environ  # each run of a sweep trains all its seeds
-            _start(with_host(values, environ), hydra_config.runtime.choices, given, unused_tasks(values, environ))
+            note = unused_tasks(values, environ)
+            _start(with_host(values, environ), hydra_config.runtime.choices, given, note, config_dir)
         else:
             from wqmix_jax import runner
 
@@ -286,11 +341,14 @@ def _run(cfg: DictConfig) -> None:
             runner.resume(Path(str(values["resume"])), changes, config_dir=config_dir)
 
 
-def _start(values: dict[str, Any], choices: Mapping[str, str], given: Sequence[str], note: str | None) -> None:
+def _start(
+    values: dict[str, Any], choices: Mapping[str, str], given: Sequence[str], note: str | None, config_dir: str | None
+) -> None:
     from wqmix_jax.devices import claim_cores
 
     claim_cores()  # before an environment's library starts the backend
     values = connected(values, os.environ)
+    refuse_missing_backend()
     config = run_config(values)  # refuses before the slow imports
     refuse_unexpected_processes(values)
     for name, because in config.algo.without_effect().items():
@@ -300,19 +358,41 @@ def _start(values: dict[str, Any], choices: Mapping[str, str], given: Sequence[s
         print(note, file=sys.stderr, flush=True)
     from wqmix_jax import runner
 
-    runner.start(values, algo=choices["algo"], env=choices["env"])
+    runner.start(values, algo=choices["algo"], env=choices["env"], config_dir=config_dir)
 
 
-def _check_resume(parsed: Sequence[Override], multirun: bool) -> None:
-    """A run's options are those of its ``config.yaml``."""
+def _check_resume(parsed: Sequence[Override], multirun: bool) -> list[str]:
+    """Refuses other options than the run's own, those of its ``config.yaml``.
+
+    Returns:
+        The overrides that repeat the run's own.
+    """
+    [resume] = [override for override in parsed if override.key_or_group == "resume"][-1:]
+    if multirun or resume.is_sweep_override():
+        raise ConfigError(f"{resume.input_line} is not allowed: runs are resumed one at a time, without -m")
+    if resume.value() == "":
+        raise ConfigError("resume= is not allowed: it names no folder")
+    own, repeated = None, []
     for override in parsed:
         key = override.key_or_group
-        if key == "resume" and (multirun or override.is_sweep_override()):
-            raise ConfigError(f"{override.input_line} is not allowed: runs are resumed one at a time, without -m")
-        allowed = key.split(".")[0] in (*RESUMABLE, "resume", "hydra") or key in _PROGRAMS
-        if not allowed and not key.startswith("hydra/"):
-            kept = f"a run keeps its options, except {', '.join(RESUMABLE)}"
-            raise ConfigError(f"{override.input_line} is not allowed with resume: {kept}")
+        if key.split(".")[0] in (*RESUMABLE, "resume", "hydra") or key.startswith("hydra/") or key in _PROGRAMS:
+            continue
+        own = _own_options(Path(str(resume.value()))) if own is None else own
+        if override.is_delete() or key not in own or override.value() != own[key]:
+            has = f"it has {key}={own[key]}, and " if key in own else ""
+            kept = f"{has}a run keeps its options, except {', '.join(RESUMABLE)}"
+            raise ConfigError(f"{override.input_line} is not allowed with resume={resume.value()}: {kept}")
+        repeated.append(str(override.input_line))
+    return repeated
+
+
+def _own_options(run_dir: Path) -> dict[str, Any]:
+    """A run's options by their dotted names, and the names of its algorithm and environment."""
+    from wqmix_jax.logger import load_header
+    from wqmix_jax.runs import kept_options, read_config
+
+    options, header = kept_options(read_config(run_dir)), load_header(run_dir)
+    return options | {group: header[group] for group in _GROUPS}
 
 
 def _changes(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
@@ -375,20 +455,6 @@ def _tell_once(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def parse_overrides(overrides: Sequence[str]) -> list[Override]:
-    """What hydra reads in ``key=value`` texts.
-
-    Raises:
-        ConfigError: at the first that can't be read.
-    """
-    try:
-        return OverridesParser.create().parse_overrides(list(overrides))
-    except OverrideParseException as error:
-        reason = [line for line in str(error).splitlines()[1:] if not line.startswith("See http")]
-        told = f"{error.override!r} can't be read: options are written key=value"
-        raise ConfigError(f"{told} ({' '.join(reason)})" if reason else told) from None
-
-
 def _plain(cfg: DictConfig) -> dict[str, Any]:
     try:
         return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
@@ -406,7 +472,8 @@ def _in_one_line(overrides: Sequence[str], config_dir: str | os.PathLike[str] | 
         if not error.options:
             raise ConfigError(_joined(error)) from None
         options = ", ".join(option for option in error.options if not option.startswith("_"))
-        raise ConfigError(f"{group}={name} is not allowed: choose one of {options}") from None
+        extra = f"; more come with an extra: {install_extra('launchers')}" if group == "hydra/launcher" else ""
+        raise ConfigError(f"{group}={name} is not allowed: choose one of {options}{extra}") from None
     except ConfigCompositionException as error:
         _refuse_unknown_key(overrides, config_dir)
         raise ConfigError(_joined(error)) from None

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.tabular.games import random_games
+from wqmix_jax.command import command
 from wqmix_jax.exits import OneLineParser, count
 from wqmix_jax.tabular import PracticalCentral, Weighting, project
 from wqmix_jax.tabular.claims import (
@@ -29,6 +30,7 @@ SMALL_ALPHA = 1e-6
 EPSILONS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 
+@command
 def main() -> None:
     parser = OneLineParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--games", type=count, default=150)

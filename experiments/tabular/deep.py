@@ -17,6 +17,7 @@ from experiments.tabular.games import FOLDER, NUM_ACTIONS, NUM_AGENTS, Share, ra
 from wqmix_jax import load_config
 from wqmix_jax.algos.base import Context, hyperparams
 from wqmix_jax.algos.q_learning import gather_actions, greedy_actions
+from wqmix_jax.command import command
 from wqmix_jax.exits import OneLineParser, count, out_file
 from wqmix_jax.learner import init_learner, learner_step
 from wqmix_jax.types import Array, EnvSpec, Episode, PyTree
@@ -36,6 +37,7 @@ NEARLY = 0.02
 """Part of Q_tot's range within which its values are taken as equal: trained nets have no exact ties."""
 
 
+@command
 def main() -> None:
     parser = OneLineParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--games", type=count, default=25)

@@ -6,6 +6,7 @@ Gaussian payoffs, 2 agents with 3 actions; each weighting of the paper against a
 import numpy as np
 
 from experiments.tabular.games import FOLDER, Share, random_games, write
+from wqmix_jax.command import command
 from wqmix_jax.exits import OneLineParser, count, out_file
 from wqmix_jax.tabular import PracticalCentral, Weighting, project
 from wqmix_jax.tabular.claims import argmax_is_right, greedy_is_right
@@ -14,6 +15,7 @@ ALPHAS = (0.9, 0.75, 0.5, 0.25, 0.1, 0.05, 0.01, 1e-3, 1e-4, 1e-6)
 NAMES = ("central", "optimistic", "practical_central")
 
 
+@command
 def main() -> None:
     parser = OneLineParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--games", type=count, default=500)

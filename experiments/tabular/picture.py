@@ -8,6 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.tabular.games import FOLDER, Share, read
+from wqmix_jax.command import command
 
 # The Okabe-Ito palette and markers of their own: told apart with any colour vision, and in grey.
 STYLES = {
@@ -25,6 +26,7 @@ TRAINED_AS = {"qmix": "uniform", "ow_qmix": "optimistic", "cw_qmix": "practical_
 RIGHT = {"argmax": "the optimum is in the argmax set", "greedy": "the agents play the optimum"}
 
 
+@command
 def main() -> None:
     print(draw(FOLDER / "shares.png"))
 

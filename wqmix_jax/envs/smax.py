@@ -18,7 +18,7 @@ import numpy as np
 import pydantic
 from pydantic import Field
 
-from wqmix_jax.config import PositiveInt, options
+from wqmix_jax.config import PositiveInt, install_extra, options
 from wqmix_jax.envs.base import Environment, EnvState, GameOfPackage, Host, without_weak_types
 from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, PyTree, StepOutcome
 
@@ -76,7 +76,7 @@ class SMAX(Environment):
     @pydantic.model_validator(mode="after")
     def _is_there(self) -> Self:
         if importlib.util.find_spec("jaxmarl") is None:
-            raise ValueError("env=smax is not allowed: it needs jaxmarl, pip install 'wqmix_jax[smax]'")
+            raise ValueError(f"env=smax is not allowed: it needs jaxmarl, {install_extra('smax')}")
         if self.map not in map_names():
             raise ValueError(f"map={self.map} is not allowed: choose one of {', '.join(map_names())}")
         return self

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from wqmix_jax.config import install_extra
 from wqmix_jax.types import PyTree
 
 
@@ -280,5 +281,5 @@ def _torch() -> ModuleType:
     try:
         import torch
     except ImportError:
-        raise PyMARLError("PyMARL's checkpoints need torch: pip install 'wqmix_jax[torch]'") from None
+        raise PyMARLError(f"PyMARL's checkpoints need torch: {install_extra('torch')}") from None
     return torch

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from wqmix_jax.command import command
 from wqmix_jax.envs.payoffs import PRESETS, payoff_tensor
-from wqmix_jax.exits import OneLineParser
+from wqmix_jax.exits import OneLineParser, integer
 from wqmix_jax.tabular.projection import Projection, project
 from wqmix_jax.tabular.search import MAX_ORDERINGS, is_enumerable, num_orderings
 from wqmix_jax.tabular.weightings import NAMES, checked_alpha
@@ -32,6 +33,7 @@ _MAX_DENOMINATOR = 30
 """Numbers within rounding of a fraction with a denominator up to this are printed as one."""
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line on ``arguments``, by default the process's own."""
     parser = _parser()
@@ -102,7 +104,7 @@ def _parser() -> OneLineParser:
     parser.add_argument("payoff", help=f"{', '.join(PRESETS)}, or a JSON file: a nested list, one axis per agent")
     parser.add_argument("--weighting", choices=NAMES, default="uniform", help="w(u); uniform by default")
     parser.add_argument("--alpha", type=float, help=f"in (0, 1], {DEFAULT_ALPHA} by default; not with uniform weights")
-    parser.add_argument("--greedy", type=int, nargs="+", help="only tables in which these are the agents' top actions")
+    parser.add_argument("--greedy", type=integer, nargs="+", help="only tables with these as the agents' top actions")
     parser.add_argument("--json", action="store_true", help="prints one JSON object")
     return parser
 

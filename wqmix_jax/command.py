@@ -1,0 +1,93 @@
+"""What all command lines have in common: how they end when the reader, the Python or the devices are missing."""
+
+import functools
+import importlib.metadata
+import json
+import sys
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import ParamSpec
+
+from wqmix_jax.config import ConfigError
+from wqmix_jax.exits import CLOSED_PIPE, discard, is_broken, refuse
+
+P = ParamSpec("P")
+
+FIRST_UNSUPPORTED = (3, 14)
+"""Python's argparse checks help texts from 3.14 on, and hydra 1.3 has one that isn't a string."""
+
+
+def command(main: Callable[P, None]) -> Callable[P, None]:
+    """Makes ``main`` end as a program should.
+
+    A reader that is gone (``| head``) ends it quietly with exit code 141, Ctrl-C with 130. Devices that JAX can't start
+    (``JAX_PLATFORMS=cuda`` without a GPU) and an unsupported Python are refused in one line, with exit code 2.
+    """
+
+    @functools.wraps(main)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        if sys.version_info >= FIRST_UNSUPPORTED:
+            newest = ".".join(map(str, sys.version_info[:2]))
+            refuse(
+                f"Python {newest} is not supported, because hydra 1.3 can't be used there: choose 3.11, 3.12 or 3.13"
+            )
+        try:
+            try:
+                main(*args, **kwargs)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            if not any(map(is_broken, (sys.stdout, sys.stderr))):
+                raise  # of a worker's socket, say
+            discard(sys.stdout, sys.stderr)
+            sys.exit(CLOSED_PIPE)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except Exception:
+            if (told := _backend_failure()) is None:
+                raise
+            refuse(told)
+
+    return run
+
+
+def refuse_missing_backend() -> None:
+    """Refuses a platform that was asked for and can't be used here.
+
+    It must come before an environment is built, which may compute on it, and after `jax.distributed` is started.
+
+    Raises:
+        ConfigError: if JAX can't start the platform that ``JAX_PLATFORMS`` names.
+    """
+    import jax  # here, because a command line must answer immediately where it has nothing to compute
+
+    if jax.config.values["jax_platforms"] and (told := _backend_failure()) is not None:
+        raise ConfigError(told)
+
+
+def copied_checkout() -> Path | None:
+    """The checkout in whose ``.venv`` this package is a copy, made by ``pip install .``; None where it is none.
+
+    Edits in the checkout don't reach a copy.
+    """
+    try:
+        text = importlib.metadata.distribution("wqmix_jax").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    source = json.loads(text or "{}")
+    if "dir_info" not in source or source["dir_info"].get("editable", False):
+        return None
+    folder = Path(urllib.request.url2pathname(urllib.parse.urlsplit(source["url"]).path))
+    is_used = Path(__file__).is_relative_to(sys.prefix)  # and not the checkout in the current folder
+    return folder if is_used and Path(sys.prefix) == folder / ".venv" else None
+
+
+def _backend_failure() -> str | None:
+    """Says why JAX can't start its devices, where something has imported it."""
+    if "jax" not in sys.modules:
+        return None
+    from wqmix_jax.devices import backend_failure
+
+    return backend_failure()
