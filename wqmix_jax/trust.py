@@ -73,9 +73,10 @@ def open_config(run_dir: Path, named: Named, *, option: str = "run_dir") -> dict
         _tell(f"importing {line}, named by {config}" for line in lines["env"])
         env_class = part_class("env", values["env"]["_target_"])
         values["env"] = _checked_programs(run_dir, env_class, values["env"], named)
+        _tell(f"importing {line}, named by {config}" for line in lines["algo"])
+        part_class("algo", values["algo"]["_target_"])
     except ConfigError as error:
         raise ConfigError(f"{config}: {error}") from error
-    _tell(f"importing {line}, named by {config}" for line in lines["algo"])
     return values
 
 
