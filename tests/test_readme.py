@@ -76,7 +76,8 @@ def test_the_options_of_every_evaluation_compose(arguments: list[str]) -> None:
     values = evaluate._compose(arguments, None)
     del values["env"], values["algo"]
     chosen = evaluate._options(values)
-    assert (chosen.run_dir, chosen.pymarl) in {("outputs/first", None), (TRAINED, None), (None, "FOLDER")}
+    played = {("outputs/first", None, None), (TRAINED, None, None), (None, "best.npz", None), (None, None, "FOLDER")}
+    assert (chosen.run_dir, chosen.policy_file, chosen.pymarl) in played
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=["train", "policy"] if len(PROGRAMS) == 2 else None)
