@@ -6,7 +6,6 @@ wrong with them is told in one line on stderr, with exit code 2, before anything
 
 import argparse
 import contextlib
-import functools
 import os
 import re
 import sys
@@ -450,9 +449,13 @@ def tell_replaced(name: str, overrides: Sequence[str], config_dir: str | os.Path
             _tell_once(f"using {own} instead of the built-in {str(default.config_path).replace('/', '=')}")
 
 
-@functools.cache
+_told: set[str] = set()  # joblib's launcher pickles this module's functions, which `functools.cache` would forbid
+
+
 def _tell_once(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    if line not in _told:
+        _told.add(line)
+        print(line, file=sys.stderr, flush=True)
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:
