@@ -125,10 +125,21 @@ class Wholes(Clock):
 
 
 def test_a_feature_that_the_replay_would_lose_is_refused() -> None:
-    message = r"^env=Halves is not allowed: obs\[0, 1\] is 0.5 after 0 steps and 0.0 after pack and unpack: .*int8\)$"
+    message = (
+        r"^env=Halves is not allowed: obs\[0, 1\] is 0.5 after 0 steps, but 0.0 after pack and unpack; .*=int8 can't"
+    )
     with pytest.raises(ConfigError, match=message):
         check_environment(Halves(episode_limit=4, ends_from=9))
     check_environment(Wholes(episode_limit=4, ends_from=9))
+
+
+def test_an_unpack_that_is_no_inverse_is_refused() -> None:
+    """The second action is never available at the first step; here it comes back as available."""
+    everything = jnp.ones((2, 2), bool)
+    env = changed(unpack=lambda self, packed: Recall().unpack(packed)._replace(avail_actions=everything))
+    message = r"avail_actions\[0, 1\] is False after 0 steps, but True after pack and unpack; unpack must be"
+    with pytest.raises(ConfigError, match=message):
+        check_environment(env)
 
 
 @pytest.mark.parametrize("name", ["predator_prey", "matrix_game", "jumanji"])
@@ -162,7 +173,7 @@ def test_a_command_refuses_it_before_it_writes_anything(
 
 
 def test_a_run_whose_environment_has_changed_since_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `load_policy` and `evaluate` do first; training without a folder refuses it too."""
+    """`load_policies` serves `load_policy` and `evaluate`; training without a folder refuses it too."""
     kept = running.ROOT / "experiments" / "figures_1M" / "predator_prey" / "predator_prey" / "qmix" / "seeds_0-1"
     monkeypatch.setattr(PredatorPrey, "_local_views", lambda self, env_state: jnp.zeros((3, 7)))
     message = r"env=PredatorPrey is not allowed: observe returns obs of float32\[3, 7\], but float32\[8, 75\] is needed"

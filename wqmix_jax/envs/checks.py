@@ -1,6 +1,7 @@
-"""Checks of an environment before anything is compiled: do its functions return what its spec promises?
+"""Checks an environment against its spec before anything is compiled.
 
-Without them a wrong size shows as an error deep inside a network, and a feature that the replay can't hold never shows.
+Without the checks, a wrong size ends in an error deep inside a network, and nobody notices a feature that the replay
+can't hold.
 """
 
 import operator
@@ -22,7 +23,7 @@ RESERVED_METRICS = (
     *("episode_return", "episode_return_std", "episode_length", "episode_length_std"),
     *("kind", "seed", "env_steps", "learner_steps", "episodes"),
 )
-"""Names that a record has anyway."""
+"""Names that every record contains already."""
 
 STEPS_PACKED = 16
 """Steps of the episode whose states are packed and unpacked."""
@@ -35,12 +36,12 @@ _LIBRARIES = (*(sysconfig.get_path(name) for name in ("stdlib", "purelib", "plat
 
 
 class _Field(NamedTuple):
-    """What an array must look like.
+    """The required form of an array.
 
     Attributes:
         sizes: names of `EnvSpec` fields, one for each axis.
         kinds: numpy's kinds of dtypes that are allowed.
-        dtype: how they are called.
+        dtype: their name in messages.
     """
 
     sizes: tuple[str, ...]
@@ -61,14 +62,14 @@ _OUTCOME = {
 
 
 class _Fault(Exception):
-    """What is wrong with an environment."""
+    """A breach of an environment's contract; the message says where."""
 
 
 def check_environment(env: Environment) -> None:
     """Refuses an environment whose functions don't return what its spec and `Environment` promise.
 
     The functions are traced, and nothing is compiled, except for one small program: where an environment from outside
-    this package stores other things than float32 observations, a few states are packed and unpacked.
+    this package stores anything else than float32 observations, a few states are packed and unpacked.
 
     Raises:
         ConfigError: with one line that names the function, the field, and what was expected and found.
@@ -125,7 +126,7 @@ def _check_fields(name: str, found: Any, kind: type, fields: dict[str, _Field], 
         leaf = getattr(found, field)
         shape = tuple(getattr(spec, size) for size in expected.sizes)
         sizes = "".join(f", spec.{size}={getattr(spec, size)}" for size in expected.sizes)
-        if not hasattr(leaf, "shape") or leaf.shape != shape or np.dtype(leaf.dtype).kind not in expected.kinds:
+        if not hasattr(leaf, "shape") or leaf.shape != shape or _kind(leaf) not in expected.kinds:
             needed = f"{expected.dtype}{list(shape)} is needed{sizes}"
             raise _Fault(f"{name} returns {field} of {_described(leaf)}, but {needed}")
 
@@ -155,19 +156,17 @@ def _check_metrics(found: Any) -> None:
     for name, leaf in found.items():
         if name in RESERVED_METRICS:
             raise _Fault(f"metrics returns {name!r}, which every record has already; choose another name")
-        if getattr(leaf, "shape", None) != () or np.dtype(leaf.dtype).kind not in "fiub":
+        if getattr(leaf, "shape", None) != () or _kind(leaf) not in "fiub":
             raise _Fault(f"metrics returns {name!r} of {_described(leaf)}, but a scalar is needed: float32[]")
 
 
 def _stores_its_own_way(env: Environment) -> bool:
-    """Whether packing is to be tried: not where it can't lose anything, nor where playing would start a simulator.
+    """Returns True where packing needs a trial: where it may lose something and playing starts no simulator.
 
-    The environments of this package have tests for it.
+    The environments of this package are exempt: their tests cover it.
     """
-    kind = type(env)
-    plain = kind.pack is Environment.pack and kind.unpack is Environment.unpack
-    lossless = plain and np.dtype(env.storage_dtype) == np.float32
-    own = kind.__module__.split(".")[0] == __name__.split(".")[0]
+    lossless = _packs_by_default(env) and np.dtype(env.storage_dtype) == np.float32
+    own = type(env).__module__.split(".")[0] == __name__.split(".")[0]
     return not lossless and not own and type(env.host) is Host
 
 
@@ -179,9 +178,18 @@ def _check_packing(env: Environment) -> None:
         differs = ~np.isclose(one, other, rtol=CLOSE, atol=CLOSE, equal_nan=True)
         if differs.any():
             step, *where = (int(index) for index in np.argwhere(differs)[0])
-            at = f"{name}{where} is {one[step, *where]} after {step} steps and {other[step, *where]} after"
-            advice = "a wider storage_dtype, or a pack and unpack that lose nothing, is needed"
-            raise _Fault(f"{at} pack and unpack: {advice} (storage_dtype: {np.dtype(env.storage_dtype)})")
+            values = f"is {one[step, *where]} after {step} steps, but {other[step, *where]} after pack and unpack"
+            raise _Fault(f"{name}{where} {values}; {_advice(env)}")
+
+
+def _packs_by_default(env: Environment) -> bool:
+    return type(env).pack is Environment.pack and type(env).unpack is Environment.unpack
+
+
+def _advice(env: Environment) -> str:
+    if _packs_by_default(env):
+        return f"storage_dtype={np.dtype(env.storage_dtype)} can't hold it, choose a wider one"
+    return "unpack must be the exact inverse of pack"
 
 
 def _observed_twice(env: Environment) -> tuple[Observation, Observation]:
@@ -214,7 +222,7 @@ def _traced(name: str, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _called(name: str, call: Callable[[], Any]) -> Any:
-    """What a function of the environment returns; an error inside becomes one line with the line of code."""
+    """Returns the result of a function of the environment; an error inside becomes one line that names the code."""
     try:
         return call()
     except (ConfigError, _Fault):
@@ -229,6 +237,11 @@ def _where(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith(("<", *_LIBRARIES))]
     return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+
+
+def _kind(leaf: Any) -> str:
+    """Numpy's letter of an array's kind of dtype; ``-`` for those that numpy doesn't have, such as random keys."""
+    return getattr(leaf.dtype, "kind", "-")
 
 
 def _name(path: Any) -> str:
