@@ -17,7 +17,7 @@ ARGS     ?=
 # A variable that nothing reads, `make train num_seeds=4` say, would be ignored without a word.
 KNOWN    := PYTHON EXTRAS PIP_ARGS ALGO ARGS
 GIVEN    := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
-UNKNOWN  := $(strip $(filter-out $(KNOWN) VENV WORKERS SHELL MAKE MAKEFLAGS MAKEOVERRIDES -*-%,$(GIVEN)))
+UNKNOWN  := $(sort $(filter-out $(KNOWN) VENV WORKERS SHELL MAKE MAKEFLAGS MAKEOVERRIDES -*-%,$(GIVEN)))
 ifneq ($(UNKNOWN),)
 upper     = $(shell echo '$(1)' | tr -d '+' | tr a-z A-Z)
 meant     = $(filter $(KNOWN),$(upper))

@@ -32,7 +32,6 @@ TRAIN = [
     ("+algo=qmix env=sc2", "env=sc2 is not allowed: choose one of jumanji, "),
     ("+algo=qmix env=3s5z", "env=3s5z is not allowed: choose one of jumanji, "),
     ("+algo=qmix env=smax map=3s5z", "map is unknown: did you mean env.map?"),
-    ("+algo=qmix env=smax env.map=3s6z", "env.map=3s6z is not allowed: choose one of "),
     (
         "+algo=qmix env=smax env.map_name=3s5z",
         "env.map_name is unknown: did you mean env.map (PyMARL's env_args.map_name)?",
@@ -141,14 +140,14 @@ EVALUATE = [
     ("run_dir=run env.punishment=0", "env.punishment=0 is not allowed with run_dir: a run's own algorithm and"),
     ("run_dir=run pymarl=run", "pymarl is not allowed with run_dir"),
     ("run_dir=run --episodes 3", "unrecognized arguments: --episodes"),
-    ("pymarl=run", "agent.th is not there"),
+    ("pymarl=nowhere", "pymarl=nowhere is not allowed: there is no such folder"),
 ]
 
 OTHERS = [
     ("compare", "", "the following arguments are required: RUN"),
     ("compare", "nowhere", "nowhere is not allowed: there is no run in it (run.json)"),
     ("compare", "run/policies", "run/policies is not allowed: it is inside the run run"),
-    ("compare", "run --metric reward", "reward"),
+    ("compare", "run", "two runs with evaluations are needed"),
     ("compare", "run --out no/picture.png", "no/picture.png is not allowed: there is no folder no"),
     ("merge", "run", "the following arguments are required: --out"),
     ("merge", "run run --out run", "--out=run is not allowed: it isn't empty"),
@@ -167,7 +166,7 @@ MAKE = [
     ("train algo=qmix", "algo=qmix: make knows no such variable. Write ALGO=qmix."),
     ("train +algo=qmix", "+algo=qmix: make knows no such variable. Write ALGO=qmix."),
     ("train num_seeds=4", 'num_seeds=4: make knows no such variable. Write ARGS="num_seeds=4".'),
-    ("train seed=1 num_seeds=4", 'Write ARGS="seed=1 num_seeds=4".'),
+    ("train num_seeds=4 seed=1", 'Write ARGS="num_seeds=4 seed=1".'),
     ("test arg=x", 'arg=x: make knows no such variable. Write ARGS="arg=x".'),
     ("setup extras=smax", "extras=smax: make knows no such variable. Write EXTRAS=smax."),
     ("setup 'EXTRAS=smax cuda'", "EXTRAS=smax cuda is not allowed: write commas between extras and no spaces."),
@@ -179,7 +178,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds a run."""
     folder = tmp_path_factory.mktemp("mistakes")
     shutil.copytree(TRAINED, folder / "run")
-    (folder / "run" / "checkpoints" / "30000").mkdir(parents=True)
     return folder
 
 

@@ -32,7 +32,7 @@ def test_a_sweep_over_algorithms_takes_options_of_all_of_them(tmp_path: Path, mo
     """Hydra by itself would look for them before an algorithm is chosen."""
     seen = []
     monkeypatch.setattr(
-        train, "_start", lambda values, choices, given: seen.append((choices["algo"], values["algo"]["lr"]))
+        train, "_start", lambda values, choices, *_: seen.append((choices["algo"], values["algo"]["lr"]))
     )
     assert main("-m", "+algo=qmix,ow_qmix", "algo.lr=0.25", "env.episode_limit=7", f"run_dir={tmp_path}") == 0
     assert seen == [("qmix", 0.25), ("ow_qmix", 0.25)]

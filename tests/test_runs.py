@@ -43,8 +43,8 @@ def test_the_ratio_of_learner_steps_follows_the_options() -> None:
 @pytest.mark.parametrize(
     ("present", "told"),
     [
-        ("nvidia", ['An NVIDIA GPU is present but unused: pip install "wqmix_jax[cuda]" makes JAX use it.']),
-        ("tpu", ['A TPU is present but unused: pip install "wqmix_jax[tpu]" makes JAX use it.']),
+        ("nvidia", ["An NVIDIA GPU is present but unused: INSTALL cuda makes JAX use it."]),
+        ("tpu", ["A TPU is present but unused: INSTALL tpu makes JAX use it."]),
         ("nothing", []),
     ],
 )
@@ -53,6 +53,7 @@ def test_an_idle_accelerator_is_told_with_what_to_install(
 ) -> None:
     monkeypatch.setattr(runs.shutil, "which", lambda _: "/usr/bin/nvidia-smi" if present == "nvidia" else None)
     monkeypatch.setattr(runs.os.path, "exists", lambda _: False)
+    monkeypatch.setattr(runs, "install_extra", lambda extra: f"INSTALL {extra}")
     monkeypatch.setattr(runs.glob, "glob", lambda _: ["/dev/accel0"] if present == "tpu" else [])
     monkeypatch.delenv("TPU_NAME", raising=False)
     first, *rest = device_lines(TRAINER)

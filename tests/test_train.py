@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import matplotlib.image
@@ -14,9 +15,10 @@ import yaml
 
 import wqmix_jax
 from tests.running import TINY, copy_user_folder, main, timeless
-from wqmix_jax import load_config, load_metrics, train
-from wqmix_jax.config import ConfigError, RunConfig
+from wqmix_jax import load_config, load_metrics, runner, runs, train
+from wqmix_jax.config import ConfigError, RunConfig, run_config
 from wqmix_jax.logger import load_header
+from wqmix_jax.overrides import as_text
 
 ROOT = Path(__file__).parent.parent
 ALGORITHMS = ", ".join(sorted(["huber_iql", *train.names("algo").split(", ")]))
@@ -44,8 +46,8 @@ REFUSED = [
         "num_seeds=1000000000 is not allowed: input should be less than or equal to",
     ),
     (["+algo=ow_qmix", "sweep.alpha=[[1],[2]]"], "algo.alpha=[1] is not allowed: input should be a valid number"),
-    (["-m", "resume=one,two"], "resume=one,two is not allowed: runs are resumed one at a time, without -m"),
-    (["resume=one,two"], "resume=one,two is not allowed: runs are resumed one at a time, without -m"),
+    (["-m", "resume=one"], "resume=one is not allowed: runs are resumed one at a time, without -m"),
+    (["resume=one,two"], "resume=one,two is not allowed: there is no such folder"),
     (["env=jumanji", "+algo=iql", "env.generator.sides=3"], "env.generator={'sides': 3} is not allowed: "),
     (
         ["+algo=iql", "env.num_agents.least=3"],
@@ -82,17 +84,16 @@ REFUSED = [
     (["+algo=ow_qmix", "punishment=-1"], "punishment is unknown: did you mean env.punishment?"),
     (["+algo=ow_qmix", "hosts=0"], "hosts=0 is not allowed: a positive integer is needed"),
     (
-        ["+algo=ow_qmix", "total_env_steps=1e6"],
-        "total_env_steps=1000000.0 is not allowed: input should be a valid integer",
+        ["+algo=ow_qmix", "total_env_steps=1.5"],
+        "total_env_steps=1.5 is not allowed: input should be a valid integer",
     ),
     (["+algo=qmix,vdn"], "+algo=qmix,vdn is not allowed: several algorithms make several runs with -m"),
     (["+algo=qmix", "env=smax,jumanji"], "env=smax,jumanji is not allowed: several environments make several runs "),
     (["+algo=qmix", "run_dir="], "run_dir= is not allowed: it names no folder"),
     (["ow_qmix"], "'ow_qmix' can't be read: options are written key=value"),
     (["resume=nowhere"], "resume=nowhere is not allowed: there is no such folder"),
-    (["resume="], "resume=. is not allowed: there is no config.yaml in it"),
-    (["resume=nowhere", "+algo=ow_qmix"], "+algo=ow_qmix is not allowed with resume: a run keeps its options, except "),
-    (["resume=nowhere", "env.punishment=0"], "env.punishment=0 is not allowed with resume: a run keeps its options"),
+    (["resume="], "resume= is not allowed: it names no folder"),
+    (["resume=nowhere", "+algo=ow_qmix"], "resume=nowhere is not allowed: there is no such folder"),
 ]
 
 
@@ -140,14 +141,30 @@ def test_a_folder_that_can_not_be_made_is_refused(tmp_path: Path, capfd: pytest.
     assert main(*TINY, f"run_dir={tmp_path / 'file' / 'run'}") == 2
     assert capfd.readouterr().err == f"error: run_dir={tmp_path / 'file' / 'run'} can't be made: Not a directory\n"
     assert main("-m", *TINY, f"run_dir={tmp_path / 'file'}") == 2
-    assert capfd.readouterr().err == f"error: run_dir={tmp_path / 'file'} can't be made: File exists\n"
+    assert capfd.readouterr().err == f"error: run_dir={tmp_path / 'file'} is not allowed: it is a file\n"
 
 
 def test_a_sweeps_folder_is_the_one_that_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its quotes, and not where hydra has yet to work it out."""
     monkeypatch.chdir(tmp_path)
-    train._make_sweep_dir(["run_dir='my runs'", "run_dir=${oc.env:HOME}/runs"])
-    assert [path.name for path in tmp_path.iterdir()] == ["my runs"]
+    for name in ("'my runs'", "it's", "1e3", "a,b"):
+        train._make_sweep_dir(as_text([f"run_dir={name}"]))
+    assert train._make_sweep_dir(["run_dir=${oc.env:HOME}/runs"]) == "${oc.env:HOME}/runs"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1e3", "a,b", "it's", "my runs"]
+
+
+def test_sweeps_that_start_in_the_same_second_have_a_folder_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    now = runs.datetime.datetime(2026, 11, 30, 12)
+    monkeypatch.setattr(runs, "datetime", SimpleNamespace(datetime=SimpleNamespace(now=lambda: now)))
+    seen = []
+    monkeypatch.setattr(train, "_start", lambda values, *_: seen.append(values["run_dir"]))
+    for _ in range(2):
+        assert main("-m", "+algo=qmix,vdn") == 0
+    first = "outputs/2026-11-30_12-00-00_sweep"
+    assert seen == [f"{first}/0", f"{first}/1", f"{first}_2/0", f"{first}_2/1"]
 
 
 def test_a_users_algorithms_are_listed_too(capfd: pytest.CaptureFixture[str]) -> None:
@@ -301,6 +318,92 @@ def test_an_option_without_effect_is_told(tmp_path: Path, capfd: pytest.CaptureF
     assert [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning")] == [told]
     assert main("+algo=iql", *short, f"run_dir={tmp_path / 'default'}") == 0
     assert "warning" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["total_env_steps=1e3", "num_seeds=2.0", "algo.batch_size=8.0", "env.world_shape=[1e1,10]", "hosts=1.0"],
+        ["total_env_steps=1000", "num_seeds=2", "algo.batch_size=8", "env.world_shape=[10,10]", "hosts=1"],
+    ],
+)
+def test_whole_floats_are_integers_also_in_the_runs_folder(
+    texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[RunConfig] = []
+    monkeypatch.setattr(runner, "_train", lambda config, *_: trained.append(config))
+    assert main("+algo=vdn", *texts, "algo.max_grad_norm=10", f"run_dir={tmp_path}") == 0
+    [config] = trained
+    integers = (config.total_env_steps, config.num_seeds, config.algo.batch_size, *config.env.world_shape, config.hosts)
+    assert integers == (1000, 2, 8, 10, 10, 1)
+    assert {type(number) for number in integers} == {int}
+    written = (tmp_path / "config.yaml").read_text()
+    for line in ("total_env_steps: 1000\n", "num_seeds: 2\n", "  batch_size: 8\n", "  - 10\n", "max_grad_norm: 10.0\n"):
+        assert line in written
+
+
+def test_whole_floats_are_integers_in_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(train, "_start", lambda values, *_: seen.append(run_config(values).total_env_steps))
+    assert main("-m", "+algo=vdn", "total_env_steps=1e3,2e3", f"run_dir={tmp_path}") == 0
+    assert seen == [1000, 2000]
+    swept = load_config("+algo=vdn", "sweep.epsilon_anneal_steps=[5e4,100000]").sweep["epsilon_anneal_steps"]
+    assert (swept, [type(value) for value in swept]) == ([50000, 100000], [int, int])
+
+
+@pytest.fixture
+def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that has just begun, and whose resumption trains nothing either."""
+    monkeypatch.setattr(runner, "_train", lambda *_: None)
+    folder = tmp_path / "it's a, run\\"
+    assert main(*TINY, f"run_dir={folder}") == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    "repeated", [["+algo=huber_iql"], ["+algo=huber_iql", "env=coin"], [*TINY], ["seed=3", "total_env_steps=1e2"]]
+)
+def test_resume_takes_options_that_are_the_runs_own(
+    repeated: list[str], started: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resumed: list[int] = []
+    monkeypatch.setattr(runner, "_train", lambda config, *_: resumed.append(config.total_env_steps))
+    assert main(*repeated, f"resume={started}") == 0
+    assert resumed == [100 if "total_env_steps=1e2" in repeated else 37]
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ("+algo=vdn", "+algo=vdn is not allowed with resume={run}: it has algo=huber_iql, and a run keeps its options"),
+        (
+            "env=smax",
+            "env=smax is not allowed with resume={run}: it has env=coin, and a run keeps its options, except ",
+        ),
+        ("seed=4", "seed=4 is not allowed with resume={run}: it has seed=3, and a run keeps its options"),
+        ("algo.new=4", "algo.new=4 is not allowed with resume={run}: a run keeps its options, except total_env_steps"),
+    ],
+)
+def test_resume_refuses_other_options(other: str, told: str, started: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    assert main(other, f"resume={started}") == 2
+    assert capfd.readouterr().err.startswith(f"error: {told.format(run=started)}")
+
+
+def test_a_run_knows_the_command_that_resumes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also how it got its own modules and yamls, whether it begins or goes on."""
+    told: list[str] = []
+    monkeypatch.setattr(runner, "_train", lambda *arguments: told.append(arguments[-1]))
+    monkeypatch.chdir(tmp_path)
+    project = copy_user_folder(tmp_path / "my project's")
+    for arguments in ([*TINY, "run_dir=1e3"], ["resume=1e3"]):
+        assert main(*arguments, config_dir=Path("my project's/configs")) == 0
+    python = runs._python()
+    assert told == 2 * [f"""to go on: {python} -m wqmix_jax.train --config-dir 'my project'"'"'s/configs' resume=1e3"""]
+    monkeypatch.setattr(sys, "argv", ["train", "+algo=vdn", "run_dir=no_own"])
+    train.main()
+    assert told[-1] == f"to go on: {python} -m wqmix_jax.train resume=no_own"
+    assert project.is_dir()
 
 
 def _process(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -61,9 +61,11 @@ def refuse_missing_backend() -> None:
     Raises:
         ConfigError: if JAX can't start the platform that ``JAX_PLATFORMS`` names.
     """
-    import jax  # here, because a command line must answer immediately where it has nothing to compute
+    from wqmix_jax import (
+        devices,  # here, because a command line must answer immediately where it has nothing to compute
+    )
 
-    if jax.config.values["jax_platforms"] and (told := _backend_failure()) is not None:
+    if devices.asked_platforms() and (told := devices.backend_failure()) is not None:
         raise ConfigError(told)
 
 

@@ -115,6 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _tell(groups, scores, metric, last)
         args.out.parent.mkdir(parents=True, exist_ok=True)  # that of the default
         print(f"picture: {draw(groups, scores, metric, last, args.out)}")
+    except BrokenPipeError:  # of the reader of what is printed: see `command`
+        raise
     except (ValueError, OSError) as error:
         refuse(str(error))
 

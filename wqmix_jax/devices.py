@@ -53,12 +53,17 @@ def claim_cores() -> None:
         jax.config.update("jax_num_cpu_devices", num_cores())
 
 
+def asked_platforms() -> str | None:
+    """What ``JAX_PLATFORMS`` names, or a program's own setting of it."""
+    return jax.config.values["jax_platforms"] or None
+
+
 def backend_failure() -> str | None:
     """Says why JAX can't start the devices that it should use; None where it can, or where nothing imported it."""
     try:
         jax.local_devices()
     except (AssertionError, RuntimeError) as error:  # a bare assertion where a platform's plugin isn't installed
-        asked = jax.config.values["jax_platforms"]
+        asked = asked_platforms()
         reason = (
             str(error).partition(" (set JAX_PLATFORMS=")[0] or "no such device is found, or JAX's build for it isn't"
         )

@@ -7,6 +7,7 @@ own hears of every signal the moment it comes.
 import argparse
 import contextlib
 import os
+import select
 import signal
 import socket
 import sys
@@ -85,12 +86,17 @@ def refuse(message: str, exit_code: int = REFUSED) -> NoReturn:
 
 
 def is_broken(stream: TextIO) -> bool:
-    """Whether nobody reads a stream any more, found out with what it has yet to write."""
+    """Whether nobody reads a stream any more, which is then flushed."""
     try:
         stream.flush()
+        number = stream.fileno()
     except BrokenPipeError:
         return True
-    return False
+    except OSError:  # no file is behind it
+        return False
+    poll = select.poll()  # what is written without a buffer is lost, and can't fail once more
+    poll.register(number, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def discard(*streams: TextIO) -> None:

@@ -176,7 +176,7 @@ def read_config(run_dir: Path, *, option: str = "resume") -> dict[str, Any]:
 def _no_run(path: Path, option: str) -> str:
     """What a path is that isn't a run's folder: something inside one, or a folder of several."""
     of_run = next((folder for folder in path.parents if (folder / CONFIG_FILE).is_file()), None)
-    if of_run is not None and path.exists():
+    if of_run is not None:
         return f"it is inside the folder of a run; write {option}={of_run}"
     if not path.is_dir():
         return "it is a file" if path.exists() else "there is no such folder"

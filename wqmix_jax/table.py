@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         show(rows)
         if args.csv is not None:
             write_csv(rows, args.csv)
+    except BrokenPipeError:  # of the reader of what is printed: see `command`
+        raise
     except (ValueError, OSError) as error:
         refuse(str(error))
 
