@@ -115,7 +115,7 @@ def train(task: Task, algo: str, film: Path | None = None) -> Records:
             )
 
     config = load_config(f"+algo={algo}", *task.overrides, *NARROW.get(algo, ()))
-    state, records = train_seeds(config, range(task.num_seeds), callback=tell)
+    state, records = train_seeds(config, range(task.num_seeds), callback=tell, progress=False)
     if film is not None:
         moments = play_episode(config.env, trained_policy(config, state), jax.random.key(0))
         config.env.viewer().film(moments, str(film))

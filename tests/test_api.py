@@ -11,7 +11,7 @@ import pytest
 
 import wqmix_jax
 from tests.running import TINY, USER_FOLDER, timeless
-from wqmix_jax import load_config, train_seeds
+from wqmix_jax import api, load_config, train_seeds
 from wqmix_jax.config import ConfigError, RunConfig
 
 
@@ -24,8 +24,24 @@ def config(*changes: str) -> RunConfig:
 def trained() -> tuple[Any, list[dict[str, Any]], list[dict[str, Any]]]:
     """The state, the records, and the records as the callback saw them."""
     heard: list[dict[str, Any]] = []
-    state, records = train_seeds(config(), [4, 3], callback=heard.append)
+    state, records = train_seeds(config(), [4, 3], callback=heard.append, progress=True)
     return state, records, heard
+
+
+def test_progress_is_shown_where_it_is_wanted(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Compiled(Exception):
+        pass
+
+    def compile_it(*_: Any) -> Any:
+        raise Compiled
+
+    monkeypatch.setattr(api, "compile_within_memory", compile_it)
+    for progress, told in ((True, "compiling\n"), (False, ""), (None, "")):
+        with pytest.raises(Compiled):
+            train_seeds(config(), [0], progress=progress)
+        assert capfd.readouterr() == ("", told)
 
 
 def test_the_state_is_that_of_the_seeds_in_their_order(trained: Any) -> None:

@@ -2,12 +2,12 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import pytest
 
 import wqmix_jax
@@ -80,7 +80,7 @@ def test_the_options_of_every_evaluation_compose(arguments: list[str]) -> None:
     assert (chosen.run_dir, chosen.policy_file, chosen.pymarl) in played
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=["train", "policy"] if len(PROGRAMS) == 2 else None)
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_every_program_uses_what_the_package_offers(program: str) -> None:
     compile(program, "README.md", "exec")
     for imported in re.findall(r"from wqmix_jax import (.*)", program):
@@ -103,15 +103,30 @@ def test_the_commands_and_programs_run_one_after_the_other(tmp_path: Path, monke
     short = lambda *overrides: load_config(*overrides[:1], *SHORT)  # noqa: E731
     monkeypatch.setattr(wqmix_jax, "load_config", short, raising=False)
     for program in PROGRAMS:
-        spec = load_config("+algo=cw_qmix").env.spec
-        given = {
-            "obs": jnp.zeros((5, spec.num_agents, spec.obs_dim)),
-            "avail_actions": jnp.ones((5, spec.num_agents, spec.num_actions), bool),
-        }
-        names: dict[str, Any] = dict(given)
-        exec(program, names)
-        if "joint_action" in names:
-            assert names["joint_action"].shape == (5, spec.num_agents)
+        paste(program)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_runs_as_it_is_pasted(program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where ``outputs/first`` has been trained; a training is a small one."""
+    shutil.copytree(ROOT / TRAINED, tmp_path / "outputs" / "first")
+    monkeypatch.chdir(tmp_path)
+    tiny = load_config("+algo=iql", "env=matrix_game", "total_env_steps=8", "algo.batch_size=2", "algo.buffer_size=4")
+    monkeypatch.setattr(wqmix_jax, "load_config", lambda *_: tiny, raising=False)
+    names = paste(program)
+    if "joint_action" in names:
+        assert names["joint_action"].shape == (5, names["env"].spec.num_agents)
+        assert names["outcome"].reward.shape == (5,)
+        assert len(names["moments"]) > 1
+    else:
+        assert {record["seed"] for record in names["records"]} == {0, 1}  # of the trained run
+
+
+def paste(program: str) -> dict[str, Any]:
+    """Runs a program where nothing is defined yet, and returns what it defines."""
+    names: dict[str, Any] = {}
+    exec(program, names)
+    return names
 
 
 def run(command: list[str], folder: Path) -> None:

@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wqmix_jax.api import load_policy, train_seeds, trained_policy
+    from wqmix_jax.api import load_policies, load_policy, train_seeds, trained_policy
     from wqmix_jax.logger import load_metrics
     from wqmix_jax.policy import play_episode
     from wqmix_jax.train import load_config
@@ -16,6 +16,7 @@ __all__ = [
     "__version__",
     "load_config",
     "load_metrics",
+    "load_policies",
     "load_policy",
     "make_trainer",
     "play_episode",
@@ -26,6 +27,7 @@ __all__ = [
 _HOMES = {
     "load_config": "train",
     "load_metrics": "logger",
+    "load_policies": "api",
     "load_policy": "api",
     "make_trainer": "trainer",
     "play_episode": "policy",

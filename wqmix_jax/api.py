@@ -18,10 +18,11 @@ from wqmix_jax.config import MAX_SEED, ConfigError, RunConfig, build, checked, r
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.envs.checks import check_environment
 from wqmix_jax.logger import load_header
-from wqmix_jax.loop import advance, begin, is_finished
-from wqmix_jax.members import labels_of, make_members, member_name
+from wqmix_jax.loop import Loop, advance, begin, is_finished, sound_steps
+from wqmix_jax.members import Member, labels_of, make_members, member_name
 from wqmix_jax.memory import compile_within_memory
 from wqmix_jax.policy import BEST, LAST, GreedyPolicy, finite_members, policy_file, read_labels, read_policies
+from wqmix_jax.progress import Display, make_optional_display
 from wqmix_jax.runs import read_summary
 from wqmix_jax.trainer import Trainer, TrainState, make_trainer, train_sharding
 from wqmix_jax.trust import NOTHING_NAMED, Named, open_config
@@ -32,14 +33,19 @@ def train_seeds(
     seeds: Sequence[int],
     *,
     callback: Callable[[dict[str, Any]], None] | None = None,
+    progress: bool | None = None,
 ) -> tuple[TrainState, list[dict[str, Any]]]:
     """Trains all ``seeds`` in one compiled call until each has seen ``config.total_env_steps`` environment steps.
 
     Args:
         config: what `wqmix_jax.load_config` returns, or nested mappings as in a run folder's ``config.yaml``. Its
             ``seed``, ``num_seeds`` and ``host`` are not used, nor is anything that concerns files.
-        seeds: different integers from 0 to 2**31 - 1; a seed trains the same in any company.
+        seeds: different integers from 0 to 2**31 - 1. A seed draws the same random numbers whichever seeds train with
+            it, but how many they are, and on how many devices or CPU cores, changes the order of floating-point sums.
+            Such differences start as rounding errors and grow, so that two curves of one seed may drift apart.
         callback: called with each record as it comes.
+        progress: whether a progress bar is drawn on stderr, or a line printed now and then where a bar can't be drawn.
+            By default it is if stderr is a terminal, and in a notebook.
 
     Returns:
         The final train state, leaves ``[S, ..]`` in the order of ``seeds`` (with ``config.sweep`` all of them for its
@@ -59,21 +65,36 @@ def train_seeds(
     def grouped(learner_groups: int) -> Trainer:
         return make_trainer(config, sharding=sharding, learner_groups=learner_groups)
 
-    trainer, _, _ = compile_within_memory(grouped(1), members, grouped)
+    with make_optional_display(config.total_env_steps, shown=progress) as display:
+        display.note("compiling")
+        trainer, seconds, _ = compile_within_memory(grouped(1), members, grouped)
+        display.note(f"compiled in {seconds:.1f} s")
+        return _trained(config, trainer, members, callback, display)
+
+
+def _trained(
+    config: RunConfig,
+    trainer: Trainer,
+    members: tuple[Member, ...],
+    callback: Callable[[dict[str, Any]], None] | None,
+    display: Display,
+) -> tuple[TrainState, list[dict[str, Any]]]:
+    """The state and all records after a whole training."""
     records: list[dict[str, Any]] = []
 
-    def take(lines: list[dict[str, Any]]) -> None:
+    def take(loop: Loop, lines: list[dict[str, Any]]) -> None:
         for line in lines:
             records.append(line)
             if callback is not None:
                 callback(line)
+        display.update(sound_steps(loop), lines)
 
     with config.env.host.running([member.seed for member in members]):
         loop, lines = begin(trainer, members)
         while True:
             if (failure := trainer.failure()) is not None:
                 raise failure
-            take(lines)
+            take(loop, lines)
             if is_finished(loop):
                 return loop.state, records
             loop, lines = advance(trainer, loop)
