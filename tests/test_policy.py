@@ -4,7 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from wqmix_jax.members import Member
 from wqmix_jax.policy import Policy, better, finite_members, no_policy
+from wqmix_jax.runner import _new_returns
 
 
 def policy(number: float, env_steps: list[int], returns: list[float]) -> Policy:
@@ -36,3 +38,13 @@ def test_the_first_trained_policy_replaces_the_untrained_one_whatever_its_return
 def test_finite_members_are_those_without_nan_and_inf() -> None:
     params = {"scale": np.zeros(3), "bias": np.array([[0, 1], [np.nan, 0], [0, -np.inf]])}
     assert finite_members(params).tolist() == [True, False, False]
+
+
+def test_nets_that_have_not_learned_since_step_0_are_no_new_policy() -> None:
+    def line(seed: int, env_steps: int, learner_steps: int, kind: str = "eval") -> dict[str, Any]:
+        counters = {"env_steps": env_steps, "learner_steps": learner_steps}
+        return {"kind": kind, "seed": seed, **counters, "episode_return": float(env_steps)}
+
+    members = [Member(seed) for seed in (3, 4, 5)]
+    lines = [line(5, 0, 0), line(4, 20, 0), line(3, 30, 1), line(4, 40, 1, kind="train")]
+    np.testing.assert_array_equal(_new_returns(members, lines), [30, np.nan, 0])

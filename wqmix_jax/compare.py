@@ -238,6 +238,8 @@ def _tell(groups: Mapping[str, Group], scores: Mapping[str, Scores], metric: str
     show([{"run": name, "seeds": len(of.final)} | _told(of) for name, of in scores.items()])
     print(f"\nagainst {baseline}, at the last of these steps:")
     show([{"run": name} | _against(scores[name], scores[baseline]) for name in groups if name != baseline])
+    if any(of.final.size > 1 and np.ptp(of.final) == 0 for of in scores.values()):
+        print("\nan interval without width is that of seeds that ended alike, and says nothing of other seeds")
     if _fewest(scores) < FEW_SEEDS:
         print(f"\nfewer than {FEW_SEEDS} seeds: the intervals are those of the few that are there, and say little")
 

@@ -7,7 +7,7 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -359,12 +359,7 @@ class _Session:
             return
         self.metrics.write(lines)
         self.wandb_runs.sync()
-        labels, returns = [member.labels for member in self.members], np.full(len(self.members), np.nan, np.float32)
-        for line in lines:
-            # Later nets that have not learned yet are those of step 0, whose policy is there already.
-            if line["kind"] == "eval" and (line["learner_steps"] > 0 or line["env_steps"] == 0):
-                returns[labels.index(labels_of(line))] = line["episode_return"]
-        self.best = better(self.best, self._policy(loop, returns))
+        self.best = better(self.best, self._policy(loop, _new_returns(self.members, lines)))
 
     def _tell_failures(self, loop: Loop) -> None:
         for failure in failures(loop):
@@ -429,6 +424,18 @@ class _Session:
 
     def _wall_seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
+
+
+def _new_returns(members: Sequence[Member], lines: Sequence[Line]) -> np.ndarray:
+    """The return of each member whose nets were evaluated and are new, float32 ``[S]``; nan for the others.
+
+    Nets that have not learned since step 0 are those of step 0, whose policy is kept already.
+    """
+    labels, returns = [member.labels for member in members], np.full(len(members), np.nan, np.float32)
+    for line in lines:
+        if line["kind"] == "eval" and (line["learner_steps"] > 0 or line["env_steps"] == 0):
+            returns[labels.index(labels_of(line))] = line["episode_return"]
+    return returns
 
 
 def _folder_of_host(config: RunConfig) -> str | None:

@@ -3,7 +3,8 @@
 The interquartile mean (IQM) is the mean of the middle half of the seeds: a quarter, rounded down, is left out at either
 end, so of fewer than `FEWEST_TRIMMED` seeds it is the plain mean. Intervals hold 95% of `RESAMPLES` bootstrap samples
 over seeds, those of two groups drawn apart (Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the
-Statistical Precipice"). A single seed has no interval: its ends are nan. `mean_estimate` is for episodes of few seeds.
+Statistical Precipice"). A single seed has no interval: its ends are nan. Equal seeds have an interval without width,
+which says nothing of other seeds. `mean_estimate` is for episodes, and for few seeds whose episodes are known.
 """
 
 import math
