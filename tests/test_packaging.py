@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import venv
 import zipfile
 from email.message import Message
 from email.parser import Parser
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import wqmix_jax
 from wqmix_jax import foreign_names
@@ -95,6 +98,51 @@ def test_installed_package_trains_from_any_folder(site: Path, tmp_path: Path) ->
     kept = {path.name for path in (tmp_path / "first").iterdir()}
     assert kept >= {"config.yaml", "metrics.jsonl", "summary.json", "learning_curve.png"}
     assert [path.name for path in tmp_path.iterdir()] == ["first"]
+
+
+@pytest.mark.slow
+def test_the_lowest_versions_that_are_allowed_train(wheel: Path, tmp_path: Path) -> None:
+    """In an environment of its own; requirements of requirements are the newest that fit."""
+    lowest = _lowest_versions(wheel, extra="launchers")
+    (tmp_path / "lowest.txt").write_text("".join(f"{name}=={version}\n" for name, version in lowest.items()))
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    pip = [python, "-m", "pip", "--disable-pip-version-check"]
+    probe = [*pip, "download", "--no-deps", "--dest", tmp_path, f"omegaconf=={lowest['omegaconf']}"]
+    if subprocess.run(probe, capture_output=True, timeout=500, check=False).returncode != 0:
+        pytest.skip("the package index can't be reached")
+    _run([*pip, "install", "--quiet", "-c", tmp_path / "lowest.txt", f"{wheel}[launchers]"], cwd=tmp_path, env={})
+
+    short = (
+        "total_env_steps=400",
+        "eval_episodes=2",
+        "algo.batch_size=2",
+        "algo.buffer_size=8",
+        "logger.progress=false",
+    )
+    runs = [
+        ("train", "+algo=ow_qmix", *short, "run_dir=first", "logger.wandb=offline"),
+        ("train", "resume=first", "total_env_steps=600"),
+        ("evaluate", "run_dir=first", "episodes=2", "render=first.gif"),
+        ("train", "-m", "hydra/launcher=joblib", "+algo=vdn,masac", *short, "run_dir=sweep"),
+        ("merge", "sweep/0", "--out", "merged"),
+        ("compare", "first", "merged", "--out", "comparison.png"),
+    ]
+    for module, *arguments in runs:
+        _run([python, "-m", f"wqmix_jax.{module}", *arguments], cwd=tmp_path, env={"WANDB_MODE": "offline"})
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert kept >= {"first", "sweep", "merged", "first.gif", "comparison.png"}
+
+
+def _lowest_versions(wheel: Path, extra: str) -> dict[str, str]:
+    """The lower bound of each requirement of the wheel and of one of its extras, on this Python."""
+    lowest: dict[str, str] = {}
+    for line in _metadata(wheel)[0].get_all("Requires-Dist", []):
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+            [bound] = [each.version for each in requirement.specifier if each.operator == ">="]
+            lowest[requirement.name] = max(bound, lowest.get(requirement.name, bound), key=Version)
+    return lowest
 
 
 def test_checkout_reads_its_own_configs() -> None:
