@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from email.message import Message
@@ -153,6 +154,19 @@ def test_citation_names_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == wqmix_jax.__version__
     assert citation["references"][0]["identifiers"][0]["value"] == "arXiv:2006.10800"
+
+
+def test_the_repository_has_one_address() -> None:
+    repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    owner, name = repository.removeprefix("https://github.com/").split("/")
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["repository-code"] == repository
+    for path in ("README.md", "experiments/demo.ipynb", "experiments/tabular.ipynb"):
+        text = (ROOT / path).read_text()
+        assert repository in text
+        badges = re.findall(r"colab\.research\.google\.com/github/([\w-]+)/([\w-]+)/blob/main/([\w/]+\.ipynb)", text)
+        assert badges
+        assert {(place[0], place[1]) for place in badges} == {(owner, name)}
+        assert all((ROOT / place[2]).is_file() for place in badges)
 
 
 def test_changelog_has_this_version() -> None:

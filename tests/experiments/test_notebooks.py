@@ -1,7 +1,10 @@
 """The notebooks run from the first cell to the last, with small numbers in their cell of parameters."""
 
 import ast
+import importlib.util
 import os
+import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,9 @@ def read(name: str) -> Any:
 def run(name: str, folder: Path, **parameters: Any) -> str:
     """All that a notebook prints, its parameters replaced by others."""
     notebook = read(name)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
     [cell] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     assert parameters.keys() <= {target.id for line in ast.parse(cell.source).body for target in targets(line)}
     cell.source += "".join(f"\n{key} = {value!r}" for key, value in parameters.items())
@@ -49,14 +55,50 @@ def targets(line: ast.stmt) -> list[ast.Name]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_is_committed_without_outputs_and_says_nothing_of_this_machine(name: str) -> None:
-    notebook = read(name)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            compile(cell.source, name, "exec")
-            assert (cell.outputs, cell.execution_count) == ([], None)
+def test_a_notebook_is_committed_as_run_from_top_to_bottom_and_says_nothing_of_this_machine(name: str) -> None:
+    cells = [cell for cell in read(name).cells if cell.cell_type == "code"]
+    if name == "demo":  # not run at its full size yet
+        assert not [cell for cell in cells if cell.outputs]
+        return
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    for cell in cells:
+        compile(cell.source, name, "exec")
+        assert not [output for output in cell.outputs if output.output_type == "error"]
+        assert not [output for output in cell.outputs if output.get("name") == "stderr"]
+        run = [ast.unparse(line) for line in ast.parse(cell.source).body if not isinstance(line, ast.FunctionDef)]
+        assert bool(cell.outputs) == any(call in line for line in run for call in ("print(", "show(")), cell.source
+    assert [output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})]
+    assert (FOLDER / f"{name}.ipynb").stat().st_size < 500_000
     text = (FOLDER / f"{name}.ipynb").read_text()
     assert not [place for place in ("/root", "/home", "/work", str(Path.home())) if place in text]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_opens_in_colab_and_installs_the_package_from_its_repository(name: str) -> None:
+    repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    cells = [cell.source for cell in read(name).cells]
+    place = f"{repository.removeprefix('https://github.com')}/blob/main/experiments/{name}.ipynb"
+    assert f"(https://colab.research.google.com/github{place})" in cells[0]
+    assert f'REPOSITORY = "{repository}"' in cells[1] + cells[2]
+    [install] = [source for source in cells if "pip" in source and "subprocess" in source]
+    assert install == next(cell.source for cell in read(NAMES[0]).cells if "subprocess" in cell.source)
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_a_notebook_installs_only_where_the_package_is_missing(
+    present: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [install] = [cell.source for cell in read("demo").cells if "subprocess" in cell.source]
+    commands: list[list[str]] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: importlib.util if present else None)
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command))
+    exec(install, {"REPOSITORY": "https://example.org/wqmix"})
+    assert [command[-1] for command in commands] == ([] if present else ["wqmix_jax @ git+https://example.org/wqmix"])
+    if not present:
+        held = Path("held.txt").read_text().splitlines()
+        assert f"jax=={jax.__version__}" in held
+        assert not [line for line in held if line.startswith("jaxmarl")]
 
 
 def test_the_tour_of_the_tabular_laboratory(tmp_path: Path) -> None:
@@ -68,7 +110,7 @@ def test_the_tour_of_the_tabular_laboratory(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_demo(tmp_path: Path) -> None:
     small = {"NUM_SEEDS": 2, "TOTAL_ENV_STEPS": 1500, "SEEDS_TO_TIME": (1, 2), "TIMED_ITERATIONS": 5}
-    printed = run("demo", tmp_path, INSTALL=False, **small)
+    printed = run("demo", tmp_path, **small)
     assert "ow_qmix: 2 seeds in " in printed
     table = printed[printed.index("seeds   env steps/s") :].splitlines()
     assert [row.split()[0] for row in table[1:3]] == ["1", "2"]
