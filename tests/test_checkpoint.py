@@ -87,7 +87,7 @@ def assert_same_run(run_dir: Path, other: Path) -> None:
 
 
 def test_a_killed_run_goes_on_to_the_bit(cut: Callable[..., Path], straight: Path) -> None:
-    run_dir = cut(7)
+    run_dir = cut(9)
     assert last_checkpoint(run_dir)["num_pending"] > 0, "saved in the middle of an evaluation interval"
     with open(run_dir / METRICS_FILE, "a") as file:
         file.write(TORN)
@@ -111,7 +111,7 @@ def test_swept_failed_and_finished_members_go_on_to_the_bit(cut: Callable[..., P
 def test_a_run_goes_on_with_its_seeds_on_another_number_of_devices(
     cut: Callable[..., Path], straight: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir = cut(7)
+    run_dir = cut(9)
     monkeypatch.setattr(runner, "train_sharding", lambda *_: SingleDeviceSharding(jax.local_devices()[1]))
     assert main(f"resume={run_dir}") == 0
     told = "warning: device count is 1, and was 2 when the checkpoint was made; the numbers will not be equal"
@@ -529,40 +529,19 @@ def test_a_signal_saves_at_the_end_of_the_chunk(
     err = capfd.readouterr().err
     assert f"{number.name}: saving at the end of this chunk" in err
     assert err.endswith(f"interrupted; to go on: python -m wqmix_jax.train resume={run_dir}\n")
-    assert last_checkpoint(run_dir)["env_steps"] == [11, 12]
+    assert last_checkpoint(run_dir)["env_steps"] == [6, 6]
     assert json.loads((run_dir / "summary.json").read_text())["status"] == "interrupted"
     assert main(f"resume={run_dir}", "checkpoint.every=15") == 0
     assert_same_run(run_dir, straight)
 
 
-def test_chunks_that_take_long_are_cut(
-    tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(runner, "MAX_CHUNK_SECONDS", 0.0)
-    run_dir = tmp_path / "run"
-    assert main(*TINY, "checkpoint.every=6", f"run_dir={run_dir}") == 0
-    assert "now on 1 iterations each" in capfd.readouterr().out
-    assert last_checkpoint(run_dir)["chunk_iterations"] == 1
-    assert timeless(load_metrics(run_dir)) == timeless(load_metrics(straight))
-
-
-@pytest.mark.parametrize(("slow", "cut_to"), [((3,), 2), ((2,), 2), ((2, 3), 1), ((1,), 1)])
-def test_one_slow_chunk_is_chance(
-    slow: tuple[int, ...], cut_to: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Chunks of two iterations; the slow ones, counted from 1, take 25 s and the others 1 s."""
-    clock, chunks = [0.0], []
-
-    def advance(trainer: Trainer, loop: Loop, real: Any = runner.advance) -> Any:
-        chunks.append(loop)
-        clock[0] += 25.0 if len(chunks) in slow else 1.0
-        return real(trainer, loop)
-
-    monkeypatch.setattr(runner, "advance", advance)
-    monkeypatch.setattr(runner, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    assert main(*TINY, f"run_dir={tmp_path / 'run'}") == 0
-    assert len(chunks) > max(slow)
-    assert last_checkpoint(tmp_path / "run")["chunk_iterations"] == cut_to
+def test_checkpoints_that_name_the_length_of_their_chunks_are_read(tmp_path: Path, straight: Path, cut: Any) -> None:
+    """As they did when a length was compiled in."""
+    run_dir = cut(5)
+    for step in (run_dir / "checkpoints").iterdir():
+        change_host(step, chunk_iterations=1)
+    assert main(f"resume={run_dir}") == 0
+    assert_same_run(run_dir, straight)
 
 
 def test_a_run_that_could_not_save_even_once_is_refused(

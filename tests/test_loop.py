@@ -35,8 +35,27 @@ class State(NamedTuple):
     hp: Hyperparams
 
 
-def known_trainer(*, chunk_iterations: int, eval_iterations: int, total_env_steps: int) -> Trainer:
+class Time:
+    """The clock that the loop reads: each iteration takes ``playing`` seconds, and ``learning`` more if it learns.
+
+    Attributes:
+        chunks: how many iterations each call has run.
+    """
+
+    def __init__(self, playing: float = 0.5, learning: float = 0.0) -> None:
+        self.now, self.playing, self.learning = 0.0, playing, learning
+        self.chunks: list[int] = []
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def known_trainer(
+    *, chunk_iterations: int, eval_iterations: int, total_env_steps: int, time: Time | None = None
+) -> Trainer:
     """Plays `LENGTHS`; of episode e the return is e, the epsilon 1 / e and the loss e squared."""
+    time = Time() if time is None else time
+    loop_module.time = time  # type: ignore[assignment]
 
     def init(seeds: Any) -> Any:
         zero = np.zeros(len(seeds), np.int32)
@@ -54,10 +73,12 @@ def known_trainer(*, chunk_iterations: int, eval_iterations: int, total_env_step
         record = TrainRecord(counters, active, updates, 1 / number, number, lengths.astype(np.float32), losses)
         return state._replace(counters=counters), record
 
-    def train_chunk(state: Any) -> tuple[Any, TrainRecord]:
+    def train(state: Any, num_iterations: Any) -> tuple[Any, TrainRecord]:
         records = []
-        for _ in range(chunk_iterations):
+        time.chunks.append(int(num_iterations))
+        for _ in range(num_iterations):
             state, record = iteration(state)
+            time.now += time.playing + time.learning * bool(record.updates.any())
             records.append(record)
         stacked = [np.stack(leaves) for leaves in zip(*(record[1:6] for record in records), strict=True)]
         counters = Counters(*map(np.stack, zip(*(record.counters for record in records), strict=True)))
@@ -71,7 +92,8 @@ def known_trainer(*, chunk_iterations: int, eval_iterations: int, total_env_step
 
     sharding = SingleDeviceSharding(jax.local_devices()[0])
     lengths = {"chunk_iterations": chunk_iterations, "eval_iterations": eval_iterations}
-    return Trainer(init, train_chunk, evaluate, learn=NotImplemented, **lengths, replay_bytes=0, sharding=sharding)
+    when = {"batch_size": WARM_UP + 1, "num_envs": 1}
+    return Trainer(init, train, evaluate, learn=NotImplemented, **lengths, **when, replay_bytes=0, sharding=sharding)
 
 
 def run(trainer: Trainer) -> tuple[Loop, list[list[Line]]]:
@@ -85,10 +107,8 @@ def run(trainer: Trainer) -> tuple[Loop, list[list[Line]]]:
 
 
 @pytest.fixture(autouse=True)
-def one_second_per_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replaces the clock by one that is read twice a second."""
-    ticks = iter(range(1000))
-    monkeypatch.setattr(loop_module.time, "perf_counter", lambda: float(next(ticks)))
+def clock_of_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_module, "time", Time())
 
 
 def test_evaluations_come_before_learning_every_interval_and_at_the_end() -> None:
@@ -171,3 +191,44 @@ def test_chunk_sizes_never_change_a_line(chunk_iterations: int) -> None:
         return [[line | {"steps_per_second": 0} for line in batch] for batch in run(trainer)[1]]
 
     assert lines(chunk_iterations) == lines(4)
+
+
+@pytest.mark.parametrize(
+    ("learning", "chunks"),
+    [
+        (0.0, [1, 1, 1, 5, 8]),
+        (2.5, [1, 1, 1, 2, 2, 1, 2]),  # three seconds each, seven are aimed at
+        (50.0, [1] * 9),
+    ],
+)
+def test_chunks_start_with_one_iteration_and_take_a_few_seconds(learning: float, chunks: list[int]) -> None:
+    """A signal waits for a chunk, so also the first that learns, which takes longer than those before, is short.
+
+    Learning begins with the third iteration, and after the eighth an evaluation is due.
+    """
+    time = Time(learning=learning)
+    run(known_trainer(chunk_iterations=8, eval_iterations=8, total_env_steps=12, time=time))
+    assert time.chunks == chunks
+
+
+@pytest.mark.parametrize(
+    ("num_envs", "stored", "expected"),
+    [
+        (1, 0, (9, 9)),
+        (1, 8, (1, 1)),
+        (1, 9, (10, 0)),
+        (4, 0, (2, 2)),
+        (4, 4, (1, 1)),
+        (4, 8, (10, 0)),
+        (16, 0, (10, 0)),
+    ],
+)
+def test_a_chunk_ends_before_the_first_iteration_that_learns(
+    num_envs: int, stored: int, expected: tuple[int, int]
+) -> None:
+    """Which stores the tenth episode."""
+    trainer = known_trainer(chunk_iterations=10, eval_iterations=10, total_env_steps=1000)
+    loop, _ = begin(trainer, [Member(5), Member(6)])
+    counters = loop.state.counters._replace(episodes=np.full(2, stored, np.int32))
+    loop = loop._replace(state=loop.state._replace(counters=counters), iteration_seconds=0.1)
+    assert loop_module._next_iterations(trainer._replace(batch_size=10, num_envs=num_envs), loop) == expected

@@ -159,6 +159,22 @@ def test_chunk_sizes_never_change_the_numbers():
     same(one, many)
 
 
+@pytest.mark.parametrize("seeds", [[0], [0, 1]], ids=["one device", "two devices"])
+def test_one_program_runs_any_number_of_iterations(seeds):
+    """The rows past the last are zeros, and nothing is compiled for another number."""
+    config = tiny_run(tiny_wqmix(), ENV, eval_interval=24, chunk_iterations=6)
+    trainer = make_trainer(config, sharding=train_sharding(config, len(seeds)))
+    whole, expected = trainer.train_chunk(trainer.init(seeds))
+    state, rows = trainer.init(seeds), []
+    for count in (1, 0, 3, 2):
+        state, records = trainer.train(state, np.int32(count))
+        rows.append(jax.tree.map(lambda leaf, count=count: np.asarray(leaf)[:count], records))
+        assert not any(np.asarray(leaf)[count:].any() for leaf in jax.tree.leaves(records))
+    same(jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows), expected)
+    same(state, whole)
+    assert trainer.train._cache_size() == 1
+
+
 def test_evaluation_changes_nothing_and_draws_from_its_own_keys():
     trainer = make_trainer(tiny_run(tiny_wqmix(), ENV, eval_episodes=5))
     state, other = trainer.init([0]), trainer.init([0])
@@ -258,7 +274,7 @@ def test_sweeping_a_traced_option_compiles_once():
     for alpha in (0.1, 0.5):
         state = state._replace(hp=state.hp._replace(alpha=jnp.full(1, alpha)))
         state, _ = trainer.train_chunk(state)
-    assert trainer.train_chunk._cache_size() == 1
+    assert trainer.train._cache_size() == 1
 
 
 def learners_agree(one, other):

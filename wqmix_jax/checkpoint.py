@@ -81,14 +81,12 @@ class Restored(NamedTuple):
     Attributes:
         loop: where it stood.
         best: the best policies until then.
-        chunk_iterations: of one chunk then; evaluations come at multiples of it.
         metrics_bytes: how long ``metrics.jsonl`` was then.
         wall_seconds: wall-clock seconds of the run until then.
     """
 
     loop: Loop
     best: Policy
-    chunk_iterations: int
     metrics_bytes: int
     wall_seconds: float
 
@@ -135,7 +133,7 @@ class Checkpoints:
         self._manager = _manager(self._directory, keep)
         self._latest = self._manager.latest_step()
 
-    def save(self, loop: Loop, best: Policy, *, chunk_iterations: int, metrics_bytes: int, wall_seconds: float) -> None:
+    def save(self, loop: Loop, best: Policy, *, metrics_bytes: int, wall_seconds: float) -> None:
         """Writes a checkpoint, or begins to; does nothing where the latest is of the same step.
 
         Raises:
@@ -159,7 +157,6 @@ class Checkpoints:
             "evaluated_at": loop.evaluated_at.tolist(),
             "num_pending": num_pending(loop),
             "seconds": loop.seconds,
-            "chunk_iterations": chunk_iterations,
             "metrics_bytes": metrics_bytes,
             "wall_seconds": wall_seconds,
             "crc32": _checksum(arrays),
@@ -265,7 +262,7 @@ class Checkpoints:
             seconds=host["seconds"],
         )
         best = _unflat("best", arrays, self._best)
-        return Restored(loop, best, host["chunk_iterations"], host["metrics_bytes"], host["wall_seconds"])
+        return Restored(loop, best, host["metrics_bytes"], host["wall_seconds"])
 
     def _assembled(self, stored: "Mapping[str, _Stored]") -> tuple[dict[str, Any], int]:
         """All arrays, those of the state on their devices, and their checksum."""

@@ -5,6 +5,7 @@ taken over the iterations of a whole evaluation interval, so chunk sizes never c
 """
 
 import math
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -26,6 +27,10 @@ Line = dict[str, Any]
 _FIRST = ("episode_return", "episode_length")
 
 
+AIMED_SECONDS = 7.0
+"""What a chunk is to take: a signal waits for its end, and a CPU fetches its memory anew for each."""
+
+
 class Loop(NamedTuple):
     """Where a run stands between two chunks.
 
@@ -35,6 +40,8 @@ class Loop(NamedTuple):
         pending: the chunks since the last evaluation, numpy leaves ``[K, S]``.
         evaluated_at: ``[S]`` environment steps at the last evaluation.
         seconds: wall-clock seconds of training since then.
+        iteration_seconds: of an iteration in the last chunk; None where the next one may take longer: at the start of a
+            process, and when learning begins.
     """
 
     state: TrainState
@@ -42,6 +49,7 @@ class Loop(NamedTuple):
     pending: tuple[TrainRecord, ...]
     evaluated_at: np.ndarray
     seconds: float
+    iteration_seconds: float | None = None
 
 
 class Compilation(NamedTuple):
@@ -75,9 +83,10 @@ def compile_trainer(trainer: Trainer, members: Sequence[Member], *, fresh: bool 
     """
     started = time.perf_counter()
     state = abstract_state(trainer, members)
-    lowered = [jax.jit(trainer.train_chunk, donate_argnums=0).lower(state), jax.jit(trainer.evaluate).lower(state)]
+    train = jax.jit(trainer.train, donate_argnums=0).lower(state, jax.ShapeDtypeStruct((), jnp.int32))
+    lowered = [train, jax.jit(trainer.evaluate).lower(state)]
     programs, from_cache = zip(*map(compile_program, lowered), strict=True)
-    compiled = trainer._replace(train_chunk=programs[0], evaluate=programs[1])
+    compiled = trainer._replace(train=programs[0], evaluate=programs[1])
     if fresh:
         init, known = compile_program(jax.jit(trainer.init).lower(_as_array(_seeds(members))), _once_options())
         compiled, from_cache = compiled._replace(init=lambda seeds: init(_as_array(seeds))), (*from_cache, known)
@@ -137,7 +146,8 @@ def _with_swept(hp: Hyperparams, members: Sequence[Member], sharding: Sharding) 
 def advance(trainer: Trainer, loop: Loop) -> tuple[Loop, list[Line]]:
     """Trains for one chunk; at the end of an evaluation interval, and of the run, it evaluates too.
 
-    An evaluation that is due already, since it failed when the run was interrupted, is made first and alone.
+    An evaluation that is due already, since it failed when the run was interrupted, is made first and alone. A chunk
+    takes about `AIMED_SECONDS`, or one iteration where that is longer.
 
     Returns:
         The run after it, and at an evaluation a train and an eval line of each member that trained since the one
@@ -158,14 +168,33 @@ def advance(trainer: Trainer, loop: Loop) -> tuple[Loop, list[Line]]:
 
 def _train(trainer: Trainer, loop: Loop) -> Loop:
     started = time.perf_counter()
-    state, record = trainer.train_chunk(loop.state)
-    pending = (*loop.pending, jax.device_get(record))
-    return loop._replace(state=state, pending=pending, seconds=loop.seconds + time.perf_counter() - started)
+    iterations, iterations_until_learning = _next_iterations(trainer, loop)
+    state, record = trainer.train(loop.state, np.int32(iterations))
+    chunk = jax.tree.map(lambda leaf: leaf[:iterations], jax.device_get(record))
+    seconds = time.perf_counter() - started
+    return loop._replace(
+        state=state,
+        pending=(*loop.pending, chunk),
+        seconds=loop.seconds + seconds,
+        iteration_seconds=None if iterations == iterations_until_learning else seconds / iterations,
+    )
 
 
 def _evaluation_is_due(trainer: Trainer, loop: Loop) -> bool:
     """Whether a whole evaluation interval is pending, or what the run trained last."""
     return bool(loop.pending) and (num_pending(loop) >= trainer.eval_iterations or is_finished(loop))
+
+
+def _next_iterations(trainer: Trainer, loop: Loop) -> tuple[int, int]:
+    """How many iterations the next chunk has, and how many are left before the first that learns (0: it has learned).
+
+    A chunk ends where an evaluation is due, and before the first learner step: iterations take much longer from there.
+    """
+    missing = trainer.batch_size - int(np.array(loop.state.counters.episodes).max())
+    until_learning = max(0, math.ceil(missing / trainer.num_envs) - 1)
+    most = min(trainer.chunk_iterations, trainer.eval_iterations - num_pending(loop), until_learning or sys.maxsize)
+    aimed = 1 if loop.iteration_seconds is None else int(AIMED_SECONDS / max(loop.iteration_seconds, 1e-6))
+    return max(1, min(most, aimed)), until_learning
 
 
 def env_steps(loop: Loop) -> np.ndarray:

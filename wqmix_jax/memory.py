@@ -98,7 +98,7 @@ def compile_within_memory(
 
 def memory_plan(trainer: Trainer, members: Sequence[Member]) -> MemoryPlan:
     """What a compiled trainer's programs say of themselves."""
-    programs: Any = (trainer.train_chunk, trainer.evaluate)  # compiled
+    programs: Any = (trainer.train, trainer.evaluate)  # compiled
     train, evaluate = (program.memory_analysis() for program in programs)
     beside_state = max(
         train.temp_size_in_bytes + train.output_size_in_bytes - train.alias_size_in_bytes,

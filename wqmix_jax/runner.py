@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import functools
 import os
 import sys
 import time
@@ -63,12 +62,6 @@ from wqmix_jax.runs import (
 )
 from wqmix_jax.trainer import Trainer, make_trainer, train_sharding
 from wqmix_jax.trust import Named, open_config
-
-MAX_CHUNK_SECONDS = 10.0
-"""A chunk that takes longer is cut into shorter ones: a signal waits for its end."""
-
-AIMED_SHARE = 0.7
-"""Of that, what a shorter one is to take; the shortest cost a CPU a fifth, for each fetches its memory anew."""
 
 
 def start(values: Mapping[str, Any], *, algo: str, env: str, config_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -263,7 +256,6 @@ class _Session:
     signals: StopSignals
     told_failures: list[Line] = dataclasses.field(default_factory=list)
     compilation: Compilation = dataclasses.field(default_factory=lambda: Compilation(0.0, from_cache=False))
-    last_chunk_seconds: float | None = None
     seconds_before: float = 0.0
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
@@ -279,7 +271,7 @@ class _Session:
             self._save_if_due(loop, None)
             while not is_finished(loop) and self.signals.received is None:
                 before = env_steps(loop), slowest_steps(loop)
-                loop, lines = self._advance(loop)
+                loop, lines = advance(self.trainer, loop)
                 self._end_if_failed(loop)
                 self._record(loop, lines)
                 display.update(sound_steps(loop), lines)
@@ -297,41 +289,19 @@ class _Session:
             if is_finished(restored.loop):
                 print("nothing is left to do; total_env_steps=N makes the run longer", flush=True)
                 return restored.loop, []
-            self._set_chunk(restored.chunk_iterations)
         self._compile(fresh=restored is None)
         return begin(self.trainer, self.members) if restored is None else (restored.loop, [])
 
-    def _set_chunk(self, iterations: int) -> None:
-        if iterations != self.trainer.chunk_iterations:
-            self.trainer = self._rebuilt(iterations, self.trainer.learner_groups)
-
-    def _rebuilt(self, chunk_iterations: int, learner_groups: int) -> Trainer:
-        config = dataclasses.replace(self.config, chunk_iterations=chunk_iterations)
-        return make_trainer(config, sharding=self.trainer.sharding, learner_groups=learner_groups)
+    def _regrouped(self, learner_groups: int) -> Trainer:
+        return make_trainer(self.config, sharding=self.trainer.sharding, learner_groups=learner_groups)
 
     def _compile(self, *, fresh: bool) -> None:
         print("compiling", flush=True)
-        regroup = functools.partial(self._rebuilt, self.trainer.chunk_iterations)
-        self.trainer, self.compilation, lines = compile_within_memory(self.trainer, self.members, regroup, fresh=fresh)
+        self.trainer, self.compilation, lines = compile_within_memory(
+            self.trainer, self.members, self._regrouped, fresh=fresh
+        )
         for line in (str(self.compilation), *lines):
             print(line, flush=True)
-
-    def _advance(self, loop: Loop) -> tuple[Loop, list[Line]]:
-        """Trains for one chunk, and sees to it that the next is not too long."""
-        started = time.perf_counter()
-        loop, lines = advance(self.trainer, loop)
-        seconds, now = time.perf_counter() - started, self.trainer.chunk_iterations
-        # The faster of two, the first counted as half: one that was slow by chance must not shorten all that follow.
-        usual, self.last_chunk_seconds = min(seconds, self.last_chunk_seconds or seconds / 2), seconds
-        if usual > MAX_CHUNK_SECONDS and now > 1 and not is_finished(loop) and self.signals.received is None:
-            most = max(1, int(now * AIMED_SHARE * MAX_CHUNK_SECONDS / usual))
-            self._set_chunk(max(k for k in range(1, most + 1) if now % k == 0))  # so that evaluations come as before
-            print(
-                f"a chunk took {seconds:.0f} s: from now on {self.trainer.chunk_iterations} iterations each", flush=True
-            )
-            self._compile(fresh=False)
-            self.last_chunk_seconds = None
-        return loop, lines
 
     def _end_if_failed(self, loop: Loop | None) -> None:
         """Saves what was trained and ends the run where the environment can't go on.
@@ -390,7 +360,6 @@ class _Session:
         self.checkpoints.save(
             loop,
             self.best,
-            chunk_iterations=self.trainer.chunk_iterations,
             metrics_bytes=self.metrics.num_bytes,
             wall_seconds=self._wall_seconds(),
         )

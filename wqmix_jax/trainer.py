@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.typing import ArrayLike
 
 from wqmix_jax.algos.base import Algorithm, Context, Hyperparams, hyperparams, is_mean_over_steps
 from wqmix_jax.batching import Batches, Batching, batch_gradients, make_batching
@@ -122,21 +124,24 @@ class Trainer(NamedTuple):
 
     Attributes:
         init: ``seeds -> TrainState``, for a sequence of non-negative integers.
-        train_chunk: ``TrainState -> (TrainState, TrainRecord)``, `chunk_iterations` iterations, records ``[K, S]``; the
-            argument's buffers are donated.
+        train: ``(TrainState, num_iterations) -> (TrainState, TrainRecord)``, at most `chunk_iterations` iterations,
+            ``num_iterations`` int32 and traced, so that one program runs any number of them; records ``[K, S]`` with
+            ``K = chunk_iterations``, zeros from row ``num_iterations`` on; the state's buffers are donated.
         evaluate: ``TrainState -> EvalRecord``; draws from keys of its own.
         learn: ``TrainState -> (LearnerState, losses)``, one learner step of every seed on a batch of its replay, apart
             from the loop: what a benchmark times.
-        chunk_iterations: iterations of one `train_chunk`.
+        chunk_iterations: the most iterations of one `train`, and those of a `train_chunk`.
         eval_iterations: iterations between two evaluations, a multiple of `chunk_iterations`.
         replay_bytes: bytes of replay per seed.
         sharding: where the leaves of a `TrainState` lie.
         learner_groups: in how many groups a device's seeds learn, one after the other; see `make_batching`.
+        batch_size: stored episodes from which on a seed learns.
+        num_envs: episodes of one iteration and seed.
         failure: what ended the environment, see `wqmix_jax.envs.base.Host.failure`.
     """
 
     init: Callable[[Sequence[int]], TrainState]
-    train_chunk: Callable[[TrainState], tuple[TrainState, TrainRecord]]
+    train: Callable[[TrainState, ArrayLike], tuple[TrainState, TrainRecord]]
     evaluate: Callable[[TrainState], EvalRecord]
     learn: Callable[[TrainState], tuple[LearnerState, dict[str, Array]]]
     chunk_iterations: int
@@ -144,7 +149,13 @@ class Trainer(NamedTuple):
     replay_bytes: int
     sharding: Sharding
     learner_groups: int = 1
+    batch_size: int = 1
+    num_envs: int = 1
     failure: Callable[[], BaseException | None] = lambda: None
+
+    def train_chunk(self, state: TrainState) -> tuple[TrainState, TrainRecord]:
+        """Runs `chunk_iterations` iterations; records ``[chunk_iterations, S]``. Donates the buffers of ``state``."""
+        return self.train(state, np.int32(self.chunk_iterations))
 
 
 class _Parts(NamedTuple):
@@ -192,9 +203,9 @@ def make_trainer(
     def init(seeds: Array) -> TrainState:
         return _init(parts, hyperparams(algo), config.total_env_steps, seeds)
 
-    def train_chunk(state: TrainState) -> tuple[TrainState, TrainRecord]:
+    def train(state: TrainState, num_iterations: Array) -> tuple[TrainState, TrainRecord]:
         with _precision(config):
-            return jax.lax.scan(lambda s, _: _iteration(parts, s), state, length=chunk_iterations)
+            return _iterations(functools.partial(_iteration, parts), state, num_iterations, most=chunk_iterations)
 
     def learn(state: TrainState) -> tuple[LearnerState, dict[str, Array]]:
         with _precision(config):
@@ -208,7 +219,7 @@ def make_trainer(
     jitted_init = jax.jit(_spread(init, sharding), out_shardings=sharding)
     return Trainer(
         init=lambda seeds: jitted_init(jnp.asarray(seeds, jnp.uint32)),
-        train_chunk=jax.jit(_spread(train_chunk, sharding, with_records=True), donate_argnums=0),
+        train=jax.jit(_spread_training(train, sharding), donate_argnums=0),
         evaluate=jax.jit(_spread(evaluation, sharding)),
         learn=jax.jit(_spread(learn, sharding)),
         chunk_iterations=chunk_iterations,
@@ -216,6 +227,8 @@ def make_trainer(
         replay_bytes=replay.num_bytes,
         sharding=sharding,
         learner_groups=learner_groups,
+        batch_size=algo.batch_size,
+        num_envs=config.num_envs,
         failure=env.host.failure,
     )
 
@@ -226,13 +239,47 @@ def _precision(config: RunConfig) -> Iterator[None]:
         yield
 
 
-def _spread(function: Callable[..., Any], sharding: Sharding, *, with_records: bool = False) -> Callable[..., Any]:
-    """``function`` of leaves ``[S, ..]``, run by each device on its own seeds; records have their axis second."""
+def _spread(function: Callable[..., Any], sharding: Sharding) -> Callable[..., Any]:
+    """``function`` of leaves ``[S, ..]``, run by each device on its own seeds."""
     if not isinstance(sharding, NamedSharding):
         return function
-    out_specs = (sharding.spec, PartitionSpec(None, *sharding.spec)) if with_records else sharding.spec
+    return _shard_map(function, sharding.mesh, sharding.spec, sharding.spec)
+
+
+def _spread_training(function: Callable[..., Any], sharding: Sharding) -> Callable[..., Any]:
+    """The same for `Trainer.train`: every device does as many iterations, and records have the seed axis second."""
+    if not isinstance(sharding, NamedSharding):
+        return function
+    of_records = PartitionSpec(None, *sharding.spec)
+    return _shard_map(function, sharding.mesh, (sharding.spec, PartitionSpec()), (sharding.spec, of_records))
+
+
+def _shard_map(function: Callable[..., Any], mesh: Any, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     # Devices along the batch axis hold equal copies because they do equal work, which the check can't know.
-    return jax.shard_map(function, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=out_specs, check_vma=False)
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _iterations(
+    iteration: Callable[[TrainState], tuple[TrainState, TrainRecord]],
+    state: TrainState,
+    num_iterations: Array,
+    *,
+    most: int,
+) -> tuple[TrainState, TrainRecord]:
+    """A scan whose length is traced, at most ``most``: records ``[most, S]``, zeros from ``num_iterations`` on."""
+    _, record = jax.eval_shape(iteration, state)
+    records = jax.tree.map(lambda leaf: jnp.zeros((most, *leaf.shape), leaf.dtype), record)
+
+    def one(index: Array, carry: tuple[TrainState, TrainRecord]) -> tuple[TrainState, TrainRecord]:
+        state, records = carry
+        state, record = iteration(state)
+        return state, jax.tree.map(functools.partial(_set_row, index=index), records, record)
+
+    return jax.lax.fori_loop(0, jnp.minimum(num_iterations, most), one, (state, records))
+
+
+def _set_row(rows: Array, row: Array, *, index: Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(rows, row, index, axis=0)
 
 
 def _init(parts: _Parts, hp: Hyperparams, total_env_steps: int, seeds: Array) -> TrainState:
