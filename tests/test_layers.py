@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "wqmix_jax"
 # From the bottom to the top. A module or subpackage imports itself and the layers below, never others of its own layer.
 LAYERS = (
     ("foreign_names",),
-    ("types", "config", "devices", "exits", "pieces", "compile_cache"),
+    ("types", "config", "devices", "exits", "pieces", "compile_cache", "randomness"),
     ("hosts", "option_help", "command", "overrides"),
     ("td", "weighting", "exploration", "policies", "networks", "packing", "envs"),
     ("replay",),

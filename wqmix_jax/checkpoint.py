@@ -300,7 +300,7 @@ class Checkpoints:
 
     def _warn_of_another_machine(self, host: Mapping[str, Any]) -> None:
         for name, here in self._origin.machine.items():
-            if (there := host["machine"].get(name)) != here:
+            if (there := host["machine"].get(name, here)) != here:  # absent in checkpoints older than the fact
                 told = f"{name} is {here}, and was {there} when the checkpoint was made"
                 print(f"warning: {told}; the numbers will not be equal to the last bit", file=sys.stderr)
 

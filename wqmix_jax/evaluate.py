@@ -44,6 +44,7 @@ from wqmix_jax.logger import load_header
 from wqmix_jax.networks.functional import compute_in
 from wqmix_jax.overrides import as_text, parse_overrides
 from wqmix_jax.policy import GREEDY, GreedyPolicy, play_episode
+from wqmix_jax.randomness import pinned_draws
 from wqmix_jax.runs import refuse_other_games
 from wqmix_jax.statistics import mean_estimate
 from wqmix_jax.train import tell_replaced, users_first
@@ -281,7 +282,7 @@ def play_policies(
 
     @jax.jit
     def play(params: PyTree, hp: PyTree, ctx: Context, keys: PRNGKey) -> Figures:
-        with jax.default_matmul_precision(matmul_precision), compute_in(compute_dtype):
+        with pinned_draws(), jax.default_matmul_precision(matmul_precision), compute_in(compute_dtype):
             return greedy_episodes(env, algo, params, hp, ctx, keys, num_episodes=episodes)
 
     for name, policy in policies.items():

@@ -17,6 +17,7 @@ from wqmix_jax.envs.base import Environment, Moment
 from wqmix_jax.exploration import with_idle_action
 from wqmix_jax.members import Member, labels_of
 from wqmix_jax.networks.functional import compute_in
+from wqmix_jax.randomness import pinned_draws
 from wqmix_jax.types import Array, EnvSpec, PRNGKey, PyTree
 
 POLICY_DIR, BEST, LAST = "policies", "best", "last"
@@ -209,6 +210,7 @@ GREEDY = Context(epsilon=np.float32(0), env_steps=np.int32(0), learner_steps=np.
 """Where training stands when nothing is explored."""
 
 
+@pinned_draws()
 def play_episode(env: Environment, policy: GreedyPolicy, key: PRNGKey) -> list[Moment]:
     """All moments of one greedy episode, the first state to the last."""
 

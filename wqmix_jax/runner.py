@@ -41,6 +41,7 @@ from wqmix_jax.memory import compile_within_memory, host_memory_left, refuse_sma
 from wqmix_jax.plotting import CURVE_FILE, plot_run
 from wqmix_jax.policy import BEST, LAST, POLICY_DIR, Policy, better, no_policy, save_policy
 from wqmix_jax.progress import make_display
+from wqmix_jax.randomness import numeric_settings
 from wqmix_jax.runs import (
     CHECKPOINT_DIR,
     SUMMARY_FILE,
@@ -62,6 +63,9 @@ from wqmix_jax.runs import (
 )
 from wqmix_jax.trainer import Trainer, make_trainer, train_sharding
 from wqmix_jax.trust import Named, open_config
+
+SETTINGS = "configuration of jax"
+"""What `numeric_settings` are in a checkpoint."""
 
 
 def start(values: Mapping[str, Any], *, algo: str, env: str, config_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -427,7 +431,8 @@ def _no_policy(config: RunConfig, trainer: Trainer, members: tuple[Member, ...])
 
 def _machine(trainer: Trainer) -> dict[str, Any]:
     devices = list(trainer.sharding.device_set)
-    return {"jax": jax.__version__, "device kind": devices[0].device_kind, "device count": len(devices)}
+    kind, count = devices[0].device_kind, len(devices)
+    return {"jax": jax.__version__, "device kind": kind, "device count": count, SETTINGS: numeric_settings()}
 
 
 @contextlib.contextmanager

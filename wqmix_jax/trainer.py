@@ -24,6 +24,7 @@ from wqmix_jax.evaluator import evaluate
 from wqmix_jax.exploration import linear_epsilon
 from wqmix_jax.learner import LearnerState, apply_gradients, copy_targets, init_learner
 from wqmix_jax.networks.functional import compute_in
+from wqmix_jax.randomness import pinned_draws
 from wqmix_jax.replay import Replay, ReplayState, make_replay
 from wqmix_jax.rollout import rollout
 from wqmix_jax.types import Array, PRNGKey, PyTree
@@ -201,19 +202,20 @@ def make_trainer(
     chunk_iterations = max(k for k in range(1, config.chunk_iterations + 1) if eval_iterations % k == 0)
 
     def init(seeds: Array) -> TrainState:
-        return _init(parts, hyperparams(algo), config.total_env_steps, seeds)
+        with pinned_draws():
+            return _init(parts, hyperparams(algo), config.total_env_steps, seeds)
 
     def train(state: TrainState, num_iterations: Array) -> tuple[TrainState, TrainRecord]:
-        with _precision(config):
+        with _numerics(config):
             return _iterations(functools.partial(_iteration, parts), state, num_iterations, most=chunk_iterations)
 
     def learn(state: TrainState) -> tuple[LearnerState, dict[str, Array]]:
-        with _precision(config):
+        with _numerics(config):
             ready = jnp.ones(state.failed.shape, bool)
             return _update(parts, state, state.learner, _context(state), state.counters.episodes, ready)
 
     def evaluation(state: TrainState) -> EvalRecord:
-        with _precision(config):
+        with _numerics(config):
             return _evaluate(parts, state, config.eval_episodes)
 
     jitted_init = jax.jit(_spread(init, sharding), out_shardings=sharding)
@@ -234,8 +236,8 @@ def make_trainer(
 
 
 @contextlib.contextmanager
-def _precision(config: RunConfig) -> Iterator[None]:
-    with jax.default_matmul_precision(config.matmul_precision), compute_in(config.compute_dtype):
+def _numerics(config: RunConfig) -> Iterator[None]:
+    with pinned_draws(), jax.default_matmul_precision(config.matmul_precision), compute_in(config.compute_dtype):
         yield
 
 

@@ -1,0 +1,39 @@
+"""JAX's settings on which numbers depend: those of random draws are pinned, the others are recorded with a run."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import jax
+
+_RECORDED = {
+    "jax_enable_x64": False,
+    "jax_random_seed_offset": 0,
+    "jax_high_dynamic_range_gumbel": False,
+    "jax_softmax_custom_jvp": False,
+    "jax_disable_most_optimizations": False,
+}
+
+_NO_NUMBERS = ("--xla_force_host_platform_device_count", "--xla_dump")
+"""Flags of XLA that change no number, or whose effect is recorded elsewhere."""
+
+
+@contextlib.contextmanager
+def pinned_draws() -> Iterator[None]:
+    """Inside, draws don't depend on the user's settings of JAX's random number generator.
+
+    Also a decorator. A key's implementation is pinned where it is made; ``jax_threefry_partitionable`` decides what is
+    drawn from it, and ``jax_default_prng_impl`` how libraries read raw key data. The pinned values are JAX's defaults
+    since 0.5.
+    """
+    with jax.threefry_partitionable(True), jax.default_prng_impl("threefry2x32"):
+        yield
+
+
+def numeric_settings() -> str:
+    """The other settings of JAX and XLA that change numbers, where they are not the defaults: one line."""
+    known = jax.config.values
+    found = {name: getattr(jax.config, name, known.get(name, default)) for name, default in _RECORDED.items()}
+    changed = [f"{name}={value}" for name, value in found.items() if value != _RECORDED[name]]
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(_NO_NUMBERS)]
+    return ", ".join([*changed, *sorted(flags)]) or "the default"
