@@ -1,5 +1,6 @@
 """Seeds are spread evenly, and only what the user has left open is decided."""
 
+import os
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from tests.running import ROOT
+from wqmix_jax import devices, evaluate, train
 from wqmix_jax.devices import seed_sharding
 
 
@@ -50,6 +52,43 @@ print(len(devices.seed_sharding({seeds}, batch_size=32).device_set))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) == count
+
+
+@pytest.mark.parametrize(
+    ("given", "launcher", "expected"),
+    [
+        ({}, "joblib", "false"),
+        ({}, "submitit_local", "false"),
+        ({}, "basic", None),
+        ({}, "submitit_slurm", None),
+        ({"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}, "joblib", "true"),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".3"}, "joblib", None),
+    ],
+)
+def test_runs_side_by_side_share_a_gpu_unless_the_user_has_decided(
+    given: dict[str, str], launcher: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in devices._GPU_MEMORY:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    train._share_gpu_if_side_by_side([f"hydra/launcher={launcher}", "+algo=vdn,iql"])
+    assert os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE") == expected
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+
+
+def test_evaluate_shares_a_gpu_with_a_run_that_trains(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+    monkeypatch.setattr(
+        evaluate, "_evaluate", lambda *_: seen.append(os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"]) or ()
+    )
+    for name in devices._GPU_MEMORY:
+        monkeypatch.delenv(name, raising=False)
+    evaluate.main(["run_dir=RUN"])
+    assert seen == ["false"]
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE")
 
 
 def test_no_import_starts_the_backend() -> None:

@@ -1,6 +1,7 @@
 """What a run takes is told before it trains, and what doesn't fit at once learns in groups or is refused."""
 
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -8,13 +9,19 @@ import pytest
 
 from tests.environments import Clock, tiny_run, tiny_wqmix
 from tests.running import TINY, main
-from wqmix_jax import memory
+from wqmix_jax import memory, runner
 from wqmix_jax.config import ConfigError
 from wqmix_jax.devices import seed_sharding
 from wqmix_jax.exits import RunError
 from wqmix_jax.loop import Compilation, abstract_state
 from wqmix_jax.members import make_members
-from wqmix_jax.memory import compile_within_memory, memory_limit, memory_plan, refuse_small_memory
+from wqmix_jax.memory import (
+    compile_within_memory,
+    memory_faults_in_one_line,
+    memory_limit,
+    memory_plan,
+    refuse_small_memory,
+)
 from wqmix_jax.pieces import buffer_bytes
 from wqmix_jax.trainer import make_trainer
 
@@ -140,3 +147,37 @@ def test_a_run_tells_it_and_one_that_is_too_large_is_refused_in_one_line(tmp_pat
     assert len(refused) == 1
     assert "training 2 seeds at once is not allowed" in refused[0]
     assert not (tmp_path / "large").exists()
+
+
+FULL = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4294967296 bytes.\nBufferAssignment: ..."
+
+
+@pytest.mark.parametrize("message", [FULL, "INTERNAL: Failed to create cuDNN handle", "CUBLAS_STATUS_ALLOC_FAILED"])
+@pytest.mark.parametrize(("platform", "preallocate"), [("gpu", None), ("gpu", "false"), ("cpu", None)])
+def test_a_full_device_is_told_in_one_line(message, platform, preallocate, monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+    if preallocate is not None:
+        monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", preallocate)
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(platform=platform)])
+    with pytest.raises(RunError) as caught, memory_faults_in_one_line():
+        raise jax.errors.JaxRuntimeError(message)
+    told = str(caught.value)
+    assert told.startswith(f"out of memory ({message.splitlines()[0]}); fewer seeds may do")
+    hint = "XLA_PYTHON_CLIENT_PREALLOCATE=false for each process, or XLA_PYTHON_CLIENT_MEM_FRACTION=.40"
+    assert (hint in told) == (platform == "gpu" and preallocate is None)
+
+
+def test_other_errors_of_jax_stay_as_they_are():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"), memory_faults_in_one_line():
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: of something else")
+
+
+def test_a_run_on_a_full_gpu_ends_with_one_line(tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError(FULL)
+
+    monkeypatch.setattr(runner, "compile_within_memory", fail)
+    assert main(*TINY, f"run_dir={tmp_path / 'run'}") == 1
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: out of memory (RESOURCE_EXHAUSTED: ")
+    assert line.endswith(f"to go on: python -m wqmix_jax.train resume={tmp_path / 'run'}")

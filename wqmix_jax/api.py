@@ -20,7 +20,7 @@ from wqmix_jax.envs.checks import check_environment
 from wqmix_jax.logger import load_header
 from wqmix_jax.loop import Loop, advance, begin, is_finished, sound_steps
 from wqmix_jax.members import Member, labels_of, make_members, member_name
-from wqmix_jax.memory import compile_within_memory
+from wqmix_jax.memory import compile_within_memory, memory_faults_in_one_line
 from wqmix_jax.policy import BEST, LAST, GreedyPolicy, finite_members, policy_file, read_labels, read_policies
 from wqmix_jax.progress import Display, make_optional_display
 from wqmix_jax.runs import read_summary
@@ -28,6 +28,7 @@ from wqmix_jax.trainer import Trainer, TrainState, make_trainer, train_sharding
 from wqmix_jax.trust import NOTHING_NAMED, Named, open_config
 
 
+@memory_faults_in_one_line()
 def train_seeds(
     config: RunConfig | Mapping[str, Any],
     seeds: Sequence[int],

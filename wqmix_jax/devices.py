@@ -14,6 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 SEED_AXIS, BATCH_AXIS = "seeds", "batch"
 """The mesh axes: the leading axis ``S`` of a train state is spread over the first and lies whole along the second."""
 
+_GPU_MEMORY = {"XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_ALLOCATOR"}
+"""Variables by which a user decides how JAX takes a GPU's memory."""
+
 MIN_PART = 4
 """Episodes, or rows that episodes share; a batch is not cut into smaller parts."""
 
@@ -70,6 +73,15 @@ def backend_failure() -> str | None:
         which = f"JAX_PLATFORMS={asked} can't be used here" if asked else "JAX can't start its devices"
         return f"{which}: {reason}; JAX_PLATFORMS=cpu uses the CPU"
     return None
+
+
+def share_gpu() -> None:
+    """Lets other processes use the same GPU: memory is taken when it is needed, where the user has decided nothing.
+
+    By default JAX takes three quarters of a GPU's memory when it starts. It has no effect once JAX's backend runs.
+    """
+    if not _GPU_MEMORY.intersection(os.environ):
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
 
 def num_cores() -> int:

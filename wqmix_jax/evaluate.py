@@ -35,12 +35,14 @@ from wqmix_jax.config import (
     checked,
     options,
 )
+from wqmix_jax.devices import share_gpu
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.envs.checks import check_environment
 from wqmix_jax.evaluator import Figures, greedy_episodes
 from wqmix_jax.exits import OneLineParser, RunError, refuse
 from wqmix_jax.interop import pymarl
 from wqmix_jax.logger import load_header
+from wqmix_jax.memory import memory_faults_in_one_line
 from wqmix_jax.networks.functional import compute_in
 from wqmix_jax.overrides import as_text, parse_overrides
 from wqmix_jax.policy import GREEDY, GreedyPolicy, play_episode
@@ -107,10 +109,12 @@ class EvaluateOptions:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line on ``arguments``, by default the process's own."""
     args = _parser().parse_args(arguments)
+    share_gpu()  # with a run that still trains
     try:
         add_import_paths(args.config_dir)
-        for line in _evaluate(as_text(args.overrides), args.config_dir):
-            print(line, flush=True)
+        with memory_faults_in_one_line():
+            for line in _evaluate(as_text(args.overrides), args.config_dir):
+                print(line, flush=True)
     except (ConfigError, pymarl.PyMARLError) as error:
         refuse(str(error))
     except RunError as error:  # of a simulator that can't be played on

@@ -3,7 +3,10 @@
 Where the backward passes of all seeds at once would not fit, the seeds learn in groups, one after the other.
 """
 
+import contextlib
 import math
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +19,14 @@ from wqmix_jax.loop import Compilation, abstract_state, compile_trainer
 from wqmix_jax.members import Member
 from wqmix_jax.pieces import buffer_bytes
 from wqmix_jax.trainer import Trainer
+
+MAX_REASON = 200
+"""Characters of JAX's message."""
+
+_NO_MEMORY = re.compile(
+    r"RESOURCE_EXHAUSTED|out of memory|ALLOC_FAILED|failed to (create|allocate).*(handle|memory)", re.IGNORECASE
+)
+"""What JAX says of a full device; cuBLAS and cuDNN can't make their handles then."""
 
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
@@ -94,6 +105,32 @@ def compile_within_memory(
     if not plan.fits:
         raise RunError(f"too little memory, fewer seeds may do: {plan}")
     return trainer, compilation, list(_lines(trainer, members, plan))
+
+
+@contextlib.contextmanager
+def memory_faults_in_one_line() -> Iterator[None]:
+    """Turns JAX's errors of a device's memory into one line that says what to do.
+
+    Raises:
+        RunError: if there is one.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not _NO_MEMORY.search(str(error)):
+            raise
+        raise RunError(_out_of_memory(str(error), jax.local_devices()[0])) from error
+
+
+def _out_of_memory(message: str, device: Any) -> str:
+    """Several processes share a GPU where one is evaluated while another trains, or a sweep runs side by side."""
+    told = f"out of memory ({message.splitlines()[0][:MAX_REASON]}); fewer seeds may do"
+    preallocates = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower() not in ("false", "0")
+    if device.platform not in ("gpu", "cuda", "rocm") or not preallocates:
+        return told
+    cause = "or another process uses the GPU, of which JAX takes 75% when it starts"
+    ways = "XLA_PYTHON_CLIENT_PREALLOCATE=false for each process, or XLA_PYTHON_CLIENT_MEM_FRACTION=.40,"
+    return f"{told}, {cause}: {ways} lets them share it"
 
 
 def memory_plan(trainer: Trainer, members: Sequence[Member]) -> MemoryPlan:

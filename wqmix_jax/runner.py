@@ -37,7 +37,12 @@ from wqmix_jax.loop import (
     sound_steps,
 )
 from wqmix_jax.members import Member, labels_of, make_members
-from wqmix_jax.memory import compile_within_memory, host_memory_left, refuse_small_memory
+from wqmix_jax.memory import (
+    compile_within_memory,
+    host_memory_left,
+    memory_faults_in_one_line,
+    refuse_small_memory,
+)
 from wqmix_jax.plotting import CURVE_FILE, plot_run
 from wqmix_jax.policy import BEST, LAST, POLICY_DIR, Policy, better, no_policy, save_policy
 from wqmix_jax.progress import make_display
@@ -236,7 +241,8 @@ def refuse_lost_checkpoints(run_dir: Path) -> None:
 def _faults(run_dir: Path, to_go_on: str) -> Iterator[None]:
     """Turns what stops a run from outside into one line that says how to go on."""
     try:
-        yield
+        with memory_faults_in_one_line():
+            yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

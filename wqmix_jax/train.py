@@ -78,6 +78,7 @@ def main() -> None:
                 told = f"edits in {checkout} have no effect on its copy in .venv; make setup replaces the copy"
                 print(f"warning: {told}", file=sys.stderr)
         if multirun and not shows_only:
+            _share_gpu_if_side_by_side(args.overrides)
             _check_each_run(args.overrides, args.config_dir)
             folder = _make_sweep_dir(args.overrides)
             sys.argv = [*_with_late_options(sys.argv, args.overrides), f"hydra.sweep.dir={folder}"]  # hydra's own key
@@ -257,6 +258,16 @@ def _check_each_run(overrides: Sequence[str], config_dir: str | os.PathLike[str]
     for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None):
         for run in batch:
             check(*run, config_dir=config_dir)
+
+
+def _share_gpu_if_side_by_side(overrides: Sequence[str]) -> None:
+    """Before the backend starts: the launcher's processes inherit the environment."""
+    parsed = parse_overrides(overrides)
+    launchers = {str(override.value()) for override in parsed if override.key_or_group == "hydra/launcher"}
+    if launchers & {"joblib", "submitit_local"}:
+        from wqmix_jax.devices import share_gpu
+
+        share_gpu()
 
 
 def _with_late_options(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
