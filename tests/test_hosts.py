@@ -70,7 +70,7 @@ SUBMITIT = ONE_TASK | {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2"
     ],
 )
 def test_seeds_are_split_where_asked_or_over_the_tasks_of_a_step(hosts, host, environ, expected) -> None:
-    values = with_host({"hosts": hosts, "host": host, "distributed": False}, environ)
+    values = with_host({"hosts": hosts, "host": host, "distributed": False, "num_seeds": 9}, environ)
     assert (values["hosts"], values["host"]) == expected
 
 
@@ -131,7 +131,12 @@ def test_a_batch_script_without_srun_trains_all_seeds_and_says_so(
 )
 def test_what_can_not_be_known_is_refused(hosts, host, environ, told) -> None:
     with pytest.raises(ConfigError, match=told):
-        with_host({"hosts": hosts, "host": host, "distributed": False}, environ)
+        with_host({"hosts": hosts, "host": host, "distributed": False, "num_seeds": 9}, environ)
+
+
+def test_a_task_without_a_seed_is_refused() -> None:
+    with pytest.raises(ConfigError, match="num_seeds=2 is not allowed: SLURM runs 3 tasks here, each of which needs"):
+        with_host({"hosts": None, "host": None, "distributed": False, "num_seeds": 2}, STEP)
 
 
 def test_every_seed_is_one_hosts() -> None:

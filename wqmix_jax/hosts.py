@@ -41,7 +41,8 @@ def with_host(values: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str
     what wasn't given.
 
     Raises:
-        ConfigError: if it can't be known which of several hosts this is.
+        ConfigError: if it can't be known which of several hosts this is, or if SLURM runs more tasks than there are
+            seeds.
     """
     hosts, host = values["hosts"], values["host"]
     if hosts == SLURM and (values["distributed"] is True or host is not None):
@@ -64,6 +65,11 @@ def with_host(values: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str
             raise ConfigError(f"hosts={hosts} is not allowed: a positive integer is needed, or {SLURM}")
         told = f"write host=0 .. host={hosts - 1}"
         raise ConfigError(f"host is missing: SLURM runs {count} task(s) here and not hosts={hosts}; {told}")
+    num_seeds = values["num_seeds"]
+    if isinstance(num_seeds, int) and 0 < num_seeds < count:
+        raise ConfigError(
+            f"num_seeds={num_seeds} is not allowed: SLURM runs {count} tasks here, each of which needs a seed"
+        )
     return {**values, "hosts": count, "host": index}
 
 
