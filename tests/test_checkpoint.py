@@ -102,7 +102,7 @@ def test_swept_failed_and_finished_members_go_on_to_the_bit(cut: Callable[..., P
     assert main(*TINY, *changes, f"run_dir={tmp_path / 'whole'}") == SEEDS_FAILED
     run_dir = cut(5, *changes)
     saved = last_checkpoint(run_dir)
-    assert saved["failed"] == [False, True, False, True]
+    assert saved["failed"] == [False, False, True, True]
     assert main(f"resume={run_dir}") == SEEDS_FAILED
     assert not list(run_dir.glob("unusable_checkpoint_*"))
     assert_same_run(run_dir, tmp_path / "whole")
@@ -359,13 +359,13 @@ def test_an_accelerators_state_is_copied_and_written_while_training_goes_on(
         begun.append(args)
         return real(self, *args, **kwargs)
 
-    def wait(self: Any, real: Any = ocp.CheckpointManager.wait_until_finished) -> None:
+    def wait(self: Any, real: Any = checkpoint.Checkpoints.wait) -> None:
         waited.append(len(begun))
         real(self)
 
     monkeypatch.setattr(checkpoint.Checkpoints, "_has_room_for_copies", lambda _: True)
     monkeypatch.setattr(ocp.CheckpointManager, "save", save)
-    monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", wait)
+    monkeypatch.setattr(checkpoint.Checkpoints, "wait", wait)
     run_dir = tmp_path / "run"
     assert main(*TINY, f"run_dir={run_dir}") == 0
     assert waited[: len(begun)] == list(range(len(begun))), "only before the next, and at the end"

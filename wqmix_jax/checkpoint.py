@@ -146,7 +146,9 @@ class Checkpoints:
         self._check_room()
         named = _named(_raw_keys(loop.state), self._padded(loop), best)
         waits = not self._has_room_for_copies()
-        arrays = {name: Pieces(leaf if waits else np.array(leaf)) for name, leaf in named.items()}
+        arrays = {name: Pieces(leaf) for name, leaf in named.items()}
+        if not waits:
+            arrays = {name: Pieces(assemble_on_host(pieces, pieces)) for name, pieces in arrays.items()}
         host = {
             "schema": SCHEMA,
             **self._origin._asdict(),
