@@ -39,8 +39,9 @@ def train_seeds(
     """Trains all ``seeds`` in one compiled call until each has seen ``config.total_env_steps`` environment steps.
 
     Args:
-        config: what `wqmix_jax.load_config` returns, or nested mappings as in a run folder's ``config.yaml``. Its
-            ``seed``, ``num_seeds`` and ``host`` are not used, nor is anything that concerns files.
+        config: what `wqmix_jax.load_config` returns, or nested mappings as in a run folder's ``config.yaml``, whose
+            classes are imported from anywhere: don't pass those of a run that you don't trust. Its ``seed``,
+            ``num_seeds`` and ``host`` are not used, nor is anything that concerns files.
         seeds: different integers from 0 to 2**31 - 1. A seed draws the same random numbers whichever seeds train with
             it, but how many they are, and on how many devices or CPU cores, changes the order of floating-point sums.
             Such differences start as rounding errors and grow, so that two curves of one seed may drift apart.

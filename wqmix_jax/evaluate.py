@@ -187,7 +187,7 @@ def _options(values: Mapping[str, Any]) -> EvaluateOptions:
     if len(played) > 1:
         raise ConfigError(f"{played[1]} is not allowed with {played[0]}: each says whose agents play")
     if not played:
-        others = "policy_file=FILE algo=NAME for a file of policies, or pymarl=FOLDER, that of a PyMARL checkpoint"
+        others = "pymarl=FOLDER, that of a PyMARL checkpoint, or policy_file=FILE algo=NAME"
         raise ConfigError(f"run_dir is missing: write run_dir=RUN_DIR, or {others}")
     paths = {name: None if values[name] is None else str(values[name]) for name in (*sources, "render")}
     return checked(EvaluateOptions, {**values, **paths}, prefix="")
