@@ -18,6 +18,7 @@ import pytest
 
 from wqmix_jax import runner, train
 from wqmix_jax.config import RunConfig
+from wqmix_jax.runs import how_to_go_on
 
 ROOT = Path(__file__).parent.parent
 
@@ -104,6 +105,11 @@ def process(*arguments: str, first: str = "") -> subprocess.CompletedProcess[str
 def copy_user_folder(folder: Path) -> Path:
     """A copy of the user's files, yamls in ``configs`` and modules beside it."""
     return Path(shutil.copytree(USER_FOLDER, folder, ignore=shutil.ignore_patterns("__pycache__")))
+
+
+def to_go_on(run_dir: Path) -> str:
+    """What a run of `main` or `process` prints that can be resumed."""
+    return how_to_go_on(run_dir, USER_FOLDER / "configs")
 
 
 def last_checkpoint(run_dir: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import pytest
 import tensorstore
 from jax.sharding import SingleDeviceSharding
 
-from tests.running import TINY, USER_FOLDER, last_checkpoint, main, process, shared_programs, timeless
+from tests.running import TINY, USER_FOLDER, last_checkpoint, main, process, shared_programs, timeless, to_go_on
 from wqmix_jax import checkpoint, evaluate, load_config, load_metrics, load_policy, pieces, runner
 from wqmix_jax.algos.base import AgentInputs
 from wqmix_jax.config import ConfigError
@@ -528,7 +528,7 @@ def test_a_signal_saves_at_the_end_of_the_chunk(
     assert next(chunks) == 3, "nothing is trained after the chunk"
     err = capfd.readouterr().err
     assert f"{number.name}: saving at the end of this chunk" in err
-    assert err.endswith(f"interrupted; to go on: python -m wqmix_jax.train resume={run_dir}\n")
+    assert err.endswith(f"interrupted; {to_go_on(run_dir)}\n")
     assert last_checkpoint(run_dir)["env_steps"] == [6, 6]
     assert json.loads((run_dir / "summary.json").read_text())["status"] == "interrupted"
     assert main(f"resume={run_dir}", "checkpoint.every=15") == 0
@@ -566,9 +566,7 @@ def test_a_disk_without_room_for_the_next_checkpoint_stops_the_run(
     assert main(*TINY, f"run_dir={run_dir}") == 1
     err = capfd.readouterr().err.splitlines()[-1]
     assert f"no checkpoint could be written to {run_dir / 'checkpoints'}: one may take " in err
-    assert err.endswith(
-        f"the last good one is {run_dir / 'checkpoints' / '15'}; to go on: python -m wqmix_jax.train resume={run_dir}"
-    )
+    assert err.endswith(f"the last good one is {run_dir / 'checkpoints' / '15'}; {to_go_on(run_dir)}")
     monkeypatch.undo()
     assert main(f"resume={run_dir}") == 0
     assert_same_run(run_dir, straight)
@@ -586,7 +584,7 @@ def test_a_save_that_fails_in_its_threads_stops_the_run(
     err = capfd.readouterr().err.splitlines()[-1]
     assert err == (
         f"error: no checkpoint could be written to {run_dir / 'checkpoints'}: No space left on device; there is none "
-        f"before it; to go on: python -m wqmix_jax.train resume={run_dir}"
+        f"before it; {to_go_on(run_dir)}"
     )
     monkeypatch.undo()
     assert main(f"resume={run_dir}") == 0
@@ -602,7 +600,7 @@ def test_files_that_may_not_grow_stop_the_run(tmp_path: Path, straight: Path) ->
     assert done.returncode == 1
     err = done.stderr.splitlines()[-1]
     assert "File too large" in err
-    assert err.endswith(f"to go on: python -m wqmix_jax.train resume={run_dir}")
+    assert err.endswith(to_go_on(run_dir))
     assert main(f"resume={run_dir}") == 0
     assert_same_run(run_dir, straight)
 

@@ -12,6 +12,7 @@ import pytest
 
 from tests.running import ROOT
 from wqmix_jax import __main__ as commands
+from wqmix_jax.config import ConfigError, build, load_group
 
 TRAINED = ROOT / "experiments" / "figures_1M" / "predator_prey" / "predator_prey" / "vdn" / "seeds_0-1"
 """A run without checkpoints; `run` in the commands below is a copy of it."""
@@ -223,6 +224,14 @@ def test_make(arguments: str, told: str) -> None:
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
     assert told in ended.stderr
+
+
+def test_a_simulator_in_another_folder_is_found_with_config_dir() -> None:
+    values = {"_target_": "wqmix_jax.envs.host.bridge.HostEnvironment", "simulator": "nowhere.py:Game", "options": {}}
+    with pytest.raises(
+        ConfigError, match=r"^env.simulator='nowhere.py:Game' is not allowed: there is no such file; .* --c"
+    ):
+        build("env", load_group("env", "_host") | values)
 
 
 def test_the_command_of_all_commands(refused: Callable[[str, str], str]) -> None:
