@@ -185,7 +185,7 @@ def test_every_name_of_ours_in_the_tables_exists() -> None:
     assert len(names) > 40
     known = {"algo", "env"}
     for key, value in yaml.safe_load((ROOT / "configs" / "train.yaml").read_text()).items():
-        known |= {key} | {f"{key}.{inner}" for inner in value if isinstance(value, dict)}
+        known |= {key} | {f"{key}.{inner}" for inner in (value if isinstance(value, dict) else ())}
     for group in ("algo", "env"):
         for path in (ROOT / "configs" / group).glob("*.yaml"):
             known |= {f"{group}.{key}" for key in yaml.safe_load(path.read_text())}

@@ -401,8 +401,9 @@ def _own_options(run_dir: Path) -> dict[str, Any]:
     from wqmix_jax.logger import load_header
     from wqmix_jax.runs import kept_options, read_config
 
-    options, header = kept_options(read_config(run_dir)), load_header(run_dir)
-    return options | {group: header[group] for group in _GROUPS}
+    values, header = read_config(run_dir), load_header(run_dir)
+    named = {group: header[group] for group in _GROUPS} | {"chunk_iterations": values["chunk_iterations"]}
+    return kept_options(values) | named
 
 
 def _changes(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
