@@ -296,7 +296,7 @@ class HostEnvironment(BridgedEnvironment):
         where, _, name = simulator.rpartition(":")
         if not where or not name:
             raise ValueError("write FILE.py:CLASS or module:CLASS")
-        if where.endswith(".py") and not Path(_absolute(simulator).rpartition(":")[0]).is_file():
+        if (file := simulator_file(simulator)) is not None and not file.is_file():
             raise ValueError("there is no such file; start in its folder, or name that with --config-dir")
         return simulator
 
