@@ -200,7 +200,9 @@ def test_a_member_acts_with_its_own_swept_values(tmp_path: Path, capsys: pytest.
     env, algo = build("env", values["env"]), build("algo", values["algo"])
     params = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), algo.init(jax.random.key(0), env.spec))
     members = make_members(algo, [0], {"choice": list(choices)})
-    save_policy(folder / "policies" / "best.npz", Policy(params, np.ones(2, np.int32), np.zeros(2)), members)
+    save_policy(
+        folder / "policies" / "best.npz", Policy(params, np.ones(2, np.int32), np.zeros(2, np.float32)), members
+    )
     evaluate.main([f"run_dir={folder}", "episodes=1"])
     out = capsys.readouterr().out
     assert f"seed 0-choice{STAY}: return 0.00" in out
@@ -262,7 +264,7 @@ def near(picture: np.ndarray, colour: tuple[int, int, int]) -> int:
         (["pymarl=null", "run_dir=here"], "env=predator_prey is not allowed with run_dir: a run's own"),
         (["pymarl=null", "++run_dir=here"], "env=predator_prey is not allowed with run_dir: a run's own"),
         (["pymarl=nowhere"], "pymarl=nowhere is not allowed: there is no such folder"),
-        (["render=[film.gif"], "'render=[film.gif' can't be read: options are written key=value"),
+        (["episodes=[3"], "'episodes=[3' can't be read: options are written key=value"),
         (["algo=qmix"], "algo=qmix is not allowed: the agents of a run or of a PyMARL checkpoint play"),
         (["+algo=qmix"], "+algo=qmix is not allowed: the agents of a run or of a PyMARL checkpoint play"),
         (["member=1"], "member=1 is not allowed: choose one of 0 to 0"),

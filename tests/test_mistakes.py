@@ -70,7 +70,7 @@ TRAIN = [
     ("+algo=ow_qmix run_dir=run", "run_dir=run is not allowed: it isn't empty; resume=run continues a run"),
     ("+algo=ow_qmix run_dir=run/config.yaml", "run_dir=run/config.yaml is not allowed: it is a file"),
     ("+algo=ow_qmix 'run_dir=~/runs'", "run_dir=~/runs is not allowed: the shell didn't replace ~"),
-    (r"+algo=ow_qmix 'run_dir=\${x}'", "run_dir is not allowed: Interpolation key 'x' not found"),
+    (r"+algo=ow_qmix 'run_dir=\${x}'", "run_dir='${x}' is not allowed: "),
     ("-m +algo=vdn,qmix run_dir=run", "run_dir=run is not allowed: it isn't empty"),
     ("+algo=ow_qmix hydra.run.dir=x", "hydra.run.dir=x is not allowed: write run_dir=FOLDER"),
     ("-m +algo=ow_qmix,vdn hydra.sweep.dir=x", "hydra.sweep.dir=x is not allowed: write run_dir=FOLDER"),

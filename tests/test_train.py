@@ -244,7 +244,7 @@ def test_a_run_says_what_it_does(run_dir: Path) -> None:
     assert said[-1] == "done: first/run"
     shown = (run_dir.parent / "stderr").read_text()
     # Before it jax may tell of an entry of the tests' compilation cache that a killed run left half written.
-    assert [line for line in shown.splitlines() if line.startswith("2 seeds | 0 of 37 steps | return ")]
+    assert [line for line in shown.splitlines() if line.startswith("2 seeds | 0 of 37 steps | eval return ")]
     assert "37 of 37 steps" in shown.splitlines()[-1]
 
 

@@ -18,6 +18,7 @@ from tests.running import ROOT
 from wqmix_jax import evaluate, load_config, load_policy, runner, train
 from wqmix_jax.api import policies_of_file
 from wqmix_jax.config import CONFIG_DIR, ConfigError
+from wqmix_jax.overrides import as_text
 from wqmix_jax.runs import how_to_go_on
 from wqmix_jax.trust import NOTHING_NAMED, Named, open_config
 
@@ -314,7 +315,7 @@ def test_programs_are_repeated_on_the_command_line(
 ) -> None:
     python = "/a b/python's"
     edit(run_dir, **host(worker_python=python, simulator="package:Game"))
-    command = how_to_go_on(run_dir).removeprefix("to go on: python -m wqmix_jax.train ")
+    command = how_to_go_on(run_dir).partition(" -m wqmix_jax.train ")[2]
     resumed: list[Any] = []
     monkeypatch.setattr(runner, "resume", lambda *args, **kwargs: resumed.append((args, kwargs)))
     monkeypatch.setattr(sys, "argv", ["train", *shlex.split(command)])
@@ -324,9 +325,9 @@ def test_programs_are_repeated_on_the_command_line(
     monkeypatch.undo()
     with pytest.raises(ConfigError, match=r"env\.worker_python=other is not allowed with resume: the run has /a b"):
         runner.resume(run_dir, {"env": {"worker_python": "other"}})
-    named = evaluate._named([f"run_dir={run_dir}", *shlex.split(command)[1:]], "mine")
-    assert named == Named("mine", **programs)
-    evaluate._refuse_foreign([f"run_dir={run_dir}", *shlex.split(command)[1:]])
+    overrides = as_text([f"run_dir={run_dir}", *shlex.split(command)[1:]])
+    assert evaluate._named(overrides, "mine") == Named("mine", **programs)
+    evaluate._refuse_foreign(overrides)
 
 
 def test_a_policy_is_loaded_without_its_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -388,5 +389,7 @@ def test_a_sweep_in_a_file_of_policies_is_named(tmp_path: Path) -> None:
         np.savez(tmp_path / "best.npz", **{**arrays, "algo.lr": np.array([0.1, 0.5])})
     config = load_config("+algo=vdn")
     arithmetic = {"matmul_precision": "float32", "compute_dtype": "float32"}
-    assert list(policies_of_file(tmp_path / "best.npz", config.env, config.algo, arithmetic)) == ["0-lr0.1", "1-lr0.5"]
+    opened = policies_of_file(tmp_path / "best.npz", config.env, config.algo, arithmetic)
+    assert opened.names == ("0-lr0.1", "1-lr0.5")
+    assert [policy.algo.lr for policy in opened.policies.values()] == [0.1, 0.5]  # type: ignore[attr-defined]
     assert json.loads((RECORDED / "run.json").read_text())["seeds"] == [0, 1]

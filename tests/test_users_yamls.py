@@ -36,7 +36,7 @@ def seen(capfd: pytest.CaptureFixture[str]) -> list[str]:
 def start(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[dict[str, Any]]:
     """The options of the runs that a command line would start."""
     started: list[dict[str, Any]] = []
-    monkeypatch.setattr(train, "_start", lambda values, choices, given: started.append({**values, "choices": choices}))
+    monkeypatch.setattr(train, "_start", lambda values, choices, *_: started.append({**values, "choices": choices}))
     monkeypatch.setattr(sys, "argv", ["train", *arguments])
     train.main()
     return started

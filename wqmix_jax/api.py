@@ -69,8 +69,8 @@ def train_seeds(
 
     with make_optional_display(config.total_env_steps, shown=progress) as display:
         display.note("compiling")
-        trainer, seconds, _ = compile_within_memory(grouped(1), members, grouped)
-        display.note(f"compiled in {seconds:.1f} s")
+        trainer, compilation, _ = compile_within_memory(grouped(1), members, grouped)
+        display.note(str(compilation))
         return _trained(config, trainer, members, callback, display)
 
 
