@@ -210,7 +210,10 @@ def load_slowest(run_dir: Path) -> int:
             "total_env_steps=20 is not allowed with resume: at least 37, what the run was started",
         ),
         (["total_env_steps=many"], "total_env_steps='many' is not allowed: input should be a valid integer"),
-        (["num_seeds=3"], "num_seeds=3 is not allowed with resume: a run keeps its options, except total_env_steps,"),
+        (
+            ["num_seeds=3"],
+            "num_seeds=3 is not allowed with resume={run}: it has num_seeds=2, and a run keeps its options",
+        ),
         (["logger.wandb=perhaps"], "logger.wandb='perhaps' is not allowed: input should be 'disabled', "),
         (["checkpoint.evry=1"], "checkpoint.evry is unknown: did you mean checkpoint.every?"),
     ],
@@ -221,7 +224,7 @@ def test_a_run_can_only_be_made_longer(
     before = {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()}
     assert main(f"resume={straight}", *arguments) == 2
     err = capfd.readouterr().err
-    assert err.startswith(f"error: {told}")
+    assert err.startswith(f"error: {told.replace('{run}', str(straight))}")
     assert err.count("\n") == 1
     assert {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()} == before
 
@@ -626,8 +629,10 @@ def test_the_last_policy_is_the_checkpoints(straight: Path) -> None:
 
 def test_policies_can_be_played(straight: Path, capfd: pytest.CaptureFixture[str]) -> None:
     evaluate.main([f"run_dir={straight}", "policy=last", "episodes=3"])
-    out = capfd.readouterr().out
-    assert [line.split(" ")[:3] for line in out.splitlines()] == [
+    played, *trained = capfd.readouterr().out.splitlines()
+    assert played == f"the last policies of {straight} play 3 greedy episodes each"
+    assert [line.split(" ")[:3] for line in trained[:2]] == [["seed", "3:", "trained"], ["seed", "4:", "trained"]]
+    assert [line.split(" ")[:3] for line in trained[2:]] == [
         [*whose, what]
         for whose in (["seed", "3:"], ["seed", "4:"], ["2", "seeds:"])
         for what in ("return", "length", "win_rate")

@@ -153,12 +153,12 @@ def test_iterations_without_a_whole_episode_are_left_out_of_the_mean_return() ->
     """A failing environment cuts episodes; the trainer's record of an iteration that has no other is nan."""
     trainer = known_trainer(chunk_iterations=2, eval_iterations=4, total_env_steps=12)
 
-    def cut(state: Any) -> tuple[Any, TrainRecord]:
-        state, record = trainer.train_chunk(state)
+    def cut(state: Any, num_iterations: Any) -> tuple[Any, TrainRecord]:
+        state, record = trainer.train(state, num_iterations)
         number = np.where(record.episode_return == 2, np.nan, record.episode_return)
         return state, record._replace(episode_return=np.float32(number), episode_length=record.episode_length * np.nan)
 
-    first = run(trainer._replace(train_chunk=cut))[1][1][0]
+    first = run(trainer._replace(train=cut))[1][1][0]
     assert first["episode_return"] == pytest.approx((1 + 3 + 4) / 3)
     assert math.isnan(first["episode_length"])
     assert first["env_steps"] == 9

@@ -57,8 +57,11 @@ def test_what_does_not_fit_is_refused(overrides: list[str], told: str) -> None:
 
 
 def test_a_run_that_is_resumed_takes_no_preset() -> None:
-    with pytest.raises(ConfigError, match=r"\+preset=smax is not allowed with resume: a run keeps its options"):
-        check_overrides(["resume=outputs/first", "+preset=smax"], None)
+    run_dir = ROOT / "experiments" / "smax" / "preset"
+    with pytest.raises(
+        ConfigError, match=rf"\+preset=smax is not allowed with resume={run_dir}: a run keeps its options"
+    ):
+        check_overrides([f"resume={run_dir}", "+preset=smax"], None)
 
 
 def test_the_recorded_battles_are_those_of_the_preset() -> None:

@@ -13,7 +13,7 @@ from hydra.errors import HydraException, OverrideParseException
 
 from wqmix_jax.config import ConfigError
 
-FOLDERS = ("run_dir", "resume", "pymarl", "render", "out")
+FOLDERS = ("run_dir", "resume", "policy_file", "pymarl", "render", "out")
 """Options of a file or a folder. A comma in one makes no sweep."""
 
 NAMES = (

@@ -13,8 +13,9 @@ import pytest
 from tests.envs.host.games import faked
 from tests.envs.host.running import called, idle_where
 from wqmix_jax import load_config
-from wqmix_jax.config import ConfigError
+from wqmix_jax.config import ConfigError, run_config
 from wqmix_jax.envs.host import adapters
+from wqmix_jax.train import load_values
 
 SEEDS = np.array([11, 12])
 
@@ -244,7 +245,6 @@ def test_versions_are_told(env: str, versions: dict[str, str], game: Path) -> No
         (["env=smac", "env.map=4z"], "SMAC can't be used: map=4z is not allowed: choose one of 3m, 3s5z, 8m"),
         (["env=smaclite", "env.map=4z"], "SMAClite can't be used: map=4z is not allowed: choose one of 1m, 3m, 3s5z"),
         (["env=smac", "env.game_version=1.0.0"], r"SMAC can't be used: StarCraft II is not found \(Unknown game"),
-        (["env=smac", "env.game_version=4.10"], r"env.game_version=4.1 is not allowed: .* three parts, as in 4.10.0$"),
         (["env=smac", "env.difficulty=X"], "env.difficulty='X' is not allowed: input should be '1', '2'"),
         (["env=smac", "env.options={seed: 1}"], "env.options={seed: ..} is not allowed: it has a key of its own"),
         (["env=smac", "env.options={difficulty: 1}"], "env.options={difficulty: ..} is not allowed"),
@@ -279,6 +279,15 @@ def test_what_is_not_allowed_is_one_line(overrides: list[str], told: str, game: 
     with pytest.raises(ConfigError, match=told) as refused:
         make(*overrides)
     assert "\n" not in str(refused.value)
+
+
+def test_a_version_that_a_yaml_reads_as_a_number_is_refused(game: Path) -> None:
+    """On the command line a version is text."""
+    assert make("env=smac", "env.game_version=4.10").host.versions()["StarCraft II"].startswith("4.10.")
+    values = load_values("+algo=qmix", "env=smac")
+    values["env"]["game_version"] = 4.1
+    with pytest.raises(ConfigError, match=r"^env.game_version=4.1 is not allowed: .* three parts, as in 4.10.0$"):
+        run_config(values)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_a_run_that_fails_is_saved_and_goes_on_with_the_same_version_only(
     header = run_dir / "run.json"
     header.write_text(header.read_text().replace('"1.2"', '"1.1"'))
     assert main(f"resume={run_dir}", config_dir=folder) == 2
-    told = "has toy=1.1, and this installation has toy=1.2"
+    told = f"{run_dir} has toy=1.1, and this installation has toy=1.2"
     *named, refused = capfd.readouterr().err.splitlines()
     assert [line.split(",")[0] for line in named if not line.startswith("importing ")] == [
         f"workers run {HERE / 'toy.py'}"
