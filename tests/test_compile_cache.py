@@ -137,6 +137,29 @@ def test_an_entry_that_an_interrupted_process_left_is_replaced(capfd: pytest.Cap
 
 
 @pytest.mark.usefixtures("unset")
+def test_entries_of_other_programs_stay_in_a_folder_of_the_users(tmp_path: Path) -> None:
+    """By default JAX doesn't bound a folder's size, and so writes no times of use."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "other-cache").write_bytes(b"a program")
+    use_compilation_cache(str(tmp_path / "own"))
+    assert [is_known(1.5), is_known(1.5)] == [False, True]
+    assert (tmp_path / "own" / "other-cache").read_bytes() == b"a program"
+
+
+@pytest.mark.usefixtures("unset")
+def test_a_user_without_a_home_folder_has_no_cache(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as without an entry of the user in /etc/passwd
+    use_compilation_cache(True)
+    assert [is_known(1.5), is_known(1.5)] == [False, False]
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith("warning: the compilation cache in the home folder can't be used: ")
+
+
+@pytest.mark.usefixtures("unset")
 def test_a_folder_that_cannot_be_used_costs_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     use_compilation_cache(str(tmp_path / "file" / "folder"))
@@ -212,7 +235,7 @@ def test_a_run_says_when_its_programs_come_from_the_cache(tmp_path: Path) -> Non
     assert numbers == [numbers[0]] * 3
 
 
-@pytest.mark.parametrize("value", ["3", "off", "null"])
+@pytest.mark.parametrize("value", ["off", "null"])
 def test_a_setting_that_is_none_is_refused(value: str) -> None:
     with pytest.raises(ConfigError, match=r"compilation_cache=.* is not allowed: choose true, false or a folder"):
         load_config("+algo=vdn", f"compilation_cache={value}")

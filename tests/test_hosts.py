@@ -15,7 +15,7 @@ import pytest
 from tests.running import ROOT, TINY, last_checkpoint, main, popen, process, timeless
 from wqmix_jax import load_config, load_metrics
 from wqmix_jax.config import ConfigError
-from wqmix_jax.hosts import ADDRESS, connected, unused_tasks, with_host
+from wqmix_jax.hosts import ADDRESS, connected, refuse_step_of_tasks, unused_tasks, with_host
 from wqmix_jax.logger import load_header
 from wqmix_jax.merge import merge
 
@@ -316,3 +316,11 @@ def end_well(hosts: Sequence[subprocess.Popen[str]]) -> None:
 
 def python(code: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stderr=subprocess.PIPE)
+
+
+def test_a_sweep_is_not_repeated_by_each_task_of_a_step() -> None:
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"}
+    with pytest.raises(ConfigError, match=r"^-m is not allowed under srun with 4 tasks, each of which would run"):
+        refuse_step_of_tasks(step)
+    refuse_step_of_tasks(step | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"})
+    refuse_step_of_tasks({"SLURM_NTASKS": "4"})

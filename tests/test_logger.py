@@ -125,7 +125,7 @@ def options(mode: Any, **changes: Any) -> LoggerOptions:
 def test_offline_runs_hold_what_metrics_hold(run_dir: Path) -> None:
     with WandbRuns(run_dir, options("offline"), {"algo": {"lr": 0.5}}) as runs:
         runs.sync()
-        append(run_dir, [LINES[0] | {"env_steps": 9}])
+        append(run_dir, [LINES[0] | {"env_steps": 9, "episodes": 9}])
     wandb.teardown()  # as at a process's end: its service has written everything once this returns
     token = load_header(run_dir)["run"]
     for seed in (0, 1):
@@ -155,8 +155,10 @@ def assert_one_curve(run_dir: Path) -> None:
     assert len({path.resolve() for path in run_dir.glob("wandb/*/*.wandb")}) == 2, "without the link latest-run"
     for seed in (0, 1):
         logged = [record.history for record in wandb_records(run_dir, seed) if record.HasField("history")]
-        assert [record.step.num for record in logged] == list(range(len(logged)))
-        for values, line in zip(map(history, logged), load_metrics(run_dir, seed=seed), strict=True):
+        lines = load_metrics(run_dir, seed=seed)
+        steps = [2 * line["episodes"] + (line["kind"] == "eval") for line in lines]
+        assert [record.step.num for record in logged] == steps == sorted(set(steps))
+        for values, line in zip(map(history, logged), lines, strict=True):
             assert values["env_steps"] == line["env_steps"]
             name = f"{line['kind']}/episode_return"
             if math.isfinite(line["episode_return"]):
@@ -164,7 +166,11 @@ def assert_one_curve(run_dir: Path) -> None:
 
 
 def test_a_run_that_is_resumed_offline_is_one_curve(run_dir: Path) -> None:
-    for more in ([], [LINES[4] | {"env_steps": 9}], [LINES[5] | {"env_steps": 11}, LINES[2] | {"env_steps": 12}]):
+    for more in (
+        [],
+        [LINES[4] | {"env_steps": 9, "episodes": 9}],
+        [LINES[5] | {"env_steps": 11, "episodes": 11}, LINES[2] | {"env_steps": 12, "episodes": 12}],
+    ):
         with WandbRuns(run_dir, options("offline"), {}) as runs:
             runs.sync()
             append(run_dir, more)
@@ -177,7 +183,7 @@ def test_a_run_for_which_wandb_is_switched_on_when_it_is_resumed_is_one_curve(ru
     with WandbRuns(run_dir, options("disabled"), {}) as runs:
         runs.sync()
     with WandbRuns(run_dir, options("offline"), {}) as runs:
-        append(run_dir, [LINES[4] | {"env_steps": 9}])
+        append(run_dir, [LINES[4] | {"env_steps": 9, "episodes": 9}])
         runs.sync()
     wandb.teardown()
     assert_one_curve(run_dir)
@@ -187,7 +193,9 @@ def hand_over_and_die(run_dir: str) -> None:
     """In a process of its own: the records so far, some more, and ``kill -9``."""
     with WandbRuns(Path(run_dir), options("offline"), {}) as runs:
         runs.sync()
-        append(Path(run_dir), [LINES[4] | {"env_steps": 9}, LINES[5] | {"env_steps": 11}])
+        append(
+            Path(run_dir), [LINES[4] | {"env_steps": 9, "episodes": 9}, LINES[5] | {"env_steps": 11, "episodes": 11}]
+        )
         runs.sync()
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -200,7 +208,14 @@ def test_a_run_that_was_killed_after_its_last_checkpoint_is_one_curve(run_dir: P
     assert len(load_metrics(run_dir)) == len(LINES) + 2
     cut_to(run_dir, 4)
     with WandbRuns(run_dir, options("offline"), {}) as runs:
-        append(run_dir, [LINES[4] | {"env_steps": 3}, LINES[5] | {"env_steps": 4}, LINES[5] | {"env_steps": 13}])
+        append(
+            run_dir,
+            [
+                LINES[4] | {"env_steps": 3, "episodes": 3},
+                LINES[5] | {"env_steps": 4, "episodes": 4},
+                LINES[5] | {"env_steps": 13, "episodes": 13},
+            ],
+        )
         runs.sync()
     wandb.teardown()
     assert_one_curve(run_dir)
@@ -216,16 +231,16 @@ def test_an_online_run_gets_what_it_does_not_have(run_dir: Path, monkeypatch: py
             logged.append((id[-1], step, values["env_steps"]))
 
         assert resume == "allow"
-        starting_step = 2 if id.endswith("-0") else 0
+        starting_step = 7 if id.endswith("-0") else 0  # after the train line of episode 3
         return SimpleNamespace(log=log, starting_step=starting_step, define_metric=Mock(), finish=Mock())
 
     monkeypatch.setattr(wandb, "init", init)
     (run_dir / "wandb" / f"offline-run-20260101_000000-{load_header(run_dir)['run']}-1").mkdir(parents=True)
     with WandbRuns(run_dir, options("online"), {}) as runs:
         runs.sync()
-        append(run_dir, [LINES[4] | {"env_steps": 9}])
-    assert [each for each in logged if each[0] == "0"] == [("0", 2, 3), ("0", 3, 9)]
-    assert [each for each in logged if each[0] == "1"] == [("1", 0, 0), ("1", 1, 2), ("1", 2, 2)]
+        append(run_dir, [LINES[4] | {"env_steps": 9, "episodes": 9}])
+    assert [each for each in logged if each[0] == "0"] == [("0", 7, 3), ("0", 19, 9)]
+    assert [each for each in logged if each[0] == "1"] == [("1", 1, 0), ("1", 4, 2), ("1", 5, 2)]
     assert not list(run_dir.glob("wandb/offline-run-*")), "a later `wandb sync` would overwrite the online run"
 
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from wqmix_jax import loop as loop_module
-from wqmix_jax.loop import Line, Loop, advance, begin, env_steps, is_finished
+from wqmix_jax.loop import Line, Loop, advance, begin, env_steps, is_finished, num_pending
 from wqmix_jax.members import Member
 from wqmix_jax.trainer import Counters, EvalRecord, Trainer, TrainRecord
 
@@ -232,3 +232,22 @@ def test_a_chunk_ends_before_the_first_iteration_that_learns(
     counters = loop.state.counters._replace(episodes=np.full(2, stored, np.int32))
     loop = loop._replace(state=loop.state._replace(counters=counters), iteration_seconds=0.1)
     assert loop_module._next_iterations(trainer._replace(batch_size=10, num_envs=num_envs), loop) == expected
+
+
+def test_iterations_that_a_failure_of_the_environment_left_out_are_not_pending() -> None:
+    """Otherwise a resumed run would make its next evaluation, which is due after so many iterations, too early."""
+    trainer = known_trainer(chunk_iterations=4, eval_iterations=8, total_env_steps=12, time=Time(playing=0.001))
+    calls: list[int] = []
+
+    def cut(state: Any, num_iterations: Any) -> tuple[Any, TrainRecord]:
+        calls.append(int(num_iterations))
+        state, record = trainer.train(state, num_iterations)
+        active = record.active & (np.arange(len(record.active)) < 1)[:, None]  # the first iteration alone was played
+        return state, record._replace(active=active)
+
+    broken = trainer._replace(train=cut, failure=lambda: RuntimeError("no worker is left") if 4 in calls else None)
+    loop, _ = begin(broken, [Member(5), Member(6)])
+    while 4 not in calls:
+        before = num_pending(loop)
+        loop, lines = advance(broken, loop)
+    assert (num_pending(loop) - before, lines) == (1, [])

@@ -65,6 +65,7 @@ TRAIN = [
     ("+algo=ow_qmix wandb=online", "wandb is unknown: did you mean logger.wandb?"),
     ("+algo=ow_qmix checkpoint=10000", "checkpoint=10000 is not allowed: a group of options is needed"),
     ("+algo=ow_qmix -m hydra/launcher=joblob", "hydra/launcher=joblob is not allowed: choose one of basic"),
+    ("-m +algo=qmix,vdn --cfg job", "--cfg is not allowed with --multirun: choose one of them"),
     ("+algo=ow_qmix --config-dir nowhere", "--config-dir nowhere is not allowed: there is no such folder"),
     # Folders.
     ("+algo=ow_qmix run_dir=run", "run_dir=run is not allowed: it isn't empty; resume=run continues a run"),

@@ -1,4 +1,4 @@
-"""Presets set options of a run together; the user's own go before them."""
+"""Presets set options of a run together; those on the command line override them."""
 
 from pathlib import Path
 

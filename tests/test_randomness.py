@@ -10,6 +10,8 @@ import pytest
 from tests.environments import Recall, tiny_run, tiny_wqmix
 from tests.running import TINY, main
 from wqmix_jax import play_episode
+from wqmix_jax.config import build, load_group
+from wqmix_jax.envs.checks import check_environment
 from wqmix_jax.policy import GreedyPolicy
 from wqmix_jax.randomness import numeric_settings
 from wqmix_jax.trainer import make_trainer
@@ -48,6 +50,11 @@ def expected() -> list[np.ndarray]:
 def test_draws_do_not_depend_on_the_users_settings(expected: list[np.ndarray], other_setting: None) -> None:
     for found, wanted in zip(numbers(), expected, strict=True):
         np.testing.assert_array_equal(found, wanted)
+
+
+def test_raw_keys_of_a_library_are_read_as_they_were_made(other_setting: None) -> None:
+    """jumanji hands raw key data to `jax.random`."""
+    check_environment(build("env", load_group("env", "jumanji")))
 
 
 def test_settings_that_change_numbers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

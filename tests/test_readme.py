@@ -76,7 +76,12 @@ def test_the_options_of_every_evaluation_compose(arguments: list[str]) -> None:
     values = evaluate._compose(arguments, None)
     del values["env"], values["algo"]
     chosen = evaluate._options(values)
-    played = {("outputs/first", None, None), (TRAINED, None, None), (None, "best.npz", None), (None, None, "FOLDER")}
+    played = {
+        ("outputs/first", None, None),
+        (TRAINED, None, None),
+        (None, "outputs/first/policies/best.npz", None),
+        (None, None, "FOLDER"),
+    }
     assert (chosen.run_dir, chosen.policy_file, chosen.pymarl) in played
 
 

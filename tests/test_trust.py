@@ -1,5 +1,6 @@
 """A run's folder that somebody else has made: what opening it executes."""
 
+import importlib
 import json
 import shlex
 import shutil
@@ -120,15 +121,15 @@ MALICIOUS: dict[str, tuple[Callable[[Path, str], dict[str, Any]], str]] = {
     ),
     "a module in the run's folder": (
         lambda run, mark: {"env": env(_target_="outputs.run.planted.Game")},
-        "which is not in the current folder or --config-dir",
+        "but must be in the current folder or --config-dir",
     ),
     "a module of the algorithm in the run's folder": (
         lambda run, mark: {"algo": {"_target_": "outputs.run.planted.Algo"}},
-        "which is not in the current folder or --config-dir",
+        "but must be in the current folder or --config-dir",
     ),
     "a module next to the run's folder": (
         lambda run, mark: {"env": env(_target_="outputs.planted.Game")},
-        "which is not in the current folder or --config-dir",
+        "but must be in the current folder or --config-dir",
     ),
     "a package in the run's folder": (
         lambda run, mark: {"env": env(_target_="outputs.run.package.planted.Game")},
@@ -136,15 +137,15 @@ MALICIOUS: dict[str, tuple[Callable[[Path, str], dict[str, Any]], str]] = {
     ),
     "a module in another run's folder": (
         lambda run, mark: {"env": env(_target_="other_run.planted.Game")},
-        "which is not in the current folder or --config-dir",
+        "but must be in the current folder or --config-dir",
     ),
     "a module that is on the path": (
         lambda run, mark: {"env": env(_target_="on_the_path.Game")},
-        "which is not in the current folder or --config-dir",
+        "but must be in the current folder or --config-dir",
     ),
     "a module of Python": (
         lambda run, mark: {"env": env(_target_="this.Game")},
-        "which is not in the current folder or --config-dir",
+        "but must be in the current folder or --config-dir",
     ),
     "a module that is nowhere": (
         lambda run, mark: {"env": env(_target_="planted.Game")},
@@ -165,11 +166,11 @@ MALICIOUS: dict[str, tuple[Callable[[Path, str], dict[str, Any]], str]] = {
     ),
     "a simulator in the run's folder": (
         lambda run, mark: host(simulator=f"{run}/planted.py:Game"),
-        "/planted.py is not in the current folder or --config-dir",
+        "/planted.py must be in the current folder or --config-dir",
     ),
     "a simulator in the run's folder, from here": (
         lambda run, mark: host(simulator="outputs/run/planted.py:Game"),
-        "/planted.py is not in the current folder or --config-dir",
+        "/planted.py must be in the current folder or --config-dir",
     ),
     "a simulator that is installed": (
         lambda run, mark: host(simulator="subprocess:Popen", options={"args": ["touch", mark]}),
@@ -269,18 +270,50 @@ def test_a_folder_inside_the_run_is_no_place_to_import_from(run_dir: Path, tmp_p
     for folder in (run_dir, run_dir / "configs"):
         module(folder / "inside.py", tmp_path / "mark")
     edit(run_dir, env=env(_target_="inside.Game"))
-    with pytest.raises(ConfigError, match=r"inside is .*, which is not in the current folder"):
+    with pytest.raises(ConfigError, match=r"inside is .*, but must be in the current folder"):
         load_policy(run_dir, config_dir=run_dir / "configs")
     assert not (tmp_path / "mark").exists()
 
 
-def test_a_run_in_the_current_folder_may_name_what_is_there(
+def test_a_run_in_the_current_folder_names_nothing_that_is_there(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module(run_dir / "beside_the_run.py", tmp_path / "mark")
-    edit(run_dir, env=env(_target_="beside_the_run.Game"))
-    monkeypatch.chdir(run_dir)
-    assert open_config(Path(), NOTHING_NAMED)["env"]["_target_"] == "beside_the_run.Game"
+    module(run_dir / "inside_the_run.py", tmp_path / "mark")
+    edit(run_dir, env=env(_target_="inside_the_run.Game"))
+    for working in (run_dir, run_dir / "policies"):
+        monkeypatch.chdir(working)
+        with pytest.raises(ConfigError, match="inside_the_run is "):
+            open_config(run_dir, NOTHING_NAMED)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_class_is_no_way_to_a_module_of_the_run(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last name of ``MODULE.CLASS`` may be a module, here one inside of a package that is imported already."""
+    package = tmp_path / "here" / "used_package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(package.parent)
+    importlib.import_module("used_package")
+    evil = Path(shutil.copytree(run_dir, package / "evil"))
+    module(evil / "__init__.py", tmp_path / "mark")
+    edit(evil, env=env(_target_="used_package.evil"))
+    with pytest.raises(ConfigError, match=r"used_package\.evil is .*, but must be in"):
+        load_policy(evil)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_runs_compilation_cache_is_used_only_if_it_is_repeated(
+    run_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Compiled programs are code."""
+    values = {"compilation_cache": str(run_dir / "cache")}
+    assert runner._trusted_cache(values, {}) == {"compilation_cache": True}
+    assert f"repeat compilation_cache={run_dir / 'cache'}" in capfd.readouterr().err
+    assert runner._trusted_cache(values, values) == values
+    assert runner._trusted_cache({"compilation_cache": False}, {}) == {"compilation_cache": False}
+    assert capfd.readouterr().err == ""
 
 
 def test_a_simulator_in_the_current_folder_is_named(
@@ -354,7 +387,7 @@ def test_a_file_of_policies_holds_nothing_that_is_unpickled(tmp_path: Path) -> N
             return (Path.touch, (tmp_path / "mark",))
 
     np.savez(tmp_path / "best.npz", seed=np.array([Payload()], object))
-    with pytest.raises(ConfigError, match=r"best\.npz can't be read: Object arrays cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"best\.npz can't be read: it holds no policies, or is damaged"):
         load_policy(tmp_path / "best.npz", config=load_config("+algo=vdn"))
     assert not (tmp_path / "mark").exists()
 

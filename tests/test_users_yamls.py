@@ -1,5 +1,6 @@
 """Yamls of a user's own that have the names of built-in ones."""
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,3 +112,33 @@ def test_the_help_shows_the_users(
 def test_hydras_own_way_to_add_a_folder_is_refused(mine: Path) -> None:
     with pytest.raises(ConfigError, match=r"^hydra\.searchpath=\[.*\] is not allowed: --config-dir DIR adds the yamls"):
         load_config("+algo=vdn", f"hydra.searchpath=['file://{mine}']")
+
+
+@pytest.mark.parametrize("name", ["vdn", "_base"])
+def test_a_yaml_that_inherits_the_one_it_replaces_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "algo").mkdir()
+    (tmp_path / "algo" / f"{name}.yaml").write_text(f"defaults: [{name}]\nlr: 0.25\n")
+    with pytest.raises(ConfigError, match=r"^a yaml lists itself in its defaults: one that replaces a built-in yaml"):
+        load_config("+algo=vdn", config_dir=tmp_path)
+
+
+def test_an_incomplete_train_yaml_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train.yaml").write_text("defaults: [_self_, {env: matrix_game}]\nseed: 3\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        start(monkeypatch, "--config-dir", str(tmp_path), "+algo=vdn")
+    assert ended.value.code == 2
+    [line] = capfd.readouterr().err.splitlines()
+    assert re.search(r"train.yaml lacks .*num_seeds.*: it replaces the built-in train.yaml as a whole$", line)
+
+
+def test_a_broken_yaml_is_one_line_in_evaluate(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env" / "mine.yaml").write_text("_target_: [")
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main(["--config-dir", str(tmp_path), "policy_file=x.npz", "algo=vdn", "env=mine"])
+    assert ended.value.code == 2
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: while parsing")

@@ -61,8 +61,8 @@ def train_seeds(
     config = config if isinstance(config, RunConfig) else run_config(config)
     use_compilation_cache(config.compilation_cache)
     members = make_members(config.algo, _checked(seeds), config.sweep)
+    sharding = train_sharding(config, len(members))  # claims the cores before the check may start JAX's backend
     check_environment(config.env)
-    sharding = train_sharding(config, len(members))
 
     def grouped(learner_groups: int) -> Trainer:
         return make_trainer(config, sharding=sharding, learner_groups=learner_groups)

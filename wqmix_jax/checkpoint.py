@@ -67,7 +67,7 @@ class Origin(NamedTuple):
     Attributes:
         run: the run's random name, see `wqmix_jax.logger`.
         options: the options that a run keeps for good, by their dotted names.
-        machine: what bit-equal numbers depend on: version of jax, kind and number of devices.
+        machine: what bit-equal numbers depend on: version and settings of jax, kind and number of devices.
     """
 
     run: str
@@ -307,7 +307,7 @@ class Checkpoints:
                 print(f"warning: {told}; the numbers will not be equal to the last bit", file=sys.stderr)
 
     def _has_room_for_copies(self) -> bool:
-        """Whether the state is on an accelerator, and the host's memory can take a copy of it."""
+        """Returns True if the state is on an accelerator, and the host's memory can take a copy of it."""
         if next(iter(self._sharding.device_set)).platform == "cpu":
             return False
         left = self._memory_left()

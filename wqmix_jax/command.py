@@ -1,4 +1,4 @@
-"""What all command lines have in common: how they end when the reader, the Python or the devices are missing."""
+"""Behaviour that all command lines share: how they end if the reader, the Python or the devices are missing."""
 
 import functools
 import importlib.metadata

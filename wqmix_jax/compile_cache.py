@@ -27,7 +27,7 @@ MIN_COMPILE_SECONDS = 0.2
 """Programs that compile faster are not stored: reading and writing their entries would cost as much."""
 
 LOCK_SECONDS = 10
-"""How long to wait for another process that holds the folder's lock; JAX waits as long."""
+"""Time to wait for another process that holds the folder's lock; JAX waits as long."""
 
 _JAX_DEFAULTS = {"jax_compilation_cache_max_size": -1, "jax_persistent_cache_min_compile_time_secs": 1.0}
 _SETTINGS = {
@@ -41,7 +41,7 @@ _HIT = "/jax/compilation_cache/cache_hits"
 
 
 class _Process:
-    """What holds for this process.
+    """State of this process.
 
     Attributes:
         folder: the folder that `use_compilation_cache` gave to JAX; None while the cache is off or set by the user.
@@ -63,8 +63,8 @@ def use_compilation_cache(setting: bool | str) -> None:
     """
     if _setting("jax_compilation_cache_dir") != _Process.folder or not _setting("jax_enable_compilation_cache"):
         return
-    wanted = default_folder() if setting is True else Path(setting).expanduser().absolute() if setting else None
-    folder = None if wanted is None or not _is_usable(wanted) else str(wanted)
+    wanted = _wanted_folder(setting)
+    folder = None if wanted is None or not _is_usable(wanted, own=setting is True) else str(wanted)
     if folder == _Process.folder:
         return
     _Process.folder = folder
@@ -73,6 +73,16 @@ def use_compilation_cache(setting: bool | str) -> None:
         if _setting(name) == _JAX_DEFAULTS[name]:
             jax.config.update(name, value)
     compilation_cache.reset_cache()  # JAX keeps the folder with which it first compiled
+
+
+def _wanted_folder(setting: bool | str) -> Path | None:
+    if setting is False:
+        return None
+    try:
+        return default_folder() if setting is True else Path(setting).expanduser().absolute()
+    except RuntimeError as error:  # a user without a home folder, as in some containers
+        _warn("in the home folder" if setting is True else setting, str(error))
+        return None
 
 
 def default_folder() -> Path:
@@ -100,9 +110,16 @@ def compile_program(lowered: Any, options: dict[str, str | bool] | None = None) 
 @contextlib.contextmanager
 def cache_faults_in_one_line() -> Iterator[None]:
     """Prints JAX's warnings that the cache failed as one line on stderr; other warnings stay as they are."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.filterwarnings("always", message=_FAULT)
-        yield
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.filterwarnings("always", message=_FAULT)
+            yield
+    finally:
+        _show(caught)
+
+
+def _show(caught: list[warnings.WarningMessage]) -> None:
     faults = [str(warning.message) for warning in caught if re.match(_FAULT, str(warning.message))]
     for warning in caught:
         if str(warning.message) not in faults:
@@ -115,8 +132,11 @@ def _setting(name: str) -> Any:
     return getattr(jax.config, name)  # which declares none of its attributes
 
 
-def _is_usable(folder: Path) -> bool:
-    """Makes the folder, and removes the entries that an interrupted process left without a time, for JAX trips on them.
+def _is_usable(folder: Path, *, own: bool) -> bool:
+    """Makes the folder, and sees to entries without a time of last use, which would make JAX's next writes fail.
+
+    In this package's ``own`` folder, an interrupted process left them half written: they are removed. In another they
+    may belong to other programs, and get the time 0.
 
     Returns:
         Whether entries can be written there; if not, a line on stderr says why.
@@ -125,8 +145,13 @@ def _is_usable(folder: Path) -> bool:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # whoever can write there can run code as this user
         with filelock.FileLock(folder / ".lockfile", timeout=LOCK_SECONDS):
             for entry in folder.glob("*-cache"):
-                if not entry.with_name(f"{entry.name.removesuffix('-cache')}-atime").exists():
+                used = entry.with_name(f"{entry.name.removesuffix('-cache')}-atime")
+                if used.exists():
+                    continue
+                if own:
                     entry.unlink()
+                else:  # other programs' entries, kept without times because they don't bound the folder's size
+                    used.write_bytes(bytes(8))
     except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
         _warn(folder, getattr(error, "strerror", None) or str(error))
         return False

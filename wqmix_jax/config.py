@@ -55,6 +55,9 @@ MAX_NUM_SEEDS = 100_000
 CONTRACTS = {"algo": "wqmix_jax.algos.base.Algorithm", "env": "wqmix_jax.envs.base.Environment"}
 """What the classes of a run's parts subclass, named as their ``_target_`` are: both import this module."""
 
+PROGRAMS = ("worker_python", "simulator")
+"""Options of ``env`` that name a program, see `wqmix_jax.trust`."""
+
 RESUMABLE = ("total_env_steps", "distributed", "compilation_cache", "checkpoint", "logger")
 """Options that may differ when a run is resumed."""
 
@@ -396,7 +399,9 @@ def checked(cls: type[T], values: Mapping[str, Any], *, prefix: str) -> T:
 def _with_integers(values: Mapping[str, Any], errors: Sequence[Any]) -> dict[str, Any] | None:
     """The values with integers for the whole floats that were refused for being floats; None where there is none."""
     refused = [error for error in errors if error["type"] == "int_type" and type(error["input"]) is float]
-    changed = copy.deepcopy(dict(values))
+    changed = {
+        name: copy.deepcopy(value) if isinstance(value, dict | list) else value for name, value in values.items()
+    }
     found = False
     for error in refused:
         inside: Any = changed
@@ -439,7 +444,7 @@ def _one_line(error: Any, cls: type, prefix: str) -> str:
 
 
 def _hint(key: str, value: Any, cls: type, prefix: str) -> str:
-    """What a key that is unknown may stand for, and otherwise which keys there are."""
+    """Suggests what an unknown key may stand for; otherwise lists the known keys."""
     known = _keys(cls)
     group, name = prefix.rstrip("."), key.removeprefix(prefix)
     foreign = translated(f"{key}.{next(iter(value))}" if isinstance(value, Mapping) and value else key)

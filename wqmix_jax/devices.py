@@ -14,7 +14,12 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 SEED_AXIS, BATCH_AXIS = "seeds", "batch"
 """The mesh axes: the leading axis ``S`` of a train state is spread over the first and lies whole along the second."""
 
-_GPU_MEMORY = {"XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_ALLOCATOR"}
+_GPU_MEMORY = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "XLA_CLIENT_MEM_FRACTION",  # its newer name
+    "XLA_PYTHON_CLIENT_ALLOCATOR",
+}
 """Variables by which a user decides how JAX takes a GPU's memory."""
 
 MIN_PART = 4
@@ -57,7 +62,7 @@ def claim_cores() -> None:
 
 
 def asked_platforms() -> str | None:
-    """What ``JAX_PLATFORMS`` names, or a program's own setting of it."""
+    """The platforms that ``JAX_PLATFORMS`` or a program's own setting names; None if neither does."""
     return jax.config.values["jax_platforms"] or None
 
 

@@ -15,6 +15,7 @@ import hydra
 import jax
 import jax.numpy as jnp
 import numpy as np
+import yaml
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
@@ -27,6 +28,7 @@ from wqmix_jax.command import command, refuse_missing_backend
 from wqmix_jax.compile_cache import cache_faults_in_one_line, use_compilation_cache
 from wqmix_jax.config import (
     CONFIG_DIR,
+    PROGRAMS,
     CacheSetting,
     ConfigError,
     PositiveInt,
@@ -49,8 +51,8 @@ from wqmix_jax.policy import GREEDY, GreedyPolicy, play_episode
 from wqmix_jax.randomness import pinned_draws
 from wqmix_jax.runs import refuse_other_games
 from wqmix_jax.statistics import mean_estimate
-from wqmix_jax.train import tell_replaced, users_first
-from wqmix_jax.trust import PROGRAMS, Named
+from wqmix_jax.train import INHERITS_ITSELF, tell_replaced, users_first
+from wqmix_jax.trust import Named
 from wqmix_jax.types import PRNGKey, PyTree
 
 if TYPE_CHECKING:
@@ -125,6 +127,11 @@ def _evaluate(overrides: Sequence[str], config_dir: str | None) -> Iterator[str]
     """The lines that are printed."""
     _refuse_foreign(overrides)
     values = _compose(overrides, config_dir)
+    for group in ("env", "algo"):
+        if group not in values:
+            raise ConfigError(
+                f"{group} is missing: an evaluate.yaml in --config-dir replaces the built-in one as a whole"
+            )
     env_values, algo_values = values.pop("env"), values.pop("algo")
     chosen = _options(values)
     use_compilation_cache(chosen.compilation_cache)
@@ -163,6 +170,8 @@ def _refuse_foreign(overrides: Sequence[str]) -> None:
         is_program = override.key_or_group in [f"env.{name}" for name in PROGRAMS]
         if of_run and re.split("[./]", override.key_or_group)[0] in ("env", "algo") and not is_program:
             raise ConfigError(f"{text} is not allowed with run_dir: a run's own algorithm and environment play")
+        if override.key_or_group == "policy" and "policy_file" in played:
+            raise ConfigError(f"{text} is not allowed with policy_file: the file holds one policy of each seed")
         if override.key_or_group == "algo" and "policy_file" not in played:
             raise ConfigError(f"{text} is not allowed: the agents of a run or of a PyMARL checkpoint play")
     if "policy_file" in played and not of_run and "algo" not in played:
@@ -189,8 +198,7 @@ def _options(values: Mapping[str, Any]) -> EvaluateOptions:
     if not played:
         others = "pymarl=FOLDER, that of a PyMARL checkpoint, or policy_file=FILE algo=NAME"
         raise ConfigError(f"run_dir is missing: write run_dir=RUN_DIR, or {others}")
-    paths = {name: None if values[name] is None else str(values[name]) for name in (*sources, "render")}
-    return checked(EvaluateOptions, {**values, **paths}, prefix="")
+    return checked(EvaluateOptions, values, prefix="")
 
 
 def _pymarl_policy(env: Environment, algo_values: Mapping[str, Any], chosen: EvaluateOptions) -> GreedyPolicy:
@@ -206,7 +214,7 @@ def _pymarl_policy(env: Environment, algo_values: Mapping[str, Any], chosen: Eva
 
 
 def _described(opened: RunPolicies, chosen: EvaluateOptions) -> Iterator[str]:
-    """What is played: which policies, how long they were trained, and how many episodes."""
+    """Describes what is played: which policies, how long they were trained, and how many episodes."""
     plays = f"{chosen.episodes} greedy episode{'s' if chosen.episodes > 1 else ''}"
     if chosen.pymarl is not None:
         yield f"the agents of {chosen.pymarl} play {plays}"
@@ -366,8 +374,10 @@ def _compose(overrides: Sequence[str], config_dir: str | None) -> dict[str, Any]
         raise ConfigError(
             f"{str(error.missing_cfg_file).replace('/', '=')} is not allowed: choose one of {known}"
         ) from None
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(str(error)) from None
+    except RecursionError:
+        raise ConfigError(INHERITS_ITSELF) from None
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(" ".join(str(error).split())) from None
 
 
 if __name__ == "__main__":

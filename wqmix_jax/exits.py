@@ -86,7 +86,7 @@ def refuse(message: str, exit_code: int = REFUSED) -> NoReturn:
 
 
 def is_broken(stream: TextIO) -> bool:
-    """Whether nobody reads a stream any more, which is then flushed."""
+    """Flushes a stream and reports whether its reader is gone."""
     try:
         stream.flush()
         number = stream.fileno()

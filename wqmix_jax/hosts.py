@@ -92,6 +92,20 @@ def unused_tasks(values: Mapping[str, Any], environ: Mapping[str, str]) -> str |
     return None
 
 
+def refuse_step_of_tasks(environ: Mapping[str, str]) -> None:
+    """Refuses a sweep in each of several tasks of an srun step, because every task would run all of it.
+
+    Raises:
+        ConfigError: if so.
+    """
+    step = _slurm_step(environ)
+    if step is not None and step[0] > 1:
+        ways = "start it once, or let hydra/launcher=submitit_slurm submit its runs"
+        raise ConfigError(
+            f"-m is not allowed under srun with {step[0]} tasks, each of which would run the sweep: {ways}"
+        )
+
+
 def connected(values: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
     """A run's options, with `jax.distributed` started where they are ``distributed``, and hosts numbered by it.
 
@@ -191,7 +205,7 @@ def refuse_unexpected_processes(values: Mapping[str, Any]) -> None:
 
 
 def _slurm_step(environ: Mapping[str, str]) -> tuple[int, int] | None:
-    """How many tasks the srun step of this process has, and which of them this is; None outside of such a step.
+    """Number of tasks in the srun step of this process, and this task's index; None outside of such a step.
 
     Under sbatch or salloc without srun there is one process, ``SLURM_PROCID=0``, whatever ``SLURM_NTASKS`` is.
     """

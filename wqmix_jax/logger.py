@@ -38,7 +38,6 @@ train, one per seed and evaluation interval, means over the interval's iteration
     ``loss``, ``grad_norm`` (before clipping), and what the algorithm reports (``weight_mean``, ``q_tot_mean``, ..)
 """
 
-import collections
 import contextlib
 import glob
 import importlib.util
@@ -241,7 +240,6 @@ class WandbRuns:
         """
         self._run_dir, self._options, self._config = run_dir, options, config
         self._num_bytes = 0
-        self._num_records: collections.Counter[str] = collections.Counter()
         self._runs: dict[str, Any] = {}
         self._active = options.wandb != "disabled"
         self._guarded(self._start)
@@ -308,11 +306,14 @@ class WandbRuns:
             labels = labels_of(line)
             measured = {name: value for name, value in line.items() if name not in (*_COUNTERS, *labels)}
             values = {f"{line['kind']}/{name}": value for name, value in measured.items()}
-            member = member_name(labels)
-            run, step = self._runs[member], self._num_records[member]
-            self._num_records[member] += 1
+            run, step = self._runs[member_name(labels)], _step_of(line)
             if step >= run.starting_step:  # not 0 where W&B has the records of an online run until then
                 run.log({name: line[name] for name in _COUNTERS[2:]} | values, step=step, commit=True)
+
+
+def _step_of(line: Line) -> int:
+    """A record's step in W&B, which increases within a member and is the same whenever the record is handed over."""
+    return 2 * line["episodes"] + (line["kind"] == "eval")
 
 
 def _supersede(wandb_dir: Path, run_id: str) -> None:

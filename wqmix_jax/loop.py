@@ -28,7 +28,7 @@ _FIRST = ("episode_return", "episode_length")
 
 
 AIMED_SECONDS = 7.0
-"""What a chunk is to take: a signal waits for its end, and a CPU fetches its memory anew for each."""
+"""Aimed duration of a chunk: a signal waits for its end, and on a CPU shorter chunks make poorer use of the caches."""
 
 
 class Loop(NamedTuple):
@@ -53,11 +53,11 @@ class Loop(NamedTuple):
 
 
 class Compilation(NamedTuple):
-    """How a trainer's programs were compiled.
+    """Facts about the compilation of a trainer's programs.
 
     Attributes:
         seconds: tracing included.
-        from_cache: whether all of them were read from the persistent compilation cache.
+        from_cache: whether those that train and evaluate were read from the persistent compilation cache.
     """
 
     seconds: float
@@ -88,8 +88,8 @@ def compile_trainer(trainer: Trainer, members: Sequence[Member], *, fresh: bool 
     programs, from_cache = zip(*map(compile_program, lowered), strict=True)
     compiled = trainer._replace(train=programs[0], evaluate=programs[1])
     if fresh:
-        init, known = compile_program(jax.jit(trainer.init).lower(_as_array(_seeds(members))), _once_options())
-        compiled, from_cache = compiled._replace(init=lambda seeds: init(_as_array(seeds))), (*from_cache, known)
+        init, _ = compile_program(jax.jit(trainer.init).lower(_as_array(_seeds(members))), _once_options())
+        compiled = compiled._replace(init=lambda seeds: init(_as_array(seeds)))
     return compiled, Compilation(time.perf_counter() - started, all(from_cache))
 
 
@@ -170,7 +170,10 @@ def _train(trainer: Trainer, loop: Loop) -> Loop:
     started = time.perf_counter()
     iterations, iterations_until_learning = _next_iterations(trainer, loop)
     state, record = trainer.train(loop.state, np.int32(iterations))
-    chunk = jax.tree.map(lambda leaf: leaf[:iterations], jax.device_get(record))
+    record = jax.device_get(record)
+    # After a failure of the environment nothing was played; what is pending decides when the next evaluation is due.
+    played = iterations if trainer.failure() is None else int(record.active.any(1).sum())
+    chunk = jax.tree.map(lambda leaf: leaf[:played], record)
     seconds = time.perf_counter() - started
     return loop._replace(
         state=state,
@@ -181,12 +184,12 @@ def _train(trainer: Trainer, loop: Loop) -> Loop:
 
 
 def _evaluation_is_due(trainer: Trainer, loop: Loop) -> bool:
-    """Whether a whole evaluation interval is pending, or what the run trained last."""
+    """Returns True if a whole evaluation interval is pending, or the last iterations of the run."""
     return bool(loop.pending) and (num_pending(loop) >= trainer.eval_iterations or is_finished(loop))
 
 
 def _next_iterations(trainer: Trainer, loop: Loop) -> tuple[int, int]:
-    """How many iterations the next chunk has, and how many are left before the first that learns (0: it has learned).
+    """Counts the iterations of the next chunk, and those left before the first that learns (0: it has learned).
 
     A chunk ends where an evaluation is due, and before the first learner step: iterations take much longer from there.
     """

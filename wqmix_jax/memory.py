@@ -26,7 +26,7 @@ MAX_REASON = 200
 _NO_MEMORY = re.compile(
     r"RESOURCE_EXHAUSTED|out of memory|ALLOC_FAILED|failed to (create|allocate).*(handle|memory)", re.IGNORECASE
 )
-"""What JAX says of a full device; cuBLAS and cuDNN can't make their handles then."""
+"""JAX's messages about a full device; cuBLAS and cuDNN can't make their handles then."""
 
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
@@ -38,7 +38,7 @@ class MemoryPlan(NamedTuple):
         members: how many trainings share it.
         state: bytes of their train states, the replays among them.
         temporaries: bytes of what the programs compute on their way, and of their records.
-        checkpoint: bytes that writing or reading a checkpoint takes at most, beside the states.
+        checkpoint: bytes that writing or reading a checkpoint takes at most, in addition to the states.
         limit: bytes that are there for it; None where nobody tells.
     """
 
@@ -129,8 +129,7 @@ def _out_of_memory(message: str, device: Any) -> str:
     if device.platform not in ("gpu", "cuda", "rocm") or not preallocates:
         return told
     cause = "or another process uses the GPU, of which JAX takes 75% when it starts"
-    ways = "XLA_PYTHON_CLIENT_PREALLOCATE=false for each process, or XLA_PYTHON_CLIENT_MEM_FRACTION=.40,"
-    return f"{told}, {cause}: {ways} lets them share it"
+    return f"{told}, {cause}: XLA_PYTHON_CLIENT_PREALLOCATE=false for each process lets them share it"
 
 
 def memory_plan(trainer: Trainer, members: Sequence[Member]) -> MemoryPlan:
@@ -167,7 +166,7 @@ def memory_limit(trainer: Trainer) -> int | None:
 
 
 def host_memory_left() -> int | None:
-    """Bytes that this process can still allocate on the host; None where nobody tells."""
+    """Bytes that this process can still allocate on the host; None if unknown."""
     left = [size for size in (_machine_left(), _process_left(), _control_group_left()) if size is not None]
     return min(left, default=None)
 

@@ -13,7 +13,7 @@ from hydra.errors import HydraException, OverrideParseException
 
 from wqmix_jax.config import ConfigError
 
-FOLDERS = ("run_dir", "resume", "policy_file", "pymarl", "render", "out")
+FOLDERS = ("run_dir", "resume", "policy_file", "pymarl", "render", "out", "compilation_cache")
 """Options of a file or a folder. A comma in one makes no sweep."""
 
 NAMES = (
@@ -67,6 +67,8 @@ def _as_text(argument: str) -> str:
     written, key, value = found.groups()
     if key in FOLDERS and re.match("~(/|$)", value):
         raise ConfigError(f"{argument} is not allowed: the shell didn't replace ~; write the path of the home folder")
+    if key == "compilation_cache" and value.lower() in ("true", "false"):
+        return argument
     if value == "null" or _is_read_as_written(written, key, value):
         return argument
     if key in NAMES and _PLAIN_CHOICE.fullmatch(value):
@@ -75,7 +77,7 @@ def _as_text(argument: str) -> str:
 
 
 def _is_read_as_written(written: str, key: str, value: str) -> bool:
-    """Whether hydra reads the same string, a quoted one or, of a name, a choice or a range of values."""
+    """Returns True if hydra reads the same string, a quoted one or, of a name, a choice or a range of values."""
     try:
         override = OverridesParser.create().parse_override(f"{written}={value}")
     except HydraException:

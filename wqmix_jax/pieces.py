@@ -17,10 +17,10 @@ PIECE_BYTES = 4 * 2**20
 """The most bytes of one piece, unless a single element has more."""
 
 BATCH_BYTES = 4 * PIECE_BYTES
-"""How many bytes of pieces are written or read at the same time."""
+"""Bytes of pieces that are written or read at the same time."""
 
 BATCH_COPIES = 5
-"""How often the bytes of such a batch exist at most: as pieces, encoded, compressed and in the buffers of files.
+"""Most copies of such a batch that exist at a time: as pieces, encoded, compressed and in the buffers of files.
 
 Measured with ``python -m experiments.checkpoint_cost``.
 """
@@ -29,7 +29,7 @@ Index = tuple[slice, ...]
 
 
 def buffer_bytes(num_bytes: int) -> int:
-    """The most memory that writing or reading arrays of ``num_bytes`` in pieces takes beside the arrays."""
+    """The most memory that writing or reading arrays of ``num_bytes`` in pieces takes in addition to the arrays."""
     return BATCH_COPIES * min(BATCH_BYTES + PIECE_BYTES, num_bytes)
 
 

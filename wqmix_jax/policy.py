@@ -2,6 +2,7 @@
 
 import dataclasses
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,9 +128,14 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:  # by its name, numpy leaves it open
-            return dict(arrays)
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"{path} can't be read: {error}") from None
+            found = dict(arrays)
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror or error}") from None
+    except (ValueError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+        raise ConfigError(f"{path} can't be read: it holds no policies, or is damaged") from None
+    if not all(isinstance(values, np.ndarray) for values in found.values()):
+        raise ConfigError(f"{path} can't be read: it holds no policies, or is damaged")
+    return found
 
 
 def finite_members(params: PyTree) -> np.ndarray:

@@ -28,7 +28,7 @@ NARROWEST_BAR, WIDEST_BAR = 10, 40
 """Columns of the terminal."""
 
 DROPPED_FIRST = ("seeds", "steps", "pace", "return", "win rate")
-"""What a narrow terminal doesn't show next to the bar, in this order; the percentage and the time left always fit."""
+"""Figures that a narrow terminal leaves out, in this order; the percentage and the time left always fit."""
 
 
 class Display(Protocol):
@@ -91,7 +91,7 @@ class _Pace:
                 self._evaluated[member_name(labels_of(line))] = line
 
     def parts(self) -> dict[str, str]:
-        """What there is to tell by what it is about, in the order in which it is shown."""
+        """The figures to show by their names, in the order in which they are shown."""
         parts = {
             "seeds": "1 seed" if self._num_seeds == 1 else f"{self._num_seeds} seeds",
             "steps": f"{self.slowest:,} of {self.total:,} steps",

@@ -17,6 +17,7 @@ import numpy as np
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.exploration import with_idle_action
 from wqmix_jax.packing import Slots
+from wqmix_jax.randomness import pinned_draws
 from wqmix_jax.types import Array, Episode, Observation, PRNGKey, PyTree
 
 ReplayState = Any
@@ -111,7 +112,7 @@ def stored_template(env: Environment) -> StoredEpisode:
     limit = spec.episode_limit
 
     def empty() -> StoredEpisode:
-        step = env.pack(env.reset(jax.random.key(0)))
+        step = env.pack(env.reset(jax.random.key(0, impl="threefry2x32")))
         return StoredEpisode(
             steps=jax.tree.map(lambda leaf: jnp.zeros((limit + 1, *leaf.shape), leaf.dtype), step),
             joint_action=jnp.zeros((limit, spec.num_agents), np.min_scalar_type(spec.num_actions - 1)),
@@ -120,7 +121,8 @@ def stored_template(env: Environment) -> StoredEpisode:
             terminated=jnp.bool_(False),
         )
 
-    return jax.eval_shape(empty)
+    with pinned_draws():
+        return jax.eval_shape(empty)
 
 
 def _unpack(env: Environment, stored: StoredEpisode, num_steps: int) -> Episode:

@@ -70,7 +70,7 @@ from wqmix_jax.trainer import Trainer, make_trainer, train_sharding
 from wqmix_jax.trust import Named, open_config
 
 SETTINGS = "configuration of jax"
-"""What `numeric_settings` are in a checkpoint."""
+"""Name of `numeric_settings` in a checkpoint."""
 
 
 def start(values: Mapping[str, Any], *, algo: str, env: str, config_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -119,8 +119,9 @@ def resume(run_dir: Path, changes: Mapping[str, Any], *, config_dir: str | os.Pa
 
     Args:
         run_dir: the run's folder.
-        changes: ``total_env_steps``, ``distributed``, ``checkpoint`` and ``logger`` may differ from the run's
-            ``config.yaml``; nested mappings. ``env`` repeats the programs (`trust.PROGRAMS`) that it may start.
+        changes: ``total_env_steps``, ``distributed``, ``compilation_cache``, ``checkpoint`` and ``logger`` may differ
+            from the run's ``config.yaml``; nested mappings. ``env`` repeats the programs that it may start
+            (`config.PROGRAMS`).
         config_dir: a folder of own yamls, from which modules may be imported, see `wqmix_jax.trust`.
 
     Returns:
@@ -138,7 +139,7 @@ def resume(run_dir: Path, changes: Mapping[str, Any], *, config_dir: str | os.Pa
         raise ConfigError(f"resume={run_dir} is not allowed: it was merged from {', '.join(header['merged'])}")
     refuse_lost_checkpoints(run_dir)
     old = _opened(run_dir, recorded["env"], changes.get("env", {}), config_dir)
-    values = _merged(old, changes)
+    values = _trusted_cache(_merged(old, changes), changes)
     values = connected(values, os.environ)
     refuse_missing_backend()
     config = run_config(values)
@@ -152,6 +153,16 @@ def resume(run_dir: Path, changes: Mapping[str, Any], *, config_dir: str | os.Pa
     members = make_members(config.algo, config.seeds, config.sweep)
     _train(config, values, run_dir, _make_trainer(config, members), members, how_to_go_on(run_dir, config_dir))
     return run_dir
+
+
+def _trusted_cache(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The options without a folder of compiled programs that only the run names: programs are code."""
+    folder = values["compilation_cache"]
+    if not isinstance(folder, str) or "compilation_cache" in changes:
+        return dict(values)
+    repeat = f"repeat compilation_cache={folder} if you trust it"
+    _tell(f"warning: the run's folder of compiled programs is not used, because programs are code; {repeat}")
+    return {**values, "compilation_cache": True}
 
 
 def _opened(
@@ -179,7 +190,7 @@ def _train(
     """Trains to the end or to a signal, and says how ``to_go_on``. Every way out of a run leads through here."""
     nothing = _no_policy(config, trainer, members)
     origin = Origin(load_header(run_dir)["run"], kept_options(values), _machine(trainer))
-    stopping = StopSignals(lambda: _tell(f"ended at once; {to_go_on}"))
+    stopping = StopSignals(lambda: _tell(f"ended immediately, without saving; {to_go_on}"))
     with lasting_output(), held(run_dir), stopping as signals, _faults(run_dir, to_go_on):
         print(f"run: {run_dir}")
         for line in (*device_lines(trainer), *plan_lines(config, trainer, len(members))):
@@ -231,7 +242,7 @@ def refuse_lost_checkpoints(run_dir: Path) -> None:
     Raises:
         ConfigError: if there was a checkpoint, and there is none, not even one in the making.
     """
-    begun = bool(read_summary(run_dir))  # written as soon as the first checkpoint is begun
+    begun = bool(read_summary(run_dir))  # written with the first checkpoint
     if begun and not any((run_dir / CHECKPOINT_DIR).glob("[0-9]*")):
         told = "its checkpoints are gone; a new run_dir=FOLDER starts over, and the records can still be read"
         raise ConfigError(f"resume={run_dir} is not allowed: {told}")

@@ -26,7 +26,15 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import wqmix_jax
-from wqmix_jax.config import RESUMABLE, ConfigError, RunConfig, install_extra, refuse_what_is_not_data, run_defaults
+from wqmix_jax.config import (
+    PROGRAMS,
+    RESUMABLE,
+    ConfigError,
+    RunConfig,
+    install_extra,
+    refuse_what_is_not_data,
+    run_defaults,
+)
 from wqmix_jax.devices import num_cores
 from wqmix_jax.logger import HEADER_FILE, METRICS_FILE, load_header, load_metrics, read_mapping
 from wqmix_jax.members import labels_of, member_name
@@ -174,7 +182,7 @@ def read_config(run_dir: Path, *, option: str = "resume") -> dict[str, Any]:
 
 
 def _no_run(path: Path, option: str) -> str:
-    """What a path is that isn't a run's folder: something inside one, or a folder of several."""
+    """Explains a path that isn't a run's folder: something inside one, or a folder of several."""
     of_run = next((folder for folder in path.parents if (folder / CONFIG_FILE).is_file()), None)
     if of_run is not None:
         return f"it is inside the folder of a run; write {option}={of_run}"
@@ -295,18 +303,21 @@ def how_to_go_on(run_dir: Path, config_dir: str | os.PathLike[str] | None = None
     parts = [_python(), "-m", "wqmix_jax.train"]
     if config_dir is not None:
         parts += ["--config-dir", _from_here(Path(config_dir))]
-    repeated = [f"env.{name}={_as_option(value)}" for name, value in _programs(run_dir).items()]
+    repeated = [f"{name}={_as_option(value)}" for name, value in _programs(run_dir).items()]
     return f"to go on: {shlex.join([*parts, f'resume={_as_option(str(run_dir))}', *repeated])}"
 
 
 def _programs(run_dir: Path) -> dict[str, str]:
-    """The options of ``env`` that must be repeated when the run is resumed, see `wqmix_jax.trust`."""
-    env: dict[str, Any] = {}
+    """The options that must be repeated when the run is resumed, see `wqmix_jax.trust`."""
+    values: dict[str, Any] = {"env": {}}
     with contextlib.suppress(ConfigError):
-        env = read_config(run_dir)["env"]
-    python, simulator = env.get("worker_python"), str(env.get("simulator", ".py:"))
-    repeated = {} if python in (None, sys.executable) else {"worker_python": str(python)}
-    return repeated | ({} if ".py:" in simulator else {"simulator": simulator})
+        values = read_config(run_dir)
+    programs = {f"env.{name}": values["env"].get(name) for name in PROGRAMS}
+    if programs["env.worker_python"] == sys.executable:
+        del programs["env.worker_python"]
+    cache = values.get("compilation_cache")
+    programs["compilation_cache"] = cache if isinstance(cache, str) else None
+    return {name: str(value) for name, value in programs.items() if value is not None}
 
 
 def _python() -> str:

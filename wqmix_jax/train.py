@@ -32,6 +32,7 @@ from wqmix_jax import option_help
 from wqmix_jax.command import command, copied_checkout, refuse_missing_backend
 from wqmix_jax.config import (
     CONFIG_DIR,
+    PROGRAMS,
     RESUMABLE,
     ConfigError,
     RunConfig,
@@ -42,15 +43,23 @@ from wqmix_jax.config import (
 )
 from wqmix_jax.exits import RunError, refuse
 from wqmix_jax.foreign_names import translated
-from wqmix_jax.hosts import SLURM, abandon_others, connected, refuse_unexpected_processes, unused_tasks, with_host
+from wqmix_jax.hosts import (
+    SLURM,
+    abandon_others,
+    connected,
+    refuse_step_of_tasks,
+    refuse_unexpected_processes,
+    unused_tasks,
+    with_host,
+)
 from wqmix_jax.overrides import as_text, parse_overrides, quoted
 
 _GROUPS = ("algo", "env")
 
-_IN_A_MAPPING = re.compile(r"sweep\.|(algo|env)\.\w+(\.|=\s*\{)|env\.(worker_python|simulator)=")
+_IN_A_MAPPING = re.compile(rf"sweep\.|(algo|env)\.\w+(\.|=\s*\{{)|env\.({'|'.join(PROGRAMS)})=")
 
-_PROGRAMS = ("env.worker_python", "env.simulator")
-"""What may be repeated with ``resume``: the folder alone is not trusted with it, see `wqmix_jax.trust`."""
+_PROGRAMS = tuple(f"env.{name}" for name in PROGRAMS)
+"""Options that may be repeated with ``resume``: the folder alone is not trusted with them, see `wqmix_jax.trust`."""
 
 _REFUSED_FLAGS = ("config_path", "config_name", "experimental_rerun")
 """Hydra's flags that would compose, or unpickle, other files than the package's yamls and those of ``--config-dir``."""
@@ -69,6 +78,7 @@ def main() -> None:
         multirun = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
         _refuse_flags(args)
         add_import_paths(args.config_dir)
+        _refuse_incomplete(args.config_dir)
         _register_help(args.config_dir)
         shows_only = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
         if not shows_only:
@@ -79,6 +89,7 @@ def main() -> None:
                 print(f"warning: {told}", file=sys.stderr)
         if multirun and not shows_only:
             _share_gpu_if_side_by_side(args.overrides)
+            refuse_step_of_tasks(os.environ)
             _check_each_run(args.overrides, args.config_dir)
             folder = _make_sweep_dir(args.overrides)
             sys.argv = [*_with_late_options(sys.argv, args.overrides), f"hydra.sweep.dir={folder}"]  # hydra's own key
@@ -91,6 +102,24 @@ def _refuse_flags(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None:
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{flag} is not allowed: --config-dir DIR adds yamls, resume=RUN_DIR continues a run")
+    modes = ("multirun", "run", "cfg", "info", "shell_completion")
+    first, *others = [f"--{name.replace('_', '-')}" for name in modes if getattr(args, name)] or [""]
+    if others:
+        raise ConfigError(f"{others[0]} is not allowed with {first}: choose one of them")
+
+
+def _refuse_incomplete(config_dir: str | os.PathLike[str] | None) -> None:
+    """Refuses a user's own ``train.yaml`` that lacks what the built-in one has."""
+    own = Path(config_dir or "", "train.yaml")
+    if config_dir is None or not own.is_file():
+        return
+    try:
+        found, built_in = (yaml.safe_load(path.read_text()) for path in (own, CONFIG_DIR / "train.yaml"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{own} can't be read: {_joined(error)}") from None
+    missing = [name for name in built_in if not isinstance(found, dict) or name not in found]
+    if missing:
+        raise ConfigError(f"{own} lacks {', '.join(missing)}: it replaces the built-in train.yaml as a whole")
 
 
 def load_config(*overrides: str, config_dir: str | os.PathLike[str] | None = None) -> RunConfig:
@@ -114,13 +143,14 @@ def load_values(*overrides: str, config_dir: str | os.PathLike[str] | None = Non
     """
     overrides = tuple(_prepared(overrides))
     add_import_paths(config_dir)
+    _refuse_incomplete(config_dir)
     check_overrides(overrides, config_dir)
     with _in_one_line(overrides, config_dir):
         return _plain(_compose(overrides, config_dir))
 
 
 def names(group: str, config_dir: str | os.PathLike[str] | None = None) -> str:
-    """What ``algo``, ``env`` or ``preset`` can be: the names of the package's yamls and of those in a user's folder."""
+    """Lists the choices of ``algo``, ``env`` or ``preset``: the names of the package's yamls and of a user's own."""
     folders = [CONFIG_DIR] if config_dir is None else [CONFIG_DIR, Path(config_dir)]
     stems = {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
     return ", ".join(sorted(stem for stem in stems if not stem.startswith("_")))
@@ -332,9 +362,8 @@ def _run(cfg: DictConfig) -> None:
         config_dir = next((source.path for source in sources if source.provider == "command-line"), None)
         add_import_paths(config_dir)
         values = _plain(cfg)
-        values |= {
-            name: whole(values[name]) for name in ("hosts", "host")
-        }  # which are compared before they are checked
+        # They are compared before they are checked.
+        values |= {name: whole(values[name]) for name in ("hosts", "host", "num_seeds")}
         if values["resume"] is None:
             if not several:  # otherwise all are told before the first run
                 tell_replaced("train", [*hydra_config.overrides.hydra, *hydra_config.overrides.task], config_dir)
@@ -477,6 +506,12 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"{error.full_key} is not allowed: {str(error).splitlines()[0]}") from None
 
 
+INHERITS_ITSELF = (
+    "a yaml lists itself in its defaults: one that replaces a built-in yaml can't inherit it; choose another name, or "
+    "copy the options"
+)
+
+
 @contextlib.contextmanager
 def _in_one_line(overrides: Sequence[str], config_dir: str | os.PathLike[str] | None) -> Iterator[None]:
     """Turns hydra's and omegaconf's errors into a `ConfigError`."""
@@ -489,6 +524,8 @@ def _in_one_line(overrides: Sequence[str], config_dir: str | os.PathLike[str] | 
         options = ", ".join(option for option in error.options if not option.startswith("_"))
         extra = f"; more come with an extra: {install_extra('launchers')}" if group == "hydra/launcher" else ""
         raise ConfigError(f"{group}={name} is not allowed: choose one of {options}{extra}") from None
+    except RecursionError:
+        raise ConfigError(INHERITS_ITSELF) from None
     except ConfigCompositionException as error:
         _refuse_unknown_key(overrides, config_dir)
         raise ConfigError(_joined(error)) from None

@@ -16,13 +16,10 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wqmix_jax.config import CONTRACTS, ConfigError, add_import_paths, part_class
+from wqmix_jax.config import CONTRACTS, PROGRAMS, ConfigError, add_import_paths, part_class
 from wqmix_jax.envs.host.bridge import BridgedEnvironment, HostEnvironment, simulator_file
 from wqmix_jax.logger import HEADER_FILE
 from wqmix_jax.runs import CONFIG_FILE, read_config
-
-PROGRAMS = ("worker_python", "simulator")
-"""Options of ``env`` that name a program."""
 
 _TARGET = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*)[.:][^\W\d]\w*")
 
@@ -30,7 +27,7 @@ _INSTALLED = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "p
 
 _HOW = "start where it is, or name its folder with --config-dir (config_dir= in Python)"
 
-_PLACES = "the current folder or --config-dir (config_dir= in Python), or came with a run or a package"
+_PLACES = "the current folder or --config-dir (config_dir= in Python), outside of runs and installed packages"
 
 
 class Named(NamedTuple):
@@ -100,11 +97,14 @@ def _checked_target(run_dir: Path, group: str, target: Any, named: Named) -> lis
         if not _is_module_of_package(module):
             raise ConfigError(f"{option} is not allowed: {module} is not a module of this package")
         return []
-    for name, file in _files_to_import(module):
+    # `pkgutil.resolve_name` tries the last name of MODULE.CLASS as a module, too.
+    for name, file in _files_to_import(module if ":" in target else target):
+        if file is None and name == target:
+            continue  # a class
         if file is None:
             raise ConfigError(f"{option} can't be imported: module {name} is not found; {_HOW}")
         if not _is_allowed(file, run_dir, named):
-            raise ConfigError(f"{option} is not allowed: {name} is {file}, which is not in {_PLACES}")
+            raise ConfigError(f"{option} is not allowed: {name} is {file}, but must be in {_PLACES}")
         lines.append(f"{name} from {file}")
     return lines
 
@@ -154,9 +154,9 @@ def _spec(name: str, search: Iterable[str] | None) -> ModuleSpec | None:
 
 
 def _is_allowed(file: Path, run_dir: Path, named: Named) -> bool:
-    """Whether ``file``, resolved, is in a place that the user has named and came neither with a run nor a package."""
+    """Checks that ``file``, resolved, is in a place that the user has named, outside of runs and packages."""
     run_dir, working = run_dir.resolve(), Path.cwd().resolve()
-    places = [working]
+    places = [] if working.is_relative_to(run_dir) else [working]
     if named.config_dir is not None:
         config_dir = Path(named.config_dir).resolve()
         places += [place for place in (config_dir, config_dir.parent) if not place.is_relative_to(run_dir)]
@@ -164,7 +164,7 @@ def _is_allowed(file: Path, run_dir: Path, named: Named) -> bool:
 
 
 def _is_users(file: Path, place: Path, run_dir: Path) -> bool:
-    """Whether ``file`` is in ``place``, and in none of the folders inside it that hold a run or installed packages."""
+    """Checks that ``file`` is in ``place``, outside of the folders in it that hold a run or installed packages."""
     if not file.is_relative_to(place):
         return False
     inside = [folder for folder in file.parents if folder != place and folder.is_relative_to(place)]
@@ -210,5 +210,5 @@ def _check_simulator(run_dir: Path, simulator: str, named: Named) -> None:
     if file is None:
         raise ConfigError(f"{option} is not imported: it names an installed module; {repeat}")
     if not _is_allowed(file.resolve(), run_dir, named):
-        raise ConfigError(f"{option} is not allowed: {file} is not in {_PLACES}; {repeat}")
+        raise ConfigError(f"{option} is not allowed: {file} must be in {_PLACES}; {repeat}")
     _tell([f"workers run {file}, named by {run_dir / CONFIG_FILE}"])

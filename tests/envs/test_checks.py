@@ -12,7 +12,8 @@ from tests.environments import Clock, Leaver, Recall
 from wqmix_jax import load_config, train_seeds
 from wqmix_jax.api import load_policies
 from wqmix_jax.config import ConfigError, build, load_group
-from wqmix_jax.envs.base import Environment
+from wqmix_jax.envs import checks
+from wqmix_jax.envs.base import Environment, GameOfPackage
 from wqmix_jax.envs.checks import check_environment
 from wqmix_jax.envs.predator_prey import PredatorPrey
 from wqmix_jax.types import Observation
@@ -70,7 +71,7 @@ UNFIT: list[tuple[str, Any, str]] = [
     ("no steps", with_spec(episode_limit=0), r"spec.episode_limit=0; return a positive integer"),
     ("half a step", with_spec(episode_limit=2.5), r"spec.episode_limit=2.5; return a positive integer"),  # type: ignore
     ("no spec", changed(spec=property(lambda self: (2, 2))), r"spec is a tuple; return a wqmix_jax.types.EnvSpec"),
-    ("integers", with_seen(obs=lambda obs: obs.astype(int)), r"obs of int32\[2, 2\], but float32\[2, 2\] is needed"),
+    ("keys seen", with_seen(obs=lambda obs: KEY), r"obs of key<fry>\[\], but float32\[2, 2\] is needed"),
     ("avail", with_seen(avail_actions=lambda a: a.astype(jnp.float32)), r"avail_actions of float32\[2, 2\], but bool"),
     ("a tuple", changed(observe=lambda self, env_state: (1, 2)), r"observe returns tuple; return a .*Observation"),
     ("reward", with_outcome(reward=jnp.zeros(2)), r"step returns reward of float32\[2\], but float32\[\] is needed"),
@@ -181,3 +182,23 @@ def test_a_run_whose_environment_has_changed_since_is_not_opened(monkeypatch: py
         load_policies(kept)
     with pytest.raises(ConfigError, match=message):
         train_seeds(load_config("+algo=iql", "env=predator_prey"), [0])
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "bfloat16"])
+def test_observations_of_other_numbers_are_accepted(dtype: str) -> None:
+    """They are converted to float32, as the replay stores them."""
+    check_environment(with_seen(obs=lambda obs: jnp.zeros_like(obs, dtype)))
+
+
+def test_a_state_of_a_narrower_dtype_is_accepted() -> None:
+    """A loop promotes it to the dtype of the first state."""
+    assert checks._becomes(jnp.dtype("int8"), jnp.dtype("int32"))
+    assert not checks._becomes(jnp.dtype("int32"), jnp.dtype("int8"))
+    assert not checks._becomes(KEY.dtype, jnp.dtype("int32"))
+
+
+def test_the_games_of_packages_are_packed_and_unpacked() -> None:
+    """An own environment may record its package's version, and still loses what its storage can't hold."""
+    host = property(lambda self: GameOfPackage("jax"))
+    env = changed(storage_dtype=property(lambda self: jnp.uint8), host=host)
+    assert checks._stores_its_own_way(env)

@@ -5,6 +5,7 @@ can't hold.
 """
 
 import operator
+import os
 import sysconfig
 import traceback
 from collections.abc import Callable
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from wqmix_jax.config import ConfigError
-from wqmix_jax.envs.base import Environment, Host
+from wqmix_jax.envs.base import Environment, GameOfPackage, Host
+from wqmix_jax.randomness import pinned_draws
 from wqmix_jax.types import EnvSpec, Observation, PRNGKey, PyTree, StepOutcome
 
 RESERVED_METRICS = (
@@ -31,7 +33,10 @@ STEPS_PACKED = 16
 CLOSE = 1e-5
 """Relative: how far an unpacked feature may be from the observed one; compilers round float32 differently."""
 
-_LIBRARIES = (*(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), str(Path(__file__).parents[1]))
+_LIBRARIES = tuple(
+    f"{folder}{os.sep}"
+    for folder in (*(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), Path(__file__).parents[1])
+)
 """Folders of code that isn't to blame for what it raises."""
 
 
@@ -50,8 +55,8 @@ class _Field(NamedTuple):
 
 
 _OBSERVATION = {
-    "obs": _Field(("num_agents", "obs_dim"), "f", "float32"),
-    "state": _Field(("state_dim",), "f", "float32"),
+    "obs": _Field(("num_agents", "obs_dim"), "fiub", "float32"),  # a number of another dtype is converted
+    "state": _Field(("state_dim",), "fiub", "float32"),
     "avail_actions": _Field(("num_agents", "num_actions"), "b", "bool"),
 }
 _OUTCOME = {
@@ -65,6 +70,7 @@ class _Fault(Exception):
     """A breach of an environment's contract; the message says where."""
 
 
+@pinned_draws()
 def check_environment(env: Environment) -> None:
     """Refuses an environment whose functions don't return what its spec and `Environment` promise.
 
@@ -145,9 +151,17 @@ def _check_same_state(first: PyTree, following: PyTree) -> None:
         raise _Fault(f"step returns a state of another structure than reset: {structures}")
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(first)]
     for path, one, other in zip(paths, jax.tree.leaves(first), jax.tree.leaves(following), strict=True):
-        if (one.shape, one.dtype) != (other.shape, other.dtype):
+        if one.shape != other.shape or not _becomes(other.dtype, one.dtype):
             differs = f"{_described(other)}, but reset returns it of {_described(one)}"
             raise _Fault(f"step returns the state's {_name(path)} of {differs}")
+
+
+def _becomes(dtype: Any, other: Any) -> bool:
+    """Returns True if arrays of ``dtype`` are promoted to ``other`` where the two meet."""
+    if dtype == other:
+        return True
+    numbers = (jnp.issubdtype(each, np.number) or each == np.bool_ for each in (dtype, other))
+    return all(numbers) and jnp.promote_types(dtype, other) == other
 
 
 def _check_metrics(found: Any) -> None:
@@ -167,7 +181,7 @@ def _stores_its_own_way(env: Environment) -> bool:
     """
     lossless = _packs_by_default(env) and np.dtype(env.storage_dtype) == np.float32
     own = type(env).__module__.split(".")[0] == __name__.split(".")[0]
-    return not lossless and not own and type(env.host) is Host
+    return not lossless and not own and type(env.host) in (Host, GameOfPackage)
 
 
 def _check_packing(env: Environment) -> None:
@@ -241,6 +255,8 @@ def _where(error: Exception) -> str:
 
 def _kind(leaf: Any) -> str:
     """Numpy's letter of an array's kind of dtype; ``-`` for those that numpy doesn't have, such as random keys."""
+    if jnp.issubdtype(leaf.dtype, np.floating):  # bfloat16, too
+        return "f"
     return getattr(leaf.dtype, "kind", "-")
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.envs.host.running import WORKERS, toy
 from wqmix_jax.config import ConfigError, build
-from wqmix_jax.envs.host import worker
+from wqmix_jax.envs.host import supervisor, worker
 from wqmix_jax.exits import RunError
 
 HALF = f"""#!{sys.executable}
@@ -113,6 +113,30 @@ def test_workers_may_be_many(many_open_files: None) -> None:
         assert not env.host.supervisor.arrays("training")["failed"].any()
 
 
+@pytest.mark.parametrize("supervised", [True, False])
+def test_a_system_without_room_for_workers_ends_the_run_with_one_line(
+    supervised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(24, "Too many open files")
+
+    env = toy()
+    monkeypatch.setattr(supervisor, "Pool", full)
+    told = r"^workers can't be started: \[Errno 24\] Too many open files$"
+    if not supervised:
+        with pytest.raises(RunError, match=told):
+            env.host.supervisor.reset("training", np.array([2, 3]))
+        return
+
+    def play() -> None:
+        with env.host.running([0]):
+            floats, flags = env.host.supervisor.reset("training", np.array([2, 3]))
+            assert (floats.any(), flags[-2:].tolist()) == (False, [True, True]), "no row of the call has played"
+
+    with pytest.raises(RunError, match=told):
+        play()
+
+
 SIMULATOR = """
 import numpy as np
 
@@ -171,6 +195,9 @@ def test_sizes_may_be_integers_of_numpy(tmp_path: Path) -> None:
         ("obs", [[1, 2, 3], [1, 2]], r"obs of agent 1 has shape \(2,\), but \(3,\) is needed"),
         ("obs", [[1, [2], 3], [1, 2, 3]], r"obs of agent 0 has shape ragged, but \(3,\) is needed"),
         ("obs", [np.ones(3), None], r"obs of agent 1 has shape \(\), but \(3,\) is needed"),
+        ("obs", None, r"obs has shape \(\), but \(2, 3\) is needed"),
+        ("reward", "five", r"reward holds a str of dtype <U4, but numbers are needed"),
+        ("reward", None, r"reward holds a NoneType of dtype object, but numbers are needed"),
         ("obs", [[1, 2], [1, 2]], r"obs has shape \(2, 2\), but \(2, 3\) is needed"),
         ("obs", [[1, 2, 3]], r"obs has shape \(1, 3\), but \(2, 3\) is needed"),
         ("obs", [[1, 2, 3], [1, np.nan, 3]], "obs of agent 1 holds a value that is not finite"),

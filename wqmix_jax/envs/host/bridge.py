@@ -302,7 +302,7 @@ class HostEnvironment(BridgedEnvironment):
 
 
 def _misfit(answer: Mapping[str, Any]) -> str | None:
-    """What is wrong with a simulator's ``info`` and ``versions``."""
+    """Describes what is wrong with a simulator's ``info`` and ``versions``; None if nothing is."""
     info, versions = answer["info"], answer["versions"]
     for method, found in (("info", info), ("versions", versions)):
         if not isinstance(found, dict):

@@ -210,7 +210,7 @@ class Worker:
         self._log.close()
 
     def death(self) -> str:
-        """How the process ended, and the last line that it wrote."""
+        """Describes how the process ended, with the last line that it wrote."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=SECONDS_TO_CLOSE)
         code = self.process.returncode

@@ -113,7 +113,13 @@ class Supervisor:
     ) -> Returned:
         """What is returned after ``obey``, which says whom of the ``rows`` that it calls failed."""
         self.calls[role, command] += 1
-        pool = self._pool(role, num_rows)
+        try:
+            pool = self._pool(role, num_rows)
+        except OSError as error:  # too many open files, say
+            self.failure = RunError(f"workers can't be started: {error}")
+            if not self.supervised:
+                raise self.failure from error
+            return self._failed_rows(num_rows)
         failed = pool.arrays["failed"]
         failed[:] = False
         try:
@@ -132,6 +138,12 @@ class Supervisor:
             if not self.supervised:
                 raise self.failure
         return pool.flat(list(self.floats)), pool.flat(list(self.flags))
+
+    def _failed_rows(self, num_rows: int) -> Returned:
+        """The arrays of a call that no worker served: zeros, and every row has failed."""
+        floats = [np.zeros((num_rows, *shape), np.float32).ravel() for shape in self.floats.values()]
+        flags = [np.full((num_rows, *shape), name == "failed").ravel() for name, shape in self.flags.items()]
+        return np.concatenate(floats), np.concatenate(flags)
 
     def _reset(self, pool: Pool, role: str, seeds: np.ndarray) -> Iterable[int]:
         pool.arrays["seed"][:] = seeds

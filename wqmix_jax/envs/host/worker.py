@@ -123,6 +123,8 @@ def put(arrays, name, value):
     """Writes a value of just the right shape; a bool is anything but zero."""
     target = arrays[name]
     found = fitting(name, value, target.shape)
+    if found.dtype.kind not in "biuf":
+        raise ValueError(f"{name} holds a {type(value).__name__} of dtype {found.dtype}, but numbers are needed")
     finite = np.isfinite(found)
     if not finite.all():
         where = f" of agent {np.argwhere(~finite)[0][0]}" if name in BY_AGENT else ""
@@ -147,7 +149,10 @@ def fitting(name, value, shape):
 
 def misfit(name, value, shape):
     """The error of a value that lacks ``shape``."""
-    shapes = [shape_of(row) for row in value] if name in BY_AGENT else []
+    try:
+        shapes = [shape_of(row) for row in value] if name in BY_AGENT else []
+    except TypeError:  # it has no rows at all
+        shapes = []
     if len(set(shapes)) > 1:
         agent = next(agent for agent, found in enumerate(shapes) if found != shape[1:])
         return f"{name} of agent {agent} has shape {shapes[agent]}, but {shape[1:]} is needed"
