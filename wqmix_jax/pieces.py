@@ -3,6 +3,7 @@
 A piece is a block of consecutive elements in row-major order. The bytes of all pieces in order are those of the array.
 """
 
+import functools
 import itertools
 import math
 import zlib
@@ -99,7 +100,7 @@ def _is_on_host(part: jax.Array) -> bool:
 _slice = jax.jit(jax.lax.dynamic_slice, static_argnums=2)
 
 
-@jax.jit(donate_argnums=0)
+@functools.partial(jax.jit, donate_argnums=0)  # as a decorator with options, jit is newer than jax 0.7
 def _update(whole: jax.Array, piece: jax.Array, starts: list[int]) -> jax.Array:
     return jax.lax.dynamic_update_slice(whole, piece, starts)
 
