@@ -107,6 +107,13 @@ def copy_user_folder(folder: Path) -> Path:
     return Path(shutil.copytree(USER_FOLDER, folder, ignore=shutil.ignore_patterns("__pycache__")))
 
 
+def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Runs make as from a shell: these tests may themselves run inside of make, which hands its state to its children."""
+    own = ("ALGO", "ARGS", "EXTRAS", "PIP_ARGS", "PYTHON", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES")
+    environ = {name: value for name, value in os.environ.items() if name not in own}
+    return subprocess.run(["make", *arguments], cwd=cwd, env=environ, capture_output=True, text=True, check=False)
+
+
 def to_go_on(run_dir: Path) -> str:
     """What a run of `main` or `process` prints that can be resumed."""
     return how_to_go_on(run_dir, USER_FOLDER / "configs")

@@ -2,13 +2,12 @@
 
 import os
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.running import ROOT
+from tests.running import ROOT, make
 
 
 @pytest.fixture
@@ -29,9 +28,8 @@ def checkout(tmp_path: Path) -> Path:
 
 def planned(checkout: Path, *arguments: str) -> list[str]:
     """The commands that make would run."""
-    command = ["make", "--dry-run", *arguments]
-    environ = {name: value for name, value in os.environ.items() if name not in ("ALGO", "ARGS", "EXTRAS", "MAKEFLAGS")}
-    ended = subprocess.run(command, cwd=checkout, env=environ, capture_output=True, text=True, check=True)
+    ended = make("--dry-run", *arguments, cwd=checkout)
+    assert ended.returncode == 0, ended.stderr
     return ended.stdout.splitlines()
 
 
@@ -73,8 +71,7 @@ def test_a_copy_in_the_environment_is_replaced(checkout: Path, target: str, extr
 @pytest.mark.parametrize("target", ["help", "setup", "demo", "train", "test", "test-slow", "lint", "format", "clean"])
 def test_every_target_refuses_a_variable_that_nothing_reads(checkout: Path, target: str) -> None:
     (checkout / ".venv" / ".installed").unlink()
-    command = ["make", target, "num_seeds=4"]
-    ended = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
+    ended = make(target, "num_seeds=4", cwd=checkout)
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
     assert 'num_seeds=4: make knows no such variable. Write ARGS="num_seeds=4".' in ended.stderr
     assert not (checkout / ".venv" / ".installed").exists()

@@ -3,14 +3,13 @@
 import importlib
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.running import ROOT
+from tests.running import ROOT, make
 from wqmix_jax import __main__ as commands
 from wqmix_jax.config import ConfigError, build, load_group
 
@@ -221,8 +220,7 @@ def test_other_commands(command: str, arguments: str, told: str, refused: Callab
 
 @pytest.mark.parametrize(("arguments", "told"), MAKE, ids=[arguments for arguments, _ in MAKE])
 def test_make(arguments: str, told: str) -> None:
-    command = ["make", "--dry-run", *shlex.split(arguments)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    ended = make("--dry-run", *shlex.split(arguments))
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
     assert told in ended.stderr
 

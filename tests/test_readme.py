@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import wqmix_jax
-from tests.running import ROOT
+from tests.running import ROOT, make
 from wqmix_jax import evaluate, load_config, train
 
 README = (ROOT / "README.md").read_text()
@@ -50,9 +50,7 @@ def test_every_make_target_is_there() -> None:
     assert targets >= {"demo", "train", "setup", "test"}
     for command in COMMANDS:
         if command[0] == "make":
-            planned = subprocess.run(
-                ["make", "-n", *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False
-            )
+            planned = make("-n", *command[1:])
             assert planned.returncode == 0, planned.stderr
 
 
