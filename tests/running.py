@@ -108,7 +108,7 @@ def copy_user_folder(folder: Path) -> Path:
 
 
 def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Runs make as from a shell: these tests may themselves run inside of make, which hands its state to its children."""
+    """Runs make as from a shell, also where the tests run inside of make, which hands its state to its children."""
     own = ("ALGO", "ARGS", "EXTRAS", "PIP_ARGS", "PYTHON", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES")
     environ = {name: value for name, value in os.environ.items() if name not in own}
     return subprocess.run(["make", *arguments], cwd=cwd, env=environ, capture_output=True, text=True, check=False)
