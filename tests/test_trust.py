@@ -310,7 +310,7 @@ def test_a_runs_compilation_cache_is_used_only_if_it_is_repeated(
     """Compiled programs are code."""
     values = {"compilation_cache": str(run_dir / "cache")}
     assert runner._trusted_cache(values, {}) == {"compilation_cache": True}
-    assert f"repeat compilation_cache={run_dir / 'cache'}" in capfd.readouterr().err
+    assert f"add compilation_cache={run_dir / 'cache'} if you trust it" in capfd.readouterr().err
     assert runner._trusted_cache(values, values) == values
     assert runner._trusted_cache({"compilation_cache": False}, {}) == {"compilation_cache": False}
     assert capfd.readouterr().err == ""

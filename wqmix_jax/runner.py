@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -160,7 +161,7 @@ def _trusted_cache(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dic
     folder = values["compilation_cache"]
     if not isinstance(folder, str) or "compilation_cache" in changes:
         return dict(values)
-    repeat = f"repeat compilation_cache={folder} if you trust it"
+    repeat = f"add {shlex.quote(f'compilation_cache={folder}')} if you trust it"
     _tell(f"warning: the run's folder of compiled programs is not used, because programs are code; {repeat}")
     return {**values, "compilation_cache": True}
 

@@ -295,7 +295,7 @@ def test_a_version_that_a_yaml_reads_as_a_number_is_refused(game: Path) -> None:
     [("", "Base75689"), ("env.game_version=4.6.2", "Base69232"), ("env.game_version=4.10.0", "Base75689")],
 )
 def test_a_missing_program_of_the_game_is_one_line(version: str, build: str, game: Path) -> None:
-    """Of the version that would be played: the folders of all of them are there."""
+    """The program of the version that would be played is checked; the folders of all versions are there."""
     program = game / "Versions" / build / "SC2_x64"
     overrides = ["env=smac", "env.map=3m", *filter(None, [version])]
     program.chmod(0o644)

@@ -70,7 +70,7 @@ class Battle:
 
 
 class StarCraft2Client:
-    """What `StarCraft2Env` of SMAC and SMACv2 share: when it launches, how it ends, and how it hides a crash.
+    """Behaviour that `StarCraft2Env` of SMAC and SMACv2 share: when it launches, how it ends, and how it hides a crash.
 
     Its quirks are those of the real one: the first battle that ends, not the first reset, is the last to launch a game
     and to add to the scale of the rewards, and each look at the map adds once more.
