@@ -29,18 +29,19 @@ from rich.table import Table
 from experiments.plain_learner import make_plain_learner
 from wqmix_jax import load_config, make_trainer
 from wqmix_jax.algos.base import Context, hyperparams
-from wqmix_jax.command import command
-from wqmix_jax.config import ConfigError, RunConfig
-from wqmix_jax.devices import claim_cores
-from wqmix_jax.exits import OneLineParser, out_file, refuse
-from wqmix_jax.loop import compile_trainer
-from wqmix_jax.members import make_members
-from wqmix_jax.memory import memory_plan
-from wqmix_jax.replay import make_replay
-from wqmix_jax.rollout import rollout
-from wqmix_jax.runs import versions
+from wqmix_jax.cli.command import command
+from wqmix_jax.cli.parser import OneLineParser, out_file
+from wqmix_jax.config import RunConfig
+from wqmix_jax.errors import ConfigError, refuse
+from wqmix_jax.records.run_dir import versions
+from wqmix_jax.runs.memory import memory_plan
 from wqmix_jax.train import names
-from wqmix_jax.trainer import Trainer, TrainState, train_sharding
+from wqmix_jax.training.compiled_loop import Trainer, TrainState, train_sharding
+from wqmix_jax.training.devices import claim_cores
+from wqmix_jax.training.host_loop import compile_trainer
+from wqmix_jax.training.members import make_members
+from wqmix_jax.training.replay import make_replay
+from wqmix_jax.training.rollout import rollout
 from wqmix_jax.types import Array, Episode, StepOutcome
 
 REPETITIONS, CHUNKS = 5, 3

@@ -22,9 +22,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from wqmix_jax.command import command
-from wqmix_jax.config import build, load_group
-from wqmix_jax.exits import OneLineParser, out_file
+from wqmix_jax.cli.command import command
+from wqmix_jax.cli.parser import OneLineParser, out_file
+from wqmix_jax.config import load_group
+from wqmix_jax.options import build
 
 NUM_AGENTS, NUM_ACTIONS, OBS_DIM, STATE_DIM = 8, 14, 128, 216
 NUM_WORKERS = (1, 4, 8)

@@ -20,13 +20,13 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from wqmix_jax import load_config
-from wqmix_jax.checkpoint import Checkpoints, Origin
-from wqmix_jax.command import command
-from wqmix_jax.exits import OneLineParser, count
-from wqmix_jax.loop import Loop, abstract_state
-from wqmix_jax.members import make_members
-from wqmix_jax.policy import no_policy
-from wqmix_jax.trainer import make_trainer
+from wqmix_jax.cli.command import command
+from wqmix_jax.cli.parser import OneLineParser, count
+from wqmix_jax.runs.checkpoints import Checkpoints, Origin
+from wqmix_jax.runs.saved_policies import no_policy
+from wqmix_jax.training.compiled_loop import make_trainer
+from wqmix_jax.training.host_loop import Loop, abstract_state
+from wqmix_jax.training.members import make_members
 
 STATUS = Path("/proc/self/status")
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wqmix_jax.command import command
+from wqmix_jax.cli.command import command
 
 Records = list[dict[str, Any]]
 
@@ -68,9 +68,9 @@ ALGORITHMS = {"ow_qmix": ("OW-QMIX", "#D55E00", "-"), "qmix": ("QMIX", "#0072B2"
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line on ``arguments``, by default the process's own."""
-    from wqmix_jax.config import ConfigError
-    from wqmix_jax.exits import OneLineParser, refuse
-    from wqmix_jax.runs import make_run_dir, new_run_dir
+    from wqmix_jax.cli.parser import OneLineParser
+    from wqmix_jax.errors import ConfigError, refuse
+    from wqmix_jax.records.run_dir import make_run_dir, new_run_dir
 
     parser = OneLineParser(prog="python -m experiments.demo", description=str(__doc__).partition("\n")[0])
     parser.add_argument("--out", help="a new folder; a dated one under outputs when left out")
@@ -134,7 +134,7 @@ def draw(records: dict[tuple[str, str], Records], picture: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from wqmix_jax.plotting import learning_curve
+    from wqmix_jax.records.plotting import learning_curve
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)

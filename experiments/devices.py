@@ -13,11 +13,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from wqmix_jax import load_config
-from wqmix_jax.command import command
-from wqmix_jax.devices import SEED_AXIS
-from wqmix_jax.loop import advance, begin, compile_trainer, is_finished
-from wqmix_jax.members import make_members
-from wqmix_jax.trainer import make_trainer
+from wqmix_jax.cli.command import command
+from wqmix_jax.training.compiled_loop import make_trainer
+from wqmix_jax.training.devices import SEED_AXIS
+from wqmix_jax.training.host_loop import advance, begin, compile_trainer, is_finished
+from wqmix_jax.training.members import make_members
 
 NUM_SEEDS = 8
 

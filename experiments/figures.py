@@ -11,7 +11,9 @@ from typing import Literal, NamedTuple, Self
 
 import pydantic
 
-from wqmix_jax.config import CONFIG_DIR, ConfigError, load_group
+from wqmix_jax.config import load_group
+from wqmix_jax.errors import ConfigError
+from wqmix_jax.options import CONFIG_DIR
 
 Overrides = list[str]
 

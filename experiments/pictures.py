@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from experiments.results import Line, curves
-from wqmix_jax.plotting import Style, decorate, draw_band, new_figure, save_figure, seeds_label
-from wqmix_jax.statistics import iqm_estimate, iqm_name, quartiles
+from wqmix_jax.records.plotting import Style, decorate, draw_band, new_figure, save_figure, seeds_label
+from wqmix_jax.records.statistics import iqm_estimate, iqm_name, quartiles
 
 
 def draw(

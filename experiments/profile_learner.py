@@ -23,9 +23,10 @@ from rich.table import Table
 
 from experiments.benchmark import CALLS, next_step, one_after_another, with_episodes
 from wqmix_jax import load_config, make_trainer
-from wqmix_jax.command import command
-from wqmix_jax.config import ConfigError, RunConfig
-from wqmix_jax.exits import OneLineParser, count, refuse
+from wqmix_jax.cli.command import command
+from wqmix_jax.cli.parser import OneLineParser, count
+from wqmix_jax.config import RunConfig
+from wqmix_jax.errors import ConfigError, refuse
 
 
 class Operation(NamedTuple):

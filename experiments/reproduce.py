@@ -16,15 +16,14 @@ from omegaconf import OmegaConf
 
 from experiments import pictures, results
 from experiments.figures import Figure, Run, figure_names, load_figure, runs
-from wqmix_jax import runner
-from wqmix_jax.command import command
-from wqmix_jax.config import CONFIG_DIR, ConfigError, PositiveInt, checked, options, run_config
-from wqmix_jax.devices import claim_cores
-from wqmix_jax.exits import REFUSED, SEEDS_FAILED, OneLineParser, RunError
-from wqmix_jax.hosts import with_host
-from wqmix_jax.logger import HEADER_FILE, load_header, load_metrics
-from wqmix_jax.plotting import styles
-from wqmix_jax.runs import (
+from wqmix_jax.cli.command import command
+from wqmix_jax.cli.parser import OneLineParser
+from wqmix_jax.config import run_config
+from wqmix_jax.errors import REFUSED, SEEDS_FAILED, ConfigError, RunError
+from wqmix_jax.options import CONFIG_DIR, PositiveInt, checked, options
+from wqmix_jax.records.metrics import HEADER_FILE, load_header, load_metrics
+from wqmix_jax.records.plotting import styles
+from wqmix_jax.records.run_dir import (
     held,
     read_config,
     read_summary,
@@ -32,8 +31,11 @@ from wqmix_jax.runs import (
     refuse_other_games,
     shared_options,
 )
-from wqmix_jax.table import show
+from wqmix_jax.records.text_table import show
+from wqmix_jax.runs import session
+from wqmix_jax.runs.hosts import with_host
 from wqmix_jax.train import load_config, load_values
+from wqmix_jax.training.devices import claim_cores
 
 ROOT = Path(__file__).parent.parent
 DEFAULTS = CONFIG_DIR / "reproduce.yaml"
@@ -177,7 +179,7 @@ def plan(figure: Figure, env: str, chosen: ReproduceOptions, overrides: Sequence
                 _refuse_others(made, line.values)
                 _refuse_other_games(games, made)
                 if chosen.train and not _is_finished(made):
-                    runner.refuse_lost_checkpoints(made)
+                    session.refuse_lost_checkpoints(made)
                     with held(made):  # refuses one that another process trains
                         pass
         except ValueError as error:
@@ -197,12 +199,12 @@ def train(line: Planned, failed: list[str]) -> None:
     for made in line.made:
         if not _is_finished(made):
             with _collecting(failed):
-                runner.resume(made, _programs(line.values))
+                session.resume(made, _programs(line.values))
     for seeds in missing_seeds(line):
         folder = line.folder / f"seeds_{seeds[0]}-{seeds[-1]}"
         part = {"seed": seeds[0], "num_seeds": len(seeds), "run_dir": str(folder)}
         with _collecting(failed):
-            runner.start({**line.values, **part}, algo=line.run.algo, env=line.run.env)
+            session.start({**line.values, **part}, algo=line.run.algo, env=line.run.env)
 
 
 def _programs(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What short episodes cost: ``python -m experiments.short_episodes [algo=NAME] [KEY=VALUE ..] [--out F]``.
 
 Learner calls on batches of made-up lengths, in turn: with all their padding, cut to the longest episode (what a GPU
-does), and packed (what a CPU does); see `wqmix_jax.batching.make_batching`. Seconds are one seed's share of a call of
-all ``num_seeds``. Nothing else should run meanwhile.
+does), and packed (what a CPU does); see `wqmix_jax.training.batch_gradients.make_batching`. Seconds
+are one seed's share of a call of all ``num_seeds``. Nothing else should run meanwhile.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ import jax.numpy as jnp
 
 from experiments.benchmark import Row, learner_calls, run, timed_in_turn, with_episodes
 from wqmix_jax import load_config, make_trainer
-from wqmix_jax.batching import Batches
-from wqmix_jax.command import command
+from wqmix_jax.cli.command import command
 from wqmix_jax.config import RunConfig
-from wqmix_jax.trainer import train_sharding
+from wqmix_jax.training.batch_gradients import Batches
+from wqmix_jax.training.compiled_loop import train_sharding
 from wqmix_jax.types import Array
 
 

@@ -23,12 +23,12 @@ from experiments import plain_qmix
 from experiments.benchmark import REPETITIONS, Row, loop_rows, show, timed, write
 from experiments.plain_qmix import make_plain_qmix
 from wqmix_jax import load_config
-from wqmix_jax.command import command
-from wqmix_jax.config import ConfigError
-from wqmix_jax.devices import claim_cores
+from wqmix_jax.cli.command import command
+from wqmix_jax.cli.parser import OneLineParser, out_file
 from wqmix_jax.envs.base import without_weak_types
-from wqmix_jax.envs.smax import SMAX
-from wqmix_jax.exits import OneLineParser, out_file, refuse
+from wqmix_jax.envs.smax.task import SMAX
+from wqmix_jax.errors import ConfigError, refuse
+from wqmix_jax.training.devices import claim_cores
 from wqmix_jax.types import Array, PRNGKey
 
 NUM_ENVS, NUM_STEPS = 32, 128

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from wqmix_jax.algos.base import AgentInputs, Algorithm, Aux, Context
-from wqmix_jax.config import build, options
 from wqmix_jax.envs.base import Environment
+from wqmix_jax.options import build, options
 from wqmix_jax.types import Array, EnvSpec, Observation, StepOutcome
 
 

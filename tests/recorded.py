@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wqmix_jax.logger import MetricsFile, create_metrics
-from wqmix_jax.members import labels_of
-from wqmix_jax.runs import SUMMARY_FILE, save_config
+from wqmix_jax.records.metrics import MetricsFile, create_metrics
+from wqmix_jax.records.run_dir import SUMMARY_FILE, save_config
+from wqmix_jax.training.members import labels_of
 
 
 def evaluated(seed: int, returns: Mapping[int, float], **more: Any) -> list[dict[str, Any]]:

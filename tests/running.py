@@ -16,9 +16,10 @@ import jax
 import orbax.checkpoint as ocp
 import pytest
 
-from wqmix_jax import runner, train
+from wqmix_jax import train
 from wqmix_jax.config import RunConfig
-from wqmix_jax.runs import how_to_go_on
+from wqmix_jax.runs import session
+from wqmix_jax.runs.startup import how_to_go_on
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,7 +49,7 @@ def shared_programs() -> Iterator[None]:
     """Runs of the same options share one trainer and its compiled programs: tracing takes most of a small run."""
     trainers, compiled = {}, {}
 
-    def make(config: RunConfig, *, sharding: Any, learner_groups: int = 1, real: Any = runner.make_trainer) -> Any:
+    def make(config: RunConfig, *, sharding: Any, learner_groups: int = 1, real: Any = session.make_trainer) -> Any:
         files = {"run_dir": None, "resume": None, "checkpoint": None, "logger": None, "sweep": None}
         options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | files
         key = repr((options, sharding, learner_groups))
@@ -57,7 +58,7 @@ def shared_programs() -> Iterator[None]:
         return trainers[key]
 
     def compile_once(
-        trainer: Any, members: Any, regroup: Any, *, fresh: bool, real: Any = runner.compile_within_memory
+        trainer: Any, members: Any, regroup: Any, *, fresh: bool, real: Any = session.compile_within_memory
     ) -> Any:
         del fresh
         if id(trainer) not in compiled:
@@ -65,8 +66,8 @@ def shared_programs() -> Iterator[None]:
         return compiled[id(trainer)]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "make_trainer", make)
-        patch.setattr(runner, "compile_within_memory", compile_once)
+        patch.setattr(session, "make_trainer", make)
+        patch.setattr(session, "compile_within_memory", compile_once)
         yield
 
 

@@ -12,7 +12,8 @@ import pytest
 import wqmix_jax
 from tests.running import TINY, USER_FOLDER, timeless
 from wqmix_jax import api, load_config, train_seeds
-from wqmix_jax.config import ConfigError, RunConfig
+from wqmix_jax.config import RunConfig
+from wqmix_jax.errors import ConfigError
 
 
 def config(*changes: str) -> RunConfig:

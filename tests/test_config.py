@@ -10,7 +10,9 @@ import yaml
 from tests.envs.host.games import faked
 from wqmix_jax import load_config
 from wqmix_jax.algos.qmix import QMIX
-from wqmix_jax.config import CONFIG_DIR, ConfigError, RunConfig, build, run_config
+from wqmix_jax.config import RunConfig, run_config
+from wqmix_jax.errors import ConfigError
+from wqmix_jax.options import CONFIG_DIR, build
 from wqmix_jax.train import load_values, names
 
 

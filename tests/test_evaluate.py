@@ -20,14 +20,16 @@ from wqmix_jax import evaluate, load_config, load_policy, trained_policy
 from wqmix_jax.algos.base import TRACED
 from wqmix_jax.algos.iql import IQL
 from wqmix_jax.api import load_policies
-from wqmix_jax.config import ConfigError, build, options, run_config
+from wqmix_jax.config import run_config
 from wqmix_jax.envs.base import Environment
-from wqmix_jax.envs.predator_prey import CATCH, LEFT, RIGHT, STAY, PredatorPrey
-from wqmix_jax.evaluator import Figures
+from wqmix_jax.envs.predator_prey.task import CATCH, LEFT, RIGHT, STAY, PredatorPrey
+from wqmix_jax.errors import ConfigError
 from wqmix_jax.interop.pymarl import save_checkpoint
-from wqmix_jax.members import Member, make_members
-from wqmix_jax.policy import Policy, save_policy
+from wqmix_jax.options import build, options
+from wqmix_jax.runs.saved_policies import Policy, save_policy
 from wqmix_jax.train import load_values
+from wqmix_jax.training.evaluator import Figures
+from wqmix_jax.training.members import Member, make_members
 
 HUNT = ("env=predator_prey", "env.world_shape=[1,2]", "env.num_agents=1", "env.num_stags=0", "env.num_hares=1")
 SHORT = "env.episode_limit=7"

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from wqmix_jax import load_metrics, merge, runner, table
-from wqmix_jax.config import ConfigError
-from wqmix_jax.logger import MetricsFile, create_metrics, load_header
-from wqmix_jax.runs import SUMMARY_FILE, read_config, read_summary, save_config
+from wqmix_jax import load_metrics, merge, table
+from wqmix_jax.errors import ConfigError
+from wqmix_jax.records.metrics import MetricsFile, create_metrics, load_header
+from wqmix_jax.records.run_dir import SUMMARY_FILE, read_config, read_summary, save_config
+from wqmix_jax.runs import session
 
 
 def part(folder: Path, seeds: list[int], returns: list[float], **options: Any) -> Path:
@@ -49,7 +50,7 @@ def test_parts_are_joined(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert set(read_summary(out)["final"]) == {"0", "1", "2"}
     assert (out / "learning_curve.png").is_file()
     with pytest.raises(ConfigError, match="it was merged from"):
-        runner.resume(out, {})
+        session.resume(out, {})
 
 
 def test_a_missing_host_and_an_unfinished_one_are_told(

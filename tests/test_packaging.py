@@ -20,7 +20,7 @@ from packaging.version import Version
 
 import wqmix_jax
 from wqmix_jax import foreign_names
-from wqmix_jax.config import CONFIG_DIR
+from wqmix_jax.options import CONFIG_DIR
 
 ROOT = Path(__file__).parent.parent
 

@@ -15,10 +15,12 @@ import yaml
 
 import wqmix_jax
 from tests.running import TINY, copy_user_folder, main, timeless
-from wqmix_jax import load_config, load_metrics, runner, runs, train
-from wqmix_jax.config import ConfigError, RunConfig, run_config
-from wqmix_jax.logger import load_header
-from wqmix_jax.overrides import as_text
+from wqmix_jax import load_config, load_metrics, train
+from wqmix_jax.cli.overrides import as_text
+from wqmix_jax.config import RunConfig, run_config
+from wqmix_jax.errors import ConfigError
+from wqmix_jax.records.metrics import load_header
+from wqmix_jax.runs import session, startup
 
 ROOT = Path(__file__).parent.parent
 ALGORITHMS = ", ".join(sorted(["huber_iql", *train.names("algo").split(", ")]))
@@ -157,8 +159,8 @@ def test_sweeps_that_start_in_the_same_second_have_a_folder_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    now = runs.datetime.datetime(2026, 11, 30, 12)
-    monkeypatch.setattr(runs, "datetime", SimpleNamespace(datetime=SimpleNamespace(now=lambda: now)))
+    now = startup.datetime.datetime(2026, 11, 30, 12)
+    monkeypatch.setattr(startup, "datetime", SimpleNamespace(datetime=SimpleNamespace(now=lambda: now)))
     seen = []
     monkeypatch.setattr(train, "_start", lambda values, *_: seen.append(values["run_dir"]))
     for _ in range(2):
@@ -331,7 +333,7 @@ def test_whole_floats_are_integers_also_in_the_runs_folder(
     texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[RunConfig] = []
-    monkeypatch.setattr(runner, "_train", lambda config, *_: trained.append(config))
+    monkeypatch.setattr(session, "_train", lambda config, *_: trained.append(config))
     assert main("+algo=vdn", *texts, "algo.max_grad_norm=10", f"run_dir={tmp_path}") == 0
     [config] = trained
     integers = (config.total_env_steps, config.num_seeds, config.algo.batch_size, *config.env.world_shape, config.hosts)
@@ -354,7 +356,7 @@ def test_whole_floats_are_integers_in_sweeps(tmp_path: Path, monkeypatch: pytest
 @pytest.fixture
 def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that has just begun, and whose resumption trains nothing either."""
-    monkeypatch.setattr(runner, "_train", lambda *_: None)
+    monkeypatch.setattr(session, "_train", lambda *_: None)
     folder = tmp_path / "it's a, run\\"
     assert main(*TINY, f"run_dir={folder}") == 0
     return folder
@@ -367,7 +369,7 @@ def test_resume_takes_options_that_are_the_runs_own(
     repeated: list[str], started: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resumed: list[int] = []
-    monkeypatch.setattr(runner, "_train", lambda config, *_: resumed.append(config.total_env_steps))
+    monkeypatch.setattr(session, "_train", lambda config, *_: resumed.append(config.total_env_steps))
     assert main(*repeated, f"resume={started}") == 0
     assert resumed == [100 if "total_env_steps=1e2" in repeated else 37]
 
@@ -393,12 +395,12 @@ def test_resume_refuses_other_options(other: str, told: str, started: Path, capf
 def test_a_run_knows_the_command_that_resumes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also how it got its own modules and yamls, whether it begins or goes on."""
     told: list[str] = []
-    monkeypatch.setattr(runner, "_train", lambda *arguments: told.append(arguments[-1]))
+    monkeypatch.setattr(session, "_train", lambda *arguments: told.append(arguments[-1]))
     monkeypatch.chdir(tmp_path)
     project = copy_user_folder(tmp_path / "my project's")
     for arguments in ([*TINY, "run_dir=1e3"], ["resume=1e3"]):
         assert main(*arguments, config_dir=Path("my project's/configs")) == 0
-    python = runs._python()
+    python = startup._python()
     assert told == 2 * [f"""to go on: {python} -m wqmix_jax.train --config-dir 'my project'"'"'s/configs' resume=1e3"""]
     monkeypatch.setattr(sys, "argv", ["train", "+algo=vdn", "run_dir=no_own"])
     train.main()

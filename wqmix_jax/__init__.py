@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wqmix_jax.api import load_policies, load_policy, train_seeds, trained_policy
-    from wqmix_jax.logger import load_metrics
-    from wqmix_jax.policy import play_episode
+    from wqmix_jax.records.metrics import load_metrics
+    from wqmix_jax.runs.saved_policies import play_episode
     from wqmix_jax.train import load_config
-    from wqmix_jax.trainer import make_trainer
+    from wqmix_jax.training.compiled_loop import make_trainer
 
 __version__ = "0.1.0"
 
@@ -26,11 +26,11 @@ __all__ = [
 
 _HOMES = {
     "load_config": "train",
-    "load_metrics": "logger",
+    "load_metrics": "records.metrics",
     "load_policies": "api",
     "load_policy": "api",
-    "make_trainer": "trainer",
-    "play_episode": "policy",
+    "make_trainer": "training.compiled_loop",
+    "play_episode": "runs.saved_policies",
     "train_seeds": "api",
     "trained_policy": "api",
 }

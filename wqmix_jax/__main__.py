@@ -4,8 +4,8 @@ import difflib
 import importlib
 import sys
 
-from wqmix_jax.command import command
-from wqmix_jax.exits import refuse
+from wqmix_jax.cli.command import command
+from wqmix_jax.errors import refuse
 
 COMMANDS = {
     "train": "trains all seeds of a run in one compiled call, or resumes it",

@@ -13,19 +13,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from wqmix_jax.algos.base import Algorithm
-from wqmix_jax.compile_cache import use_compilation_cache
-from wqmix_jax.config import MAX_SEED, ConfigError, RunConfig, build, checked, run_config
+from wqmix_jax.config import MAX_SEED, RunConfig, run_config
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.envs.checks import check_environment
-from wqmix_jax.logger import load_header
-from wqmix_jax.loop import Loop, advance, begin, is_finished, sound_steps
-from wqmix_jax.members import Member, labels_of, make_members, member_name
-from wqmix_jax.memory import compile_within_memory, memory_faults_in_one_line
-from wqmix_jax.policy import BEST, LAST, GreedyPolicy, finite_members, policy_file, read_labels, read_policies
-from wqmix_jax.progress import Display, make_optional_display
-from wqmix_jax.runs import read_summary
-from wqmix_jax.trainer import Trainer, TrainState, make_trainer, train_sharding
-from wqmix_jax.trust import NOTHING_NAMED, Named, open_config
+from wqmix_jax.errors import ConfigError
+from wqmix_jax.options import build, checked
+from wqmix_jax.records.metrics import load_header
+from wqmix_jax.records.run_dir import read_summary
+from wqmix_jax.runs.memory import compile_within_memory, memory_faults_in_one_line
+from wqmix_jax.runs.progress import Display, make_optional_display
+from wqmix_jax.runs.saved_policies import (
+    BEST,
+    LAST,
+    GreedyPolicy,
+    finite_members,
+    policy_file,
+    read_labels,
+    read_policies,
+)
+from wqmix_jax.runs.trust import NOTHING_NAMED, Named, open_config
+from wqmix_jax.training.compile_cache import use_compilation_cache
+from wqmix_jax.training.compiled_loop import Trainer, TrainState, make_trainer, train_sharding
+from wqmix_jax.training.host_loop import Loop, advance, begin, is_finished, sound_steps
+from wqmix_jax.training.members import Member, labels_of, make_members, member_name
 
 
 @memory_faults_in_one_line()
@@ -52,7 +62,7 @@ def train_seeds(
     Returns:
         The final train state, leaves ``[S, ..]`` in the order of ``seeds`` (with ``config.sweep`` all of them for its
         first values, and so on), and all records: the same dicts as the lines of ``metrics.jsonl``, see
-        `wqmix_jax.logger`.
+        `wqmix_jax.records.metrics`.
 
     Raises:
         ConfigError: if an option or a seed is not allowed, or the environment doesn't fit its spec.
@@ -137,7 +147,7 @@ def load_policy(
         which: the policy of the best evaluation since learning began (``env_steps`` is 0 if there was none yet), or of
             the last checkpoint.
         config: the algorithm and environment. With it, the folder's ``config.yaml`` is not read; without it, that file
-            names the classes, see `wqmix_jax.trust`.
+            names the classes, see `wqmix_jax.runs.trust`.
         config_dir: a folder from which their modules may be imported, as ``--config-dir``.
         worker_python: the interpreter of the workers, which must be repeated where the run has one of its own.
         simulator: the run's ``env.simulator``, which must be repeated where it is neither in the current folder nor in

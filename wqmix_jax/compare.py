@@ -15,12 +15,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
 
-from wqmix_jax.command import command
-from wqmix_jax.config import ConfigError, load_group
-from wqmix_jax.exits import OneLineParser, out_file, refuse
-from wqmix_jax.logger import load_header, load_metrics
-from wqmix_jax.members import labels_of, setting_name
-from wqmix_jax.plotting import (
+from wqmix_jax.cli.command import command
+from wqmix_jax.cli.parser import OneLineParser, out_file
+from wqmix_jax.config import load_group
+from wqmix_jax.errors import ConfigError, refuse
+from wqmix_jax.records.metrics import load_header, load_metrics
+from wqmix_jax.records.plotting import (
     COLOURS,
     Style,
     decorate,
@@ -31,7 +31,7 @@ from wqmix_jax.plotting import (
     seeds_label,
     styles,
 )
-from wqmix_jax.runs import (
+from wqmix_jax.records.run_dir import (
     VERSION,
     find_runs,
     library_version,
@@ -41,7 +41,7 @@ from wqmix_jax.runs import (
     shared_options,
     simulator_versions,
 )
-from wqmix_jax.statistics import (
+from wqmix_jax.records.statistics import (
     Estimate,
     horizon,
     iqm_difference,
@@ -53,7 +53,8 @@ from wqmix_jax.statistics import (
     quartiles,
     seed_curves,
 )
-from wqmix_jax.table import Row, show
+from wqmix_jax.records.text_table import Row, show
+from wqmix_jax.training.members import labels_of, setting_name
 
 PICTURE = Path("outputs") / "comparison.png"
 

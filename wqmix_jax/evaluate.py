@@ -24,35 +24,27 @@ from pydantic import Field
 
 from wqmix_jax.algos.base import Context, hyperparams
 from wqmix_jax.api import RunPolicies, open_policies, playable, policies_of_file
-from wqmix_jax.command import command, refuse_missing_backend
-from wqmix_jax.compile_cache import cache_faults_in_one_line, use_compilation_cache
-from wqmix_jax.config import (
-    CONFIG_DIR,
-    PROGRAMS,
-    CacheSetting,
-    ConfigError,
-    PositiveInt,
-    add_import_paths,
-    build,
-    checked,
-    options,
-)
-from wqmix_jax.devices import share_gpu
+from wqmix_jax.cli.command import command
+from wqmix_jax.cli.overrides import as_text, parse_overrides
+from wqmix_jax.cli.parser import OneLineParser
+from wqmix_jax.config import PROGRAMS, CacheSetting
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.envs.checks import check_environment
-from wqmix_jax.evaluator import Figures, greedy_episodes
-from wqmix_jax.exits import OneLineParser, RunError, refuse
+from wqmix_jax.errors import ConfigError, RunError, refuse
 from wqmix_jax.interop import pymarl
-from wqmix_jax.logger import load_header
-from wqmix_jax.memory import memory_faults_in_one_line
 from wqmix_jax.networks.functional import compute_in
-from wqmix_jax.overrides import as_text, parse_overrides
-from wqmix_jax.policy import GREEDY, GreedyPolicy, play_episode
-from wqmix_jax.randomness import pinned_draws
-from wqmix_jax.runs import refuse_other_games
-from wqmix_jax.statistics import mean_estimate
+from wqmix_jax.ops.randomness import pinned_draws
+from wqmix_jax.options import CONFIG_DIR, PositiveInt, add_import_paths, build, checked, options
+from wqmix_jax.records.metrics import load_header
+from wqmix_jax.records.run_dir import refuse_other_games
+from wqmix_jax.records.statistics import mean_estimate
+from wqmix_jax.runs.memory import memory_faults_in_one_line
+from wqmix_jax.runs.saved_policies import GREEDY, GreedyPolicy, play_episode
+from wqmix_jax.runs.trust import Named
 from wqmix_jax.train import INHERITS_ITSELF, tell_replaced, users_first
-from wqmix_jax.trust import Named
+from wqmix_jax.training.compile_cache import cache_faults_in_one_line, use_compilation_cache
+from wqmix_jax.training.devices import refuse_missing_backend, share_gpu
+from wqmix_jax.training.evaluator import Figures, greedy_episodes
 from wqmix_jax.types import PRNGKey, PyTree
 
 if TYPE_CHECKING:
@@ -179,7 +171,7 @@ def _refuse_foreign(overrides: Sequence[str]) -> None:
 
 
 def _named(overrides: Sequence[str], config_dir: str | None) -> Named:
-    """The places and programs that this command names, see `wqmix_jax.trust`."""
+    """The places and programs that this command names, see `wqmix_jax.runs.trust`."""
     given = {override.key_or_group: override.value() for override in _parsed(overrides)}
     programs = {name: None if (value := given.get(f"env.{name}")) is None else str(value) for name in PROGRAMS}
     return Named(config_dir, **programs)

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wqmix_jax.command import command
-from wqmix_jax.config import ConfigError
-from wqmix_jax.exits import OneLineParser, refuse
-from wqmix_jax.logger import HEADER_FILE, METRICS_FILE, load_header, load_metrics
-from wqmix_jax.plotting import plot_run
-from wqmix_jax.runs import (
+from wqmix_jax.cli.command import command
+from wqmix_jax.cli.parser import OneLineParser
+from wqmix_jax.errors import ConfigError, refuse
+from wqmix_jax.records.metrics import HEADER_FILE, METRICS_FILE, load_header, load_metrics
+from wqmix_jax.records.plotting import plot_run
+from wqmix_jax.records.run_dir import (
     SUMMARY_FILE,
     find_runs,
     library_version,

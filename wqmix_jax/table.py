@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from wqmix_jax.command import command
-from wqmix_jax.exits import OneLineParser, out_file, refuse
-from wqmix_jax.logger import load_header, load_metrics
-from wqmix_jax.members import labels_of, member_name
-from wqmix_jax.runs import (
+from wqmix_jax.cli.command import command
+from wqmix_jax.cli.parser import OneLineParser, out_file
+from wqmix_jax.errors import refuse
+from wqmix_jax.records.metrics import load_header, load_metrics
+from wqmix_jax.records.run_dir import (
     find_runs,
     library_version,
     read_config,
@@ -24,9 +24,9 @@ from wqmix_jax.runs import (
     shared_options,
     simulator_versions,
 )
-from wqmix_jax.statistics import quartiles
-
-Row = dict[str, Any]
+from wqmix_jax.records.statistics import quartiles
+from wqmix_jax.records.text_table import Row, columns_of, show
+from wqmix_jax.training.members import labels_of, member_name
 
 
 @command
@@ -127,25 +127,12 @@ def _figures(members: Sequence[Row]) -> Row:
     return figures
 
 
-def show(rows: Sequence[Row]) -> None:
-    """Prints a table; what a row doesn't have stays empty."""
-    columns = _columns(rows)
-    texts = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    for text in texts:
-        print("  ".join(cell.rjust(width) for cell, width in zip(text, widths, strict=True)).rstrip())
-
-
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """Writes a table; what a row doesn't have stays empty."""
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, _columns(rows), lineterminator="\n")
+        writer = csv.DictWriter(file, columns_of(rows), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def _columns(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(key for row in rows for key in row))
 
 
 if __name__ == "__main__":

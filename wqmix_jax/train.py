@@ -28,22 +28,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from wqmix_jax import option_help
-from wqmix_jax.command import command, copied_checkout, refuse_missing_backend
-from wqmix_jax.config import (
-    CONFIG_DIR,
-    PROGRAMS,
-    RESUMABLE,
-    ConfigError,
-    RunConfig,
-    add_import_paths,
-    install_extra,
-    run_config,
-    whole,
-)
-from wqmix_jax.exits import RunError, refuse
+from wqmix_jax.cli import help
+from wqmix_jax.cli.command import command, copied_checkout
+from wqmix_jax.cli.overrides import as_text, parse_overrides, quoted
+from wqmix_jax.config import PROGRAMS, RESUMABLE, RunConfig, run_config
+from wqmix_jax.errors import ConfigError, RunError, install_extra, refuse
 from wqmix_jax.foreign_names import translated
-from wqmix_jax.hosts import (
+from wqmix_jax.options import CONFIG_DIR, add_import_paths, whole
+from wqmix_jax.runs.hosts import (
     SLURM,
     abandon_others,
     connected,
@@ -52,14 +44,13 @@ from wqmix_jax.hosts import (
     unused_tasks,
     with_host,
 )
-from wqmix_jax.overrides import as_text, parse_overrides, quoted
 
 _GROUPS = ("algo", "env")
 
 _IN_A_MAPPING = re.compile(rf"sweep\.|(algo|env)\.\w+(\.|=\s*\{{)|env\.({'|'.join(PROGRAMS)})=")
 
 _PROGRAMS = tuple(f"env.{name}" for name in PROGRAMS)
-"""Options that may be repeated with ``resume``: the folder alone is not trusted with them, see `wqmix_jax.trust`."""
+"""Options that may be repeated with ``resume``: the folder alone is not trusted with them, see `runs.trust`."""
 
 _REFUSED_FLAGS = ("config_path", "config_name", "experimental_rerun")
 """Hydra's flags that would compose, or unpickle, other files than the package's yamls and those of ``--config-dir``."""
@@ -167,7 +158,7 @@ def _register_help(config_dir: str | None) -> None:
 
     def chosen(*, _root_: DictConfig) -> str:
         groups = {name: _plain(_root_[name]) for name in reversed(_GROUPS) if name in _root_}
-        return "\n\n".join(option_help.described(name, values) for name, values in groups.items())
+        return "\n\n".join(help.described(name, values) for name, values in groups.items())
 
     resolvers = {"names": lambda group: names(group, config_dir), "described": described, "chosen": chosen}
     for name, resolver in resolvers.items():
@@ -185,7 +176,7 @@ def _make_sweep_dir(overrides: Sequence[str]) -> str:
     Raises:
         ConfigError: if it can't be made, or isn't empty.
     """
-    from wqmix_jax.runs import make_run_dir, new_run_dir
+    from wqmix_jax.records.run_dir import make_run_dir, new_run_dir
 
     [given] = [each for each in parse_overrides(overrides) if each.key_or_group == "run_dir"] or [None]
     if given is None or given.value() is None:
@@ -281,7 +272,7 @@ def _check_each_run(overrides: Sequence[str], config_dir: str | os.PathLike[str]
     parsed = parse_overrides(overrides)
     launchers = [str(override.value()) for override in parsed if override.key_or_group == "hydra/launcher"]
     check = load_values if any("submitit" in launcher for launcher in launchers) else load_config
-    from wqmix_jax.devices import claim_cores
+    from wqmix_jax.training.devices import claim_cores, refuse_missing_backend
 
     claim_cores()  # before an environment's library starts the backend
     refuse_missing_backend()
@@ -295,7 +286,7 @@ def _share_gpu_if_side_by_side(overrides: Sequence[str]) -> None:
     parsed = parse_overrides(overrides)
     launchers = {str(override.value()) for override in parsed if override.key_or_group == "hydra/launcher"}
     if launchers & {"joblib", "submitit_local"}:
-        from wqmix_jax.devices import share_gpu
+        from wqmix_jax.training.devices import share_gpu
 
         share_gpu()
 
@@ -374,16 +365,16 @@ def _run(cfg: DictConfig) -> None:
             note = unused_tasks(values, environ)
             _start(with_host(values, environ), hydra_config.runtime.choices, given, note, config_dir)
         else:
-            from wqmix_jax import runner
+            from wqmix_jax.runs import session
 
             changes = _changes(cfg, hydra_config.overrides.task)
-            runner.resume(Path(str(values["resume"])), changes, config_dir=config_dir)
+            session.resume(Path(str(values["resume"])), changes, config_dir=config_dir)
 
 
 def _start(
     values: dict[str, Any], choices: Mapping[str, str], given: Sequence[str], note: str | None, config_dir: str | None
 ) -> None:
-    from wqmix_jax.devices import claim_cores
+    from wqmix_jax.training.devices import claim_cores, refuse_missing_backend
 
     claim_cores()  # before an environment's library starts the backend
     values = connected(values, os.environ)
@@ -395,9 +386,9 @@ def _start(
             print(f"warning: algo.{name} has no effect with {because}", file=sys.stderr, flush=True)
     if note is not None:
         print(note, file=sys.stderr, flush=True)
-    from wqmix_jax import runner
+    from wqmix_jax.runs import session
 
-    runner.start(values, algo=choices["algo"], env=choices["env"], config_dir=config_dir)
+    session.start(values, algo=choices["algo"], env=choices["env"], config_dir=config_dir)
 
 
 def _check_resume(parsed: Sequence[Override], multirun: bool) -> list[str]:
@@ -427,8 +418,8 @@ def _check_resume(parsed: Sequence[Override], multirun: bool) -> list[str]:
 
 def _own_options(run_dir: Path) -> dict[str, Any]:
     """A run's options by their dotted names, and the names of its algorithm and environment."""
-    from wqmix_jax.logger import load_header
-    from wqmix_jax.runs import kept_options, read_config
+    from wqmix_jax.records.metrics import load_header
+    from wqmix_jax.records.run_dir import kept_options, read_config
 
     values, header = read_config(run_dir), load_header(run_dir)
     named = {group: header[group] for group in _GROUPS} | {"chunk_iterations": values["chunk_iterations"]}

@@ -6,8 +6,8 @@ import jax
 
 from wqmix_jax.algos.base import Aux, PositiveFloat, PositiveFraction, mean_over_steps
 from wqmix_jax.algos.qmix import QMIX
-from wqmix_jax.config import options
-from wqmix_jax.td import masked_mean, masked_mean_square
+from wqmix_jax.ops.td import masked_mean, masked_mean_square
+from wqmix_jax.options import options
 from wqmix_jax.types import Array, Episode
 
 

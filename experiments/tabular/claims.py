@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.tabular.games import random_games
-from wqmix_jax.command import command
-from wqmix_jax.exits import OneLineParser, count
+from wqmix_jax.cli.command import command
+from wqmix_jax.cli.parser import OneLineParser, count
 from wqmix_jax.tabular import PracticalCentral, Weighting, project
 from wqmix_jax.tabular.claims import (
     argmax_is_right,

@@ -17,9 +17,9 @@ from experiments.tabular.games import FOLDER, NUM_ACTIONS, NUM_AGENTS, Share, ra
 from wqmix_jax import load_config
 from wqmix_jax.algos.base import Context, hyperparams
 from wqmix_jax.algos.q_learning import gather_actions, greedy_actions
-from wqmix_jax.command import command
-from wqmix_jax.exits import OneLineParser, count, out_file
-from wqmix_jax.learner import init_learner, learner_step
+from wqmix_jax.cli.command import command
+from wqmix_jax.cli.parser import OneLineParser, count, out_file
+from wqmix_jax.training.learner import init_learner, learner_step
 from wqmix_jax.types import Array, EnvSpec, Episode, PyTree
 
 ALPHAS = (0.5, 0.1, 0.01)

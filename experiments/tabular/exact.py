@@ -6,8 +6,8 @@ Gaussian payoffs, 2 agents with 3 actions; each weighting of the paper against a
 import numpy as np
 
 from experiments.tabular.games import FOLDER, Share, random_games, write
-from wqmix_jax.command import command
-from wqmix_jax.exits import OneLineParser, count, out_file
+from wqmix_jax.cli.command import command
+from wqmix_jax.cli.parser import OneLineParser, count, out_file
 from wqmix_jax.tabular import PracticalCentral, Weighting, project
 from wqmix_jax.tabular.claims import argmax_is_right, greedy_is_right
 

@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.tabular.games import FOLDER, Share, read
-from wqmix_jax.command import command
+from wqmix_jax.cli.command import command
 
 # The Okabe-Ito palette and markers of their own: told apart with any colour vision, and in grey.
 STYLES = {

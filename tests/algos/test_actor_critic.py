@@ -13,8 +13,9 @@ from wqmix_jax import load_config, train_seeds
 from wqmix_jax.algos import masac
 from wqmix_jax.algos.actor_critic import ActorCritic
 from wqmix_jax.algos.base import AgentInputs, Context, hyperparams
-from wqmix_jax.config import ConfigError, build
-from wqmix_jax.policies import epsilon_floor
+from wqmix_jax.errors import ConfigError
+from wqmix_jax.ops.action_selection import epsilon_floor
+from wqmix_jax.options import build
 from wqmix_jax.types import EnvSpec, Episode, PyTree
 
 SPEC = EnvSpec(num_agents=2, num_actions=3, obs_dim=4, state_dim=5, episode_limit=3)

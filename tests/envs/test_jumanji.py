@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from wqmix_jax import load_config, train_seeds
-from wqmix_jax.config import ConfigError, build, load_group
+from wqmix_jax.config import load_group
 from wqmix_jax.envs.jumanji import JumanjiEnvironment
+from wqmix_jax.errors import ConfigError
+from wqmix_jax.options import build
 
 CROWDED = {"grid_size": 6, "fov": 6, "num_agents": 3, "num_food": 2, "force_coop": False}
 

@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wqmix_jax.config import ConfigError, build, load_group
+from wqmix_jax.config import load_group
 from wqmix_jax.envs.matrix_game import MatrixGame
+from wqmix_jax.errors import ConfigError
+from wqmix_jax.options import build
 
 TABLE_1 = [[1, 0], [0, 1]]
 TABLE_2 = [[8, -12, -12], [-12, 0, 0], [-12, 0, 0]]

@@ -4,7 +4,7 @@ import pytest
 
 from experiments.figures import figure_names, load_figure, runs
 from wqmix_jax import load_config
-from wqmix_jax.config import ConfigError
+from wqmix_jax.errors import ConfigError
 
 MILLION = 1_000_000
 PREDATOR_PREY = {"env": "predator_prey", "total_env_steps": MILLION, "eval_episodes": 16, "anneal": 50_000}

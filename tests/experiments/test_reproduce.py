@@ -20,10 +20,9 @@ from tests.recorded import evaluated, record_run
 from tests.running import shared_programs
 from wqmix_jax import load_metrics
 from wqmix_jax.api import load_policies
-from wqmix_jax.config import ConfigError
-from wqmix_jax.exits import SEEDS_FAILED, RunError
-from wqmix_jax.logger import HEADER_FILE, METRICS_FILE, MetricsFile, load_header
-from wqmix_jax.runs import SUMMARY_FILE, held
+from wqmix_jax.errors import SEEDS_FAILED, ConfigError, RunError
+from wqmix_jax.records.metrics import HEADER_FILE, METRICS_FILE, MetricsFile, load_header
+from wqmix_jax.records.run_dir import SUMMARY_FILE, held
 
 TINY = (
     "algo.batch_size=2",

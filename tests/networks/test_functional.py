@@ -6,7 +6,7 @@ import pytest
 from tests.environments import Clock, tiny_run, tiny_wqmix
 from wqmix_jax.networks.agent import RecurrentAgent
 from wqmix_jax.networks.functional import apply_net, compute_in, init_net
-from wqmix_jax.trainer import make_trainer
+from wqmix_jax.training.compiled_loop import make_trainer
 
 
 def test_nets_compute_in_bfloat16_and_give_float32():

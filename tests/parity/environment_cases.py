@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.parity.comparison import Report
-from wqmix_jax.config import build, load_group
-from wqmix_jax.envs.predator_prey import EnvState, Noise, PredatorPrey
+from wqmix_jax.config import load_group
+from wqmix_jax.envs.predator_prey.task import EnvState, Noise, PredatorPrey
+from wqmix_jax.options import build
 
 Arrays = Mapping[str, np.ndarray]
 

@@ -17,9 +17,9 @@ from wqmix_jax import load_config
 from wqmix_jax.algos import masac
 from wqmix_jax.algos.base import Algorithm, Context, Hyperparams, hyperparams
 from wqmix_jax.algos.q_learning import UNAVAILABLE
-from wqmix_jax.config import CONFIG_DIR
 from wqmix_jax.interop import pymarl
-from wqmix_jax.learner import LearnerState, init_learner, learner_step
+from wqmix_jax.options import CONFIG_DIR
+from wqmix_jax.training.learner import LearnerState, init_learner, learner_step
 from wqmix_jax.types import EnvSpec, Episode, PyTree
 
 Arrays = Mapping[str, np.ndarray]

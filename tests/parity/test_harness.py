@@ -16,7 +16,8 @@ from tests.parity import environment_cases, harness, learner_cases, test_parity
 from tests.parity.comparison import EXACT, Report, Tolerance
 from tests.parity.harness import GOLDEN, CaseFile, learner_case
 from tests.parity.learner_cases import CannotRun, NotYetCovered, Run, Step
-from wqmix_jax import learner, weighting
+from wqmix_jax.ops import weighting
+from wqmix_jax.training import learner
 from wqmix_jax.types import PyTree
 
 ROOT = GOLDEN.parent.parent

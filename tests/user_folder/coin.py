@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from pydantic import Field
 
-from wqmix_jax.config import options
 from wqmix_jax.envs.base import Environment
+from wqmix_jax.options import options
 from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, StepOutcome
 
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 
 from wqmix_jax.algos.base import Aux, PositiveFloat
 from wqmix_jax.algos.iql import IQL
-from wqmix_jax.config import options
-from wqmix_jax.td import masked_mean
+from wqmix_jax.ops.td import masked_mean
+from wqmix_jax.options import options
 from wqmix_jax.types import Array
 
 

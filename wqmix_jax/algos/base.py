@@ -16,7 +16,7 @@ from typing import Annotated, Any, NamedTuple, Self, TypeVar
 import pydantic
 from pydantic import Field
 
-from wqmix_jax.config import PositiveInt, options
+from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, Episode, PRNGKey, PyTree
 
 TRACED = "traced"

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from wqmix_jax.algos.base import Aux, Context, Hyperparams, mean_over_steps
 from wqmix_jax.algos.q_learning import TDLearner, greedy_actions, seen_after, seen_before
-from wqmix_jax.config import options
 from wqmix_jax.networks.functional import apply_net, init_net
-from wqmix_jax.td import masked_mean, masked_mean_square
+from wqmix_jax.ops.td import masked_mean, masked_mean_square
+from wqmix_jax.options import options
 from wqmix_jax.types import Array, EnvSpec, Episode, Observation, PRNGKey, PyTree
 
 

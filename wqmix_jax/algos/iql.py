@@ -5,11 +5,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from wqmix_jax import weighting
 from wqmix_jax.algos.base import Aux, Context, Hyperparams, PositiveFraction, mean_over_steps
 from wqmix_jax.algos.q_learning import TDLearner, gather_actions, greedy_actions
-from wqmix_jax.config import options
-from wqmix_jax.td import masked_mean, masked_mean_square
+from wqmix_jax.ops import weighting
+from wqmix_jax.ops.td import masked_mean, masked_mean_square
+from wqmix_jax.options import options
 from wqmix_jax.types import Array, Episode, PyTree
 
 

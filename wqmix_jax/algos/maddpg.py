@@ -10,9 +10,9 @@ from jax.scipy.special import entr
 from wqmix_jax.algos.actor_critic import ActorCritic
 from wqmix_jax.algos.base import Aux, Context, Hyperparams, PositiveFloat, mean_over_steps
 from wqmix_jax.algos.q_learning import greedy_actions
-from wqmix_jax.config import options
-from wqmix_jax.policies import straight_through
-from wqmix_jax.td import masked_mean, masked_mean_square, td_target
+from wqmix_jax.ops.action_selection import straight_through
+from wqmix_jax.ops.td import masked_mean, masked_mean_square, td_target
+from wqmix_jax.options import options
 from wqmix_jax.types import Array, Episode, PRNGKey, PyTree
 
 

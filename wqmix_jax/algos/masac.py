@@ -14,10 +14,9 @@ from pydantic import Field
 from wqmix_jax.algos.actor_critic import ActorCritic
 from wqmix_jax.algos.base import TRACED, AgentInputs, Aux, Context, Hyperparams, mean_over_steps
 from wqmix_jax.algos.q_learning import gather_actions
-from wqmix_jax.config import options
-from wqmix_jax.exploration import masked_argmax
-from wqmix_jax.policies import draw, epsilon_floor
-from wqmix_jax.td import masked_mean, masked_mean_square, td_target
+from wqmix_jax.ops.action_selection import draw, epsilon_floor, masked_argmax
+from wqmix_jax.ops.td import masked_mean, masked_mean_square, td_target
+from wqmix_jax.options import options
 from wqmix_jax.types import Array, Episode, PRNGKey, PyTree
 
 Floor = Annotated[float, Field(gt=0, le=1), TRACED]

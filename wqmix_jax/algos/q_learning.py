@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, Fraction, Hyperparams
-from wqmix_jax.config import options
-from wqmix_jax.exploration import epsilon_greedy, masked_argmax
 from wqmix_jax.networks.agent import RecurrentAgent, agent_inputs
 from wqmix_jax.networks.functional import apply_net, init_net
-from wqmix_jax.td import lambda_return, td_target
+from wqmix_jax.ops.action_selection import epsilon_greedy, masked_argmax
+from wqmix_jax.ops.td import lambda_return, td_target
+from wqmix_jax.options import options
 from wqmix_jax.types import Array, EnvSpec, Episode, Observation, PRNGKey, PyTree
 
 UNAVAILABLE = -9999999.0

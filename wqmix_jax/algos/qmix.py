@@ -6,9 +6,9 @@ import flax.linen as nn
 
 from wqmix_jax.algos.factored import FactoredQLearner
 from wqmix_jax.algos.q_learning import gather_actions
-from wqmix_jax.config import PositiveInt, options
 from wqmix_jax.networks.agent import with_ids
 from wqmix_jax.networks.mixers import QattenMixer, QMIXMixer, VDNMixer
+from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, Observation
 
 

@@ -5,10 +5,10 @@ import jax
 from wqmix_jax.algos.base import Aux, Context, Hyperparams, mean_over_steps
 from wqmix_jax.algos.factored import FactoredQLearner
 from wqmix_jax.algos.q_learning import gather_actions, greedy_values
-from wqmix_jax.config import PositiveInt, options
 from wqmix_jax.networks.functional import apply_net
 from wqmix_jax.networks.qplex import QPLEXMixer
-from wqmix_jax.td import masked_mean
+from wqmix_jax.ops.td import masked_mean
+from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, Episode, Observation, PyTree
 
 

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from pydantic import Field
 
-from wqmix_jax import weighting
 from wqmix_jax.algos.base import TRACED, Aux, Context, Hyperparams, mean_over_steps
 from wqmix_jax.algos.q_learning import TDLearner, gather_actions, greedy_actions, seen_after, seen_before
-from wqmix_jax.config import PositiveInt, options
 from wqmix_jax.networks.functional import apply_net, init_net
 from wqmix_jax.networks.qtran import JointValue, QTRANJoint
-from wqmix_jax.td import masked_mean, masked_mean_square
+from wqmix_jax.ops import weighting
+from wqmix_jax.ops.td import masked_mean, masked_mean_square
+from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, Episode, Observation, PRNGKey, PyTree
 
 Weight = Annotated[float, Field(ge=0), TRACED]

@@ -10,14 +10,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from wqmix_jax import weighting
 from wqmix_jax.algos.base import Aux, Context, Hyperparams, PositiveFraction, mean_over_steps
 from wqmix_jax.algos.q_learning import gather_actions, greedy_actions, init_agent, init_central, seen_after, seen_before
 from wqmix_jax.algos.qmix import QMIX
-from wqmix_jax.config import PositiveInt, options
 from wqmix_jax.networks.functional import apply_net
 from wqmix_jax.networks.q_star import AttentionQStar, FeedForwardQStar
-from wqmix_jax.td import masked_mean, masked_mean_square
+from wqmix_jax.ops import weighting
+from wqmix_jax.ops.td import masked_mean, masked_mean_square
+from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, Episode, Observation, PRNGKey, PyTree
 
 

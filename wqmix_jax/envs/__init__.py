@@ -13,7 +13,7 @@ def _register() -> None:
     from jumanji.registration import register, registered_environments
 
     if JUMANJI_ID not in registered_environments():
-        register(id=JUMANJI_ID, entry_point="wqmix_jax.envs.predator_prey_jumanji:PredatorPreyJumanji")
+        register(id=JUMANJI_ID, entry_point="wqmix_jax.envs.predator_prey.jumanji:PredatorPreyJumanji")
 
 
 class _RegisterOnImport(importlib.abc.MetaPathFinder):

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wqmix_jax.config import ConfigError
 from wqmix_jax.envs.base import Environment, GameOfPackage, Host
-from wqmix_jax.randomness import pinned_draws
+from wqmix_jax.errors import ConfigError
+from wqmix_jax.ops.randomness import pinned_draws
 from wqmix_jax.types import EnvSpec, Observation, PRNGKey, PyTree, StepOutcome
 
 RESERVED_METRICS = (

@@ -13,8 +13,8 @@ import numpy as np
 import pydantic
 from pydantic import Field
 
-from wqmix_jax.config import PositiveInt, options
 from wqmix_jax.envs.base import Environment, GameOfPackage, Host, without_weak_types
+from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, PyTree, StepOutcome
 
 

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import PlainValidator
 
-from wqmix_jax.config import options
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.envs.payoffs import payoff_tensor
+from wqmix_jax.options import options
 from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, StepOutcome
 
 

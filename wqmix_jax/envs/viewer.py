@@ -68,7 +68,7 @@ class StateViewer(MatplotlibViewer, abc.ABC, Generic[StateT]):
         """Draws one frame per moment of an episode, with the return so far in its title.
 
         Args:
-            moments: consecutive, from `wqmix_jax.policy.play_episode`.
+            moments: consecutive, from `wqmix_jax.runs.saved_policies.play_episode`.
             save_path: where the animation goes, a GIF or what else matplotlib can write.
             interval: milliseconds between frames.
         """

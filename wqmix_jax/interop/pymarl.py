@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from wqmix_jax.config import install_extra
+from wqmix_jax.errors import install_extra
 from wqmix_jax.types import PyTree
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from wqmix_jax.command import command
+from wqmix_jax.cli.command import command
+from wqmix_jax.cli.parser import OneLineParser, integer
 from wqmix_jax.envs.payoffs import PRESETS, payoff_tensor
-from wqmix_jax.exits import OneLineParser, integer
 from wqmix_jax.tabular.projection import Projection, project
 from wqmix_jax.tabular.search import MAX_ORDERINGS, is_enumerable, num_orderings
 from wqmix_jax.tabular.weightings import NAMES, checked_alpha

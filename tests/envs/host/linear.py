@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from tests.environments import TINY
 from wqmix_jax.algos.base import AgentInputs, Algorithm, Aux, Context
-from wqmix_jax.config import build, options
-from wqmix_jax.exploration import epsilon_greedy
-from wqmix_jax.td import masked_mean, masked_mean_square
+from wqmix_jax.ops.action_selection import epsilon_greedy
+from wqmix_jax.ops.td import masked_mean, masked_mean_square
+from wqmix_jax.options import build, options
 from wqmix_jax.types import Array, EnvSpec, Episode
 
 

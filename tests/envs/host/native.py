@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from wqmix_jax.config import options
 from wqmix_jax.envs.base import Environment
+from wqmix_jax.options import options
 from wqmix_jax.types import Array, EnvSpec, Observation, StepOutcome
 
 

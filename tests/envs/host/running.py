@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from wqmix_jax.config import build
 from wqmix_jax.envs.host.bridge import HostEnvironment
 from wqmix_jax.envs.host.supervisor import Supervisor
+from wqmix_jax.options import build
 
 HERE = Path(__file__).parent
 

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wqmix_jax.config import build, load_group
+from wqmix_jax.config import load_group
 from wqmix_jax.envs.host import adapters
+from wqmix_jax.options import build
 
 WIDTH = 8
 

@@ -13,9 +13,9 @@ from tests.envs.host.native import Native
 from tests.envs.host.running import toy
 from wqmix_jax.algos.base import Algorithm, Context, hyperparams
 from wqmix_jax.envs.base import Environment
-from wqmix_jax.evaluator import evaluate
-from wqmix_jax.replay import make_replay
-from wqmix_jax.trainer import make_trainer
+from wqmix_jax.training.compiled_loop import make_trainer
+from wqmix_jax.training.evaluator import evaluate
+from wqmix_jax.training.replay import make_replay
 
 CHUNKS, EVAL_EPISODES = 3, 3
 

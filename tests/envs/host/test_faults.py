@@ -22,9 +22,9 @@ from tests.envs.host.native import Native
 from tests.envs.host.running import await_gone, called, idle_where, launched, toy
 from tests.envs.host.toy import Toy
 from wqmix_jax.envs.host.supervisor import Supervisor
-from wqmix_jax.exits import RunError
-from wqmix_jax.replay import make_replay
-from wqmix_jax.trainer import make_trainer
+from wqmix_jax.errors import RunError
+from wqmix_jax.training.compiled_loop import make_trainer
+from wqmix_jax.training.replay import make_replay
 
 ROOT = Path(__file__).parents[3]
 ROWS, LIMIT = 4, 9

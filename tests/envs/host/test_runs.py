@@ -14,11 +14,12 @@ from tests.envs.host.games import faked
 from tests.envs.host.linear import linear
 from tests.envs.host.running import HERE, WORKERS, toy
 from tests.running import main, timeless
-from wqmix_jax import load_metrics, runner
+from wqmix_jax import load_metrics
+from wqmix_jax.errors import RunError
 from wqmix_jax.evaluate import play_policies
-from wqmix_jax.exits import RunError
-from wqmix_jax.logger import load_header
-from wqmix_jax.policy import GreedyPolicy
+from wqmix_jax.records.metrics import load_header
+from wqmix_jax.runs import session
+from wqmix_jax.runs.saved_policies import GreedyPolicy
 
 RUN = ("num_seeds=2", "seed=5", "num_envs=2", "eval_episodes=2", "eval_interval=20", "total_env_steps=60")
 
@@ -88,7 +89,7 @@ def test_nothing_hides_the_error_that_ended_a_run(
         raise IndexError("index 0 is out of bounds")
 
     for name in broken:
-        monkeypatch.setattr(runner, name, fail)
+        monkeypatch.setattr(session, name, fail)
     options = ("env.max_restarts=4", "checkpoint.every=1000", f"run_dir={run_dir}")
     assert main("+algo=my_algo", "env=my_env", *RUN, *options, config_dir=folder) == 1
     *before, last = capfd.readouterr().err.splitlines()

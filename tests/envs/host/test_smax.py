@@ -11,7 +11,7 @@ import pytest
 from tests.envs.host.running import HERE, WORKERS
 from tests.envs.host.smax_client import WIDTH, look, make
 from wqmix_jax import load_config, train_seeds
-from wqmix_jax.config import build
+from wqmix_jax.options import build
 
 pytestmark = pytest.mark.slow  # each worker imports JAX and compiles the game
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from tests.envs.host.running import WORKERS, toy
-from wqmix_jax.config import ConfigError, build
 from wqmix_jax.envs.host import supervisor, worker
-from wqmix_jax.exits import RunError
+from wqmix_jax.errors import ConfigError, RunError
+from wqmix_jax.options import build
 
 HALF = f"""#!{sys.executable}
 import json, socket, sys

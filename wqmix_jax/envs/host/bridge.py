@@ -24,10 +24,11 @@ from jax.experimental import io_callback
 from jax.sharding import Sharding, SingleDeviceSharding
 from pydantic import Field
 
-from wqmix_jax.config import ConfigError, PositiveInt, options
 from wqmix_jax.envs.base import Environment, EnvState, Host
 from wqmix_jax.envs.host.pool import Program, WorkerError, ask
 from wqmix_jax.envs.host.supervisor import Limits, Returned, Supervisor
+from wqmix_jax.errors import ConfigError
+from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, StepOutcome
 
 Seconds = Annotated[float, Field(gt=0, strict=False)]

@@ -99,7 +99,7 @@ class Interrupt:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Watches for it, where this is the main thread and nobody else does (`wqmix_jax.exits.StopSignals`)."""
+        """Watches for it, where this is the main thread and nobody else does (`wqmix_jax.runs.signals.StopSignals`)."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

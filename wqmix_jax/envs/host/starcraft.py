@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from wqmix_jax.config import PositiveInt, options
 from wqmix_jax.envs.host.bridge import BridgedEnvironment
+from wqmix_jax.options import PositiveInt, options
 
 Difficulty = Literal["1", "2", "3", "4", "5", "6", "7", "8", "9", "A"]
 

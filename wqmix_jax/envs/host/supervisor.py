@@ -11,7 +11,7 @@ import numpy as np
 
 from wqmix_jax.envs.host import worker
 from wqmix_jax.envs.host.pool import Interrupt, Pool, Program, WorkerError
-from wqmix_jax.exits import RunError
+from wqmix_jax.errors import RunError
 from wqmix_jax.types import EnvSpec
 
 Shapes = dict[str, tuple[int, ...]]

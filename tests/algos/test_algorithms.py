@@ -1,0 +1,221 @@
+"""Every algorithm of ``configs/algo``, whichever there are: it runs from the command line, and learns what is known."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments.table2 import exploration
+from tests.environments import Clock, Leaver, Recall
+from tests.running import main
+from wqmix_jax import load_config, load_metrics, train_seeds
+from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, hyperparams, is_mean_over_steps
+from wqmix_jax.algos.iql import IQL
+from wqmix_jax.config import RunConfig
+from wqmix_jax.envs.matrix_game import MatrixGame
+from wqmix_jax.train import names
+from wqmix_jax.training.learner import gradients, init_learner
+from wqmix_jax.training.replay import StoredEpisode, make_replay
+from wqmix_jax.types import EnvSpec, Episode, PyTree
+
+ALGORITHMS = names("algo").split(", ")
+RUN_FAST = ("iql", "qplex", "qtran")
+LEARN_FAST = ("iql", "ow_qmix")
+SHARE_FAST = ("cw_qmix",)
+IDLE_FAST = ("qplex",)
+"""Those of the fast tests: nearly all the time goes into compiling each algorithm anew."""
+
+PREDATOR_PREY = (
+    "env=predator_prey",
+    "env.world_shape=[3,3]",
+    "env.num_agents=3",
+    "env.num_stags=1",
+    "env.num_hares=1",
+    "env.obs_radius=1",
+    "env.episode_limit=5",
+    "algo.batch_size=3",
+    "algo.buffer_size=6",
+    "algo.hidden_dim=4",
+    "num_seeds=2",
+    "total_env_steps=30",
+    "eval_interval=15",
+    "eval_episodes=2",
+    "logger.progress=false",
+)
+
+PAYOFF = ((1.0, 3.0), (2.0, 4.0))
+"""A game that is a sum of what each agent does, so that every algorithm can represent it."""
+
+
+def all_but_slow(fast: tuple[str, ...]) -> list[Any]:
+    """Every algorithm, those that aren't among the fast ones marked slow."""
+    return [pytest.param(algo, marks=() if algo in fast else pytest.mark.slow) for algo in ALGORITHMS]
+
+
+@pytest.mark.parametrize("algo", all_but_slow(RUN_FAST))
+def test_runs_from_the_command_line_on_predator_prey_with_two_seeds(algo: str, tmp_path: Path) -> None:
+    assert main(f"+algo={algo}", *PREDATOR_PREY, f"run_dir={tmp_path}") == 0
+    for seed in (0, 1):
+        last = load_metrics(tmp_path, kind="train", seed=seed)[-1]
+        assert last["env_steps"] >= 30
+        assert last["learner_steps"] >= 4
+        assert {"loss", "grad_norm"} <= last.keys()
+        assert all(isinstance(value, str) or math.isfinite(value) for value in last.values())
+    losses = [load_metrics(tmp_path, kind="train", seed=seed)[-1]["loss"] for seed in (0, 1)]
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("algo", all_but_slow(LEARN_FAST))
+def test_learns_the_values_of_a_one_step_game(algo: str) -> None:
+    config = small_run(algo, MatrixGame(payoff=PAYOFF), total_env_steps=8000)
+    state, records = train_seeds(config, [0])
+    assert last_return(records) == 4.0
+    got, known = known_values(config, jax.tree.map(lambda leaf: leaf[0], state.learner.params))
+    np.testing.assert_allclose(got, known, atol=0.4)  # less than half of what tells two payoffs apart
+
+
+@pytest.mark.parametrize("algo", all_but_slow(LEARN_FAST))
+def test_learns_to_act_on_what_was_seen_one_step_ago(algo: str) -> None:
+    _, records = train_seeds(small_run(algo, Recall(), total_env_steps=16000), [0])
+    assert last_return(records) == 1.0
+
+
+@pytest.mark.parametrize("algo", all_but_slow(SHARE_FAST))
+def test_a_batchs_gradient_is_the_mean_of_its_parts_by_their_steps(algo: str) -> None:
+    """So that devices may share a batch; the parts differ in how many steps are real."""
+    config = small_run(algo, Clock(episode_limit=3, ends_from=1), total_env_steps=1)
+    assert is_mean_over_steps(config.algo)
+    spec, keys = config.env.spec, jax.random.split(jax.random.key(0), 6)
+    lengths = jnp.array([3, 3, 1, 2])
+    mask = (jnp.arange(3)[None, :] < lengths[:, None]).astype(jnp.float32)
+    batch = Episode(
+        obs=jax.random.normal(keys[0], (4, 4, 2, spec.obs_dim)),
+        state=jax.random.normal(keys[1], (4, 4, spec.state_dim)),
+        avail_actions=jnp.ones((4, 4, 2, 3), bool),
+        joint_action=jax.random.randint(keys[2], (4, 3, 2), 0, 3),
+        reward=jax.random.normal(keys[3], (4, 3)) * mask,
+        discount=jnp.ones((4, 3)),
+        mask=mask,
+    )
+    learner = init_learner(config.algo.init(keys[4], spec))
+    ctx = Context(jnp.float32(0.5), jnp.int32(0), jnp.int32(0))
+    noise = config.algo.sample_noise(keys[5], batch)
+    call = jax.jit(lambda batch, noise: gradients(config.algo, learner, batch, hyperparams(config.algo), ctx, noise))
+    first, second = (
+        call(*jax.tree.map(lambda x: x[:2], (batch, noise))),
+        call(*jax.tree.map(lambda x: x[2:], (batch, noise))),
+    )
+    mean = jax.tree.map(lambda one, other: (6 * one + 3 * other) / 9, first, second)
+    for got, known in zip(jax.tree.leaves(mean), jax.tree.leaves(call(batch, noise)), strict=True):
+        np.testing.assert_allclose(got, known, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_parameters_make_an_agent_play_what_is_unavailable(algo: str, value: float) -> None:
+    """A seed that has failed goes on playing beside the others, and some simulators end at an unavailable action."""
+    made = build_small(algo)
+    obs = jnp.linspace(-1, 1, 5 * 2 * 3).reshape(5, 2, 3)
+    avail = jnp.arange(4)[None, None, :] == jnp.array([[3, 1], [2, 2], [1, 3], [3, 3], [0, 1]])[..., None]
+    avail |= jnp.arange(4)[None, None, :] == 3
+    params = made.init(jax.random.key(0), EnvSpec(num_agents=2, num_actions=4, obs_dim=3, state_dim=1, episode_limit=1))
+    params = jax.tree.map(lambda leaf: jnp.full_like(leaf, value), params)
+    inputs = AgentInputs(obs, jnp.full((5, 2), -1), avail)
+    for epsilon in (0.0, 0.5):
+        ctx = Context(jnp.float32(epsilon), jnp.int32(0), jnp.int32(0))
+        carry = made.initial_carry((5, 2))
+        chosen, _ = made.act(params, carry, inputs, hyperparams(made), ctx, jax.random.key(1))
+        assert np.take_along_axis(np.array(avail), np.array(chosen)[..., None], axis=-1).all()
+
+
+@pytest.mark.parametrize("algo", all_but_slow(IDLE_FAST))
+def test_an_agent_without_an_available_action_is_harmless(algo: str) -> None:
+    """Its loss and gradients stay as large as where nobody leaves; the largest reward is 5."""
+    made, sizes = build_small(algo), []
+    ctx = Context(jnp.float32(0.5), jnp.int32(0), jnp.int32(0))
+    learner = init_learner(made.init(jax.random.key(1), Clock(episode_limit=5, ends_from=9).spec))
+    call = jax.jit(lambda batch, noise: gradients(made, learner, batch, hyperparams(made), ctx, noise))
+    for env in (Leaver(episode_limit=5, ends_from=9), Clock(episode_limit=5, ends_from=9)):
+        batch = replayed(env)
+        grads, metrics = call(batch, made.sample_noise(jax.random.key(2), batch))
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+        sizes.append((abs(float(metrics["loss"])), float(optax.tree.norm(grads))))
+    np.testing.assert_array_less(sizes[0], 3 * np.array(sizes[1]) + 1)
+
+
+def replayed(env: Clock) -> Episode:
+    """An episode of five steps, as the learner sees it after the replay."""
+    steps = [env.pack(env.reset(None)._replace(steps=jnp.int32(time))) for time in range(6)]
+    stored = StoredEpisode(
+        steps=jax.tree.map(lambda *leaves: jnp.stack(leaves)[None], *steps),
+        joint_action=jnp.array([[[1, 2], [2, 0], [0, 0], [1, 0], [0, 0]]], jnp.uint8),
+        reward=jnp.arange(1.0, 6.0)[None],
+        length=jnp.full(1, 5, jnp.int32),
+        terminated=jnp.ones(1, bool),
+    )
+    replay = make_replay(env, buffer_size=2, batch_size=1)
+    return replay.decode(replay.add(replay.init(), stored, jnp.bool_(True)).experience[0, :1], 5)
+
+
+def build_small(algo: str) -> Algorithm:
+    """An algorithm with its own options and narrow nets."""
+    made = load_config(f"+algo={algo}").algo
+    widths = {field.name: 8 for field in dataclasses.fields(made) if field.name.endswith("_dim")}
+    return dataclasses.replace(made, **widths)
+
+
+def small_run(algo: str, env: Any, total_env_steps: int) -> RunConfig:
+    """The algorithm's own options with narrow nets and fast learning, on what is played at random."""
+    options = ("algo.lr=0.005", "algo.batch_size=64", "algo.buffer_size=512")
+    config = load_config(f"+algo={algo}", *options, *exploration(algo))
+    widths = {field.name: 16 for field in dataclasses.fields(config.algo) if field.name.endswith("_dim")}
+    return dataclasses.replace(
+        config,
+        algo=dataclasses.replace(config.algo, **widths),
+        env=env,
+        num_envs=16,
+        total_env_steps=total_env_steps,
+        eval_interval=total_env_steps,
+        eval_episodes=32,
+        chunk_iterations=100,
+    )
+
+
+def last_return(records: list[dict[str, Any]]) -> float:
+    return [record["episode_return"] for record in records if record["kind"] == "eval"][-1]
+
+
+def known_values(config: RunConfig, params: PyTree) -> tuple[Any, Any]:
+    """What the algorithm's best estimate says of every joint action of the one-step game, and what is right."""
+    env, algo = config.env, config.algo
+    seen = env.observe(env.reset(jax.random.key(0)))
+    both = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (4, 2, *leaf.shape)), seen)
+    joint_actions = jnp.array([[0, 0], [0, 1], [1, 0], [1, 1]])
+    reward, ones = jnp.array(PAYOFF).reshape(4, 1), jnp.ones((4, 1))
+    batch = Episode(*both, joint_actions[:, None], reward, discount=0 * ones, mask=ones)
+    zero = jnp.int32(0)
+    ctx, noise = Context(jnp.float32(1), zero, zero), algo.sample_noise(jax.random.key(0), batch)
+    values = jax.jit(lambda p: algo.loss(p, p, batch, hyperparams(algo), ctx, noise)[1].values)(params)
+    for name in ("q_star", "q_tot"):
+        if name in values:
+            return values[name][:, 0], reward[:, 0]
+    if isinstance(algo, IQL):
+        return values["chosen_qs"][:, 0], independent_values(algo, joint_actions)
+    return (), ()
+
+
+def independent_values(algo: IQL, joint_actions: Any) -> Any:
+    """The mean payoff of an agent's action while the other one plays at random, weighed as the algorithm does.
+
+    With weight alpha on payoffs below it, q is where (high - q) = alpha (q - low).
+    """
+    alpha = algo.alpha if algo.weighting == "optimistic" else 1.0
+    payoff = np.array(PAYOFF)
+    first, second = (np.sort(table, axis=-1) @ [alpha, 1.0] / (1 + alpha) for table in (payoff, payoff.T))
+    return np.stack([first[joint_actions[:, 0]], second[joint_actions[:, 1]]], axis=-1)

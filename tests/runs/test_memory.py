@@ -1,0 +1,183 @@
+"""What a run takes is told before it trains, and what doesn't fit at once learns in groups or is refused."""
+
+import re
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from tests.environments import Clock, tiny_run, tiny_wqmix
+from tests.running import TINY, main, to_go_on
+from wqmix_jax.errors import ConfigError, RunError
+from wqmix_jax.runs import memory, session
+from wqmix_jax.runs.checkpoint_pieces import buffer_bytes
+from wqmix_jax.runs.memory import (
+    compile_within_memory,
+    memory_faults_in_one_line,
+    memory_limit,
+    memory_plan,
+    refuse_small_memory,
+)
+from wqmix_jax.training.compiled_loop import make_trainer
+from wqmix_jax.training.devices import seed_sharding
+from wqmix_jax.training.host_loop import Compilation, abstract_state
+from wqmix_jax.training.members import make_members
+
+CONFIG = tiny_run(tiny_wqmix(hidden_dim=16, batch_size=4, buffer_size=512), Clock(episode_limit=64, ends_from=64))
+MEMBERS = make_members(CONFIG.algo, range(4), {})
+
+
+def grouped(learner_groups):
+    return make_trainer(CONFIG, learner_groups=learner_groups)
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """The compiled trainer with all seeds at once, with two and with one at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "memory_limit", lambda _: None)
+        return {groups: compile_within_memory(grouped(groups), MEMBERS, grouped)[0] for groups in (1, 2, 4)}
+
+
+def test_the_plan_is_the_programs_own_and_nothing_copies_the_replay(programs):
+    plan = memory_plan(programs[1], MEMBERS)
+    state = jax.tree.leaves(abstract_state(grouped(1), MEMBERS))
+    num_iterations = 4  # bytes
+    assert plan.state == sum(leaf.size * leaf.dtype.itemsize for leaf in state) + num_iterations
+    replays = programs[1].replay_bytes * len(MEMBERS)
+    assert replays < plan.state
+    assert memory_plan(programs[4], MEMBERS).temporaries < replays / 2
+    assert programs[1].train.memory_analysis().alias_size_in_bytes == plan.state - num_iterations
+    assert str(plan._replace(limit=10**9)).endswith("; 1,000.0 MB are there")
+
+
+def test_the_plan_has_room_for_a_checkpoint(programs):
+    plan = memory_plan(programs[1], MEMBERS)
+    assert plan.checkpoint == buffer_bytes(plan.state) > 0
+    assert plan.total == plan.state + plan.temporaries + plan.checkpoint
+    assert plan._replace(limit=plan.total).fits
+    assert not plan._replace(limit=plan.total - 1).fits
+    assert f"{plan.checkpoint / 1e6:,.1f} MB for checkpoints" in str(plan)
+
+
+def test_groups_take_less_memory_and_give_the_same_numbers(programs):
+    assert memory_plan(programs[4], MEMBERS).temporaries < memory_plan(programs[1], MEMBERS).temporaries / 2
+    states = {}
+    for groups, trainer in ((groups, programs[groups]) for groups in (1, 4)):
+        state = trainer.init([member.seed for member in MEMBERS])
+        for _ in range(5):
+            state, record = trainer.train_chunk(state)
+        assert (np.array(record.updates) == 1).all()
+        states[groups] = state
+    for one, other in zip(*(jax.tree.leaves(states[groups].learner) for groups in (1, 4)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shortage", ["none", "some", "most", "too much"])
+def test_as_few_groups_as_fit(programs, shortage, monkeypatch):
+    whole, least = (memory_plan(programs[groups], MEMBERS).total for groups in (1, 4))
+    limit = {"none": whole, "some": whole - 1, "most": least, "too much": least - 1}[shortage]
+    monkeypatch.setattr(memory, "memory_limit", lambda _: limit)
+    monkeypatch.setattr(
+        memory, "compile_trainer", lambda trainer, *_, **__: (programs[trainer.learner_groups], Compilation(0.0, True))
+    )
+    if shortage == "too much":
+        with pytest.raises(RunError, match=r"too little memory, .* MB are there"):
+            compile_within_memory(grouped(1), MEMBERS, grouped)
+        return
+    trainer, _, lines = compile_within_memory(grouped(1), MEMBERS, grouped)
+    expected = {"none": (1, []), "some": (2, ["2 seeds"]), "most": (4, ["1 seed"])}[shortage]
+    assert (trainer.learner_groups, re.findall(r"they learn (.*) at a time", " ".join(lines))) == expected
+
+
+def test_states_that_can_never_fit_are_refused_before_anything_compiles(monkeypatch):
+    trainer = grouped(1)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state(trainer, MEMBERS)))
+    monkeypatch.setattr(memory, "memory_limit", lambda _: size)
+    refuse_small_memory(trainer, MEMBERS)
+    monkeypatch.setattr(memory, "memory_limit", lambda _: size - 1)
+    with pytest.raises(ConfigError, match=r"training 4 seeds at once is not allowed: .* MB are there"):
+        refuse_small_memory(trainer, MEMBERS)
+
+
+def test_devices_that_share_a_batch_hold_a_copy_each():
+    one, shared = (
+        memory._state_bytes(make_trainer(CONFIG, sharding=sharding), MEMBERS[:1])
+        for sharding in (None, seed_sharding(1, batch_size=8))
+    )
+    assert shared == 2 * one
+
+
+def test_the_limit_is_what_the_machine_and_the_control_group_have_left(tmp_path, monkeypatch):
+    (group := tmp_path / "slurm" / "job").mkdir(parents=True)
+    (tmp_path / "self").mkdir()
+    monkeypatch.setattr(memory, "PROC", tmp_path)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(jax, "live_arrays", lambda: [np.zeros(5, np.uint8)])
+    trainer = grouped(1)
+    assert memory_limit(trainer) is None
+    (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable: 20 kB\n")
+    assert memory_limit(trainer) == 20 * 1024 + 5
+    (tmp_path / "self" / "status").write_text("Name: python\nVmSize: 2 kB\n")
+    (tmp_path / "self" / "limits").write_text("Max address space  unlimited  unlimited  bytes\n")
+    assert memory_limit(trainer) == 20 * 1024 + 5
+    (tmp_path / "self" / "limits").write_text("Max address space  12048  unlimited  bytes\n")
+    assert memory_limit(trainer) == 10000 + 5
+    (tmp_path / "self" / "cgroup").write_text("4:memory:/old\n0::/slurm/job\n")
+    (group / "memory.max").write_text("max\n")
+    assert memory_limit(trainer) == 10000 + 5
+    (group / "memory.max").write_text("9000\n")
+    assert memory_limit(trainer) == 10000 + 5, "its use isn't told"
+    for folder, limit in ((group, 9000), (group.parent, 8000)):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text("6000\n")
+    assert memory_limit(trainer) == 2000 + 5
+    cached = "anon 900\nactive_file 2000\ninactive_file 2500\nshmem 100\nslab_reclaimable 500\n"
+    (group.parent / "memory.stat").write_text(cached)
+    assert memory_limit(trainer) == 3000 + 5, "what is cached makes way"
+
+
+def test_a_run_tells_it_and_one_that_is_too_large_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    assert main(*TINY, f"run_dir={tmp_path / 'fits'}", "total_env_steps=1") == 0
+    assert re.search(r"^memory: [\d.,]+ MB per seed, [\d.,]+ MB in all \(", capsys.readouterr().out, re.MULTILINE)
+    monkeypatch.setattr(memory, "memory_limit", lambda _: 1000)
+    assert main(*TINY, f"run_dir={tmp_path / 'large'}") == 2
+    refused = capsys.readouterr().err.strip().splitlines()
+    assert len(refused) == 1
+    assert "training 2 seeds at once is not allowed" in refused[0]
+    assert not (tmp_path / "large").exists()
+
+
+FULL = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4294967296 bytes.\nBufferAssignment: ..."
+
+
+@pytest.mark.parametrize("message", [FULL, "INTERNAL: Failed to create cuDNN handle", "CUBLAS_STATUS_ALLOC_FAILED"])
+@pytest.mark.parametrize(("platform", "preallocate"), [("gpu", None), ("gpu", "false"), ("cpu", None)])
+def test_a_full_device_is_told_in_one_line(message, platform, preallocate, monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+    if preallocate is not None:
+        monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", preallocate)
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(platform=platform)])
+    with pytest.raises(RunError) as caught, memory_faults_in_one_line():
+        raise jax.errors.JaxRuntimeError(message)
+    told = str(caught.value)
+    assert told.startswith(f"out of memory ({message.splitlines()[0]}); fewer seeds may do")
+    hint = "XLA_PYTHON_CLIENT_PREALLOCATE=false for each process lets them share it"
+    assert (hint in told) == (platform == "gpu" and preallocate is None)
+
+
+def test_other_errors_of_jax_stay_as_they_are():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"), memory_faults_in_one_line():
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: of something else")
+
+
+def test_a_run_on_a_full_gpu_ends_with_one_line(tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError(FULL)
+
+    monkeypatch.setattr(session, "compile_within_memory", fail)
+    assert main(*TINY, f"run_dir={tmp_path / 'run'}") == 1
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: out of memory (RESOURCE_EXHAUSTED: ")
+    assert line.endswith(to_go_on(tmp_path / "run"))

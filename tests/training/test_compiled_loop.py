@@ -1,0 +1,402 @@
+"""The loop as a whole, on small nets: what it counts, when it learns, and that company and chunks change nothing."""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.environments import TINY, Clock, tiny_maddpg, tiny_masac, tiny_run, tiny_wqmix
+from tests.training.test_replay import plain_episode, stacked
+from wqmix_jax.options import build
+from wqmix_jax.training import batch_gradients
+from wqmix_jax.training.batch_gradients import _num_groups, _static_lengths
+from wqmix_jax.training.compiled_loop import make_trainer, train_sharding
+from wqmix_jax.training.devices import seed_sharding
+from wqmix_jax.training.learner import gradients
+from wqmix_jax.training.replay import make_replay
+from wqmix_jax.training.row_packing import pack
+
+ENV = Clock(episode_limit=4, ends_from=1)
+LONG = Clock(episode_limit=32, ends_from=1)  # long enough for batches to be cut or packed
+FIVE = {"batch_size": 5, "buffer_size": 5}
+BIG_BATCH = {"batch_size": 8, "buffer_size": 12}  # large enough for two devices
+
+
+def trained(config, seeds, num_chunks, sharding=None, **options):
+    """The last state and all records, leaves ``[iterations, S]``."""
+    trainer = make_trainer(config, sharding=sharding, **options)
+    state, records = trainer.init(seeds), []
+    for _ in range(num_chunks):
+        state, record = trainer.train_chunk(state)
+        records.append(jax.device_get(record))
+    return state, jax.tree.map(lambda *leaves: np.concatenate(leaves), *records)
+
+
+def same(one, two, where=slice(None), where_two=None):
+    leaves = zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
+    for a, b in leaves:
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(a[where], b[where if where_two is None else where_two])
+
+
+def test_steps_are_counted_as_they_happen_and_learning_starts_with_a_full_batch():
+    state, records = trained(tiny_run(tiny_wqmix(batch_size=3), ENV), [0], 12)
+    lengths = records.episode_length[:, 0]
+    assert lengths.min() < 4
+    np.testing.assert_array_equal(records.counters.env_steps[:, 0], np.cumsum(lengths))
+    np.testing.assert_array_equal(records.counters.episodes[:, 0], np.arange(1, 13))
+    np.testing.assert_array_equal(records.updates[:, 0], [0, 0] + [1] * 10)
+    np.testing.assert_array_equal(records.counters.learner_steps[:, 0], [0, 0, *range(1, 11)])
+    assert int(state.counters.learner_steps[0]) == 10
+
+
+def test_epsilon_is_that_of_the_episodes_first_step():
+    _, records = trained(tiny_run(tiny_wqmix(), ENV), [0], 12)
+    before = np.concatenate([[0], records.counters.env_steps[:-1, 0]])
+    np.testing.assert_allclose(records.epsilon[:, 0], np.maximum(1.0 - 0.9 * before / 40, 0.1), rtol=1e-5)
+
+
+def test_a_loss_sees_the_epsilon_of_the_episodes_just_played():
+    """As in PyMARL; the steps and the learner steps that it sees are those so far."""
+    algo = build("algo", {"_target_": "tests.environments.ContextTeller", **TINY})
+    _, records = trained(tiny_run(algo, ENV), [0, 1], 12)
+    learnt = records.updates > 0
+    assert (np.diff(records.epsilon[:8], axis=0) < 0).all()
+    np.testing.assert_array_equal(records.losses["epsilon"][learnt], records.epsilon[learnt])
+    np.testing.assert_array_equal(records.losses["env_steps"][learnt], records.counters.env_steps[learnt])
+    np.testing.assert_array_equal(records.losses["learner_steps"][learnt], records.counters.learner_steps[learnt] - 1)
+
+
+def test_epsilon_stays_within_an_episode():
+    """The agents tell in their actions whether epsilon still has its first value: all through episode 0, then never."""
+    env = Clock(episode_limit=4, ends_from=4)
+    algo = build("algo", {"_target_": "tests.environments.EpsilonTeller", **TINY})
+    state, _ = trained(tiny_run(algo, env), [0], 2)
+    trainer_rows = state.replay.experience[0, 0, :2]
+    from wqmix_jax.training.replay import make_replay
+
+    episodes = make_replay(env, buffer_size=6, batch_size=2).decode(trainer_rows, 4)
+    np.testing.assert_array_equal(episodes.joint_action, [np.ones((4, 2)), np.zeros((4, 2))])
+
+
+def test_targets_are_copied_at_the_authors_episodes():
+    """Every 3 episodes, counted before an iteration's own: in iterations 3, 6, 9 when learning started in time."""
+    trainer = make_trainer(tiny_run(tiny_wqmix(target_update_interval=3), ENV))
+    state, copied = trainer.init([0]), []
+    for iteration in range(10):
+        state, _ = trainer.train_chunk(state)
+        learner = state.learner
+        if all(
+            bool((a == b).all()) for a, b in zip(*map(jax.tree.leaves, (learner.params, learner.target)), strict=True)
+        ):
+            copied.append(iteration)
+    assert copied == [0, 3, 6, 9]  # before any learning they are equal, too
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_a_seed_in_company_gives_its_solo_numbers(num_envs):
+    config = tiny_run(tiny_wqmix(), ENV, num_envs=num_envs, eval_interval=8)
+    together, records = trained(config, [3, 4, 5], 8)
+    alone, record = trained(config, [4], 8)
+    np.testing.assert_array_equal(records.counters.env_steps[:, 1], record.counters.env_steps[:, 0])
+    for many, one in zip(jax.tree.leaves(together.learner), jax.tree.leaves(alone.learner), strict=True):
+        np.testing.assert_allclose(many[1], one[0], rtol=2e-4, atol=1e-6)
+    assert len({tuple(row) for row in records.episode_length.T}) == 3
+
+
+def test_seeds_spread_over_devices_give_the_solo_numbers_to_the_bit():
+    """A device's shapes are those of a solo run, and so is its program: its branches go by its own seeds alone."""
+    config = tiny_run(tiny_wqmix(), ENV, total_env_steps=12)
+    together, records = trained(config, [3, 4], 8, seed_sharding(2))
+    assert len(together.learner.target_episodes.sharding.device_set) == 2
+    for index, seed in enumerate((3, 4)):
+        alone, record = trained(config, [seed], 8)
+        same(together, alone, index, 0)
+        same(records, record, (slice(None), index), (slice(None), 0))
+    assert records.active[:, 0].sum() != records.active[:, 1].sum()
+
+
+@pytest.mark.parametrize(
+    ("algo", "env", "total_env_steps"),
+    [
+        (tiny_wqmix(**BIG_BATCH), ENV, 30),
+        (tiny_masac(**BIG_BATCH), ENV, 30),
+        (tiny_masac(**BIG_BATCH), LONG, 90),  # its rows are packed
+    ],
+    ids=["cw_qmix", "masac", "masac packed"],
+)
+def test_devices_that_share_a_batch_give_the_numbers_of_one(algo, env, total_env_steps):
+    """To float tolerance: an average over parts is another order of sums. What is drawn is the same."""
+    config = tiny_run(algo, env, total_env_steps=total_env_steps)
+    sharding = train_sharding(config, 1)
+    assert dict(sharding.mesh.shape) == {"seeds": 1, "batch": 2}
+    shared, records = trained(config, [3], 16, sharding)
+    alone, record = trained(config, [3], 16)
+    assert record.updates.sum() >= 2
+    assert not record.active[-1, 0]
+    for many, one in zip(
+        jax.tree.leaves((shared.learner, records)), jax.tree.leaves((alone.learner, record)), strict=True
+    ):
+        np.testing.assert_allclose(many, one, rtol=2e-4, atol=1e-6)
+    for copy in jax.tree.leaves(shared.learner):  # both devices hold the same
+        first, second = (shard.data for shard in copy.addressable_shards)
+        np.testing.assert_array_equal(first, second)
+
+
+def test_a_batch_is_shared_only_where_the_loss_is_a_mean_over_its_steps():
+    algo = build("algo", {"_target_": "tests.environments.ContextTeller", **TINY, **BIG_BATCH})
+    assert len(train_sharding(tiny_run(algo, ENV), 1).device_set) == 1
+
+
+def test_chunk_sizes_never_change_the_numbers():
+    runs = [tiny_run(tiny_wqmix(), ENV, eval_interval=24, chunk_iterations=size) for size in (1, 3)]
+    (one, one_by_one), (many, by_three) = trained(runs[0], [0, 1], 6), trained(runs[1], [0, 1], 2)
+    same(one_by_one, by_three)
+    same(one, many)
+
+
+@pytest.mark.parametrize("seeds", [[0], [0, 1]], ids=["one device", "two devices"])
+def test_one_program_runs_any_number_of_iterations(seeds):
+    """The rows past the last are zeros, and nothing is compiled for another number."""
+    config = tiny_run(tiny_wqmix(), ENV, eval_interval=24, chunk_iterations=6)
+    trainer = make_trainer(config, sharding=train_sharding(config, len(seeds)))
+    whole, expected = trainer.train_chunk(trainer.init(seeds))
+    state, rows, sizes = trainer.init(seeds), [], []
+    for count in (1, 0, 3, 2):
+        state, records = trainer.train(state, np.int32(count))
+        rows.append(jax.tree.map(lambda leaf, count=count: np.asarray(leaf)[:count], records))
+        assert not any(np.asarray(leaf)[count:].any() for leaf in jax.tree.leaves(records))
+        sizes.append(trainer.train._cache_size())
+    same(jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows), expected)
+    same(state, whole)
+    assert sizes[1] == sizes[-1]  # the state of `init` and that of `train` may count as two kinds of argument
+
+
+def test_evaluation_changes_nothing_and_draws_from_its_own_keys():
+    trainer = make_trainer(tiny_run(tiny_wqmix(), ENV, eval_episodes=5))
+    state, other = trainer.init([0]), trainer.init([0])
+    for _ in range(4):
+        evaluated = trainer.evaluate(state)
+        state, record = trainer.train_chunk(state)
+        other, plain = trainer.train_chunk(other)
+        same(record, plain)
+        assert int(evaluated.counters.episodes[0]) == int(record.counters.episodes[0, 0]) - 1
+    same(state, other)
+
+
+def test_a_finished_seed_is_frozen_to_the_bit_while_another_goes_on():
+    """Also its replay and keys, and at the same step whether the others are there or not."""
+    config = tiny_run(tiny_wqmix(), ENV, total_env_steps=14)
+    trainer = make_trainer(config)
+    state, frozen = trainer.init([0, 1, 2, 3]), {}
+    for _ in range(12):
+        before = jax.tree.map(jnp.copy, state)
+        done = np.flatnonzero(np.array(before.counters.env_steps) >= 14)
+        state, record = trainer.train_chunk(state)
+        for seed in done:
+            frozen[int(seed)] = True
+            same(before, state, where=seed)
+            assert not record.active[0, seed]
+    assert set(frozen) == {0, 1, 2, 3}
+    assert len(set(np.array(state.counters.episodes).tolist())) > 1
+
+
+def test_a_finished_seed_costs_no_learner_call(monkeypatch):
+    """Its batch is empty, so no tile of rows is learned from for its sake."""
+    seen = []
+
+    def told(lengths, limit):
+        jax.debug.callback(lambda lengths: seen.append(np.array(lengths)), lengths)
+        return pack(lengths, limit)
+
+    monkeypatch.setattr(batch_gradients, "pack", told)
+    trainer = make_trainer(tiny_run(tiny_wqmix(), LONG, total_env_steps=10_000))
+    state = trainer.init([0, 1])
+    for done in (0, 0, 0, 0, 10_000):
+        seen.clear()
+        counters = state.counters
+        state = state._replace(counters=counters._replace(env_steps=counters.env_steps.at[1].max(done)))
+        state, _ = trainer.train_chunk(state)
+        jax.effects_barrier()
+    assert sorted(bool(lengths.all()) for lengths in seen) == [False, True]
+    assert not min(seen, key=np.sum).any()
+
+
+@pytest.mark.parametrize("env", [ENV, LONG], ids=["whole", "packed"])
+@pytest.mark.parametrize("what", ["params", "loss"])
+def test_a_failed_seed_is_frozen_at_its_first_bad_step_and_the_others_never_notice(what, env):
+    trainer = _shared_trainer(env)
+    sound, poisoned = trainer.init([0, 1, 2]), trainer.init([0, 1, 2])
+    for iteration in range(8):
+        if iteration == 4:
+            poisoned = _poisoned(poisoned, what, seed=1)
+        before = jax.tree.map(jnp.copy, poisoned)
+        sound, _ = trainer.train_chunk(sound)
+        poisoned, record = trainer.train_chunk(poisoned)
+        np.testing.assert_array_equal(poisoned.failed, [False, iteration >= 4, False])
+        for seed in (0, 2):
+            same(poisoned, sound, where=seed)
+        assert record.active[0, 1] == (iteration <= 4)
+        if iteration > 4:
+            same(before, poisoned, where=1)
+    assert int(poisoned.counters.episodes[1]) == 5
+    assert int(sound.counters.episodes[1]) == 8
+
+
+@functools.cache
+def _shared_trainer(env):
+    return make_trainer(tiny_run(tiny_wqmix(), env))
+
+
+def _poisoned(state, what, *, seed):
+    """With numbers that aren't finite in the parameters, or in the targets, from where they reach the loss."""
+    learner = state.learner
+    if what == "params":
+        params = jax.tree.map(lambda leaf: leaf.at[seed].set(jnp.nan), learner.params)
+        return state._replace(learner=learner._replace(params=params))
+    target = jax.tree.map(lambda leaf: leaf.at[seed].set(jnp.inf), learner.target)
+    return state._replace(learner=learner._replace(target=target))
+
+
+def test_several_updates_per_iteration_are_counted_and_draw_different_batches():
+    config = tiny_run(tiny_wqmix(buffer_size=50), ENV, updates_per_iteration=3)
+    state, records = trained(config, [0], 6)
+    np.testing.assert_array_equal(records.updates[:, 0], [0, 3, 3, 3, 3, 3])
+    assert int(state.counters.learner_steps[0]) == 15
+
+
+def test_sweeping_a_traced_option_compiles_once():
+    trainer = make_trainer(tiny_run(tiny_wqmix(), ENV))
+    state = trainer.init([0])
+    for alpha in (0.1, 0.5):
+        state = state._replace(hp=state.hp._replace(alpha=jnp.full(1, alpha)))
+        state, _ = trainer.train_chunk(state)
+    assert trainer.train._cache_size() == 1
+
+
+def learners_agree(one, other):
+    for ours, its in zip(*map(jax.tree.leaves, (one.learner, other.learner)), strict=True):
+        np.testing.assert_allclose(ours, its, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("algo", [tiny_wqmix(), tiny_masac()], ids=["cw_qmix", "masac"])
+def test_a_batch_is_cut_to_the_shortest_static_length_that_holds_it(algo):
+    """Cutting changes no number: short episodes are learned from 16 of 32 steps, and give the same parameters."""
+    config = tiny_run(algo, LONG)
+    assert _static_lengths(200) == [50, 100, 150, 200]
+    assert _static_lengths(32) == [16, 32]
+    assert _static_lengths(4) == [4]
+    cut, records = trained(config, [0], 5, batches="cut")
+    assert records.episode_length.max() <= 16
+    whole, _ = trained(config, [0], 5, batches="whole")
+    learners_agree(cut, whole)
+
+
+LENGTHS = [[20, 28, 32, 17, 16], [7, 0, 8, 7, 9]]
+"""Of two seeds' five episodes: whichever five are drawn, they fill five rows of 32 steps, and at most two."""
+
+
+def learned_from_lengths(algo, batches):
+    """A learner step of two seeds on episodes of these lengths, half of which the task ended."""
+    config = tiny_run(algo, LONG)
+    episodes = [
+        stacked([plain_episode(LONG, jax.random.key(length), length, length % 2 == 0)[0] for length in of])
+        for of in LENGTHS
+    ]
+    replay = make_replay(config.env, buffer_size=5, batch_size=5)
+    rows = [replay.add(replay.init(), of_seed, jnp.bool_(True)).experience for of_seed in episodes]
+    trainer = make_trainer(config, batches=batches)
+    state = trainer.init([0, 1])
+    state = state._replace(replay=state.replay.replace(experience=jnp.stack(rows), is_full=~state.replay.is_full))
+    return trainer.learn(state)
+
+
+@pytest.mark.parametrize(
+    "algo",
+    [
+        tiny_wqmix(**FIVE, returns="td_lambda"),
+        tiny_wqmix(**FIVE, returns="sarsa_lambda"),
+        tiny_masac(**FIVE),
+        tiny_maddpg(**FIVE),
+    ],
+    ids=["td_lambda", "sarsa_lambda", "masac", "maddpg"],
+)
+def test_short_episodes_that_share_rows_teach_what_they_teach_apart(algo, monkeypatch):
+    """A tile of four rows and one of two, which reaches past the last and where the second seed has no step."""
+    monkeypatch.setattr(batch_gradients, "LARGE_TILE", 8)
+    monkeypatch.setattr(batch_gradients, "SMALL_TILE", 4)
+    learners = [learned_from_lengths(algo, batches) for batches in ("packed", "whole")]
+    for packed, whole in zip(*map(jax.tree.leaves, learners), strict=True):
+        np.testing.assert_allclose(packed, whole, rtol=2e-4, atol=1e-6)
+
+
+def test_a_tile_is_unrolled_as_far_as_its_fullest_row(monkeypatch):
+    """Of any seed, what is seen after an episode's last step included."""
+    seen = []
+
+    def spied(algo, learner, batch, *args):
+        is_filled = batch.state[..., -1] == 1  # a constant of the environment; padding is zero
+        jax.debug.callback(lambda *of: seen.append(jax.tree.map(np.asarray, of)), batch.num_places, is_filled)
+        return gradients(algo, learner, batch, *args)
+
+    monkeypatch.setattr(batch_gradients, "LARGE_TILE", 8)
+    monkeypatch.setattr(batch_gradients, "SMALL_TILE", 4)
+    monkeypatch.setattr(batch_gradients, "gradients", spied)
+    jax.block_until_ready(learned_from_lengths(tiny_wqmix(**FIVE), "packed"))
+    jax.effects_barrier()
+    for size in (4, 2):
+        of_both_seeds = [(int(num_places), filled) for num_places, filled in seen if len(filled) == size]
+        [num_places] = {num_places for num_places, _ in of_both_seeds}
+        assert num_places == max(filled.any(0).sum() for _, filled in of_both_seeds) < 33
+
+
+@pytest.mark.parametrize(
+    ("algo", "env", "expected"),
+    [
+        (tiny_wqmix(), LONG, True),
+        (build("algo", {"_target_": "tests.environments.ContextTeller", **TINY}), LONG, False),  # isn't marked
+        (tiny_wqmix(), Clock(episode_limit=31, ends_from=1), False),
+    ],
+    ids=["marked", "unmarked", "too short"],
+)
+def test_rows_are_shared_on_a_cpu_where_the_loss_is_marked_and_episodes_are_long(algo, env, expected, monkeypatch):
+    packed = []
+    monkeypatch.setattr(batch_gradients, "pack", lambda *args: packed.append(args) or pack(*args))
+    trainer = make_trainer(tiny_run(algo, env))
+    jax.eval_shape(trainer.learn, jax.eval_shape(trainer.init, jnp.zeros(1, jnp.uint32)))
+    assert bool(packed) == expected
+
+
+def test_an_unmarked_loss_is_not_packed():
+    algo = build("algo", {"_target_": "tests.environments.ContextTeller", **TINY})
+    with pytest.raises(ValueError, match="batches=packed is not allowed: the loss of ContextTeller"):
+        make_trainer(tiny_run(algo, LONG), batches="packed")
+
+
+def test_a_batch_without_a_step_teaches_nothing():
+    """Where every episode failed at its first step; MADDPG's parameters stay finite too."""
+    config = tiny_run(tiny_maddpg(**FIVE), LONG)
+    trainer = make_trainer(config, batches="cut")
+    state = trainer.init([0])
+    empty = state.replay.replace(is_full=~state.replay.is_full)
+    learner, losses = trainer.learn(state._replace(replay=empty))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((learner.params, losses)))
+
+
+@pytest.mark.parametrize(
+    ("cache_bytes", "asked_for", "expected"),
+    [(None, 1, 1), (None, 3, 3), (10**9, 1, 1), (10**9, 2, 2), (1, 1, 6), ("three batches", 1, 2), ("five", 1, 2)],
+)
+def test_seeds_learn_in_groups_that_a_cpus_cache_holds(cache_bytes, asked_for, expected):
+    env = Clock(episode_limit=8, ends_from=8)
+    replay = make_replay(env, buffer_size=4, batch_size=2)
+    rows = jnp.zeros((6, 2, replay.row_bytes), jnp.uint8)
+    batch = jax.eval_shape(lambda row: replay.decode(row, 8), rows[0])
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
+    cache_bytes = {"three batches": 3 * size, "five": 6 * size - 1}.get(cache_bytes, cache_bytes)
+    how = SimpleNamespace(replay=replay, episode_limit=8, groups=asked_for, cache_bytes=cache_bytes)
+    assert _num_groups(how, rows) == expected

@@ -1,0 +1,1 @@
+"""How options are composed, checked and explained."""

@@ -1,0 +1,59 @@
+"""Argument parsing whose errors are one line."""
+
+import argparse
+import contextlib
+import os
+from pathlib import Path
+from typing import NoReturn
+
+from wqmix_jax.errors import refuse
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Tells what is wrong in one line, where argparse would add its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process as an option that is refused does."""
+        refuse(message)
+
+
+def out_file(text: str) -> Path:
+    """An argument's type: a file that is written in the end, so that what forbids it is told before the work.
+
+    Raises:
+        ArgumentTypeError: if it can't be written.
+    """
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is not allowed: it is a folder")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is not allowed: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} is not allowed: it can't be written")
+    return path
+
+
+def count(text: str) -> int:
+    """An argument's type: a whole number above 0, ``1e3`` and the like included.
+
+    Raises:
+        ArgumentTypeError: if it is something else.
+    """
+    number = integer(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed: choose a whole number above 0")
+    return number
+
+
+def integer(text: str) -> int:
+    """An argument's type: a whole number, ``1e3`` and the like included.
+
+    Raises:
+        ArgumentTypeError: if it is something else.
+    """
+    with contextlib.suppress(ValueError):
+        return int(text)
+    with contextlib.suppress(ValueError):
+        if (number := float(text)).is_integer():
+            return int(number)
+    raise argparse.ArgumentTypeError(f"{text} is not allowed: choose a whole number")

@@ -1,0 +1,1 @@
+"""Small pure functions that losses are made of."""

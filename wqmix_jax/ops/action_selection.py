@@ -1,0 +1,86 @@
+"""Greedy and epsilon-greedy choice among available actions, and the schedule of epsilon."""
+
+import jax
+import jax.numpy as jnp
+
+from wqmix_jax.types import Array, PRNGKey
+
+
+def masked_argmax(agent_qs: Array, avail_actions: Array) -> Array:
+    """Each agent's best available action: ``[.., N, A]``, ``[.., N, A]`` bool -> ``[.., N]`` int32, first on ties.
+
+    The action is available whatever the values are, nan and infinities included; 0 where no action is available.
+    """
+    # An available -inf must beat an unavailable action; a nan passes through `maximum` and wins the argmax.
+    available_qs = jnp.maximum(agent_qs, jnp.finfo(jnp.result_type(agent_qs, float)).min)
+    return jnp.argmax(jnp.where(avail_actions, available_qs, -jnp.inf), axis=-1).astype(jnp.int32)
+
+
+def with_idle_action(avail_actions: Array) -> Array:
+    """Makes action 0 available to each agent without any available action: ``[.., N, A]`` bool -> ``[.., N, A]`` bool.
+
+    Such an agent plays action 0, and maxima over its available actions are the utility of action 0, as for a unit in
+    SMAC that is dead. Rollout and replay apply this, so that no algorithm meets an agent without an action.
+    """
+    is_first = jnp.arange(avail_actions.shape[-1]).reshape((1,) * (avail_actions.ndim - 1) + (-1,)) == 0
+    return avail_actions | (is_first & ~avail_actions.any(-1, keepdims=True))
+
+
+def epsilon_greedy(key: PRNGKey, agent_qs: Array, avail_actions: Array, epsilon: Array) -> Array:
+    """Each agent on its own explores uniformly over its available actions with probability ``epsilon`` (scalar).
+
+    Shapes as `masked_argmax`.
+    """
+    explore_key, action_key = jax.random.split(key)
+    explore = jax.random.uniform(explore_key, agent_qs.shape[:-1]) < epsilon
+    random_action = jax.random.categorical(action_key, jnp.where(avail_actions, 0.0, -jnp.inf), axis=-1)
+    return jnp.where(explore, random_action.astype(jnp.int32), masked_argmax(agent_qs, avail_actions))
+
+
+def linear_epsilon(env_steps: Array, start: Array, finish: Array, anneal_steps: Array) -> Array:
+    """Linear from ``start`` to ``finish`` over the first ``anneal_steps`` environment steps, constant afterwards."""
+    progress = jnp.minimum(env_steps / anneal_steps, 1.0)
+    return start + (finish - start) * progress
+
+
+def epsilon_floor(logits: Array, avail_actions: Array, epsilon: Array) -> Array:
+    """(1 - epsilon) softmax(logits) + epsilon / A over all ``A`` actions, then restricted to the available ones.
+
+    The floor of COMA (Foerster et al., arXiv 1705.08926), which appendix B of the paper takes over. As in the authors'
+    code, softmax and floor know nothing of availability; masking and renormalising come after them.
+
+    Args:
+        logits: ``[.., A]``.
+        avail_actions: ``[.., A]`` bool.
+        epsilon: scalar in [0, 1].
+
+    Returns:
+        Probabilities ``[.., A]``; ones where nothing is available (padding), so that logarithms stay finite.
+    """
+    floored = (1 - epsilon) * jax.nn.softmax(logits) + epsilon / logits.shape[-1]
+    allowed = jnp.where(avail_actions, floored, 0)
+    playable = avail_actions.any(-1, keepdims=True)
+    total = jnp.where(playable, allowed.sum(-1, keepdims=True), 1)  # a division by zero would spoil the gradient
+    return jnp.where(playable, allowed / total, 1)
+
+
+def draw(policy: Array, gumbel: Array) -> Array:
+    """An action of each policy: ``[.., A]`` probabilities, ``[.., A]`` standard Gumbel noise -> ``[..]`` int32.
+
+    An action of probability 0 is never drawn.
+    """
+    return jnp.argmax(jnp.log(jax.lax.stop_gradient(policy)) + gumbel, axis=-1).astype(jnp.int32)
+
+
+def straight_through(logits: Array, gumbel: Array, temperature: Array) -> Array:
+    """A drawn action as a one-hot vector whose gradient is that of the Gumbel-softmax (arXiv 1611.01144).
+
+    Args:
+        logits: ``[.., A]``.
+        gumbel: ``[.., A]``, standard Gumbel noise.
+        temperature: scalar > 0, of the softmax that the gradient is taken of; the draw doesn't depend on it.
+    """
+    perturbed = logits + gumbel
+    soft = jax.nn.softmax(perturbed / temperature)
+    hard = jax.nn.one_hot(perturbed.argmax(-1), perturbed.shape[-1], dtype=soft.dtype)
+    return soft + jax.lax.stop_gradient(hard - soft)

@@ -1,0 +1,187 @@
+"""Learning curves: median and quartiles over seeds, as in the paper's figures."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from wqmix_jax.records.metrics import load_header, load_metrics
+from wqmix_jax.records.run_dir import read_summary
+from wqmix_jax.records.statistics import Estimate, quartiles, seed_curves
+from wqmix_jax.training.members import labels_of, setting_name
+
+CURVE_FILE = "learning_curve.png"
+
+# Of the Okabe-Ito palette, told apart with any colour vision; its yellow is too faint on white and left out.
+COLOURS = ("#D55E00", "#0072B2", "#000000", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+MARKERS = "os^vDPX*"
+LINE_STYLES = ("-", "--", "-.", ":")
+
+# Label and limits; a win rate's are all that it can be, so that the pictures of two runs can be compared.
+_METRICS = {"episode_return": ("evaluation return", (None, None)), "win_rate": ("win rate", (-0.02, 1.02))}
+
+
+class Curve(NamedTuple):
+    """One figure over training, ``[P]`` each.
+
+    Attributes:
+        env_steps: where the others stand.
+        low: lower quartile over seeds.
+        median: over seeds.
+        high: upper quartile over seeds.
+    """
+
+    env_steps: np.ndarray
+    low: np.ndarray
+    median: np.ndarray
+    high: np.ndarray
+
+
+class Style(NamedTuple):
+    """How one line looks.
+
+    Attributes:
+        colour: of the line and its shade.
+        marker: on the line.
+        line: its dashes.
+    """
+
+    colour: str
+    marker: str
+    line: str
+
+
+def styles(labels: Sequence[str]) -> dict[str, Style]:
+    """A style for each label; those that begin alike (``QMIX, 50k`` and ``QMIX, 1M``) share a colour.
+
+    No two of 32 lines of a colour look alike. The first four of each of the first eight families differ in grey, too.
+    """
+    families: dict[str, list[str]] = {}
+    for label in labels:
+        families.setdefault(label.split(",")[0], []).append(label)
+    found: dict[str, Style] = {}
+    for index, family in enumerate(families.values()):
+        colour = COLOURS[index % len(COLOURS)]
+        before = sum(style.colour == colour for style in found.values())
+        for number, label in enumerate(family, before):
+            marker = MARKERS[(index + number // len(LINE_STYLES)) % len(MARKERS)]
+            found[label] = Style(colour, marker, LINE_STYLES[number % len(LINE_STYLES)])
+    return found
+
+
+def learning_curve(records: Sequence[dict[str, Any]], name: str = "episode_return") -> Curve:
+    """Median and quartiles of ``name`` over the seeds of eval records.
+
+    Each seed is interpolated on its own environment steps, and nothing is drawn past the seed that came least far.
+    """
+    curves = seed_curves(records, name)
+    median, low, high = quartiles(curves.values)
+    return Curve(curves.env_steps, low, median, high)
+
+
+def plot_run(run_dir: str | os.PathLike[str]) -> Path:
+    """Draws ``learning_curve.png`` from a run's ``metrics.jsonl``, as far as it has come, and returns its path.
+
+    Seeds that failed are left out, where not all of a line did. Without any evaluation the axes are empty.
+    """
+    folder = Path(run_dir)
+    failed = [labels_of(failure) for failure in read_summary(folder).get("failed", [])]
+    header, records = load_header(folder), load_metrics(folder, kind="eval")
+    settings: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        settings.setdefault(setting_name(record), []).append(record)
+    names = [name for name in _METRICS if all(name in record for record in records)][: len(_METRICS) if records else 1]
+    figure = new_figure(6.4, 3.9 * len(names))
+    panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
+    for name, axes in zip(names, panels, strict=True):
+        _draw_settings(axes, settings, failed, name)
+        decorate(axes, name)
+        if settings:
+            axes.legend(frameon=False)
+    task = " ".join(str(header[key]) for key in ("env", "map") if key in header)
+    panels[0].set_title(f"{header['algo']} on {task}")
+    panels[-1].set_xlabel("environment steps")
+    return save_figure(figure, folder / CURVE_FILE)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of a size in inches, which needs no display."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path, *, dpi: int = 150) -> Path:
+    """Writes the file in one piece, in the format that its name ends with, with ``dpi`` dots per inch."""
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format=path.suffix.removeprefix(".") or "png", dpi=dpi)
+    return temporary.replace(path)
+
+
+def draw_band(
+    axes: Axes, env_steps: np.ndarray, estimate: Estimate, style: Style, label: str, shade: str | None = None
+) -> None:
+    """One line with what lies around it shaded, where there is anything.
+
+    Args:
+        axes: where.
+        env_steps: ``[P]``.
+        estimate: ``[P]`` each.
+        style: how it looks.
+        label: of the line in the legend.
+        shade: of the shade; it has no line of its own in the legend when absent.
+    """
+    # Markers at equal distances need a point to start from, which a curve of failed evaluations alone doesn't have.
+    every = 0.15 if np.isfinite(estimate.value).any() else None
+    dashes = {"marker": style.marker, "markersize": 5, "markevery": every, "linestyle": style.line}
+    axes.plot(env_steps, estimate.value, color=style.colour, linewidth=1.8, label=label, **dashes)
+    if np.any(estimate.low != estimate.high) and np.isfinite(estimate.low).any():
+        # Faint, for shades lie over one another: whose they are is told by thin edges.
+        axes.fill_between(
+            env_steps, estimate.low, estimate.high, label=shade, color=style.colour, alpha=0.12, linewidth=0
+        )
+        for edge in (estimate.low, estimate.high):
+            axes.plot(env_steps, edge, color=style.colour, linewidth=0.6, alpha=0.6, linestyle=style.line)
+
+
+def decorate(axes: Axes, metric: str) -> None:
+    """Gives axes of ``metric`` over environment steps their labels and limits."""
+    label, limits = _METRICS.get(metric, (metric, (None, None)))
+    axes.set_ylabel(label)
+    axes.set_ylim(*limits)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.margins(x=0.01)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def metric_label(metric: str) -> str:
+    """What an axis calls it."""
+    return _METRICS[metric][0] if metric in _METRICS else metric
+
+
+def seeds_label(num_seeds: int) -> str:
+    """``1 seed``, ``3 seeds``."""
+    return f"{num_seeds} seed" if num_seeds == 1 else f"{num_seeds} seeds"
+
+
+def _draw_settings(
+    axes: Axes, settings: Mapping[str, Sequence[dict[str, Any]]], failed: Sequence[dict[str, Any]], metric: str
+) -> None:
+    """A line for every combination of swept values, of most runs the only one."""
+    looks = styles(list(settings))
+    for setting, records in settings.items():
+        sound = [record for record in records if labels_of(record) not in failed]
+        curves = seed_curves(sound or records, metric)
+        num_seeds, num_failed = curves.values.shape[1], sum(setting_name(failure) == setting for failure in failed)
+        told = f"median of {num_seeds} seeds" if num_seeds > 1 else "1 seed"
+        told += f", {num_failed} failed" if num_failed else ""
+        label = f"{setting}: {told}" if setting else told
+        shade = "25-75% quartiles" if num_seeds > 1 and len(settings) == 1 else None
+        draw_band(axes, curves.env_steps, quartiles(curves.values), looks[setting], label, shade)

@@ -1,0 +1,551 @@
+"""Checkpoints of a whole run through orbax: the train state, the best policies, and how far the records were written.
+
+A checkpoint is named by `host_loop.slowest_steps` and appears under that name only when it is complete. It is written
+and read in pieces, see `checkpoint_pieces`, so a CPU never copies the replay as a whole. There, and where the host has
+no room for a copy of an accelerator's state, training waits until a checkpoint is written, because the next chunk
+overwrites the state. Otherwise the state is copied to the host, and other threads write it while training continues.
+"""
+
+import asyncio
+import collections
+import contextlib
+import errno
+import functools
+import itertools
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from orbax.checkpoint.options import AsyncOptions, MultiprocessingOptions
+from orbax.checkpoint.type_handlers import (
+    NumpyHandler,
+    create_type_handler_registry,
+    get_json_tspec_read,
+    get_json_tspec_write,
+)
+
+from wqmix_jax.config import run_defaults
+from wqmix_jax.errors import ConfigError, RunError
+from wqmix_jax.runs.checkpoint_pieces import (
+    BATCH_BYTES,
+    PIECE_BYTES,
+    Index,
+    Pieces,
+    assemble,
+    assemble_on_host,
+    buffer_bytes,
+    checksum,
+    piece_indices,
+    piece_shape,
+)
+from wqmix_jax.runs.saved_policies import Policy, flat
+from wqmix_jax.training.compiled_loop import Trainer, TrainRecord, TrainState
+from wqmix_jax.training.host_loop import (
+    Loop,
+    abstract_interval,
+    abstract_state,
+    env_steps,
+    join,
+    num_pending,
+    slowest_steps,
+)
+from wqmix_jax.training.members import Member
+from wqmix_jax.types import PyTree
+
+SCHEMA = 2
+"""Version of what a checkpoint holds."""
+
+MAX_REASON = 200
+"""Characters of another library's message."""
+
+
+class Origin(NamedTuple):
+    """Which run a checkpoint is of, and where it was made.
+
+    Attributes:
+        run: the run's random name, see `wqmix_jax.records.metrics`.
+        options: the options that a run keeps for good, by their dotted names.
+        machine: what bit-equal numbers depend on: version and settings of jax, kind and number of devices.
+    """
+
+    run: str
+    options: dict[str, Any]
+    machine: dict[str, Any]
+
+
+class Restored(NamedTuple):
+    """A run as a checkpoint holds it.
+
+    Attributes:
+        loop: where it stood.
+        best: the best policies until then.
+        metrics_bytes: how long ``metrics.jsonl`` was then.
+        wall_seconds: wall-clock seconds of the run until then.
+    """
+
+    loop: Loop
+    best: Policy
+    metrics_bytes: int
+    wall_seconds: float
+
+
+class Checkpoints:
+    """The checkpoints of one run: two items each, ``arrays`` (state, pending records, best policies) and ``host``.
+
+    Attributes:
+        num_bytes: the most that the arrays of one take; on disk they are compressed.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        trainer: Trainer,
+        members: tuple[Member, ...],
+        best: Policy,
+        origin: Origin,
+        *,
+        keep: int,
+        memory_left: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        """Opens the folder, made where absent.
+
+        Args:
+            directory: the folder.
+            trainer: the run's.
+            members: who trains.
+            best: a policy of the run's shapes.
+            origin: what the run is.
+            keep: how many of the latest are kept.
+            memory_left: bytes that are free in the host's memory, or None where that isn't known.
+        """
+        self._members, self._origin, self._sharding = members, origin, trainer.sharding
+        self._state = abstract_state(trainer, members)
+        self._interval = abstract_interval(trainer, members)
+        self._best = best
+        self._abstract = _named(_raw_shapes(self._state), self._interval, best)
+        self._memory_left = memory_left
+        self.num_bytes = _num_bytes(self._abstract)
+        _hush_orbax()
+        self._directory = directory.absolute()
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._manager = _manager(self._directory, keep)
+        self._latest = self._manager.latest_step()
+
+    def save(self, loop: Loop, best: Policy, *, metrics_bytes: int, wall_seconds: float) -> None:
+        """Writes a checkpoint, or begins to; does nothing where the latest is of the same step.
+
+        Raises:
+            RunError: if there is no room for it, or the one before it could not be written.
+        """
+        step = slowest_steps(loop)
+        if step == self._latest:
+            return
+        self.wait()
+        self._check_room()
+        named = _named(_raw_keys(loop.state), self._padded(loop), best)
+        waits = not self._has_room_for_copies()
+        arrays = {name: Pieces(leaf) for name, leaf in named.items()}
+        if not waits:
+            arrays = {name: Pieces(assemble_on_host(pieces, pieces)) for name, pieces in arrays.items()}
+        host = {
+            "schema": SCHEMA,
+            **self._origin._asdict(),
+            "members": [member.labels for member in loop.members],
+            "env_steps": env_steps(loop).tolist(),
+            "failed": np.array(loop.state.failed).tolist(),
+            "total_env_steps": np.array(loop.state.total_env_steps).tolist(),
+            "evaluated_at": loop.evaluated_at.tolist(),
+            "num_pending": num_pending(loop),
+            "seconds": loop.seconds,
+            "metrics_bytes": metrics_bytes,
+            "wall_seconds": wall_seconds,
+            "crc32": _checksum(arrays),
+        }
+        with self._writing():
+            self._manager.save(
+                step, args=ocp.args.Composite(arrays=ocp.args.PyTreeSave(arrays), host=ocp.args.JsonSave(host))
+            )
+        self._latest = step
+        if waits:  # the next chunk overwrites the arrays
+            self.wait()
+
+    def check(self) -> None:
+        """Notices a checkpoint that could not be written.
+
+        Raises:
+            RunError: if there is one.
+        """
+        with self._writing():
+            self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Returns when what was begun is on the disk.
+
+        Raises:
+            RunError: if it could not be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    def restore(self, total_env_steps: int) -> Restored | None:
+        """Reads the checkpoint from which a run to ``total_env_steps`` goes on, and removes those after it.
+
+        That is the latest, unless a seed rests in it that a longer run would have trained on: then the latest before
+        any seed came to rest, where it is still there, for the numbers of a run that was never cut. One that can't be
+        read, doesn't fit, or is of another run, is named and moved aside, and another is taken.
+
+        Returns:
+            The run, with its new total, or None if there is no checkpoint.
+
+        Raises:
+            ConfigError: if a checkpoint was made with other options, or none can be used; all are still there then.
+        """
+        hosts: dict[int, dict[str, Any]] = {}
+        unusable: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            with _noting(unusable, step):
+                hosts[step] = self._host(step)
+        for step in sorted(hosts, key=lambda step: (_rests(hosts[step], total_env_steps), -step)):
+            with _noting(unusable, step):
+                restored = self._read(step, hosts[step], total_env_steps)
+            if step in unusable:
+                continue
+            self._move_aside(unusable)
+            for later in (later for later in hosts if later > step and later not in unusable):
+                self._manager.delete(later)
+            self._latest = step
+            self._warn_of_another_machine(hosts[step])
+            return restored
+        if unusable:
+            told = "; ".join(f"{self._directory / str(step)} can't be used: {why}" for step, why in unusable.items())
+            raise ConfigError(f"{told}; a new run_dir=FOLDER starts over, and the records can still be read")
+        return None
+
+    def close(self) -> None:
+        """Waits for what was begun, and releases the folder.
+
+        Raises:
+            RunError: if it could not be written.
+        """
+        with self._writing():
+            self._manager.close()
+
+    def _host(self, step: int) -> dict[str, Any]:
+        """What is beside the arrays, where this run can use it."""
+        host = self._manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore()))["host"]
+        path = self._directory / str(step)
+        if host["schema"] != SCHEMA:
+            raise ConfigError(f"{path} has schema {host['schema']}; this version of wqmix_jax reads schema {SCHEMA}")
+        defaults = run_defaults()  # of options that are newer than the checkpoint
+        for name in sorted(host["options"].keys() | self._origin.options.keys()):
+            there, here = host["options"].get(name, defaults.get(name)), self._origin.options.get(name)
+            if there != here:
+                raise ConfigError(f"{path} was made with {name}={there!r}, but the run's config.yaml has {here!r}")
+        if host["run"] != self._origin.run:
+            raise ValueError(f"it is of another run ({host['run']}, and this is {self._origin.run})")
+        return host
+
+    def _read(self, step: int, host: dict[str, Any], total_env_steps: int) -> Restored:
+        self._check_fits(step)
+        stored = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore()))["arrays"]
+        arrays, crc = self._assembled(stored)
+        if crc != host["crc32"]:
+            raise ValueError("its arrays are not those that were saved (crc32)")
+        state = _typed_keys(jax.device_put(_unflat("state", arrays, self._state), self._sharding))
+        padded = _unflat("pending", arrays, self._interval)
+        pending = jax.tree.map(lambda leaf: leaf[: host["num_pending"]], padded)
+        loop = Loop(
+            state=state._replace(total_env_steps=jnp.full_like(state.total_env_steps, total_env_steps)),
+            members=self._members,
+            pending=(pending,) if host["num_pending"] else (),
+            evaluated_at=np.array(host["evaluated_at"]),
+            seconds=host["seconds"],
+        )
+        best = _unflat("best", arrays, self._best)
+        return Restored(loop, best, host["metrics_bytes"], host["wall_seconds"])
+
+    def _assembled(self, stored: "Mapping[str, _Stored]") -> tuple[dict[str, Any], int]:
+        """All arrays, those of the state on their devices, and their checksum."""
+        crc = 0
+
+        def checked(pieces: "_Stored") -> Iterator[tuple[Index, np.ndarray]]:
+            nonlocal crc
+            for index, piece in pieces:
+                crc = checksum(piece, crc)
+                yield index, piece
+
+        arrays = {}
+        for name in sorted(stored):
+            pieces, like = checked(stored[name]), self._abstract[name]
+            on_device = name.startswith("state.")
+            arrays[name] = assemble(pieces, like) if on_device else assemble_on_host(pieces, stored[name])
+        return arrays, crc
+
+    def _check_fits(self, step: int) -> None:
+        saved = self._manager.item_metadata(step)["arrays"]
+        for name in sorted(self._abstract.keys() | saved.keys()):
+            here, there = self._abstract.get(name), saved.get(name)
+            if here is None or there is None or _kind(name, here) != _kind(name, there):
+                raise ValueError(f"it doesn't fit the run: {name} is {_shape(there)} there, {_shape(here)} here")
+
+    def _move_aside(self, unusable: Mapping[int, str]) -> None:
+        for step, reason in unusable.items():
+            aside = self._directory.with_name(f"unusable_checkpoint_{step}")
+            if aside.exists():
+                shutil.rmtree(aside)
+            (self._directory / str(step)).rename(aside)
+            print(f"warning: {self._directory / str(step)} can't be used: {reason}; it is {aside} now", file=sys.stderr)
+        if unusable:
+            self._manager.reload()
+
+    def _warn_of_another_machine(self, host: Mapping[str, Any]) -> None:
+        for name, here in self._origin.machine.items():
+            if (there := host["machine"].get(name, here)) != here:  # absent in checkpoints older than the fact
+                told = f"{name} is {here}, and was {there} when the checkpoint was made"
+                print(f"warning: {told}; the numbers will not be equal to the last bit", file=sys.stderr)
+
+    def _has_room_for_copies(self) -> bool:
+        """Returns True if the state is on an accelerator, and the host's memory can take a copy of it."""
+        if next(iter(self._sharding.device_set)).platform == "cpu":
+            return False
+        left = self._memory_left()
+        return left is None or left > self.num_bytes + buffer_bytes(self.num_bytes)
+
+    def _check_room(self) -> None:
+        free = shutil.disk_usage(self._directory).free
+        if free < self.num_bytes:
+            raise RunError(self._told(f"one may take {self.num_bytes:,} bytes, and {free:,} are free"))
+
+    def _told(self, reason: str) -> str:
+        latest = self._manager.latest_step()
+        kept = "there is none before it" if latest is None else f"the last good one is {self._directory / str(latest)}"
+        return f"no checkpoint could be written to {self._directory}: {reason}; {kept}"
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Orbax reports what went wrong in its threads as any kind of exception, at any of its calls."""
+        try:
+            yield
+        except Exception as error:
+            raise RunError(self._told(_reason(error))) from error
+
+    def _padded(self, loop: Loop) -> TrainRecord:
+        """The pending records, zeros up to a whole interval, so that checkpoints of a run are alike in shape."""
+        empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._interval)
+        if not loop.pending:
+            return empty
+        count = num_pending(loop)
+        return jax.tree.map(lambda rows, zeros: np.concatenate([rows, zeros[count:]]), join(loop.pending), empty)
+
+
+def checkpoint_bytes(trainer: Trainer, members: Sequence[Member], best: Policy) -> int:
+    """The most that the arrays of a checkpoint take, before there is a folder for them."""
+    state = _raw_shapes(abstract_state(trainer, members))
+    return _num_bytes(_named(state, abstract_interval(trainer, members), best))
+
+
+def _num_bytes(arrays: Mapping[str, Any]) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in arrays.values())
+
+
+def _named(state: TrainState, pending: TrainRecord, best: Policy) -> dict[str, Any]:
+    """All arrays of a checkpoint by their names there; orbax doesn't take those without elements."""
+    named = {**_flat("state", state), **_flat("pending", pending), **_flat("best", best)}
+    return {name: leaf for name, leaf in named.items() if leaf.size}
+
+
+def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
+    """Orbax's manager, for this process alone even where JAX connects it with others."""
+    index = jax.process_index()
+    alone = MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
+    )
+    handler = _InPieces(deepcopy_host_arrays=False)  # `Checkpoints.save` sees to it that they stay as they are
+    arrays = ocp.PyTreeCheckpointHandler(
+        multiprocessing_options=alone, type_handler_registry=create_type_handler_registry((Pieces, handler))
+    )
+    return ocp.CheckpointManager(
+        directory,
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            create=False,
+            cleanup_tmp_directories=True,
+            multiprocessing_options=alone,
+            # Otherwise connected processes take each other's signals that a folder is there.
+            async_options=AsyncOptions(create_directories_asynchronously=False),
+        ),
+        item_handlers={"arrays": arrays, "host": ocp.JsonCheckpointHandler(multiprocessing_options=alone)},
+    )
+
+
+class _InPieces(NumpyHandler):
+    """Writes and reads arrays as orbax does numpy's, but with a bounded number of bytes at a time.
+
+    Each process writes its own arrays; orbax takes them for copies, and writes those of process 0.
+    """
+
+    async def _background_serialize(
+        self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> None:
+        opened = []
+        for value, info, arg in zip(values, infos, args or [None] * len(values), strict=True):
+            await info.await_path_creation()
+            spec = get_json_tspec_write(
+                info,
+                use_ocdbt=info.is_ocdbt_checkpoint,
+                global_shape=value.shape,
+                local_shape=value.shape,
+                dtype=value.dtype,
+                process_index=jax.process_index(),
+                arg=arg,
+            )
+            spec["metadata"]["chunks"] = piece_shape(value.shape, value.dtype)
+            opened.append(tensorstore.open(tensorstore.Spec(spec), create=True, open=True, context=info.ts_context))
+        stores = await asyncio.gather(*opened)
+        writes, num_bytes = [], 0
+        for value, store in zip(values, stores, strict=True):
+            for index, piece in value:
+                writes.append(store[index].write(piece, can_reference_source_data_indefinitely=True))
+                num_bytes += piece.nbytes
+                if num_bytes >= BATCH_BYTES:
+                    await asyncio.gather(*writes)
+                    writes, num_bytes = [], 0
+        await asyncio.gather(*writes)
+
+    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
+        """Opens the arrays; they are read when their pieces are asked for."""
+        opened = []
+        for info in infos:
+            spec = get_json_tspec_read(info, use_ocdbt=info.is_ocdbt_checkpoint)
+            opened.append(tensorstore.open(tensorstore.Spec(spec), open=True, context=info.ts_context))
+        return [_Stored(store) for store in await asyncio.gather(*opened)]
+
+
+class _Stored:
+    """An array of a checkpoint; iterating reads its pieces.
+
+    Attributes:
+        shape: of the whole array.
+        dtype: its dtype.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self.shape, self.dtype, self._store = tuple(store.shape), store.dtype.numpy_dtype, store
+
+    def __iter__(self) -> Iterator[tuple[Index, np.ndarray]]:
+        """Place and content of each piece, in order; some are read ahead."""
+        piece = piece_shape(self.shape, self.dtype)
+        if tuple(self._store.chunk_layout.read_chunk.shape) != piece:  # earlier versions wrote arrays in one piece
+            piece = self.shape
+        indices = piece_indices(self.shape, piece)
+        ahead = collections.deque(
+            (index, self._store[index].read()) for index in itertools.islice(indices, BATCH_BYTES // PIECE_BYTES)
+        )
+        while ahead:
+            index, reading = ahead.popleft()
+            yield index, reading.result()
+            ahead.extend((index, self._store[index].read()) for index in itertools.islice(indices, 1))
+
+
+@functools.cache
+def _hush_orbax() -> None:
+    """Orbax tells of each fault in hundreds of lines, although it raises it; its threads then miss their loop."""
+    for noisy in ("absl", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
+
+
+@contextlib.contextmanager
+def _noting(unusable: dict[int, str], step: int) -> Iterator[None]:
+    """Notes why a checkpoint can't be read; a refusal, which says what to do, and a lack of memory pass."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:  # not the checkpoint's fault
+        raise RunError(f"the checkpoint of step {step} can't be read: {_reason(error)}") from error
+    except Exception as error:  # whatever the readers make of damaged bytes
+        unusable[step] = _reason(error)
+
+
+def _reason(error: BaseException) -> str:
+    """An exception in one line of bearable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if os.strerror(code) in text:
+            return os.strerror(code)
+    text = re.sub(r" \[tensorstore_spec='.*?'\]", "", text)
+    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}.."
+
+
+def _checksum(arrays: Mapping[str, Pieces]) -> int:
+    """Over all bytes, in the order of the names."""
+    crc = 0
+    for name in sorted(arrays):
+        for _, piece in arrays[name]:
+            crc = checksum(piece, crc)
+    return crc
+
+
+def _rests(host: dict[str, Any], total_env_steps: int) -> bool:
+    """Whether some seed trains no more in this checkpoint although a run to ``total_env_steps`` would."""
+    ended = zip(host["env_steps"], host["total_env_steps"], host["failed"], strict=True)
+    return any(steps >= total and steps < total_env_steps and not failed for steps, total, failed in ended)
+
+
+def _raw_keys(state: TrainState) -> TrainState:
+    """Typed keys as the integers they consist of."""
+    return state._replace(keys=jax.tree.map(jax.random.key_data, state.keys))
+
+
+def _raw_shapes(state: TrainState) -> TrainState:
+    """Shapes, dtypes and devices of `_raw_keys`, from those of a train state."""
+    return jax.tree.map(
+        lambda leaf, raw: jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=leaf.sharding),
+        state,
+        jax.eval_shape(_raw_keys, state),
+    )
+
+
+def _typed_keys(state: TrainState) -> TrainState:
+    """The inverse of `_raw_keys`."""
+    return state._replace(
+        keys=jax.tree.map(lambda data: jax.random.wrap_key_data(data, impl="threefry2x32"), state.keys)
+    )
+
+
+def _flat(prefix: str, tree: PyTree) -> dict[str, Any]:
+    """Leaves by their paths: ``prefix.learner.params.agent..``."""
+    return {f"{prefix}.{name}": leaf for name, leaf in flat(tree).items()}
+
+
+def _unflat(prefix: str, leaves: dict[str, Any], like: PyTree) -> PyTree:
+    found = [
+        leaves[name] if leaf.size else np.zeros(leaf.shape, leaf.dtype) for name, leaf in _flat(prefix, like).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), found)
+
+
+def _kind(name: str, leaf: Any) -> tuple[Any, ...]:
+    """Dtype and shape of an array; the number of pending iterations may differ between checkpoints."""
+    return leaf.dtype, tuple(leaf.shape)[1 if name.startswith("pending.") else 0 :]
+
+
+def _shape(leaf: Any) -> str:
+    return "absent" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"

@@ -1,0 +1,143 @@
+"""Where records go in addition to metrics.jsonl: Weights & Biases."""
+
+import glob
+import importlib.util
+import itertools
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from wqmix_jax.config import LoggerOptions
+from wqmix_jax.errors import ConfigError
+from wqmix_jax.records.metrics import COUNTERS, METRICS_FILE, Line, load_header, record_from_json
+from wqmix_jax.training.members import labels_of, member_name
+
+WANDB_DIR, SUPERSEDED = "wandb", "superseded"
+
+
+class WandbRuns:
+    """The runs of Weights & Biases, one per seed in one group, fed from ``metrics.jsonl``.
+
+    A record's step there is its number among the records of its seed, so a record has the same step however often a run
+    is resumed. Each process hands over every record from the first on, except those below the step at which an online
+    run continues. An offline run can't be continued: the new one holds everything, and the folder of the one before
+    moves to `SUPERSEDED`, where ``wandb sync`` doesn't look.
+
+    Whatever goes wrong there is told once on stderr and never stops training.
+    """
+
+    def __init__(self, run_dir: Path, options: LoggerOptions, config: Mapping[str, Any]) -> None:
+        """Starts the runs where ``options`` ask for them.
+
+        Args:
+            run_dir: the run's folder; files of W&B go to `WANDB_DIR` in it.
+            options: see `LoggerOptions`.
+            config: the run's options, shown with the runs.
+        """
+        self._run_dir, self._options, self._config = run_dir, options, config
+        self._num_bytes = 0
+        self._runs: dict[str, Any] = {}
+        self._active = options.wandb != "disabled"
+        self._guarded(self._start)
+
+    def sync(self) -> None:
+        """Hands over the lines that were written since the last time."""
+        self._guarded(self._hand_over)
+
+    def close(self) -> None:
+        """Hands over the rest and ends the runs."""
+        self._guarded(self._hand_over)
+        self._guarded(lambda: [run.finish() for run in self._runs.values()])
+        self._active = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _guarded(self, step: Callable[[], object]) -> None:
+        if not self._active:
+            return
+        try:
+            step()
+        except Exception as error:  # anything: the run itself matters more
+            self._active = False
+            reason = " ".join(str(error).split()) or type(error).__name__
+            print(f"warning: W&B logging stopped ({reason}); {METRICS_FILE} has every record", file=sys.stderr)
+
+    def _start(self) -> None:
+        import wandb  # slow to load, and only needed here
+
+        header = load_header(self._run_dir)
+        group = self._options.group or _group_of(self._run_dir)
+        online = self._options.wandb == "online"
+        for member in header["members"]:
+            name = member_name(member)
+            run_id = f"{header['run']}-{name}"
+            _supersede(self._run_dir / WANDB_DIR, run_id)
+            settings = wandb.Settings(silent=True, console="off", x_disable_stats=bool(self._runs))
+            run = wandb.init(
+                project=self._options.project,
+                group=group,
+                name=f"{group}_seed{name}",
+                id=run_id,
+                dir=self._run_dir,
+                mode=self._options.wandb,
+                resume="allow" if online else None,
+                config={**self._config, **member},
+                reinit="create_new",
+                settings=settings,
+            )
+            run.define_metric("env_steps")
+            run.define_metric("*", step_metric="env_steps")
+            self._runs[name] = run
+
+    def _hand_over(self) -> None:
+        with open(self._run_dir / METRICS_FILE, "rb") as file:
+            file.seek(self._num_bytes)
+            data = file.read()
+        self._num_bytes += len(data)
+        for line in map(record_from_json, data.decode().splitlines()):
+            labels = labels_of(line)
+            measured = {name: value for name, value in line.items() if name not in (*COUNTERS, *labels)}
+            values = {f"{line['kind']}/{name}": value for name, value in measured.items()}
+            run, step = self._runs[member_name(labels)], _step_of(line)
+            if step >= run.starting_step:  # not 0 where W&B has the records of an online run until then
+                run.log({name: line[name] for name in COUNTERS[2:]} | values, step=step, commit=True)
+
+
+def _step_of(line: Line) -> int:
+    """A record's step in W&B, which increases within a member and is the same whenever the record is handed over."""
+    return 2 * line["episodes"] + (line["kind"] == "eval")
+
+
+def _supersede(wandb_dir: Path, run_id: str) -> None:
+    """Moves the folders of a run's earlier offline processes to where ``wandb sync`` doesn't find them."""
+    for folder in wandb_dir.glob(f"offline-run-*-{glob.escape(run_id)}"):
+        aside = wandb_dir / SUPERSEDED
+        aside.mkdir(exist_ok=True)
+        target = next(path for number in itertools.count() if not (path := aside / f"{folder.name}_{number}").exists())
+        folder.rename(target)
+
+
+def _group_of(run_dir: Path) -> str:
+    """The folder's name, with those above it where it says nothing; hosts of a run, and seeds of a line, share one."""
+    parts = run_dir.resolve().parts
+    if re.fullmatch(r"host_\d+", parts[-1]):
+        parts = parts[:-1]
+    if re.fullmatch(r"seeds_\d+-\d+", parts[-1]):  # of a figure: OUT/ENV/PANEL/LINE/seeds_0-7
+        return "/".join(parts[-5:-1])
+    return "/".join(parts[-2:]) if parts[-1].isdecimal() else parts[-1]  # one of several with -m: FOLDER/0
+
+
+def refuse_missing_wandb(options: LoggerOptions) -> None:
+    """Says before anything starts that W&B is asked for but not installed.
+
+    Raises:
+        ConfigError: if so.
+    """
+    if options.wandb != "disabled" and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(f"logger.wandb={options.wandb} is not allowed here: pip install wandb first")

@@ -1,0 +1,240 @@
+"""Policies alone, for playing: the part of the parameters that acting reads, in one ``.npz`` file."""
+
+import dataclasses
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, hyperparams
+from wqmix_jax.envs.base import Environment, Moment
+from wqmix_jax.errors import ConfigError
+from wqmix_jax.networks.functional import compute_in
+from wqmix_jax.ops.action_selection import with_idle_action
+from wqmix_jax.ops.randomness import pinned_draws
+from wqmix_jax.training.members import Member, labels_of
+from wqmix_jax.types import Array, EnvSpec, PRNGKey, PyTree
+
+POLICY_DIR, BEST, LAST = "policies", "best", "last"
+
+
+class Policy(NamedTuple):
+    """What acts, of every member of a run; numpy leaves ``[S, ..]``.
+
+    Attributes:
+        params: what `Algorithm.acting_params` gives.
+        env_steps: when each was evaluated, int32 ``[S]``; 0 for nets that have not learned yet.
+        episode_return: how well each did, float32 ``[S]``; -inf where there was no evaluation.
+    """
+
+    params: PyTree
+    env_steps: np.ndarray
+    episode_return: np.ndarray
+
+
+def no_policy(params: PyTree) -> Policy:
+    """Zeros of the shapes of ``params``, worse than any policy."""
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
+    num_members = len(jax.tree.leaves(zeros)[0])
+    return Policy(zeros, np.zeros(num_members, np.int32), np.full(num_members, -np.inf, np.float32))
+
+
+def better(one: Policy, other: Policy) -> Policy:
+    """The better policy of each member: the one with the higher return, but a trained one before an untrained one.
+
+    Args:
+        one: the best policies so far; they are kept where returns are equal.
+        other: new ones; nan is the return of a member that has none.
+    """
+    untrained, evaluated = (one.env_steps == 0) & (other.env_steps > 0), ~np.isnan(other.episode_return)
+    wins = (other.episode_return > one.episode_return) | (untrained & evaluated)
+
+    def choose(old: np.ndarray, new: Any) -> np.ndarray:
+        return np.where(wins.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+    return jax.tree.map(choose, one, other) if wins.any() else one
+
+
+def save_policy(path: Path, policy: Policy, members: Sequence[Member]) -> None:
+    """Writes the file in one piece: leaves by their paths (``params.agent.encoder.kernel``) and the members' labels."""
+    path.parent.mkdir(exist_ok=True)
+    named = {name: np.array([member.labels[name] for member in members]) for name in members[0].labels}
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        np.savez(file, **named, **flat(policy))
+    temporary.replace(path)
+
+
+def policy_file(run_dir: Path, which: str) -> Path:
+    """Where a run's policies are.
+
+    Raises:
+        ConfigError: if there are none.
+    """
+    path = run_dir / POLICY_DIR / f"{which}.npz"
+    if not path.is_file():
+        written = "a run writes its policies with its checkpoints; of a merged run the parts have them"
+        raise ConfigError(f"{path} is not there: {written}")
+    return path
+
+
+def read_policies(path: Path, params: PyTree) -> Policy:
+    """Reads the file.
+
+    Args:
+        path: the file.
+        params: shapes and dtypes of one member's parameters.
+
+    Raises:
+        ConfigError: if it can't be read or has other shapes.
+    """
+    leaves = _arrays(path)
+    like = Policy(params, np.int32(0), np.float32(0))  # type: ignore[arg-type]
+    num_members = {len(leaves[name]) if leaves[name].ndim else 0 for name in leaves}
+    if len(num_members) != 1 or num_members == {0}:
+        raise ConfigError(f"{path} is damaged: its arrays are of {sorted(num_members)} members")
+    for name, leaf in flat(like).items():
+        wanted, found = f"{leaf.dtype}{list(leaf.shape)}", "absent"
+        if name in leaves:
+            found = f"{leaves[name].dtype}{list(leaves[name].shape[1:])}"
+        if found != wanted:
+            raise ConfigError(f"{path} doesn't fit: {name} is {found} there, {wanted} here")
+    return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in flat(like)])
+
+
+def read_labels(path: Path) -> list[dict[str, Any]]:
+    """The labels of a file's members (`Member.labels`), in their order.
+
+    Raises:
+        ConfigError: if it can't be read or has none.
+    """
+    labels = {name: values.tolist() for name, values in _arrays(path).items() if labels_of({name: None})}
+    if "seed" not in labels or len({len(values) for values in labels.values()}) != 1:
+        raise ConfigError(f"{path} is damaged: it doesn't say whose policies it holds")
+    return [dict(zip(labels, values, strict=True)) for values in zip(*labels.values(), strict=True)]
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of the file; nothing is unpickled.
+
+    Raises:
+        ConfigError: if it can't be read.
+    """
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:  # by its name, numpy leaves it open
+            found = dict(arrays)
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror or error}") from None
+    except (ValueError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+        raise ConfigError(f"{path} can't be read: it holds no policies, or is damaged") from None
+    if not all(isinstance(values, np.ndarray) for values in found.values()):
+        raise ConfigError(f"{path} can't be read: it holds no policies, or is damaged")
+    return found
+
+
+def finite_members(params: PyTree) -> np.ndarray:
+    """Which members have finite parameters: leaves ``[S, ..]`` -> bool ``[S]``."""
+    finite = [np.isfinite(leaf).reshape(len(leaf), -1).all(-1) for leaf in jax.tree.leaves(params)]
+    return np.array(np.stack(finite).all(0))
+
+
+def flat(tree: PyTree) -> dict[str, Any]:
+    """Leaves by their paths, with dots between."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+class PolicyCarry(NamedTuple):
+    """What the agents remember within an episode.
+
+    Attributes:
+        recurrent: the algorithm's own recurrent state, leaves ``[.., N, ..]``.
+        last_action: ``[.., N]`` int32, -1 before the first.
+    """
+
+    recurrent: PyTree
+    last_action: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class GreedyPolicy:
+    """How one member's agents play, each on what it sees itself; all functions are pure.
+
+    Attributes:
+        algo: how parameters are read, with the member's own values of swept options.
+        params: one member's, what `Algorithm.acting_params` gives.
+        env_spec: the sizes of the environment.
+        matmul_precision: what `jax.default_matmul_precision` is set to.
+        compute_dtype: of the matrices that nets multiply.
+        env_steps: environment steps that it was trained for, 0 for untrained nets; None if that is unknown.
+    """
+
+    algo: Algorithm
+    params: PyTree
+    env_spec: EnvSpec
+    matmul_precision: str
+    compute_dtype: str = "float32"
+    env_steps: int | None = None
+
+    def initial_carry(self, batch_shape: tuple[int, ...] = ()) -> PolicyCarry:
+        """What is remembered at the start of ``batch_shape`` episodes side by side, ``()`` for a single one."""
+        shape = (*batch_shape, self.env_spec.num_agents)
+        return PolicyCarry(self.algo.initial_carry(shape), jnp.full(shape, -1, jnp.int32))
+
+    def act(self, carry: PolicyCarry, obs: Array, avail_actions: Array) -> tuple[Array, PolicyCarry]:
+        """The greedy action of each agent, 0 for an agent without an available action.
+
+        Args:
+            carry: of the step before, or `initial_carry`.
+            obs: ``[.., N, O]`` float32.
+            avail_actions: ``[.., N, A]`` bool.
+
+        Returns:
+            The joint action ``[.., N]`` int32 and the next carry.
+
+        Raises:
+            AssertionError: if a shape doesn't fit the environment or the carry.
+        """
+        spec, batch_shape = self.env_spec, carry.last_action.shape[:-1]
+        chex.assert_shape(obs, (*batch_shape, spec.num_agents, spec.obs_dim))
+        chex.assert_shape(avail_actions, (*batch_shape, spec.num_agents, spec.num_actions))
+        hp = jax.tree.map(jnp.asarray, hyperparams(self.algo))
+        inputs = AgentInputs(obs, carry.last_action, with_idle_action(avail_actions))
+        key = jax.random.key(0, impl="threefry2x32")  # greedy: nothing depends on it
+        with jax.default_matmul_precision(self.matmul_precision), compute_in(self.compute_dtype):
+            joint_action, recurrent = self.algo.act(self.params, carry.recurrent, inputs, hp, GREEDY, key)
+        return joint_action, PolicyCarry(recurrent, joint_action)
+
+
+GREEDY = Context(epsilon=np.float32(0), env_steps=np.int32(0), learner_steps=np.int32(0))  # type: ignore[arg-type]
+"""Where training stands when nothing is explored."""
+
+
+@pinned_draws()
+def play_episode(env: Environment, policy: GreedyPolicy, key: PRNGKey) -> list[Moment]:
+    """All moments of one greedy episode, the first state to the last."""
+
+    @jax.jit
+    def step(env_state: Any, carry: PolicyCarry, key: PRNGKey) -> tuple[Any, ...]:
+        seen = env.observe(env_state)
+        joint_action, carry = policy.act(carry, seen.obs, seen.avail_actions)
+        env_state, outcome = env.step(env_state, joint_action, key)
+        return env_state, carry, joint_action, outcome
+
+    reset_key, step_key = jax.random.split(key)
+    carry = policy.initial_carry()
+    moments = [Moment(env_state=jax.jit(env.reset)(reset_key), episode_return=0.0)]
+    for index in range(env.spec.episode_limit):
+        last, key = moments[-1], jax.random.fold_in(step_key, index)
+        env_state, carry, joint_action, outcome = step(last.env_state, carry, key)
+        episode_return = last.episode_return + float(outcome.reward)
+        moments.append(Moment(env_state, episode_return, last.env_state, joint_action, key))
+        if outcome.terminated or outcome.truncated:
+            break
+    return moments

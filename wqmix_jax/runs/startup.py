@@ -1,0 +1,139 @@
+"""The facts that are printed, and refused, before a run starts."""
+
+import contextlib
+import glob
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from wqmix_jax.config import PROGRAMS, RunConfig
+from wqmix_jax.errors import ConfigError, install_extra
+from wqmix_jax.training.compiled_loop import Trainer
+from wqmix_jax.training.devices import num_cores
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+from wqmix_jax.config import learner_steps_per_env_step, steps_per_iteration
+from wqmix_jax.records.run_dir import read_config
+
+
+def how_to_go_on(run_dir: Path, config_dir: str | os.PathLike[str] | None = None) -> str:
+    """The command that continues a run, to be pasted into a shell in the current folder.
+
+    Args:
+        run_dir: the run's folder.
+        config_dir: the folder of own yamls and modules that it was started with.
+    """
+    parts = [_python(), "-m", "wqmix_jax.train"]
+    if config_dir is not None:
+        parts += ["--config-dir", _from_here(Path(config_dir))]
+    repeated = [f"{name}={_as_option(value)}" for name, value in _programs(run_dir).items()]
+    return f"to go on: {shlex.join([*parts, f'resume={_as_option(str(run_dir))}', *repeated])}"
+
+
+def _programs(run_dir: Path) -> dict[str, str]:
+    """The options that must be repeated when the run is resumed, see `wqmix_jax.runs.trust`."""
+    values: dict[str, Any] = {"env": {}}
+    with contextlib.suppress(ConfigError):
+        values = read_config(run_dir)
+    programs = {f"env.{name}": values["env"].get(name) for name in PROGRAMS}
+    if programs["env.worker_python"] == sys.executable:
+        del programs["env.worker_python"]
+    cache = values.get("compilation_cache")
+    programs["compilation_cache"] = cache if isinstance(cache, str) else None
+    return {name: str(value) for name, value in programs.items() if value is not None}
+
+
+def _python() -> str:
+    """The running interpreter as a shell in the current folder finds it."""
+    found = shutil.which("python")
+    if not sys.executable or (found is not None and Path(found).absolute().parent == Path(sys.executable).parent):
+        return "python"
+    return _from_here(Path(sys.executable))
+
+
+def _from_here(path: Path) -> str:
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _as_option(path: str) -> str:
+    """A path as an option's value: see `overrides.as_text` for what isn't taken as it is written."""
+    path = re.sub(r"(\\*)\$\{", r"\1\1\\${", path)
+    return f"./{path}" if path == "null" or path.startswith(("'", '"', "~")) else path
+
+
+def refuse_full_disk(run_dir: Path, checkpoint_bytes: int) -> None:
+    """Says before anything starts that not even one checkpoint would fit.
+
+    Raises:
+        ConfigError: if so.
+    """
+    free = _free_bytes(run_dir)
+    if free < checkpoint_bytes:
+        told = f"a checkpoint may take {_megabytes(checkpoint_bytes)}, and {_megabytes(free)} are free there"
+        raise ConfigError(f"run_dir={run_dir} is not allowed: {told}")
+
+
+def checkpoint_lines(config: RunConfig, run_dir: Path, checkpoint_bytes: int) -> Iterator[str]:
+    """How much will be written, and where that may be too much."""
+    free, kept = _free_bytes(run_dir), config.checkpoint.keep
+    size = f"every {config.checkpoint.every:,} steps, at most {_megabytes(checkpoint_bytes)} each, {kept} kept"
+    yield f"checkpoints: {size}; {_megabytes(free)} are free on the disk"
+    if free < (kept + 1) * checkpoint_bytes:
+        yield f"warning: {kept} checkpoints and the one in the making may not fit; checkpoint.keep={kept} can be less"
+
+
+def _free_bytes(run_dir: Path) -> int:
+    """On the disk where ``run_dir`` is or will be."""
+    path = run_dir.absolute()
+    return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.is_dir())).free
+
+
+def device_lines(trainer: Trainer) -> Iterator[str]:
+    """Names the devices that train, and what to install where one lies idle."""
+    devices = jax.local_devices()
+    kind = f"{num_cores()} cores" if devices[0].platform == "cpu" else devices[0].device_kind
+    used = len(trainer.sharding.device_set)
+    spread = f", training on {used} of {len(devices)} devices" if len(devices) > 1 else ""
+    yield f"device: {devices[0].platform} ({kind}){spread}"
+    if devices[0].platform != "cpu":
+        return
+    if shutil.which("nvidia-smi") or os.path.exists("/dev/nvidiactl"):
+        yield f"An NVIDIA GPU is present but unused: {install_extra('cuda')} makes JAX use it."
+    elif glob.glob("/dev/accel[0-9]*") or os.environ.get("TPU_NAME"):
+        yield f"A TPU is present but unused: {install_extra('tpu')} makes JAX use it."
+
+
+def plan_lines(config: RunConfig, trainer: Trainer, num_members: int) -> Iterator[str]:
+    """What the run will do, from its options and how many train side by side here."""
+    yield from config.env.host.lines(num_members, config.num_envs)
+    first, last = config.seeds[0], config.seeds[-1]
+    seeds = f"seed {first}" if first == last else f"seeds {first}..{last}"
+    yield f"{seeds}, {config.total_env_steps:,} environment steps each"
+    if (config.hosts or 1) > 1:
+        yield f"host {config.host} of {config.hosts}, {config.num_seeds} seeds in all; hosts=1 trains them all here"
+    for name, swept in config.sweep.items():
+        yield f"algo.{name}: every seed with each of {', '.join(map(str, swept))}"
+    total = trainer.replay_bytes * num_members
+    yield f"replay: {_megabytes(trainer.replay_bytes)} per seed, {_megabytes(total)} in total"
+    steps = trainer.eval_iterations * steps_per_iteration(config)
+    iterations = "1 iteration" if trainer.eval_iterations == 1 else f"{trainer.eval_iterations:,} iterations"
+    yield f"evaluation: every {iterations} ({steps:,} environment steps of full episodes)"
+    episodes = "full episode" if config.num_envs == 1 else f"{config.num_envs} full episodes"
+    yield (
+        f"learner steps per environment step: {learner_steps_per_env_step(config):.4g} "
+        f"({config.updates_per_iteration} per {episodes} of {config.env.spec.episode_limit} steps)"
+    )
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB"

@@ -1,0 +1,112 @@
+"""Which devices train: seeds never need to talk, so they are spread over the devices in equal parts.
+
+A CPU has a device per core, since XLA runs the body of a loop on one core. Where cores are left, those that share a
+seed learn from a part of each batch.
+"""
+
+import contextlib
+import os
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from wqmix_jax.errors import ConfigError
+
+SEED_AXIS, BATCH_AXIS = "seeds", "batch"
+"""The mesh axes: the leading axis ``S`` of a train state is spread over the first and lies whole along the second."""
+
+_GPU_MEMORY = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "XLA_CLIENT_MEM_FRACTION",  # its newer name
+    "XLA_PYTHON_CLIENT_ALLOCATOR",
+}
+"""Variables by which a user decides how JAX takes a GPU's memory."""
+
+MIN_PART = 4
+"""Episodes, or rows that episodes share; a batch is not cut into smaller parts."""
+
+
+def seed_sharding(num_seeds: int, *, batch_size: int = 1) -> Sharding:
+    """Spreads ``num_seeds`` over as many of this process's devices as hold equally many each.
+
+    Args:
+        num_seeds: how many train in one call.
+        batch_size: episodes of a learner step, where devices of a CPU may share them; 1 where they may not.
+    """
+    claim_cores()
+    devices = jax.local_devices()
+    most = batch_size // MIN_PART if devices[0].platform == "cpu" else 1
+    seed_parts, batch_parts = max(
+        (
+            (seeds, parts)
+            for seeds in _divisors(num_seeds, len(devices))
+            for parts in _divisors(batch_size, min(max(most, 1), len(devices) // seeds))
+        ),
+        key=lambda shape: (shape[0] * shape[1], shape[0]),
+    )
+    if seed_parts * batch_parts == 1:
+        return SingleDeviceSharding(devices[0])
+    mesh = np.array(devices[: seed_parts * batch_parts]).reshape(seed_parts, batch_parts)
+    return NamedSharding(jax.sharding.Mesh(mesh, (SEED_AXIS, BATCH_AXIS)), PartitionSpec(SEED_AXIS))
+
+
+def claim_cores() -> None:
+    """Makes the CPU as many devices as it has cores; leaves alone what the user has set.
+
+    It has no effect once JAX's backend runs, which the import of some environments starts.
+    """
+    if jax.config.values["jax_num_cpu_devices"] > 0 or "device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    with contextlib.suppress(RuntimeError):  # the backend runs already
+        jax.config.update("jax_num_cpu_devices", num_cores())
+
+
+def asked_platforms() -> str | None:
+    """The platforms that ``JAX_PLATFORMS`` or a program's own setting names; None if neither does."""
+    return jax.config.values["jax_platforms"] or None
+
+
+def backend_failure() -> str | None:
+    """Says why JAX can't start the devices that it should use; None where it can, or where nothing imported it."""
+    try:
+        jax.local_devices()
+    except (AssertionError, RuntimeError) as error:  # a bare assertion where a platform's plugin isn't installed
+        asked = asked_platforms()
+        reason = (
+            str(error).partition(" (set JAX_PLATFORMS=")[0] or "no such device is found, or JAX's build for it isn't"
+        )
+        which = f"JAX_PLATFORMS={asked} can't be used here" if asked else "JAX can't start its devices"
+        return f"{which}: {reason}; JAX_PLATFORMS=cpu uses the CPU"
+    return None
+
+
+def share_gpu() -> None:
+    """Lets other processes use the same GPU: memory is taken when it is needed, where the user has decided nothing.
+
+    By default JAX takes three quarters of a GPU's memory when it starts. It has no effect once JAX's backend runs.
+    """
+    if not _GPU_MEMORY.intersection(os.environ):
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [divisor for divisor in range(1, most + 1) if number % divisor == 0]
+
+
+def refuse_missing_backend() -> None:
+    """Refuses a platform that was asked for and can't be used here.
+
+    It must come before an environment is built, which may compute on it, and after `jax.distributed` is started.
+
+    Raises:
+        ConfigError: if JAX can't start the platform that ``JAX_PLATFORMS`` names.
+    """
+    if asked_platforms() and (reason := backend_failure()) is not None:
+        raise ConfigError(reason)
