@@ -13,7 +13,7 @@ from tests.running import ROOT, make
 from wqmix_jax import __main__ as commands
 from wqmix_jax.config import ConfigError, build, load_group
 
-TRAINED = ROOT / "experiments" / "figures_1M" / "predator_prey" / "predator_prey" / "vdn" / "seeds_0-1"
+TRAINED = ROOT / "experiments" / "results" / "predator_prey" / "epsilon_1M" / "vdn" / "seeds_0-1"
 """A run without checkpoints; `run` in the commands below is a copy of it."""
 
 TRAIN = [

@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
-from experiments import demo
+from experiments.examples import demo
 from wqmix_jax import load_config
 
 

@@ -14,7 +14,7 @@ from wqmix_jax import load_config, load_metrics
 from wqmix_jax.config import RunConfig
 from wqmix_jax.types import Episode
 
-PROJECT = ROOT / "experiments" / "my_project"
+PROJECT = ROOT / "experiments" / "examples" / "my_project"
 
 
 @pytest.fixture(scope="module")
