@@ -298,7 +298,7 @@ def _is_finished(made: Path) -> bool:
 
 
 def _has_evaluations(line: Planned) -> bool:
-    """Returns True if there is anything to draw."""
+    """Returns True if a run of the line has been evaluated."""
     return any(load_metrics(made, kind="eval") for made in _made(line.folder))
 
 

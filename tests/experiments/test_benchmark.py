@@ -1,4 +1,4 @@
-"""What the benchmark counts and divides; its times are nobody's business here."""
+"""Counts and ratios of the benchmark, without its times."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The demo trains what it says, and its picture shows it."""
+"""The demo trains the tasks of its text, and draws them."""
 
 import re
 from pathlib import Path

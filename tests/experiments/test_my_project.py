@@ -1,4 +1,4 @@
-"""The README's example of an algorithm and an environment of one's own, from a folder outside this repository."""
+"""The README's example of a custom algorithm and environment, from a folder outside this repository."""
 
 import re
 import shutil

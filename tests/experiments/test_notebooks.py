@@ -27,7 +27,7 @@ def read(name: str) -> Any:
 
 
 def run(name: str, folder: Path, **parameters: Any) -> str:
-    """All that a notebook prints, its parameters replaced by others."""
+    """Runs a notebook with other parameters, and returns everything that it prints."""
     notebook = read(name)
     for cell in notebook.cells:
         if cell.cell_type == "code":
