@@ -290,7 +290,8 @@ def _changes(chosen: ReproduceOptions, overrides: Sequence[str]) -> list[str]:
 
 def _made(folder: Path) -> list[Path]:
     """Returns the folders of the runs inside a line's folder, in the order of their seeds."""
-    return sorted((path.parent for path in folder.rglob(HEADER_FILE)), key=lambda made: load_header(made)["seeds"])
+    made = (path.parent for path in folder.rglob(HEADER_FILE))
+    return sorted(made, key=lambda run_dir: (load_header(run_dir)["seeds"], run_dir))
 
 
 def _is_finished(made: Path) -> bool:

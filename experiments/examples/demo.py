@@ -40,7 +40,7 @@ TASKS = {
     "table2": Task(
         "Table 2's game",
         (
-            "env=matrix_game", "env.payoff=table2", "num_envs=8", "total_env_steps=3200", "eval_interval=200",
+            "env=matrix_game", "env.payoff=table2", "num_envs=8", "total_env_steps=1000", "eval_interval=40",
             "eval_episodes=1", "chunk_iterations=50", "algo.batch_size=64", "algo.buffer_size=500",
             "algo.epsilon_start=1.0", "algo.epsilon_finish=1.0",
         ),
