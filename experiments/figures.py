@@ -1,8 +1,8 @@
-"""The paper's figures as data: ``configs/experiment/fig2.yaml`` to ``fig9.yaml``, and the runs that each consists of.
+"""The paper's figures as data: ``experiments/configs/figures/fig2.yaml`` to ``fig9.yaml``, and the runs of each figure.
 
 A figure has panels (one set of axes each) and lines (one algorithm each). A run's overrides are the figure's, then the
-panel's, then the line's, then what the panel adds to that line. Values are spelt out even where they are an
-algorithm's own defaults: a figure keeps the paper's settings whatever becomes of those.
+panel's, then the line's, then those that the panel adds to that line. Values are written out even if they equal an
+algorithm's defaults: a figure keeps the paper's settings if the defaults change.
 """
 
 import re
@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
 import pydantic
+import yaml
 
-from wqmix_jax.config import load_group
 from wqmix_jax.errors import ConfigError
-from wqmix_jax.options import CONFIG_DIR
+
+CONFIGS = Path(__file__).parent / "configs"
+FIGURES = CONFIGS / "figures"
 
 Overrides = list[str]
 
@@ -22,8 +24,8 @@ class Panel(pydantic.BaseModel, frozen=True, extra="forbid"):
     """One set of axes.
 
     Attributes:
-        overrides: what all its runs share, as on the command line.
-        lines: what it adds to some of the figure's lines, by their names.
+        overrides: options of all its runs, as on the command line.
+        lines: further options of some of the figure's lines, by their labels.
     """
 
     overrides: Overrides = []
@@ -34,15 +36,15 @@ class Figure(pydantic.BaseModel, frozen=True, extra="forbid"):
     """One figure of the paper.
 
     Attributes:
-        title: what it shows.
-        metric: what is drawn, a field of the evaluation records.
-        lowest: where the axis ends below; what lies lower is not drawn.
-        env: the environments that it can be drawn on; the first is the paper's own.
-        overrides: what all its runs share.
+        title: the title above the panels.
+        metric: the field of the evaluation records that is drawn.
+        lowest: the lower end of the metric's axis; lower values are not drawn.
+        env: the environments on which the figure can be trained; the first is the paper's.
+        overrides: options of all its runs.
         lines: each line's overrides, by its label in the legend.
-        panels: by their titles.
+        panels: the panels by their titles.
         authors: files with curves of the authors' code, by line.
-        passes: values of the metric of which the data tell when each seed first reaches them.
+        passes: values of the metric; the data report when each seed first reaches them.
         searched: the values among which the paper chose a line's settings, by line and key.
     """
 
@@ -71,7 +73,7 @@ class Run(NamedTuple):
     Attributes:
         panel: the panel's title.
         line: the line's label.
-        overrides: for `wqmix_jax.load_config` or the command line; seeds and ``run_dir`` are the caller's.
+        overrides: arguments of `wqmix_jax.load_config` or of the command line; the caller adds seeds and ``run_dir``.
     """
 
     panel: str
@@ -95,51 +97,52 @@ class Run(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The line's label, and what else the panel's title says than its task: ``CW-QMIX, alpha = 0.1``."""
+        """The line's label, with the panel's title except for its task: ``CW-QMIX, alpha = 0.1``."""
         return ", ".join(part for part in [*self.panel.split(", "), self.line] if part != self.task)
 
     @property
     def folder(self) -> Path:
-        """Where it is kept, inside the figure's folder: ``3s5z/qmix_qstar``."""
-        return Path(_plain(self.panel), _plain(self.line))
+        """The folder of its runs inside ``OUT``: ``3s5z/qmix_qstar``, or ``qmix_qstar`` if there are no maps."""
+        panel, line = _file_name(self.panel), _file_name(self.line)
+        return Path(line) if panel == self.env else Path(panel, line)
 
     def _chosen(self, key: str) -> str | None:
-        """The value of the last override of a key."""
+        """Returns the value of the last override of a key."""
         pairs = (override.partition("=") for override in self.overrides)
         return {name: value for name, _, value in pairs}.get(key)
 
 
-def _plain(title: str) -> str:
-    """A title as a file's name."""
+def _file_name(title: str) -> str:
+    """Returns a title as the name of a file."""
     return re.sub(r"[^a-z0-9.]+", "_", title.lower().replace("*", "star").replace(" + ", "_")).strip("_")
 
 
 def figure_names() -> list[str]:
-    """The figures that have a yaml: ``["fig2", .., "fig9"]``."""
-    return sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
+    """Returns the figures that have a yaml: ``["fig2", .., "fig9"]``."""
+    return sorted(path.stem for path in FIGURES.glob("*.yaml"))
 
 
 def load_figure(name: str) -> Figure:
-    """Reads ``configs/experiment/NAME.yaml``.
+    """Reads ``experiments/configs/figures/NAME.yaml``.
 
     Raises:
         ConfigError: if there is no such figure.
     """
     if name not in figure_names():
         raise ConfigError(f"figure={name} is not allowed: choose one of {', '.join(figure_names())}")
-    return Figure(**load_group("experiment", name))
+    return Figure(**yaml.safe_load((FIGURES / f"{name}.yaml").read_text()))
 
 
 def runs(figure: Figure, env: str | None = None) -> list[Run]:
-    """All runs of a figure, on one of its environments (the paper's own by default).
+    """Returns all runs of a figure on one of its environments, by default the paper's.
 
     Raises:
-        ConfigError: if the figure can't be drawn on ``env``.
+        ConfigError: if the figure has no such environment.
     """
     env = figure.env[0] if env is None else env
     if env not in figure.env:
         raise ConfigError(f"env={env} is not allowed: this figure is drawn on {' or '.join(figure.env)}")
-    scale = ("env.max_return=20",) if env == "smax" else ()  # SMAC's, for which the paper chose its settings
+    scale = ("env.max_return=20",) if env == "smax" else ()  # SMAC's scale, for which the paper chose its settings
     shared = (f"env={env}", *scale, *figure.overrides)
     return [
         Run(title, label, (*shared, *panel.overrides, *line, *panel.lines.get(label, [])))

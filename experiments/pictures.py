@@ -1,4 +1,4 @@
-"""Draws a figure: median and quartiles as in the paper on the left, the IQM with its interval on the right."""
+"""Draws a figure: on the left median and quartiles as in the paper, on the right the IQM with its interval."""
 
 import json
 import textwrap
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments.results import Line, curves
+from experiments.figure_data import Line, curves
 from wqmix_jax.records.plotting import Style, decorate, draw_band, new_figure, save_figure, seeds_label
 from wqmix_jax.records.statistics import iqm_estimate, iqm_name, quartiles
 
@@ -25,13 +25,16 @@ def draw(
     """Draws all panels, one below the other.
 
     Args:
-        path: of the picture.
-        lines: of all panels, those that have any records.
-        metric: what is drawn.
-        title: its lines.
-        looks: how each line looks, by its label.
+        path: the file of the picture.
+        lines: the lines of all panels that have records.
+        metric: the field of the records that is drawn.
+        title: the lines of the title.
+        looks: the style of each line, by its label.
         authors: files with curves of the authors' code, by line.
-        lowest: where the axis of the metric ends below.
+        lowest: the lower end of the metric's axis.
+
+    Returns:
+        ``path``.
     """
     panels = list(dict.fromkeys(line.run.panel for line in lines))
     figure = new_figure(14, 0.8 + 3.9 * len(panels))
@@ -45,11 +48,11 @@ def draw(
         for label in (label for label in authors if any(line.run.line == label for line in lines)):
             _draw_authors(paper, authors[label], looks[label], label, last)
         fewest = min(line.num_seeds for line in lines if line.run.panel == panel)
-        for axes, told in (
+        for axes, statistic in (
             (paper, "median, 25-75% quartiles"),
             (mean, f"{iqm_name(fewest)}, 95% bootstrap interval"),
         ):
-            axes.set_title(f"{panel}: {told}", fontsize=10)
+            axes.set_title(f"{panel}: {statistic}", fontsize=10)
             axes.set_xlabel("environment steps")
             decorate(axes, metric)
         if lowest is not None:
@@ -61,21 +64,21 @@ def draw(
 
 
 def _end_below(paper: Axes, mean: Axes, lowest: float) -> None:
-    """Ends the axis that both share at ``lowest``, its margin above that of what is still seen, if anything is."""
+    """Cuts the shared axis at ``lowest``, with matplotlib's margin above the visible values; unless none is visible."""
     highest = max(axes.dataLim.y1 for axes in (paper, mean))
     if highest > lowest:
         paper.set_ylim(lowest, highest + paper.get_ymargin() * (highest - lowest))
 
 
 def _label(line: Line) -> str:
-    told = seeds_label(line.num_seeds)
-    return f"{line.run.line} ({told}{f', {len(line.failed)} failed' if line.failed else ''})"
+    failed = f", {len(line.failed)} failed" if line.failed else ""
+    return f"{line.run.line} ({seeds_label(line.num_seeds)}{failed})"
 
 
 def _draw_authors(axes: Axes, path: Path, style: Style, label: str, last: int) -> None:
-    """A curve of the authors' own code, with the settings in the file's first line, as far as ours come."""
+    """Draws a curve of the authors' code up to the step ``last``; the file's first line has its settings."""
     header, *points = map(json.loads, path.read_text().splitlines())
     shown = [(point["env_steps"], point["episode_return"]) for point in points if point["env_steps"] <= last]
     steps, returns = np.array(shown).reshape(-1, 2).T
-    told = f"{label}, authors' code,\n  epsilon over {header['epsilon_anneal_time'] // 1000}k (1 seed)"
-    axes.plot(steps, returns, color=style.colour, linewidth=1.2, linestyle=":", label=told)
+    label = f"{label}, authors' code,\n  epsilon over {header['epsilon_anneal_time'] // 1000}k (1 seed)"
+    axes.plot(steps, returns, color=style.colour, linewidth=1.2, linestyle=":", label=label)

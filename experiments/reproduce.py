@@ -1,8 +1,12 @@
 """One figure of the paper: ``python -m experiments.reproduce fig2 [num_seeds=8] [quick=true] [key=value ..]``.
 
-Trains what is missing, each line's seeds in one call and one run's folder, has the best policies play, and writes data
-and picture to ``OUT/fig2``. Runs that are finished are kept, those that were interrupted go on; figures that have runs
-in common share them. ``configs/reproduce.yaml`` has the options; all other keys are options of every run.
+Trains the missing seeds of each line in one call, evaluates the best policies, and writes data and picture to
+``OUT/fig2``. Finished runs are kept and interrupted runs are resumed; figures share the runs that they have in common.
+``experiments/configs/reproduce.yaml`` lists the options; all other keys are options of every run.
+
+The runs of a line are in ``OUT/LINE/seeds_0-7`` (a single seed in ``OUT/LINE/seed_0``), below a folder of the map where
+the figure has several: ``OUT/MAP/LINE/seeds_0-7``. ``OUT`` holds one environment, by default
+``outputs/figures/ENVIRONMENT``.
 """
 
 import argparse
@@ -14,13 +18,13 @@ from typing import Any, NamedTuple, NoReturn
 
 from omegaconf import OmegaConf
 
-from experiments import pictures, results
-from experiments.figures import Figure, Run, figure_names, load_figure, runs
+from experiments import figure_data, pictures
+from experiments.figures import CONFIGS, Figure, Run, figure_names, load_figure, runs
 from wqmix_jax.cli.command import command
 from wqmix_jax.cli.parser import OneLineParser
 from wqmix_jax.config import run_config
 from wqmix_jax.errors import REFUSED, SEEDS_FAILED, ConfigError, RunError
-from wqmix_jax.options import CONFIG_DIR, PositiveInt, checked, options
+from wqmix_jax.options import PositiveInt, checked, options
 from wqmix_jax.records.metrics import HEADER_FILE, load_header, load_metrics
 from wqmix_jax.records.plotting import styles
 from wqmix_jax.records.run_dir import (
@@ -38,12 +42,12 @@ from wqmix_jax.train import load_config, load_values
 from wqmix_jax.training.devices import claim_cores
 
 ROOT = Path(__file__).parent.parent
-DEFAULTS = CONFIG_DIR / "reproduce.yaml"
+DEFAULTS = CONFIGS / "reproduce.yaml"
 GAMES = {
     "smac": ", on StarCraft II",
     "smax": ", on SMAX (JaxMARL), which is not StarCraft II and not comparable with it",
 }
-"""How environments that stand for each other are told apart."""
+"""Text that names the environment in the title of a figure which several environments can show."""
 
 _CHOSEN_HERE = ("resume", "run_dir", "hosts", "host", "distributed", "sweep")
 _NO_MATTER = ("seed=", "logger", "checkpoint", "chunk_iterations", "compilation_cache", "env.worker_python")
@@ -51,17 +55,17 @@ _NO_MATTER = ("seed=", "logger", "checkpoint", "chunk_iterations", "compilation_
 
 @options
 class ReproduceOptions:
-    """What is drawn and how much is trained.
+    """Options of this command: the lines to draw, and how much to train.
 
     Attributes:
-        num_seeds: of every line.
-        quick: whether runs are shortened by ``quick_overrides``.
-        train: whether what is missing is trained.
-        env: which of the figure's environments.
-        lines: the lines that are drawn, by the names of their folders; all when absent.
-        out: the folder of all runs and figures.
-        absolute_factor: how many times the episodes of an evaluation the best policies play in the end.
-        quick_overrides: of the runs.
+        num_seeds: seeds of every line.
+        quick: shortens all runs by ``quick_overrides``.
+        train: trains the missing seeds; if false, only existing runs are drawn.
+        env: one of the figure's environments.
+        lines: the lines to draw, by the names of their folders; all of them if None.
+        out: the folder of one environment's runs and figures.
+        absolute_factor: the final evaluation of the best policies plays this many times ``eval_episodes``.
+        quick_overrides: options of the runs if ``quick`` is set.
     """
 
     num_seeds: PositiveInt
@@ -73,20 +77,19 @@ class ReproduceOptions:
     absolute_factor: PositiveInt
     quick_overrides: list[str]
 
-    @property
-    def folder(self) -> Path:
-        """Where runs and figures go."""
-        return Path(self.out or ("outputs/figures_quick" if self.quick else "outputs/figures"))
+    def folder(self, env: str) -> Path:
+        """Returns the folder of an environment's runs and figures."""
+        return Path(self.out) if self.out else Path("outputs", "figures_quick" if self.quick else "figures", env)
 
 
 class Planned(NamedTuple):
-    """One line, and what there is of it.
+    """One line of the figure, and its existing runs.
 
     Attributes:
-        run: what it shows.
+        run: the line's place in the figure, and its overrides.
         values: the options of its runs.
-        folder: where they are.
-        made: those that have been begun.
+        folder: the folder that holds its runs.
+        made: the folders of the runs that exist.
     """
 
     run: Run
@@ -97,16 +100,16 @@ class Planned(NamedTuple):
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line on ``arguments``, by default the process's own."""
+    """Runs the command with ``arguments``, by default those of this process."""
     parser = OneLineParser(
         prog="python -m experiments.reproduce",
-        description="Makes a figure of the paper: trains what is missing, gathers and draws.",
+        description="Reproduces a figure of the paper: trains the missing seeds, evaluates and draws.",
         epilog=DEFAULTS.read_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("figure", help=", ".join(figure_names()))
     parser.add_argument(
-        "options", nargs="*", default=[], metavar="key=value", help="of this command (below) or of every run"
+        "options", nargs="*", default=[], metavar="key=value", help="an option of this command (below) or of every run"
     )
     args = parser.parse_args(arguments)
     try:
@@ -122,18 +125,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def reproduce(name: str, texts: Sequence[str]) -> list[str]:
-    """Makes a figure.
+    """Trains, evaluates and draws a figure.
 
     Args:
         name: ``fig2`` to ``fig9``.
         texts: options as on the command line.
 
     Returns:
-        What is to be told of seeds that failed.
+        Messages about seeds that failed.
 
     Raises:
-        ConfigError: if an option is not allowed, or runs that are there have others (nothing was trained then), or if
-            another process has begun to train the same meanwhile.
+        ConfigError: if an option is not allowed or existing runs have different options (nothing was trained then), or
+            if another process started to train the same runs in the meantime.
         RunError: if a run had to stop, or all seeds of all lines failed.
     """
     claim_cores()  # before an environment's library starts the backend
@@ -145,21 +148,22 @@ def reproduce(name: str, texts: Sequence[str]) -> list[str]:
     if chosen.train:
         for line in planned:
             train(line, failed)
-    lines = [results.gather(line.run, _made(line.folder), chosen.absolute_factor) for line in planned if _begun(line)]
+    drawn = [line for line in planned if _has_evaluations(line)]
+    lines = [figure_data.gather(line.run, _made(line.folder), chosen.absolute_factor) for line in drawn]
     if not lines:
-        raise ConfigError(f"train=False is not allowed: there is no run of {name} in {chosen.folder}")
+        raise ConfigError(f"train=False is not allowed: there is no run of {name} in {chosen.folder(env)}")
     if not any(line.records for line in lines):
-        raise RunError(f"all seeds of {name} in {chosen.folder} failed: there is nothing to draw", SEEDS_FAILED)
+        raise RunError(f"all seeds of {name} in {chosen.folder(env)} failed: there is nothing to draw", SEEDS_FAILED)
     _publish(name, figure, env, chosen, overrides, lines)
     return failed
 
 
 def plan(figure: Figure, env: str, chosen: ReproduceOptions, overrides: Sequence[str]) -> list[Planned]:
-    """What the figure consists of, and what there is of it.
+    """Returns the lines of the figure with their existing runs.
 
     Raises:
-        ConfigError: if an option is not allowed, a run was made with other options or another version of the game or
-            can't be resumed, or two have a seed in common.
+        ConfigError: if an option is not allowed, if an existing run has different options or another version of the
+            game or can't be resumed, or if two runs have a seed in common.
     """
     known = sorted({run.folder.name for run in runs(figure, env)})
     if (unknown := sorted(set(chosen.lines or []) - set(known))) or chosen.lines == []:
@@ -168,11 +172,12 @@ def plan(figure: Figure, env: str, chosen: ReproduceOptions, overrides: Sequence
     planned = []
     for run in (run for run in runs(figure, env) if run.folder.name in (chosen.lines or known)):
         run = run._replace(overrides=(*run.overrides, *_changes(chosen, overrides)))
-        folder = chosen.folder / env / run.folder
+        folder = chosen.folder(env) / run.folder
         try:
             composed = load_values(*run.overrides, f"num_seeds={chosen.num_seeds}")
+            composed["logger"]["group"] = composed["logger"]["group"] or _wandb_group(chosen.folder(env), run)
             line = Planned(run, with_host(composed, {}), folder, _made(folder))
-            if chosen.train:  # what is only drawn needs no game
+            if chosen.train:  # drawing alone needs no game
                 games["this installation"] = run_config(line.values).env.host.versions()
             refuse_common_seeds(line.made)
             for made in line.made:
@@ -180,7 +185,7 @@ def plan(figure: Figure, env: str, chosen: ReproduceOptions, overrides: Sequence
                 _refuse_other_games(games, made)
                 if chosen.train and not _is_finished(made):
                     session.refuse_lost_checkpoints(made)
-                    with held(made):  # refuses one that another process trains
+                    with held(made):  # raises if another process trains it
                         pass
         except ValueError as error:
             raise ConfigError(f"{run.label}: {error}") from None
@@ -189,36 +194,45 @@ def plan(figure: Figure, env: str, chosen: ReproduceOptions, overrides: Sequence
 
 
 def train(line: Planned, failed: list[str]) -> None:
-    """Trains what is missing of a line, and adds to ``failed`` what is to be told of seeds that failed.
+    """Trains the missing seeds of a line, and adds a message to ``failed`` for each run with failed seeds.
 
     Raises:
-        ConfigError: if by now another process trains some of it.
+        ConfigError: if another process has started to train some of them.
         RunError: if a run had to stop.
     """
-    line = line._replace(made=_made(line.folder))  # the lines before may have taken hours
+    line = line._replace(made=_made(line.folder))  # training the previous lines may have taken hours
     for made in line.made:
         if not _is_finished(made):
             with _collecting(failed):
                 session.resume(made, _programs(line.values))
     for seeds in missing_seeds(line):
-        folder = line.folder / f"seeds_{seeds[0]}-{seeds[-1]}"
-        part = {"seed": seeds[0], "num_seeds": len(seeds), "run_dir": str(folder)}
+        part = {"seed": seeds[0], "num_seeds": len(seeds), "run_dir": str(line.folder / seeds_folder(seeds))}
         with _collecting(failed):
             session.start({**line.values, **part}, algo=line.run.algo, env=line.run.env)
 
 
+def seeds_folder(seeds: range) -> str:
+    """Returns the name of the folder of a run with these seeds: ``seeds_0-7``, or ``seed_0``."""
+    return f"seed_{seeds[0]}" if len(seeds) == 1 else f"seeds_{seeds[0]}-{seeds[-1]}"
+
+
+def _wandb_group(out: Path, run: Run) -> str:
+    """Returns the group that all runs of a line share in W&B: ``figures/predator_prey/cw_qmix``."""
+    return "/".join([*out.resolve().parts[-2:], *run.folder.parts])
+
+
 def _programs(values: dict[str, Any]) -> dict[str, Any]:
-    """The interpreter that a resumed run may start: the one that this command names."""
+    """Returns the interpreter that a resumed run may start: the one in this command's options."""
     python = values["env"].get("worker_python")
     return {} if python is None else {"env": {"worker_python": python}}
 
 
 def missing_seeds(line: Planned) -> list[range]:
-    """The wanted seeds that no run has, in ranges without gaps."""
-    first, there = line.values["seed"], {seed for made in line.made for seed in load_header(made)["seeds"]}
+    """Returns the requested seeds that no run has, in ranges without gaps."""
+    first, existing = line.values["seed"], {seed for made in line.made for seed in load_header(made)["seeds"]}
     ranges: list[range] = []
     for seed in range(first, first + line.values["num_seeds"]):
-        if seed in there:
+        if seed in existing:
             continue
         if ranges and ranges[-1].stop == seed:
             ranges[-1] = range(ranges[-1].start, seed + 1)
@@ -228,7 +242,7 @@ def missing_seeds(line: Planned) -> list[range]:
 
 
 def _parsed(texts: Sequence[str]) -> tuple[ReproduceOptions, list[str]]:
-    """The options of this command, and those of the runs."""
+    """Separates the options of this command from those of the runs."""
     own, overrides = [], []
     for text in texts:
         key, equals, _ = text.partition("=")
@@ -236,52 +250,58 @@ def _parsed(texts: Sequence[str]) -> tuple[ReproduceOptions, list[str]]:
             raise ConfigError(f"{text!r} can't be read: options are written key=value")
         name = key.lstrip("+~")
         if name == "algo" or name.split(".")[0] in _CHOSEN_HERE:
-            raise ConfigError(f"{text} is not allowed: the figure says which runs it has, and out=FOLDER where they go")
+            raise ConfigError(f"{text} is not allowed: the figure defines its runs, and out=FOLDER their folder")
         is_own = key in ReproduceOptions.__dataclass_fields__  # type: ignore[attr-defined]
         (own if is_own else overrides).append(text)
     try:
         raw = dict(text.split("=", 1) for text in own if text.startswith(("out=", "env=")))
-        names = {key: None if value == "null" else value for key, value in raw.items()}  # never a number or a boolean
+        names = {key: None if value == "null" else value for key, value in raw.items()}  # names stay strings: out=1
         merged = OmegaConf.merge(OmegaConf.load(DEFAULTS), OmegaConf.from_dotlist(own), names)
         values: Any = OmegaConf.to_container(merged)
-    except Exception as error:  # of omegaconf or its yaml parser
+    except Exception as error:  # from omegaconf or its yaml parser
         raise ConfigError(" ".join(str(error).split())) from None
     return checked(ReproduceOptions, values, prefix=""), overrides
 
 
 def _environment(figure: Figure, chosen: ReproduceOptions, overrides: Sequence[str]) -> str:
-    """The environment that was asked for, or the first that can be used here."""
+    """Returns the chosen environment; otherwise the first that is installed, or that has runs if nothing is trained."""
     if chosen.env is not None:
         return runs(figure, chosen.env)[0].env
     if not chosen.train:
-        there = (env for env in figure.env if any(_made(chosen.folder / env / run.folder) for run in runs(figure, env)))
-        return next(there, figure.env[-1])
+        return next((env for env in figure.env if _has_runs(figure, env, chosen.folder(env))), figure.env[-1])
     for env, substitute in zip(figure.env, figure.env[1:], strict=False):
         try:
             load_config(*runs(figure, env)[0].overrides, *_changes(chosen, overrides))
         except ConfigError as error:
-            print(f"{substitute} takes the place of {env}: {error}", flush=True)
+            print(f"using {substitute} instead of {env}: {error}", flush=True)
         else:
             return env
     return figure.env[-1]
 
 
+def _has_runs(figure: Figure, env: str, out: Path) -> bool:
+    """Returns True if ``out`` holds a run of the figure on this environment."""
+    folders = (made for run in runs(figure, env) for made in _made(out / run.folder))
+    return any(load_header(made)["env"] == env for made in folders)
+
+
 def _changes(chosen: ReproduceOptions, overrides: Sequence[str]) -> list[str]:
-    """What is not as in the paper."""
+    """Returns the options that differ from the paper's."""
     return [*(chosen.quick_overrides if chosen.quick else []), *overrides]
 
 
 def _made(folder: Path) -> list[Path]:
-    """The folders of runs that have been begun."""
-    return sorted(path.parent for path in folder.rglob(HEADER_FILE))
+    """Returns the folders of the runs inside a line's folder, in the order of their seeds."""
+    made = (path.parent for path in folder.rglob(HEADER_FILE))
+    return sorted(made, key=lambda run_dir: (load_header(run_dir)["seeds"], run_dir))
 
 
 def _is_finished(made: Path) -> bool:
     return read_summary(made).get("status") == "finished"
 
 
-def _begun(line: Planned) -> bool:
-    """Whether there is anything to draw."""
+def _has_evaluations(line: Planned) -> bool:
+    """Returns True if a run of the line has been evaluated."""
     return any(load_metrics(made, kind="eval") for made in _made(line.folder))
 
 
@@ -289,12 +309,12 @@ def _refuse_others(made: Path, values: dict[str, Any]) -> None:
     found, wanted = shared_options(read_config(made)), shared_options(values)
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
-            told = f"{made} was made with {name}={found.get(name)}, and {name}={wanted.get(name)} is asked for"
-            raise ConfigError(f"{told}; out=FOLDER keeps them apart")
+            message = f"{made} was made with {name}={found.get(name)}, and {name}={wanted.get(name)} is asked for"
+            raise ConfigError(f"{message}; out=FOLDER keeps them apart")
 
 
 def _refuse_other_games(games: dict[str, dict[str, str]], made: Path) -> None:
-    """Adds the versions of a run's game to ``games``, where all must be equal."""
+    """Adds the versions of a run's game to ``games``, and raises unless all are equal."""
     games[str(made)] = load_header(made).get("simulator", {})
     try:
         for line in refuse_other_games(games):
@@ -306,7 +326,7 @@ def _refuse_other_games(games: dict[str, dict[str, str]], made: Path) -> None:
 
 @contextlib.contextmanager
 def _collecting(failed: list[str]) -> Iterator[None]:
-    """Goes on where only seeds failed."""
+    """Continues if only some seeds failed, and adds the message to ``failed``."""
     try:
         yield
     except RunError as error:
@@ -316,29 +336,34 @@ def _collecting(failed: list[str]) -> Iterator[None]:
 
 
 def _publish(
-    name: str, figure: Figure, env: str, chosen: ReproduceOptions, overrides: Sequence[str], lines: list[results.Line]
+    name: str,
+    figure: Figure,
+    env: str,
+    chosen: ReproduceOptions,
+    overrides: Sequence[str],
+    lines: list[figure_data.Line],
 ) -> None:
     """Writes the data and the picture, and prints the table."""
     game = load_header(lines[0].folders[0]).get("simulator", {})
     versions = ", ".join(f"{key} {value}" for key, value in game.items())
     changes = [text for text in _changes(chosen, overrides) if not text.startswith(_NO_MATTER)]
     unfinished = not all(_is_finished(folder) for line in lines for folder in line.folders)
-    told = [
+    title = [
         f"Figure {name.removeprefix('fig')}: {figure.title}{GAMES.get(env, '')}{versions and f' ({versions})'}",
         *([f"{'quick run, ' if chosen.quick else ''}not as in the paper: {', '.join(changes)}"] if changes else []),
         *(["not finished yet"] if unfinished else []),
     ]
-    made = {"figure": name, "title": told, "env": env, "quick": chosen.quick, "changes": changes}
+    made = {"figure": name, "title": title, "env": env, "quick": chosen.quick, "changes": changes}
     made |= {"absolute_factor": chosen.absolute_factor}
-    folder = chosen.folder / (name if len(figure.env) == 1 else f"{name}_{env}")
+    folder = chosen.folder(env) / (name if len(figure.env) == 1 else f"{name}_{env}")
     task = f"{env} ({versions})" if versions else env
-    rows = results.write(folder, lines, figure.metric, task, made, figure.passes)
+    rows = figure_data.write(folder, lines, figure.metric, task, made, figure.passes)
     same_task = not any(text.startswith("env.") for text in changes)
     authors = {line: ROOT / path for line, path in figure.authors.items() if same_task}
-    looks = styles(list(figure.lines))  # of all, so that a line looks the same whichever others are there
-    sound = [line for line in lines if line.records]
-    picture = pictures.draw(folder / f"{folder.name}.png", sound, figure.metric, told, looks, authors, figure.lowest)
-    print("\n".join(told))
+    looks = styles(list(figure.lines))  # for all lines, so that a line looks the same with and without the others
+    shown = [line for line in lines if line.records]
+    picture = pictures.draw(folder / f"{folder.name}.png", shown, figure.metric, title, looks, authors, figure.lowest)
+    print("\n".join(title))
     show(rows)
     print(f"picture and data: {picture.parent}")
 

@@ -1,6 +1,7 @@
-"""Which algorithms find the optimum of the paper's Table 2: ``python -m experiments.table2 [ALGO ..] [--out FILE]``.
+"""The algorithms on the game of the paper's Table 2: ``python -m experiments.table2 [ALGO ..] [--out FILE]``.
 
-Actions are played at random throughout, ten seeds in one call. The greedy joint action is right when it is worth 8.
+Ten seeds of each algorithm train in one call, with random actions throughout. A seed is right if its greedy joint
+action has the optimal payoff, 8.
 """
 
 import json
@@ -36,18 +37,18 @@ OVERRIDES = (
 def main() -> None:
     """Trains each algorithm and prints one table."""
     parser = OneLineParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("algos", nargs="*", default=names("algo").split(", "), help="all of them when left out")
-    parser.add_argument("--out", type=out_file, help="where the rows go as JSON")
+    parser.add_argument("algos", nargs="*", default=names("algo").split(", "), help="by default all of them")
+    parser.add_argument("--out", type=out_file, help="a file for the rows, one JSON object per line")
     args = parser.parse_args()
     try:
         for algo in args.algos:
-            config_of(algo)  # refuses what isn't an algorithm, before any is trained
+            config_of(algo)  # raises for an unknown name before anything is trained
     except ConfigError as error:
         refuse(str(error))
     rows = []
     for algo in args.algos:
         rows.append(train(algo))
-        if args.out is not None:  # as soon as it is known
+        if args.out is not None:  # after each algorithm, so that an interrupted command keeps its rows
             args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = Table("algorithm", "right of 10 seeds", "greedy payoffs", "seconds with compilation")
     for row in rows:
@@ -57,7 +58,7 @@ def main() -> None:
 
 
 def train(algo: str) -> dict[str, Any]:
-    """Ten seeds of one algorithm, and what the joint action that each ends on is worth."""
+    """Trains ten seeds of one algorithm, and returns the payoff of each seed's final greedy joint action."""
     started = time.perf_counter()
     _, records = train_seeds(config_of(algo), range(NUM_SEEDS))
     last = {record["seed"]: record["episode_return"] for record in records if record["kind"] == "eval"}
@@ -67,7 +68,7 @@ def train(algo: str) -> dict[str, Any]:
 
 
 def config_of(algo: str) -> RunConfig:
-    """The options of its run.
+    """Returns the options of an algorithm's run.
 
     Raises:
         ConfigError: if there is no such algorithm.
@@ -76,7 +77,7 @@ def config_of(algo: str) -> RunConfig:
 
 
 def exploration(algo: str) -> tuple[str, str]:
-    """Every joint action equally often; MASAC's epsilon is its policy's floor, and what is uniform can't learn."""
+    """Returns options for random play; MASAC gets 0.5, since its epsilon is its policy's floor and 1 stops learning."""
     epsilon = 0.5 if algo == "masac" else 1.0
     return f"algo.epsilon_start={epsilon}", f"algo.epsilon_finish={epsilon}"
 

@@ -318,7 +318,7 @@ def test_a_folder_that_is_no_run(
 
 
 def test_a_run_without_policies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    kept = ROOT / "experiments" / "figures_1M" / "predator_prey" / "predator_prey" / "qmix" / "seeds_0-1"
+    kept = ROOT / "experiments" / "results" / "predator_prey" / "epsilon_1M" / "qmix" / "seeds_0-1"
     shutil.copytree(kept, tmp_path / "run", ignore=shutil.ignore_patterns("policies"))
     with pytest.raises(SystemExit):
         evaluate.main([f"run_dir={tmp_path / 'run'}"])

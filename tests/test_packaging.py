@@ -160,7 +160,7 @@ def test_the_repository_has_one_address() -> None:
     repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
     owner, name = repository.removeprefix("https://github.com/").split("/")
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["repository-code"] == repository
-    for path in ("README.md", "experiments/demo.ipynb", "experiments/tabular.ipynb"):
+    for path in ("README.md", "experiments/examples/demo.ipynb", "experiments/examples/tabular.ipynb"):
         text = (ROOT / path).read_text()
         assert repository in text
         badges = re.findall(r"colab\.research\.google\.com/github/([\w-]+)/([\w-]+)/blob/main/([\w/]+\.ipynb)", text)

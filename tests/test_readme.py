@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ COMMANDS = [
 ]
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.S)
 
-TRAINED = "experiments/figures_1M/predator_prey/predator_prey/vdn/seeds_0-1"
+TRAINED = "experiments/results/predator_prey/epsilon_1M/vdn/seeds_0-1"
 """A run whose policies are in the repository."""
 
 # What makes a run of seconds of any; with `resume` only the first may change.
@@ -41,8 +42,8 @@ def test_every_command_is_of_a_known_kind() -> None:
     for command in COMMANDS:
         assert command[0] in ("make", "python", "cd")
         if "-m" in command:
-            module = command[command.index("-m") + 1].replace(".", "/")
-            assert (ROOT / f"{module}.py").is_file() or (ROOT / module / "__main__.py").is_file()
+            module = command[command.index("-m") + 1]
+            assert find_spec(module) or find_spec(f"{module}.__main__")
 
 
 def test_every_make_target_is_there() -> None:
@@ -57,7 +58,7 @@ def test_every_make_target_is_there() -> None:
 @pytest.mark.parametrize("arguments", of("wqmix_jax.train"), ids=" ".join)
 def test_the_options_of_every_training_compose(arguments: list[str]) -> None:
     multirun = "-m" in arguments
-    config_dir = ROOT / "experiments" / "my_project" / "configs" if "--config-dir" in arguments else None
+    config_dir = ROOT / "experiments" / "examples" / "my_project" / "configs" if "--config-dir" in arguments else None
     overrides = [text for text in arguments if "=" in text and not text.startswith("hydra/")]
     train.check_overrides(train._prepared(overrides), config_dir, multirun=multirun)
     if not any(text.startswith("resume=") for text in overrides):

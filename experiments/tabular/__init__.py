@@ -1,1 +1,1 @@
-"""The exact operators on random games, beside the deep algorithms; the README says what they show."""
+"""The exact operators and the deep algorithms on random games; see the README for the findings."""

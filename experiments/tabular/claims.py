@@ -1,7 +1,7 @@
 """The statistics behind the README's findings: ``python -m experiments.tabular.claims [--games N]``.
 
-What one table shows, ``python -m wqmix_jax.tabular`` prints; this asks many Gaussian 3 x 3 games, the operators, and
-games with more actions.
+They cover many Gaussian 3 x 3 games, the operators, and games with more actions. For a single payoff table use
+``python -m wqmix_jax.tabular``.
 """
 
 from collections.abc import Iterable
@@ -32,9 +32,12 @@ EPSILONS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 @command
 def main() -> None:
+    """Computes all statistics and prints their tables."""
     parser = OneLineParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--games", type=count, default=150)
-    parser.add_argument("--policy-games", type=count, default=40, help="of which epsilon-greedy behaviour is followed")
+    parser.add_argument(
+        "--policy-games", type=count, default=40, help="the number of games for epsilon-greedy behaviour"
+    )
     args = parser.parse_args()
     games = random_games(args.games)
     show("Gaussian 3 x 3 games", ("weighting", "alpha", "argmax set right", "greedy right", "games"), shares(games))
@@ -58,6 +61,7 @@ def main() -> None:
 
 
 def show(title: str, columns: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> None:
+    """Prints a table."""
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
         table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
@@ -65,7 +69,7 @@ def show(title: str, columns: tuple[str, ...], rows: Iterable[tuple[object, ...]
 
 
 def shares(games: np.ndarray) -> Iterable[tuple[object, ...]]:
-    """How often the optimum is in the argmax set, and how often the agents play it."""
+    """Yields each weighting's number of games with the optimum in the argmax set, and with agents that play it."""
     weightings: dict[str, Weighting] = {
         "uniform": "uniform",
         "central": "central",
@@ -79,14 +83,14 @@ def shares(games: np.ndarray) -> Iterable[tuple[object, ...]]:
 
 
 def zero_actions() -> Iterable[tuple[object, ...]]:
-    """Where the exact unweighted projection starts to fail."""
+    """Yields losses of the exact unweighted projection with more and more zero actions, until it fails."""
     for k in (1, 2, 3, 4):
         q = with_zero_actions(k)
         yield k, project(q, greedy=(0, 0)).loss, project(q, greedy=(1, 1)).loss, greedy_is_right(q, project(q))
 
 
 def alphas() -> Iterable[tuple[object, ...]]:
-    """How far the proofs' alpha is from the largest."""
+    """Yields the proofs' alpha and the largest that works, for several games."""
     named = {"table 2": with_zero_actions(2), "table 2, 3 zero actions": with_zero_actions(3), "tied": TIED}
     named |= {f"lead {lead:g}": np.array([[3, 8 + lead, 8], [2, -7, 5]]) for lead in (0.1, 0.01, 0.001)}
     for name, q in named.items():
@@ -98,7 +102,7 @@ RIGHT = (argmax_is_right, greedy_is_right)
 
 
 def values() -> Iterable[tuple[object, ...]]:
-    """Fixed points over restarts, each with draws of its own among minimisers and maxima."""
+    """Yields fixed points over restarts, each with independent draws among minimisers and maxima."""
     operators = {
         "T*_Qmix": (qmix, {}),
         "T*_w, w = 1": (weighted, {"weighting": "uniform"}),
@@ -114,7 +118,7 @@ def values() -> Iterable[tuple[object, ...]]:
 
 
 def policies(games: np.ndarray) -> Iterable[tuple[object, ...]]:
-    """MAVEN's claim (section 6), for a QMIX whose replay holds its own epsilon-greedy behaviour."""
+    """Yields statistics on MAVEN's claim (section 6): QMIX trained on its own epsilon-greedy behaviour."""
     best = [tuple(int(action) for action in np.unravel_index(q.argmax(), q.shape)) for q in games]
     for epsilon in EPSILONS:
         stable = [stable_policies(q, epsilon) for q in games]

@@ -1,9 +1,8 @@
-"""How often trained networks are right on the same games: ``python -m experiments.tabular.deep [--games N]``.
+"""Trained networks on the same random games: ``python -m experiments.tabular.deep [--games N]``.
 
-Every game with every alpha is a member of one vmapped call per algorithm. Exploration is uniform to the letter: each
-learner step's batch holds every joint action of the member's game once, so nothing is drawn but the initial weights.
-The networks are the project's own with fewer units and a larger learning rate, since a game of one step shows them
-nothing to tell apart.
+Every game with every alpha is a member of one vmapped call per algorithm. Exploration is exactly uniform: each learner
+step's batch holds every joint action of the member's game once, so only the initial weights are random. The networks
+are the project's own, with fewer units and a larger learning rate, since a game of one step has a single observation.
 """
 
 import time
@@ -34,11 +33,12 @@ OVERRIDES = (
 Q_STAR = ("algo.q_star_dim=32",)
 SPEC = EnvSpec(num_agents=NUM_AGENTS, num_actions=NUM_ACTIONS, obs_dim=1, state_dim=1, episode_limit=1)
 NEARLY = 0.02
-"""Part of Q_tot's range within which its values are taken as equal: trained nets have no exact ties."""
+"""Values of Q_tot that differ by less than this part of its range count as equal: trained nets have no exact ties."""
 
 
 @command
 def main() -> None:
+    """Trains each algorithm, prints the shares and writes them."""
     parser = OneLineParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--games", type=count, default=25)
     parser.add_argument("--steps", type=count, default=1500, help="learner steps")
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def train(name: str, games: np.ndarray, alphas: tuple[float, ...], num_steps: int) -> list[Share]:
-    """One algorithm on all games with all alphas, ``M = len(alphas) * len(games)`` members in one call."""
+    """Trains one algorithm on all games with all alphas, ``M = len(alphas) * len(games)`` members in one call."""
     algo = load_config(f"+algo={name}", *OVERRIDES, *(() if name == "qmix" else Q_STAR)).algo
     payoffs = jnp.tile(jnp.asarray(games, jnp.float32), (len(alphas), 1, 1))
     member_alphas = jnp.repeat(jnp.asarray(alphas, jnp.float32), len(games))
@@ -81,7 +81,7 @@ def train(name: str, games: np.ndarray, alphas: tuple[float, ...], num_steps: in
 
 
 def every_joint_action(payoff: Array) -> Episode:
-    """A batch of one-step episodes, each joint action once in C order, ``B = payoff.size``."""
+    """Returns a batch of one-step episodes with each joint action once, in C order, ``B = payoff.size``."""
     joint_actions = np.indices(payoff.shape).reshape(payoff.ndim, -1).T[:, None]
     num_episodes = payoff.size
     return Episode(
@@ -100,7 +100,7 @@ def _context() -> Context:
 
 
 def _learnt(algo: Any, params: PyTree, batch: Episode) -> tuple[Array, Array]:
-    """Q_tot of every joint action ``[C]``, and the greedy joint action ``[N]``."""
+    """Returns Q_tot of every joint action ``[C]``, and the greedy joint action ``[N]``."""
     agent_qs = algo.unroll(params["agent"], batch)
     chosen = gather_actions(agent_qs[:, :-1], batch.joint_action)
     q_tot = algo.mix(params["mixer"], chosen, batch.state[:, :-1])

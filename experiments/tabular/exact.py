@@ -1,6 +1,6 @@
-"""How often exact projections are right on random games: ``python -m experiments.tabular.exact [--games N]``.
+"""Exact projections on random games: ``python -m experiments.tabular.exact [--games N]``.
 
-Gaussian payoffs, 2 agents with 3 actions; each weighting of the paper against alpha, QMIX's uniform one once.
+Gaussian payoffs, 2 agents with 3 actions; each weighting of the paper with each alpha, and QMIX's uniform one.
 """
 
 import numpy as np
@@ -17,6 +17,7 @@ NAMES = ("central", "optimistic", "practical_central")
 
 @command
 def main() -> None:
+    """Projects all games, prints the shares and writes them."""
     parser = OneLineParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--games", type=count, default=500)
     parser.add_argument("--out", type=out_file, default=FOLDER / "exact.jsonl")
@@ -30,7 +31,7 @@ def main() -> None:
 
 
 def share(games: np.ndarray, name: str, alpha: float) -> Share:
-    """One weighting with one alpha on all games."""
+    """Projects all games with one weighting and one alpha."""
     weighting: Weighting = PracticalCentral(alpha) if name == "practical_central" else name
     projections = [project(q, weighting=weighting, alpha=alpha) for q in games]
     right = [(argmax_is_right(q, each), greedy_is_right(q, each)) for q, each in zip(games, projections, strict=True)]

@@ -1,4 +1,4 @@
-"""The random games that the exact and the deep runs share, and the file that their results go to."""
+"""The random games that the exact and the deep runs share, and the format of their results."""
 
 import json
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ FOLDER = Path(__file__).parent
 
 
 class Share(NamedTuple):
-    """How often one algorithm or weighting was right.
+    """The share of games on which one algorithm or weighting was right.
 
     Attributes:
-        name: ``uniform`` and so on for exact projections, an algorithm's name for trained ones.
-        alpha: its alpha; 1 without a weighting.
+        name: a weighting (``uniform``, ..) for exact projections, an algorithm's name for trained networks.
+        alpha: its alpha; 1 if it has no weighting.
         argmax: share of games whose argmax set holds the optimum.
         greedy: share of games in which the agents play the optimum.
-        games: how many games.
+        games: the number of games.
     """
 
     name: str
@@ -31,13 +31,15 @@ class Share(NamedTuple):
 
 
 def random_games(num_games: int) -> np.ndarray:
-    """Standard normal payoffs, ``[num_games, 3, 3]``; the first are the same whatever the number."""
+    """Returns standard normal payoffs, ``[num_games, 3, 3]``; the first ones don't depend on the number."""
     return np.random.default_rng(SEED).normal(size=(num_games, *(NUM_ACTIONS,) * NUM_AGENTS))
 
 
 def write(path: Path, shares: Sequence[Share]) -> None:
+    """Writes one JSON object per line."""
     path.write_text("".join(json.dumps(share._asdict()) + "\n" for share in shares))
 
 
 def read(path: Path) -> list[Share]:
+    """Reads a file that `write` wrote."""
     return [Share(**json.loads(line)) for line in path.read_text().splitlines()]

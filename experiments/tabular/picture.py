@@ -1,4 +1,4 @@
-"""Draws ``shares.png`` from what `exact` and `deep` wrote: ``python -m experiments.tabular.picture``."""
+"""Draws ``shares.png`` from the files of `exact` and `deep`: ``python -m experiments.tabular.picture``."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from experiments.tabular.games import FOLDER, Share, read
 from wqmix_jax.cli.command import command
 
-# The Okabe-Ito palette and markers of their own: told apart with any colour vision, and in grey.
+# The Okabe-Ito palette, and a marker for each: distinct for any colour vision, and in grey.
 STYLES = {
     "uniform": ("QMIX (alpha = 1)", "#000000", ""),
     "central": ("idealised central (eq. 4)", "#0072B2", "o"),
@@ -21,18 +21,19 @@ STYLES = {
     "ow_qmix": ("OW-QMIX", "#D55E00", "s"),
 }
 TRAINED_AS = {"qmix": "uniform", "ow_qmix": "optimistic", "cw_qmix": "practical_central"}
-"""What each algorithm's loss is, exactly."""
+"""The exact weighting of each algorithm's loss."""
 
 RIGHT = {"argmax": "the optimum is in the argmax set", "greedy": "the agents play the optimum"}
 
 
 @command
 def main() -> None:
+    """Draws the picture and prints its path."""
     print(draw(FOLDER / "shares.png"))
 
 
 def draw(picture: Path) -> Path:
-    """Exact projections above, trained networks below, there with the exact ones of the same games as thin lines."""
+    """Draws exact projections above; below trained networks, with exact projections of the same games as thin lines."""
     exact, deep, same_games = (read(FOLDER / f"{name}.jsonl") for name in ("exact", "deep", "exact_same_games"))
     figure = Figure(figsize=(10, 7.8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -55,15 +56,15 @@ def draw(picture: Path) -> Path:
 def _curves(axes: Any, shares: Sequence[Share], field: str, *, is_reference: bool = False) -> None:
     for name in dict.fromkeys(share.name for share in shares):
         label, colour, marker = STYLES[name]
-        mine = sorted((share for share in shares if share.name == name), key=lambda share: share.alpha)
-        heights = [getattr(share, field) for share in mine]
+        matching = sorted((share for share in shares if share.name == name), key=lambda share: share.alpha)
+        heights = [getattr(share, field) for share in matching]
         line = {"color": colour, "linewidth": 1.6, "label": label}
         if is_reference:
-            line |= {"linewidth": 1.2, "linestyle": ":", "label": "exact, same games" if len(mine) == 1 else None}
-        if len(mine) == 1:
+            line |= {"linewidth": 1.2, "linestyle": ":", "label": "exact, same games" if len(matching) == 1 else None}
+        if len(matching) == 1:
             axes.axhline(heights[0], **{"linestyle": "--"} | line)
         else:
-            axes.plot([share.alpha for share in mine], heights, marker="" if is_reference else marker, **line)
+            axes.plot([share.alpha for share in matching], heights, marker="" if is_reference else marker, **line)
 
 
 def _decorate(axes: Any) -> None:

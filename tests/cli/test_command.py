@@ -72,7 +72,7 @@ COMMANDS = {
     "evaluate": ["-m", "wqmix_jax.evaluate", "--help"],
     "all": ["-m", "wqmix_jax"],
     "tabular": ["-m", "wqmix_jax.tabular", "table1"],
-    "table": ["-m", "wqmix_jax.table", "experiments/figures_1M/predator_prey/predator_prey/vdn"],
+    "table": ["-m", "wqmix_jax.table", "experiments/results/predator_prey/epsilon_1M/vdn"],
 }
 
 
@@ -152,7 +152,7 @@ def test_a_fault_that_is_not_of_the_devices_stays_one() -> None:
     [
         ["-m", "wqmix_jax.train", "+algo=vdn"],
         ["-m", "wqmix_jax.train", "+algo=vdn", "env=jumanji"],
-        ["-m", "wqmix_jax.evaluate", "run_dir=experiments/figures_1M/predator_prey/predator_prey/vdn/seeds_0-1"],
+        ["-m", "wqmix_jax.evaluate", "run_dir=experiments/results/predator_prey/epsilon_1M/vdn/seeds_0-1"],
     ],
     ids=["train", "jumanji", "evaluate"],
 )

@@ -15,7 +15,7 @@ from wqmix_jax.config import load_group
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import build
 
-TRAINED = ROOT / "experiments" / "figures_1M" / "predator_prey" / "predator_prey" / "vdn" / "seeds_0-1"
+TRAINED = ROOT / "experiments" / "results" / "predator_prey" / "epsilon_1M" / "vdn" / "seeds_0-1"
 """A run without checkpoints; `run` in the commands below is a copy of it."""
 
 TRAIN = [

@@ -57,7 +57,7 @@ def test_what_does_not_fit_is_refused(overrides: list[str], told: str) -> None:
 
 
 def test_a_run_that_is_resumed_takes_no_preset() -> None:
-    run_dir = ROOT / "experiments" / "smax" / "preset"
+    run_dir = ROOT / "experiments" / "results" / "smax_3m" / "ow_qmix_preset" / "seed_0"
     with pytest.raises(
         ConfigError, match=rf"\+preset=smax is not allowed with resume={run_dir}: a run keeps its options"
     ):
@@ -66,7 +66,7 @@ def test_a_run_that_is_resumed_takes_no_preset() -> None:
 
 def test_the_recorded_battles_are_those_of_the_preset() -> None:
     """As the README says: the win rate rises, and most battles are won in the end."""
-    folder = ROOT / "experiments" / "smax" / "preset"
+    folder = ROOT / "experiments" / "results" / "smax_3m" / "ow_qmix_preset" / "seed_0"
     composed = load_values("+algo=ow_qmix", "algo.alpha=0.75", "+preset=smax")
     recorded = yaml.safe_load((folder / "config.yaml").read_text())
     for key in (

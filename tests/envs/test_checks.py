@@ -177,7 +177,7 @@ def test_a_command_refuses_it_before_it_writes_anything(
 
 def test_a_run_whose_environment_has_changed_since_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     """`load_policies` serves `load_policy` and `evaluate`; training without a folder refuses it too."""
-    kept = running.ROOT / "experiments" / "figures_1M" / "predator_prey" / "predator_prey" / "qmix" / "seeds_0-1"
+    kept = running.ROOT / "experiments" / "results" / "predator_prey" / "epsilon_1M" / "qmix" / "seeds_0-1"
     monkeypatch.setattr(PredatorPrey, "_local_views", lambda self, env_state: jnp.zeros((3, 7)))
     message = r"env=PredatorPrey is not allowed: observe returns obs of float32\[3, 7\], but float32\[8, 75\] is needed"
     with pytest.raises(ConfigError, match=message):

@@ -1,4 +1,4 @@
-"""What the benchmark counts and divides; its times are nobody's business here."""
+"""Counts and ratios of the benchmark, without its times."""
 
 import sys
 
@@ -6,17 +6,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import (
+from experiments import table2
+from experiments.benchmarks import (
     benchmark,
     bridge_benchmark,
     checkpoint_cost,
-    demo,
     profile_learner,
     short_episodes,
     smax_benchmark,
-    table2,
 )
-from experiments.benchmark import endless, matmul_flops
+from experiments.benchmarks.benchmark import endless, matmul_flops
+from experiments.examples import demo
 from experiments.tabular import claims, deep, exact
 from wqmix_jax import load_config
 
@@ -63,7 +63,7 @@ def test_an_endless_environment_plays_on_after_its_end():
 
 
 @pytest.mark.parametrize("name", ["iql", "hysteretic_iql"])
-def test_a_call_is_timed_beside_the_authors_where_they_have_the_algorithm(name, monkeypatch):
+def test_a_call_is_timed_next_to_the_authors_where_they_have_the_algorithm(name, monkeypatch):
     monkeypatch.setattr(benchmark, "MATMUL_SIZE", 8)
     rows = {row.name: row.value for row in benchmark.learner_rows(load_config(f"+algo={name}", *SMALL), name)}
     assert rows["learner_call_seconds"] > 0
@@ -71,7 +71,7 @@ def test_a_call_is_timed_beside_the_authors_where_they_have_the_algorithm(name, 
 
 
 @pytest.mark.parametrize(
-    ("command", "arguments", "told"),
+    ("command", "arguments", "message"),
     [
         (benchmark, ["nonsense"], "'nonsense' can't be read"),
         (benchmark, ["algo=nonsense"], "algo=nonsense is not allowed: choose one of"),
@@ -92,7 +92,7 @@ def test_a_call_is_timed_beside_the_authors_where_they_have_the_algorithm(name, 
         (exact, ["--games", "1.5"], "argument --games: 1.5 is not allowed"),
     ],
 )
-def test_wrong_options_are_refused_in_one_line(command, arguments, told, monkeypatch, capsys):
+def test_wrong_options_are_refused_in_one_line(command, arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["experiment", *arguments])
     for module in (benchmark, smax_benchmark):
         monkeypatch.setattr(module, "claim_cores", lambda: None)
@@ -100,7 +100,7 @@ def test_wrong_options_are_refused_in_one_line(command, arguments, told, monkeyp
         command.main()
     assert ended.value.code == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"error: {told}")
+    assert err.startswith(f"error: {message}")
     assert err.count("\n") == 1
 
 

@@ -1,12 +1,13 @@
-"""The demo trains what it says, and its picture shows it."""
+"""The demo trains the tasks of its text, and draws them."""
 
 import re
 from pathlib import Path
 
 import matplotlib.image
 import pytest
+from matplotlib.figure import Figure
 
-from experiments import demo
+from experiments.examples import demo
 from wqmix_jax import load_config
 
 
@@ -29,14 +30,26 @@ def test_the_tasks_are_those_of_the_text() -> None:
 
 def test_a_picture_and_a_verdict(tmp_path: Path) -> None:
     curves = {
-        (name, algo): records([0, 9 if algo == "ow_qmix" else 0]) for name in demo.TASKS for algo in demo.ALGORITHMS
+        (name, algo): records([0, task.best if algo == "ow_qmix" else 0])
+        for name, task in demo.TASKS.items()
+        for algo in demo.ALGORITHMS
     }
     demo.draw(curves, tmp_path / "demo.png")
     pixels = (matplotlib.image.imread(tmp_path / "demo.png")[..., :3] * 255).round()
     for colour in ((0xD5, 0x5E, 0x00), (0x00, 0x72, 0xB2)):
         assert (pixels == colour).all(-1).sum() > 300
-    assert demo.verdict(demo.TASKS["table2"], curves["table2", "ow_qmix"]).startswith("2 of 2 seeds end at 80% or more")
+    sentence = "2 of 2 seeds end at 80% or more of the best return, 8 (0 untrained)"
+    assert demo.verdict(demo.TASKS["table2"], curves["table2", "ow_qmix"]) == sentence
     assert demo.verdict(demo.TASKS["table2"], curves["table2", "qmix"]).startswith("0 of 2 seeds")
+
+
+def test_the_share_of_seeds_that_play_the_optimum_is_drawn() -> None:
+    axes = Figure().subplots()
+    lines = [*records([8, 0, 8]), {"kind": "eval", "seed": 2, "env_steps": 0, "episode_return": -12.0}]
+    demo._draw_shares(axes, demo.TASKS["table2"], {"ow_qmix": lines, "qmix": records([0, -12])})
+    shares = [line.get_xydata().tolist() for line in axes.get_lines()]
+    assert shares[0] == [[0, pytest.approx(200 / 3)], [100, 0], [200, 100]]
+    assert shares[1] == [[0, 0], [100, 0]]
 
 
 def test_a_folder_with_something_in_it_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,8 +64,9 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path: Path, capsys: pytest
 def test_the_demo(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     demo.main(["--out", str(tmp_path / "demo")])
     out = capfd.readouterr().out
-    assert "OW-QMIX on Table 2's game: 8 of 8 seeds" in out
-    assert "QMIX on Table 2's game: 0 of 8 seeds" in out
+    [(right, before), (wrong, _)] = re.findall(r"QMIX on Table 2's game: (\d+) of 64 seeds .* \((\d+) untrained\)", out)
+    assert int(right) == 64
+    assert int(wrong) < 10 < int(before) < 30
     [solved] = re.findall(r"OW-QMIX on a small predator-prey: (\d) of 4 seeds", out)
     assert int(solved) >= 2
     assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["demo.png", "predator_prey.gif"]

@@ -1,4 +1,4 @@
-"""The figures' yamls against the paper's sections 7, B, C and D, typed off by hand."""
+"""The figures' yamls compared with the paper's sections 7, B, C and D, copied by hand."""
 
 import pytest
 
@@ -66,7 +66,7 @@ PARTS = {
     "QMIX": {"mixer": "qmix"},
     "VDN": {"mixer": "vdn"},
 }
-"""What makes an algorithm the one of its label."""
+"""Options that define the algorithm of a label."""
 
 ALL = [(name, run) for name in figure_names() for run in runs(load_figure(name))]
 

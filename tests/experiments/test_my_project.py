@@ -1,4 +1,4 @@
-"""The README's example of an algorithm and an environment of one's own, from a folder outside this repository."""
+"""The README's example of a custom algorithm and environment, from a folder outside this repository."""
 
 import re
 import shutil
@@ -14,7 +14,7 @@ from wqmix_jax import load_config, load_metrics
 from wqmix_jax.config import RunConfig
 from wqmix_jax.types import Episode
 
-PROJECT = ROOT / "experiments" / "my_project"
+PROJECT = ROOT / "experiments" / "examples" / "my_project"
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 
 from tests.running import ROOT
 
-FOLDER = ROOT / "experiments"
+FOLDER = ROOT / "experiments" / "examples"
 
 NAMES = ("demo", "tabular")
 
@@ -27,7 +27,7 @@ def read(name: str) -> Any:
 
 
 def run(name: str, folder: Path, **parameters: Any) -> str:
-    """All that a notebook prints, its parameters replaced by others."""
+    """Runs a notebook with other parameters, and returns everything that it prints."""
     notebook = read(name)
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -74,7 +74,7 @@ def test_a_notebook_is_committed_as_run_from_top_to_bottom_and_says_nothing_of_t
 def test_a_notebook_opens_in_colab_and_installs_the_package_from_its_repository(name: str) -> None:
     repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
     cells = [cell.source for cell in read(name).cells]
-    place = f"{repository.removeprefix('https://github.com')}/blob/main/experiments/{name}.ipynb"
+    place = f"{repository.removeprefix('https://github.com')}/blob/main/experiments/examples/{name}.ipynb"
     assert f"(https://colab.research.google.com/github{place})" in cells[0]
     assert f'REPOSITORY = "{repository}"' in cells[1] + cells[2]
     [install] = [source for source in cells if "pip" in source and "subprocess" in source]

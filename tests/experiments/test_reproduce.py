@@ -1,6 +1,6 @@
-"""A figure by its command: what is trained, kept and refused, and what the files and the picture say.
+"""A figure by its command: the runs that are trained, kept and refused, and the contents of the files and the picture.
 
-But for one test training is faked: a run's folder appears with curves that are known.
+All tests but one replace training: a run's folder appears with known curves.
 """
 
 import csv
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure as Picture
 
-from experiments import figures, pictures, reproduce, results
+from experiments import figure_data, figures, pictures, reproduce
 from experiments.figures import Figure, Panel
 from tests.recorded import evaluated, record_run
 from tests.running import shared_programs
@@ -34,8 +34,8 @@ TINY = (
 )
 
 DRAW = pictures.draw
-DRAWN = sorted(reproduce.ROOT.glob("experiments/figures_*/fig*/made.json"))
-"""The figures that are in the repository."""
+DRAWN = sorted(reproduce.ROOT.glob("experiments/results/*/*/fig*/made.json"))
+"""The figures in the repository."""
 
 
 @pytest.fixture
@@ -56,18 +56,20 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Figure:
 
 
 class Faked:
-    """Stands in the place of training: notes what is asked for.
+    """Replaces training, and records the calls.
 
     Attributes:
         started: folders and seeds of new runs.
-        resumed: folders of those that go on.
+        groups: their groups in W&B.
+        resumed: folders of resumed runs.
         curve: the returns of a seed's evaluations at 0, 4, 8 and 12 steps.
         failing: seeds that fail.
-        status: of the runs that are started.
+        status: the status of new runs.
     """
 
     def __init__(self) -> None:
         self.started: list[tuple[str, list[int]]] = []
+        self.groups: list[str] = []
         self.resumed: list[str] = []
         self.curve: Callable[[str, int], list[float]] = lambda algo, seed: [0.0, 1.0, 2.0, 3.0 + seed]
         self.failing: tuple[int, ...] = ()
@@ -77,6 +79,7 @@ class Faked:
         folder = Path(values["run_dir"])
         seeds = list(range(values["seed"], values["seed"] + values["num_seeds"]))
         self.started.append((folder.as_posix(), seeds))
+        self.groups.append(values["logger"]["group"])
         failed = [seed for seed in seeds if seed in self.failing]
         lines = [
             line
@@ -104,14 +107,14 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> Faked:
     training = Faked()
     monkeypatch.setattr(reproduce.runner, "start", training.start)
     monkeypatch.setattr(reproduce.runner, "resume", training.resume)
-    monkeypatch.setattr(results, "absolute_metric", lambda folder, factor: absolute(folder))
+    monkeypatch.setattr(figure_data, "absolute_metric", lambda folder, factor: absolute(folder))
     monkeypatch.setattr(pictures, "draw", lambda path, *others: path)  # it takes most of the time
     return training
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch, faked: Faked) -> list[Picture]:
-    """The pictures, which are drawn here."""
+    """Draws pictures, and collects them."""
     monkeypatch.setattr(pictures, "draw", DRAW)
     figures_drawn: list[Picture] = []
     save = Picture.savefig
@@ -122,7 +125,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, faked: Faked) -> list[Picture]:
 
 
 def absolute(folder: Path) -> dict[str, dict[str, float]]:
-    """Best policies that are worth ten times their seed's number."""
+    """Returns best policies whose return is ten times their seed."""
     return {str(seed): {"episode_return": 10.0 * seed} for seed in load_header(folder)["seeds"]}
 
 
@@ -141,16 +144,16 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def test_a_figure_is_trained_gathered_and_drawn(small: Figure, tmp_path: Path) -> None:
-    """The whole way, with real training."""
+    """The complete command, with real training."""
     with shared_programs():
         assert made(tmp_path, *TINY, "num_seeds=2", "absolute_factor=2", "lines=[iql]") == 0
-    run = tmp_path / "out" / "matrix_game" / "game" / "iql" / "seeds_0-1"
+    run = tmp_path / "out" / "game" / "iql" / "seeds_0-1"
     last = {line["seed"]: line["episode_return"] for line in load_metrics(run, kind="eval")}
     folder = tmp_path / "out" / "fig2"
     [row] = rows_of(folder / "table.csv")
     assert (row["line"], row["seeds"], row["failed"], row["env_steps"]) == ("IQL", "2", "0", "12")
     np.testing.assert_allclose(float(row["median"]), (last[0] + last[1]) / 2, rtol=1e-3)
-    played = json.loads((run / results.ABSOLUTE_FILE).read_text())
+    played = json.loads((run / figure_data.ABSOLUTE_FILE).read_text())
     assert played["episodes"] == 6
     assert set(played["seeds"]) == {"0", "1"}
     best = [figures["episode_return"] for figures in played["seeds"].values()]
@@ -167,8 +170,17 @@ def test_only_what_is_missing_is_trained(small: Figure, faked: Faked, tmp_path: 
     assert made(tmp_path, "num_seeds=2") == 0
     assert len(faked.started) == 2
     assert made(tmp_path, "num_seeds=4", "lines=[iql]") == 0
-    assert faked.started[2:] == [(f"{tmp_path}/out/matrix_game/game/iql/seeds_2-3", [2, 3])]
+    assert faked.started[2:] == [(f"{tmp_path}/out/game/iql/seeds_2-3", [2, 3])]
     assert [row["seeds"] for row in rows_of(tmp_path / "out" / "fig2" / "table.csv")] == ["4"]
+
+
+def test_the_seeds_of_a_line_share_a_group_in_wandb(small: Figure, faked: Faked, tmp_path: Path) -> None:
+    assert made(tmp_path, "lines=[iql]", "num_seeds=1") == 0
+    assert made(tmp_path, "lines=[iql]", "num_seeds=3") == 0
+    assert [Path(folder).name for folder, _ in faked.started] == ["seed_0", "seeds_1-2"]
+    assert faked.groups == [f"{tmp_path.name}/out/game/iql"] * 2
+    assert made(tmp_path, "logger.group=mine", "lines=[vdn_slow]") == 0
+    assert faked.groups[2:] == ["mine"]
 
 
 def test_missing_seeds_between_others_are_found(small: Figure, faked: Faked, tmp_path: Path) -> None:
@@ -211,7 +223,7 @@ def test_what_is_there_is_drawn_without_training(small: Figure, faked: Faked, tm
     assert [row["line"] for row in rows_of(tmp_path / "out" / "fig2" / "table.csv")] == ["IQL"]
 
 
-def test_seeds_that_fail_are_left_out_and_told(
+def test_seeds_that_fail_are_left_out_and_reported(
     small: Figure, faked: Faked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     faked.failing = (1,)
@@ -243,19 +255,19 @@ def test_a_line_of_which_all_seeds_fail_leaves_the_others_be(
     assert list(json.loads((folder / "marl_eval.json").read_text())["matrix_game"]["game"]) == ["VDN, slow"]
 
 
-def test_a_figure_of_which_all_seeds_fail_is_told_in_one_line(
+def test_a_figure_of_which_all_seeds_fail_is_reported_in_one_line(
     small: Figure, faked: Faked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     faked.failing = (0,)
     assert made(tmp_path, "num_seeds=1") == SEEDS_FAILED
-    told = f"error: all seeds of fig2 in {tmp_path}/out failed: there is nothing to draw\n"
-    assert capsys.readouterr().err == told
+    message = f"error: all seeds of fig2 in {tmp_path}/out failed: there is nothing to draw\n"
+    assert capsys.readouterr().err == message
     assert made(tmp_path, "train=false") == SEEDS_FAILED
 
 
 def test_the_absolute_metric_is_played_again_for_a_longer_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     played: list[int] = []
-    monkeypatch.setattr(results, "_best_policies", lambda *_: {"0": {"episode_return": float(len(played))}})
+    monkeypatch.setattr(figure_data, "_best_policies", lambda *_: {"0": {"episode_return": float(len(played))}})
     values: dict[str, Any] = {"eval_episodes": 2, "algo": {}, "env": {}}
     folder = record_run(tmp_path / "run", values, evaluated(0, {0: 0.0, 4: 1.0}))
     (folder / "policies").mkdir()
@@ -263,7 +275,7 @@ def test_the_absolute_metric_is_played_again_for_a_longer_run(tmp_path: Path, mo
 
     def metric(factor: int = 10) -> float:
         played.append(factor)
-        return results.absolute_metric(folder, factor)["0"]["episode_return"]
+        return figure_data.absolute_metric(folder, factor)["0"]["episode_return"]
 
     assert [metric(), metric(), metric(5), metric(5)] == [1, 1, 3, 3]
     with MetricsFile(folder, num_bytes=(folder / METRICS_FILE).stat().st_size) as metrics:
@@ -280,11 +292,11 @@ def test_other_seeds_are_trained_where_a_resumed_one_fails(small: Figure, faked:
 
 
 @pytest.mark.parametrize(
-    ("texts", "told"),
+    ("texts", "message"),
     [
         (
             ("algo.lr=0.1",),
-            "iql/seeds_0-0 was made with algo.lr=0.0005, and algo.lr=0.1 is asked for; out=FOLDER keeps",
+            "iql/seed_0 was made with algo.lr=0.0005, and algo.lr=0.1 is asked for; out=FOLDER keeps",
         ),
         (("total_env_steps=9",), "was made with total_env_steps=1000000, and total_env_steps=9 is asked for"),
         (("quick=true",), "was made with eval_episodes=16, and eval_episodes=4 is asked for"),
@@ -293,15 +305,15 @@ def test_other_seeds_are_trained_where_a_resumed_one_fails(small: Figure, faked:
         (("lines=[iql,coma]",), "lines=['coma'] is not allowed: this figure has iql, vdn_slow"),
         (("algo.lrr=0.1",), "IQL: algo.lrr is unknown: did you mean algo.lr?"),
         (("env=smac",), "env=smac is not allowed: this figure is drawn on matrix_game"),
-        (("+algo=vdn",), "+algo=vdn is not allowed: the figure says which runs it has"),
-        (("++sweep.lr=[1,2]",), "++sweep.lr=[1,2] is not allowed: the figure says which runs it has"),
+        (("+algo=vdn",), "+algo=vdn is not allowed: the figure defines its runs"),
+        (("++sweep.lr=[1,2]",), "++sweep.lr=[1,2] is not allowed: the figure defines its runs"),
         (("run_dir=here",), "run_dir=here is not allowed"),
         (("quick",), "'quick' can't be read: options are written key=value"),
     ],
 )
 def test_what_is_not_allowed_is_refused_in_one_line(
     texts: tuple[str, ...],
-    told: str,
+    message: str,
     small: Figure,
     faked: Faked,
     tmp_path: Path,
@@ -312,7 +324,7 @@ def test_what_is_not_allowed_is_refused_in_one_line(
     capsys.readouterr()
     assert made(tmp_path, "num_seeds=1", *texts) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert told in line
+    assert message in line
     assert len(faked.started) == 1
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
@@ -321,17 +333,17 @@ def test_a_seed_that_is_there_twice_is_refused(
     small: Figure, faked: Faked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert made(tmp_path, "num_seeds=2", "lines=[iql]") == 0
-    runs = tmp_path / "out" / "matrix_game" / "game" / "iql"
+    runs = tmp_path / "out" / "game" / "iql"
     shutil.copytree(runs / "seeds_0-1", runs / "seeds_1-2")
     for texts in (("num_seeds=4",), ("train=false",)):
         capsys.readouterr()
         assert made(tmp_path, *texts, "lines=[iql]") == 2
-        told = f"error: IQL: seed 0 is in both {runs / 'seeds_0-1'} and {runs / 'seeds_1-2'}\n"
-        assert capsys.readouterr().err == told
+        message = f"error: IQL: seed 0 is in both {runs / 'seeds_0-1'} and {runs / 'seeds_1-2'}\n"
+        assert capsys.readouterr().err == message
     assert len(faked.started) == 1
     run = figures.runs(small, "matrix_game")[0]
     with pytest.raises(ConfigError, match="seed 0 is in both"):  # where it has come while others trained
-        results.gather(run, [runs / "seeds_0-1", runs / "seeds_1-2"], 10)
+        figure_data.gather(run, [runs / "seeds_0-1", runs / "seeds_1-2"], 10)
 
 
 def test_what_another_process_has_trained_meanwhile_is_not_trained_again(
@@ -359,13 +371,15 @@ def test_the_table_says_how_many_seeds_have_a_policy(
     small: Figure, faked: Faked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert made(tmp_path, "num_seeds=1", "lines=[iql]") == 0
-    monkeypatch.setattr(results, "absolute_metric", lambda folder, _: absolute(folder) if "1-2" in folder.name else {})
+    monkeypatch.setattr(
+        figure_data, "absolute_metric", lambda folder, _: absolute(folder) if "1-2" in folder.name else {}
+    )
     assert made(tmp_path, "num_seeds=3", "lines=[iql]") == 0
     [row] = rows_of(tmp_path / "out" / "fig2" / "table.csv")
     assert (row["seeds"], row["absolute_seeds"], row["absolute"]) == ("3", "2", "15")
 
 
-def test_each_run_is_told_with_its_own_failures(small: Figure, faked: Faked, tmp_path: Path) -> None:
+def test_each_run_is_recorded_with_its_own_failures(small: Figure, faked: Faked, tmp_path: Path) -> None:
     faked.failing = (1,)
     assert made(tmp_path, "num_seeds=2", "lines=[iql]") == SEEDS_FAILED
     faked.failing = ()
@@ -386,15 +400,15 @@ def test_versions_of_a_game_are_not_mixed(
 ) -> None:
     assert made(tmp_path) == 0
     for run, version in (("iql", "4.6.2"), ("vdn_slow", "4.10")):
-        path = tmp_path / "out" / "matrix_game" / "game" / run / "seeds_0-2" / HEADER_FILE
+        path = tmp_path / "out" / "game" / run / "seeds_0-2" / HEADER_FILE
         path.write_text(json.dumps(json.loads(path.read_text()) | {"simulator": {"StarCraft II": version}}))
     capsys.readouterr()
     assert made(tmp_path) == 2
-    told = "has StarCraft II=unknown, and "
-    assert told in capsys.readouterr().err
+    message = "has StarCraft II=unknown, and "
+    assert message in capsys.readouterr().err
     assert made(tmp_path, "train=false") == 2
-    told = "vdn_slow/seeds_0-2 has StarCraft II=4.10; out=FOLDER keeps them apart"
-    assert told in capsys.readouterr().err
+    message = "vdn_slow/seeds_0-2 has StarCraft II=4.10; out=FOLDER keeps them apart"
+    assert message in capsys.readouterr().err
 
 
 def test_the_game_is_played_where_it_is_and_smax_elsewhere(
@@ -411,15 +425,15 @@ def test_the_game_is_played_where_it_is_and_smax_elsewhere(
     monkeypatch.setattr(reproduce, "load_config", load_config)
     assert reproduce._environment(figure, chosen, []) == "smax"
     assert asked == ["env=smac"]
-    assert "smax takes the place of smac: SMAC can't be used: no StarCraft II" in capsys.readouterr().out
+    assert "using smax instead of smac: SMAC can't be used: no StarCraft II" in capsys.readouterr().out
     monkeypatch.setattr(reproduce, "load_config", lambda *overrides: None)
     assert reproduce._environment(figure, chosen, []) == "smac"
     chosen, _ = reproduce._parsed([f"out={tmp_path}", "train=false"])
     others = {"smac": "3s5z", "smax": "6h_vs_8z"}  # this figure is of the second map
     for env, panel in others.items():
-        record_run(tmp_path / env / panel / "qmix_50k" / "seeds_0-0", {}, [], env=env)
+        record_run(tmp_path / panel / "qmix_50k" / "seed_0", {}, [], env=env)
     assert reproduce._environment(figure, chosen, []) == "smax"
-    record_run(tmp_path / "smac" / "6h_vs_8z" / "qmix_50k" / "seeds_0-0", {}, [], env="smac")
+    record_run(tmp_path / "6h_vs_8z" / "qmix_50k" / "seed_1", {}, [], env="smac")
     assert reproduce._environment(figure, chosen, []) == "smac"
 
 
@@ -428,11 +442,11 @@ def test_the_files_hold_the_curves_and_what_they_come_to(small: Figure, faked: F
     assert made(tmp_path, "num_seeds=5") == 0
     folder = tmp_path / "out" / "fig2"
     drawn = [row for row in rows_of(folder / "curves.csv") if row["line"] == "VDN, slow"]
-    assert len(drawn) == results.NUM_POINTS
+    assert len(drawn) == figure_data.NUM_POINTS
     end = drawn[-1]  # 0, 3, 6, 9 and 12
     assert (end["env_steps"], end["median"], end["q25"], end["q75"], end["iqm"]) == ("12", "6", "3", "9", "6")
     assert 0 <= float(end["iqm_low"]) < 6 < float(end["iqm_high"]) <= 12
-    halfway = rows_of(folder / "curves.csv")[results.NUM_POINTS // 2]
+    halfway = rows_of(folder / "curves.csv")[figure_data.NUM_POINTS // 2]
     assert (halfway["line"], halfway["env_steps"]) == ("IQL", "6")
     assert halfway["median"] == halfway["iqm_low"] == "2"  # between 0 at 4 steps and 4 at 8
     kept = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
@@ -474,7 +488,7 @@ def test_the_export_is_laid_out_as_marl_eval_documents(small: Figure, faked: Fak
     assert runs["1"]["absolute_metrics"] == {"episode_return": [10.0]}
 
 
-def test_changes_are_told_and_authors_curves_stand_beside_ours(
+def test_changes_are_in_the_title_and_authors_curves_next_to_ours(
     small: Figure, drawn: list[Picture], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "theirs.jsonl").write_text(
@@ -495,9 +509,9 @@ def test_changes_are_told_and_authors_curves_stand_beside_ours(
     assert len({line.get_color() for line in paper.lines}) == 2
     assert mean.get_ylim() == pytest.approx((-0.5, 4.225))  # a twentieth of what is seen above the highest, 4
     assert (paper.get_xlabel(), paper.get_ylabel()) == ("environment steps", "evaluation return")
-    told = "quick run, not as in the paper: total_env_steps=10000, eval_interval=1000, eval_episodes=4"
-    assert drawn[0].get_suptitle() == f"Figure 2: Small\n{told}"
-    assert json.loads((tmp_path / "out" / "fig2" / "made.json").read_text())["title"] == ["Figure 2: Small", told]
+    message = "quick run, not as in the paper: total_env_steps=10000, eval_interval=1000, eval_episodes=4"
+    assert drawn[0].get_suptitle() == f"Figure 2: Small\n{message}"
+    assert json.loads((tmp_path / "out" / "fig2" / "made.json").read_text())["title"] == ["Figure 2: Small", message]
 
 
 def test_an_axis_stays_upright_where_all_returns_are_below_its_end(
@@ -513,7 +527,7 @@ def test_a_line_looks_the_same_whichever_others_are_there(
     small: Figure, faked: Faked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[dict[str, Any]] = []
-    monkeypatch.setattr(pictures, "draw", lambda path, *told: looks.append(told[3]) or path)
+    monkeypatch.setattr(pictures, "draw", lambda path, *others: looks.append(others[3]) or path)
     assert made(tmp_path, "lines=[vdn_slow]") == 0
     assert made(tmp_path) == 0
     assert looks[0]["VDN, slow"] == looks[1]["VDN, slow"] != looks[1]["IQL"]
@@ -523,7 +537,7 @@ def test_figures_share_the_runs_that_they_have_in_common() -> None:
     folders: dict[Path, set[tuple[str, ...]]] = {}
     for name in figures.figure_names():
         for run in figures.runs(figures.load_figure(name)):
-            folders.setdefault(run.folder, set()).add(tuple(sorted(set(run.overrides))))
+            folders.setdefault(Path(run.env) / run.folder, set()).add(tuple(sorted(set(run.overrides))))
     assert len(folders[Path("predator_prey/cw_qmix")]) == 1
     assert all(len(overrides) == 1 for overrides in folders.values())
 
@@ -532,15 +546,15 @@ def test_a_run_is_named_by_its_task_and_label() -> None:
     run = next(run for run in figures.runs(figures.load_figure("fig9")) if run.panel == "OW-QMIX, 5m_vs_6m")
     assert (run.task, run.label, run.algo) == ("5m_vs_6m", "OW-QMIX, alpha = 0.01", "ow_qmix")
     run = next(run for run in figures.runs(figures.load_figure("fig7")) if run.line == "QMIX + Q*")
-    assert (run.task, run.label, run.folder) == ("predator-prey", "QMIX + Q*", Path("predator_prey/qmix_qstar"))
+    assert (run.task, run.label, run.folder) == ("predator-prey", "QMIX + Q*", Path("qmix_qstar"))
 
 
-@pytest.mark.parametrize("told", DRAWN, ids=lambda path: "/".join(path.parts[-3:-1]))
+@pytest.mark.parametrize("record", DRAWN, ids=lambda path: "/".join(path.parts[-3:-1]))
 def test_figures_in_the_repository_are_what_their_runs_show(
-    told: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    record: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pictures, "draw", lambda path, *others: path)
-    kept, recorded = told.parent, json.loads(told.read_text())
+    kept, recorded = record.parent, json.loads(record.read_text())
     shutil.copytree(kept.parent, tmp_path / "out", ignore=shutil.ignore_patterns("fig*", "checkpoints", "policies"))
     reproduce.main([recorded["figure"], "train=false", *recorded["changes"], f"out={tmp_path / 'out'}"])
     drawn = tmp_path / "out" / recorded["figure"]
@@ -555,7 +569,7 @@ def test_figures_in_the_repository_are_what_their_runs_show(
 
 @pytest.mark.parametrize(
     "path",
-    sorted(reproduce.ROOT.glob("experiments/figures_*/**/best.npz")),
+    sorted(reproduce.ROOT.glob("experiments/results/**/best.npz")),
     ids=lambda path: "/".join(path.parts[-5:-2]),
 )
 def test_policies_in_the_repository_are_those_of_the_best_evaluations(path: Path) -> None:
@@ -571,7 +585,7 @@ def test_policies_in_the_repository_are_those_of_the_best_evaluations(path: Path
 
 
 def columns(path: Path) -> list[dict[str, str]]:
-    """A table without its bootstrap intervals, whose draws are another library's affair."""
+    """Reads a table without its bootstrap intervals, whose random draws depend on the version of scipy."""
     with path.open(newline="") as file:
         return [
             {name: value for name, value in row.items() if not name.endswith(("_low", "_high"))}
@@ -579,8 +593,9 @@ def columns(path: Path) -> list[dict[str, str]]:
         ]
 
 
-def test_more_seeds_of_a_figure_in_the_repository_are_trained_beside_those_that_are_there(tmp_path: Path) -> None:
-    shutil.copytree(reproduce.ROOT / "experiments" / "figures_50k" / "predator_prey", tmp_path / "predator_prey")
+def test_more_seeds_of_a_figure_in_the_repository_are_trained_next_to_those_that_are_there(tmp_path: Path) -> None:
+    kept = reproduce.ROOT / "experiments" / "results" / "predator_prey" / "epsilon_50k" / "cw_qmix"
+    shutil.copytree(kept, tmp_path / "cw_qmix")
     chosen, changes = reproduce._parsed(["num_seeds=5", "lines=[cw_qmix]", f"out={tmp_path}"])
     [line] = reproduce.plan(figures.load_figure("fig2"), "predator_prey", chosen, changes)
     assert reproduce.missing_seeds(line) == [range(4, 5)]

@@ -253,7 +253,6 @@ def test_an_online_run_gets_what_it_does_not_have(run_dir: Path, monkeypatch: py
         ("outputs/first", "first"),
         ("outputs/big/host_1", "big"),
         ("outputs/2026-11-29_sweep/0", "2026-11-29_sweep/0"),
-        ("some/where/out/smax/3s5z/cw_qmix/seeds_0-2", "out/smax/3s5z/cw_qmix"),
     ],
 )
 def test_a_group_is_named_by_what_tells_its_folder_apart(

@@ -25,7 +25,7 @@ from wqmix_jax.runs import session
 from wqmix_jax.runs.startup import how_to_go_on
 from wqmix_jax.runs.trust import NOTHING_NAMED, Named, open_config
 
-RECORDED = ROOT / "experiments" / "figures_1M" / "predator_prey" / "predator_prey" / "vdn" / "seeds_0-1"
+RECORDED = ROOT / "experiments" / "results" / "predator_prey" / "epsilon_1M" / "vdn" / "seeds_0-1"
 
 HOST = "wqmix_jax.envs.host.bridge.HostEnvironment"
 

@@ -94,10 +94,13 @@ def test_evaluate_shares_a_gpu_with_a_run_that_trains(
 
 def test_no_import_starts_the_backend() -> None:
     """It would be too late for `claim_cores` then, and a run would have one core."""
-    modules = [
-        path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem not in ("__init__", "torch_learner")
+    paths = [
+        path.relative_to(ROOT).with_suffix("")
+        for folder in ("", "benchmarks", "examples")
+        for path in (ROOT / "experiments" / folder).glob("*.py")
+        if path.stem not in ("__init__", "torch_learner")
     ]
-    names = [f"experiments.{name}" for name in modules] + ["wqmix_jax.train", "wqmix_jax.evaluate", "wqmix_jax.compare"]
+    names = [".".join(path.parts) for path in paths] + ["wqmix_jax.train", "wqmix_jax.evaluate", "wqmix_jax.compare"]
     statements = [f"import {name}; started('{name}')" for name in sorted(names)]
     code = "\n".join(
         [

@@ -124,12 +124,10 @@ def _supersede(wandb_dir: Path, run_id: str) -> None:
 
 
 def _group_of(run_dir: Path) -> str:
-    """The folder's name, with those above it where it says nothing; hosts of a run, and seeds of a line, share one."""
+    """Returns the name of a run's folder, which its hosts share; with the folder above it for a number: ``sweep/0``."""
     parts = run_dir.resolve().parts
     if re.fullmatch(r"host_\d+", parts[-1]):
         parts = parts[:-1]
-    if re.fullmatch(r"seeds_\d+-\d+", parts[-1]):  # of a figure: OUT/ENV/PANEL/LINE/seeds_0-7
-        return "/".join(parts[-5:-1])
     return "/".join(parts[-2:]) if parts[-1].isdecimal() else parts[-1]  # one of several with -m: FOLDER/0
 
 

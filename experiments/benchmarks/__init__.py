@@ -1,0 +1,1 @@
+"""Measurements of speed and memory, with the numbers that they recorded (``*.json``, ``*.jsonl``)."""
