@@ -8,37 +8,31 @@ environment that is batched by nature (a bridge to a host simulator) overrides i
 import abc
 import contextlib
 import importlib.metadata
+import pkgutil
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, PyTree, StepOutcome
-
-if TYPE_CHECKING:
-    from wqmix_jax.envs.viewer import StateViewer
+from wqmix_jax.types import Array, EnvSpec, Moment, Observation, PRNGKey, PyTree, StepOutcome
 
 EnvState = Any
 
 
-class Moment(NamedTuple):
-    """A state of an episode, and the step that led to it.
+class Viewer(Protocol):
+    """Draws the episodes of one environment; `wqmix_jax.envs.viewer.StateViewer` implements it with matplotlib."""
 
-    Attributes:
-        env_state: the state.
-        episode_return: the undiscounted return so far.
-        before: the state before, None at the start; then there are no actions either.
-        joint_action: ``[N]`` int32.
-        key: the key of the step.
-    """
+    def film(self, moments: Sequence[Moment], save_path: str, interval: int = 250) -> None:
+        """Writes an animation of one episode.
 
-    env_state: EnvState
-    episode_return: float
-    before: EnvState | None = None
-    joint_action: Array | None = None
-    key: PRNGKey | None = None
+        Args:
+            moments: consecutive, from `wqmix_jax.runs.saved_policies.play_episode`.
+            save_path: the file that is written, a GIF.
+            interval: milliseconds between frames.
+        """
+        ...
 
 
 class Host:
@@ -94,7 +88,14 @@ class GameOfPackage(Host):
 
 
 class Environment(abc.ABC):
-    """A cooperative multi-agent task as pure functions of an ``env_state`` pytree."""
+    """A cooperative multi-agent task as pure functions of an ``env_state`` pytree.
+
+    Attributes:
+        viewer_class: the class that draws its episodes, ``MODULE:CLASS``, constructed with the environment; None where
+            no class does. A name and not the class, because drawing needs libraries that training doesn't.
+    """
+
+    viewer_class: ClassVar[str | None] = None
 
     @property
     @abc.abstractmethod
@@ -158,9 +159,9 @@ class Environment(abc.ABC):
         """`step` over a leading axis."""
         return jax.vmap(self.step)(env_state, joint_action, keys)
 
-    def viewer(self) -> "StateViewer[Any] | None":
-        """What draws its episodes (`envs.viewer.StateViewer`); None, the default, where nothing does."""
-        return None
+    def viewer(self) -> Viewer | None:
+        """Returns a new object of `viewer_class`, None where that is None."""
+        return None if self.viewer_class is None else pkgutil.resolve_name(self.viewer_class)(self)
 
     # The rest is for environments that live outside of JAX, where a step may fail and games must be ended.
 

@@ -11,7 +11,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from wqmix_jax.envs.base import Moment
+from wqmix_jax.types import Moment
 
 StateT = TypeVar("StateT")
 

@@ -5,7 +5,7 @@ order, then each prey, in a random order too, is caught or flees. A step's rando
 recorded step can be replayed exactly. Positions are ``(row, column)``; row 0 is the top.
 """
 
-from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
+from typing import Annotated, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,6 @@ from pydantic import Field, model_validator
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, StepOutcome
-
-if TYPE_CHECKING:
-    from wqmix_jax.envs.predator_prey.viewer import PredatorPreyViewer
 
 RIGHT, DOWN, LEFT, UP, STAY, CATCH = range(6)
 NUM_ACTIONS = 6
@@ -108,6 +105,8 @@ class PredatorPrey(Environment):
     capture_freezes: bool
     remove_frozen: bool
     episode_limit: Annotated[int, Field(gt=0, lt=2**31)]
+
+    viewer_class: ClassVar[str | None] = "wqmix_jax.envs.predator_prey.viewer:PredatorPreyViewer"
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -211,12 +210,6 @@ class PredatorPrey(Environment):
     def metrics(self, env_state: EnvState) -> dict[str, Array]:
         """``captures``: prey caught in the episode."""
         return {"captures": (~env_state.prey_alive).sum(dtype=jnp.float32)}
-
-    def viewer(self) -> "PredatorPreyViewer":
-        """Draws the grid."""
-        from wqmix_jax.envs.predator_prey.viewer import PredatorPreyViewer  # loads matplotlib, only needed here
-
-        return PredatorPreyViewer(self)
 
     def pack(self, env_state: EnvState) -> Packed:
         """Cell indices and flags, 18 bytes in the paper's task; `observe` needs nothing else."""

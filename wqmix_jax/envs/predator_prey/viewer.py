@@ -1,7 +1,7 @@
 """Draws predator-prey states with matplotlib."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -10,12 +10,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
-from wqmix_jax.envs.base import Moment
 from wqmix_jax.envs.predator_prey.task import EnvState, PredatorPrey
 from wqmix_jax.envs.viewer import StateViewer
-
-if TYPE_CHECKING:
-    from wqmix_jax.envs.predator_prey.jumanji import State
+from wqmix_jax.types import Moment
 
 # Okabe and Ito's colours, told apart with any colour vision; each kind has a shape of its own too.
 _STYLES: dict[str, dict[str, Any]] = {
@@ -33,7 +30,14 @@ _FIGURE_SIZE = 6.0  # inches, along the grid's longer side
 _MARKER_SHARE = 0.62  # of a cell's side
 
 
-class PredatorPreyViewer(StateViewer["State | Moment"]):
+class Drawable(Protocol):
+    """A `Moment`, or a state of jumanji's interface (`wqmix_jax.envs.predator_prey.jumanji.State`)."""
+
+    @property
+    def env_state(self) -> EnvState: ...  # noqa: D102
+
+
+class PredatorPreyViewer(StateViewer[Drawable]):
     """Agents as numbered discs (hollow once frozen), stags as squares and hares as triangles.
 
     A film shows captures (a star) and miscaptures (a cross) with what they paid, on the cells where the prey stood, and
@@ -54,7 +58,7 @@ class PredatorPreyViewer(StateViewer["State | Moment"]):
         size = (max(columns * self._cell_inches, 4.5) + 0.6, rows * self._cell_inches + 1.2)
         super().__init__(name, render_mode, size)
 
-    def _draw(self, ax: Axes, state: "State | Moment") -> None:
+    def _draw(self, ax: Axes, state: Drawable) -> None:
         env_state = state.env_state
         self._draw_grid(ax)
         for kind, label, (row, column) in self._entities(env_state):

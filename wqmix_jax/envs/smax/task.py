@@ -10,7 +10,7 @@ import importlib.util
 import io
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,6 @@ from wqmix_jax.envs.base import Environment, EnvState, GameOfPackage, Host, with
 from wqmix_jax.errors import install_extra
 from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, PyTree, StepOutcome
-
-if TYPE_CHECKING:
-    from wqmix_jax.envs.smax.viewer import SMAXViewer
 
 NATIVE_MAX_RETURN = 2.0
 """Half for the enemies' lost health, half for the battle won."""
@@ -73,6 +70,8 @@ class SMAX(Environment):
     see_enemy_actions: bool
     walls_cause_death: bool
     attack_mode: Literal["closest", "random"]
+
+    viewer_class: ClassVar[str | None] = "wqmix_jax.envs.smax.viewer:SMAXViewer"
 
     @pydantic.model_validator(mode="after")
     def _is_there(self) -> Self:
@@ -134,12 +133,6 @@ class SMAX(Environment):
     def host(self) -> Host:
         """JaxMARL's version, which the rules of the battles depend on."""
         return GameOfPackage("jaxmarl")
-
-    def viewer(self) -> "SMAXViewer":
-        """Draws the battle."""
-        from wqmix_jax.envs.smax.viewer import SMAXViewer  # loads matplotlib, only needed here
-
-        return SMAXViewer(self)
 
     def pack(self, env_state: EnvState) -> Units:
         """The units: far less than what each ally sees of them."""

@@ -11,9 +11,10 @@ from matplotlib.patches import Circle, Rectangle
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
-from wqmix_jax.envs.base import EnvState, Moment
+from wqmix_jax.envs.base import EnvState
 from wqmix_jax.envs.smax.task import SMAX
 from wqmix_jax.envs.viewer import StateViewer
+from wqmix_jax.types import Moment
 
 # Of Okabe and Ito's colours, told apart with any colour vision; each team has a shape of its own too.
 _COLOURS = {"ally": "#0072B2", "enemy": "#D55E00"}
