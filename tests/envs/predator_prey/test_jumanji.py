@@ -15,11 +15,11 @@ from jumanji.types import StepType
 from PIL import Image
 
 import wqmix_jax.envs
-from wqmix_jax.envs.base import Moment
 from wqmix_jax.envs.predator_prey.jumanji import PredatorPreyJumanji, State
 from wqmix_jax.envs.predator_prey.task import CATCH, STAY
 from wqmix_jax.envs.predator_prey.viewer import PredatorPreyViewer
 from wqmix_jax.errors import ConfigError
+from wqmix_jax.types import Moment
 
 SMALL = {"world_shape": [4, 5], "num_agents": 3, "num_stags": 2, "num_hares": 1, "obs_radius": 1}
 

@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from wqmix_jax.config import load_group
-from wqmix_jax.envs.base import Moment
 from wqmix_jax.envs.smax.task import SMAX
 from wqmix_jax.envs.smax.viewer import SMAXViewer
 from wqmix_jax.options import build
+from wqmix_jax.types import Moment
 
 ALLY, ENEMY = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
 
