@@ -15,7 +15,7 @@ from wqmix_jax.config import load_group
 from wqmix_jax.envs import checks
 from wqmix_jax.envs.base import Environment, GameOfPackage
 from wqmix_jax.envs.checks import check_environment
-from wqmix_jax.envs.predator_prey.task import PredatorPrey
+from wqmix_jax.envs.predator_prey import PredatorPrey
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import build
 from wqmix_jax.types import Observation

@@ -29,7 +29,8 @@ def test_an_environment_first_used_in_a_trace_keeps_no_tracer() -> None:
     # SMAX's object and jumanji's are cleared from their caches: the options' own checks fill them before any trace.
     code = textwrap.dedent(FIRST_USE) + textwrap.dedent("""
     from tests.envs.host.running import toy
-    from wqmix_jax.envs import jumanji, smax
+    from wqmix_jax.envs import jumanji
+    from wqmix_jax.envs.smax import task as smax
 
     def fresh(group, **changes):
         env = build("env", load_group("env", group) | changes)

@@ -15,8 +15,8 @@ from jumanji.types import StepType
 from PIL import Image
 
 import wqmix_jax.envs
+from wqmix_jax.envs.predator_prey import CATCH, STAY
 from wqmix_jax.envs.predator_prey.jumanji import PredatorPreyJumanji, State
-from wqmix_jax.envs.predator_prey.task import CATCH, STAY
 from wqmix_jax.envs.predator_prey.viewer import PredatorPreyViewer
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.types import Moment

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from wqmix_jax.config import load_group
-from wqmix_jax.envs.predator_prey.task import CATCH, DOWN, LEFT, RIGHT, STAY, UP, EnvState, Noise, PredatorPrey
+from wqmix_jax.envs.predator_prey import CATCH, DOWN, LEFT, RIGHT, STAY, UP, EnvState, Noise, PredatorPrey
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import build
 from wqmix_jax.types import Array, Observation, StepOutcome

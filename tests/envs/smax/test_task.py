@@ -15,7 +15,7 @@ import pytest
 from tests.running import main
 from wqmix_jax import load_config, train_seeds
 from wqmix_jax.config import load_group
-from wqmix_jax.envs.smax.task import SMAX, map_names
+from wqmix_jax.envs.smax import SMAX, map_names
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import build
 from wqmix_jax.records.metrics import load_header

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from wqmix_jax.config import load_group
-from wqmix_jax.envs.smax.task import SMAX
+from wqmix_jax.envs.smax import SMAX
 from wqmix_jax.envs.smax.viewer import SMAXViewer
 from wqmix_jax.options import build
 from wqmix_jax.types import Moment
