@@ -55,6 +55,7 @@ def run(code: str) -> str:
 
 
 def test_it_is_made_by_its_registered_name_with_the_papers_options() -> None:
+    wqmix_jax.envs.register_jumanji()
     env = jumanji.make("PredatorPrey-v0")
     assert isinstance(env, PredatorPreyJumanji)
     assert (env.task.world_shape, env.task.num_agents, env.task.punishment) == ((10, 10), 8, -2)
@@ -64,19 +65,25 @@ def test_it_is_made_by_its_registered_name_with_the_papers_options() -> None:
 
 
 def test_registering_again_is_harmless() -> None:
+    wqmix_jax.envs.register_jumanji()
     importlib.reload(wqmix_jax.envs)
     assert wqmix_jax.envs.JUMANJI_ID in jumanji.registered_environments()
 
 
-def test_the_package_stays_light_and_registers_whichever_is_imported_first() -> None:
+def test_the_package_stays_light_until_it_is_asked_to_register() -> None:
     out = run(
-        "import importlib.util, sys, wqmix_jax.envs.predator_prey\n"
-        "assert importlib.util.find_spec('jumanji') is not None\n"
+        "import sys\n"
+        "import wqmix_jax.envs, wqmix_jax.envs.predator_prey, wqmix_jax.envs.smax\n"
+        "print([finder for finder in sys.meta_path if type(finder).__module__.startswith('wqmix_jax')])\n"
         "print('jumanji' in sys.modules, 'matplotlib' in sys.modules)\n"
+        "wqmix_jax.envs.register_jumanji()\n"
         "import jumanji\n"
-        "print('PredatorPrey-v0' in jumanji.registered_environments())"
+        "print('PredatorPrey-v0' in jumanji.registered_environments(), len(jumanji.registered_environments()) > 20)"
     )
-    assert out.split() == ["False", "False", "True"]
+    assert out.split() == ["[]", "False", "False", "True", "True"]
+
+
+def test_it_registers_by_itself_where_jumanji_is_imported_already() -> None:
     out = run(
         "import jumanji, wqmix_jax.envs\n"
         "print('PredatorPrey-v0' in jumanji.registered_environments(), len(jumanji.registered_environments()) > 20)"
