@@ -173,7 +173,7 @@ def plan(figure: Figure, env: str, chosen: ReproduceOptions, overrides: Sequence
             composed = load_values(*run.overrides, f"num_seeds={chosen.num_seeds}")
             line = Planned(run, with_host(composed, {}), folder, _made(folder))
             if chosen.train:  # what is only drawn needs no game
-                games["this installation"] = run_config(line.values).env.host.versions()
+                games["this installation"] = run_config(line.values).env.external.versions()
             refuse_common_seeds(line.made)
             for made in line.made:
                 _refuse_others(made, line.values)

@@ -227,7 +227,7 @@ def _other_game(run_dir: str, env: Environment) -> Iterator[str]:
     """Warnings where a run was trained in another version of the game than the one that is played here."""
     there = load_header(run_dir).get("simulator", {})
     try:
-        yield from refuse_other_games({run_dir: there, "this installation": env.host.versions()})
+        yield from refuse_other_games({run_dir: there, "this installation": env.external.versions()})
     except ConfigError as error:
         yield f"warning: {error}: this may be another game than the one of the training"
 
@@ -279,7 +279,7 @@ def play_policies(
     """
     algo, compute_dtype = next((policy.algo, policy.compute_dtype) for policy in policies.values())
     key = jax.random.key(seed, impl="threefry2x32")
-    env.host.sharding()  # refuses where the host can't be called
+    env.external.sharding()  # refuses where the host can't be called
 
     @jax.jit
     def play(params: PyTree, hp: PyTree, ctx: Context, keys: PRNGKey) -> Figures:
@@ -289,7 +289,7 @@ def play_policies(
     for name, policy in policies.items():
         hp = hyperparams(policy.algo)  # with the member's own values of swept options
         one_seed = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (policy.params, hp, GREEDY, key))
-        with env.host.running([seed]), cache_faults_in_one_line():
+        with env.external.running([seed]), cache_faults_in_one_line():
             played = jax.tree.map(lambda leaf: np.asarray(leaf)[0], play(*one_seed))
         if not played.whole.any():
             of = f" of seed {name}" if name else ""

@@ -13,7 +13,7 @@ from wqmix_jax import load_config, train_seeds
 from wqmix_jax.api import load_policies
 from wqmix_jax.config import load_group
 from wqmix_jax.envs import checks
-from wqmix_jax.envs.base import Environment, GameOfPackage
+from wqmix_jax.envs.base import Environment, ExternalPackage
 from wqmix_jax.envs.checks import check_environment
 from wqmix_jax.envs.predator_prey import PredatorPrey
 from wqmix_jax.errors import ConfigError
@@ -201,6 +201,6 @@ def test_a_state_of_a_narrower_dtype_is_accepted() -> None:
 
 def test_the_games_of_packages_are_packed_and_unpacked() -> None:
     """An own environment may record its package's version, and still loses what its storage can't hold."""
-    host = property(lambda self: GameOfPackage("jax"))
-    env = changed(storage_dtype=property(lambda self: jnp.uint8), host=host)
+    external = property(lambda self: ExternalPackage("jax"))
+    env = changed(storage_dtype=property(lambda self: jnp.uint8), external=external)
     assert checks._stores_its_own_way(env)

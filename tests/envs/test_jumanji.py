@@ -23,7 +23,7 @@ def make(**options: Any) -> JumanjiEnvironment:
 
 
 def test_the_version_of_the_game_is_part_of_a_run() -> None:
-    assert make().host.versions() == {"jumanji": importlib.metadata.version("jumanji")}
+    assert make().external.versions() == {"jumanji": importlib.metadata.version("jumanji")}
 
 
 @pytest.mark.parametrize("name", ["LevelBasedForaging-v0", "RobotWarehouse-v0"])

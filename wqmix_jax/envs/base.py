@@ -35,7 +35,7 @@ class Viewer(Protocol):
         ...
 
 
-class Host:
+class External:
     """What of an environment lives outside of the compiled program: of a pure one, nothing."""
 
     def sharding(self) -> Sharding | None:
@@ -72,7 +72,7 @@ class Host:
         return {}
 
 
-class GameOfPackage(Host):
+class ExternalPackage(External):
     """A game that another package implements in JAX: its version decides what the numbers of a run mean."""
 
     def __init__(self, package: str) -> None:
@@ -166,9 +166,9 @@ class Environment(abc.ABC):
     # The rest is for environments that live outside of JAX, where a step may fail and games must be ended.
 
     @property
-    def host(self) -> Host:
+    def external(self) -> External:
         """What of it lives outside of the compiled program."""
-        return Host()
+        return External()
 
     def failed(self, env_state: EnvState) -> Array:
         """Whether the step to ``env_state`` never happened: the episode ends before it, and it is not recorded."""

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wqmix_jax.envs.base import Environment, GameOfPackage, Host
+from wqmix_jax.envs.base import Environment, External, ExternalPackage
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.ops.randomness import pinned_draws
 from wqmix_jax.types import EnvSpec, Observation, PRNGKey, PyTree, StepOutcome
@@ -181,7 +181,7 @@ def _stores_its_own_way(env: Environment) -> bool:
     """
     lossless = _packs_by_default(env) and np.dtype(env.storage_dtype) == np.float32
     own = type(env).__module__.split(".")[0] == __name__.split(".")[0]
-    return not lossless and not own and type(env.host) in (Host, GameOfPackage)
+    return not lossless and not own and type(env.external) in (External, ExternalPackage)
 
 
 def _check_packing(env: Environment) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pydantic
 from pydantic import Field
 
-from wqmix_jax.envs.base import Environment, GameOfPackage, Host, without_weak_types
+from wqmix_jax.envs.base import Environment, External, ExternalPackage, without_weak_types
 from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, PyTree, StepOutcome
 
@@ -105,9 +105,9 @@ class JumanjiEnvironment(Environment):
         return {name: value.astype(jnp.float32) for name, value in env_state.extras.items()}
 
     @property
-    def host(self) -> Host:
+    def external(self) -> External:
         """Jumanji's version, which the rules of the game depend on."""
-        return GameOfPackage("jumanji")
+        return ExternalPackage("jumanji")
 
     def pack(self, env_state: EnvState) -> Packed:
         """The agents' features once, not twice: the state is made of them."""

@@ -42,7 +42,7 @@ def stop(avail: np.ndarray) -> np.ndarray:
 
 def battle(env: Any, choose: Any, seeds: np.ndarray = SEEDS) -> list[tuple[np.ndarray, ...]]:
     """What the calls of one episode of each row returned."""
-    supervisor = env.host.supervisor
+    supervisor = env.external.supervisor
     calls = [called(supervisor, "reset", seeds)]
     ended = calls[0][-1].copy()
     for _ in range(env.spec.episode_limit):
@@ -65,7 +65,7 @@ def ended_once(calls: list[tuple[np.ndarray, ...]]) -> list[tuple[np.ndarray, ..
 def test_smac_is_played_to_its_end(game: Path) -> None:
     env = make("env=smac", "env.map=3m")
     assert env.spec == (3, 9, 5, 36, 6)
-    with env.host.running([0]):
+    with env.external.running([0]):
         won = battle(env, shoot)
         lost = battle(env, stop)
     *_, metrics, _, terminated, truncated, failed = won[-1]
@@ -90,7 +90,7 @@ def test_at_the_time_limit_smac_terminates_as_in_pymarl_unless_told_otherwise(
     game: Path, continuing: str, truncated: bool
 ) -> None:
     env = make("env=smac", "env.map=3m", f"env.continuing_episode={continuing}")
-    with env.host.running([0]):
+    with env.external.running([0]):
         *_, last = battle(env, stop)
     np.testing.assert_array_equal(last[6], truncated)
     np.testing.assert_array_equal(last[5], not truncated)
@@ -102,9 +102,9 @@ def test_a_crash_that_smac_hides_is_a_failed_step_and_a_new_worker(
 ) -> None:
     monkeypatch.setenv("FAKE_SC2_CRASH", f"{during}:{tmp_path}")
     env = make("env=smac", "env.map=3m")
-    with env.host.running([4]):
+    with env.external.running([4]):
         first, second = battle(env, shoot), battle(env, shoot)
-        assert env.host.facts() == {"worker_restarts": 1}
+        assert env.external.facts() == {"worker_restarts": 1}
     assert "RuntimeError: StarCraft II crashed, and SMAC restarted it" in capsys.readouterr().err
     failed = np.stack([call[-1] for call in first])
     assert failed.sum() == (1 if during == "step:2" else 0)
@@ -114,9 +114,9 @@ def test_a_crash_that_smac_hides_is_a_failed_step_and_a_new_worker(
 def test_smacv2_draws_its_battles_from_the_seed(game: Path) -> None:
     env = make("env=smacv2", "env.num_units=5", "env.num_enemies=6")
     assert (env.spec.num_agents, env.spec.num_actions) == (5, 12)
-    with env.host.running([0]):
-        first = [called(env.host.supervisor, "reset", SEEDS)[0] for _ in range(2)]
-        other = called(env.host.supervisor, "reset", SEEDS + 5)[0]
+    with env.external.running([0]):
+        first = [called(env.external.supervisor, "reset", SEEDS)[0] for _ in range(2)]
+        other = called(env.external.supervisor, "reset", SEEDS + 5)[0]
         assert battle(env, shoot)[-1][5].all()
     np.testing.assert_array_equal(*first)
     assert (first[0] != other).any()
@@ -126,7 +126,7 @@ def test_smacv2_draws_its_battles_from_the_seed(game: Path) -> None:
 def test_smaclite_takes_plain_integers_and_gets_a_limit_and_counts(game: Path) -> None:
     env = make("env=smaclite", "env.map=3m", "env.episode_limit=7")
     assert env.spec == (3, 9, 5, 36, 7)
-    with env.host.running([0]):
+    with env.external.running([0]):
         won, again = battle(env, shoot), battle(env, shoot)
     np.testing.assert_array_equal(won[-1][3][:, [0, 2]], [[1, 3], [1, 3]])
     for one, other in zip(won, again, strict=True):
@@ -136,7 +136,7 @@ def test_smaclite_takes_plain_integers_and_gets_a_limit_and_counts(game: Path) -
 
 def test_a_battle_of_smaclite_that_nobody_survives_is_won_as_smaclite_counts_it(game: Path) -> None:
     env = make("env=smaclite", "env.map=1m")
-    with env.host.running([0]):
+    with env.external.running([0]):
         won, lost = battle(env, shoot), battle(env, stop)
     np.testing.assert_array_equal(won[-1][3], [[1, 1, 1], [1, 1, 1]])  # win_rate, dead_allies, dead_enemies
     np.testing.assert_allclose(won[-1][4], (1 + 10 + 200) / (213 / 20), rtol=1e-6)
@@ -165,7 +165,7 @@ def test_a_battle_is_the_same_whatever_was_played_before(overrides: list[str], g
     """A resumed run depends on it, whose workers are new."""
     env, played = make(*overrides), []
     for before in ([], [30, 40], [50]):
-        with env.host.running([0]):
+        with env.external.running([0]):
             for offset in before:
                 battle(env, shoot, SEEDS + offset)
             played.append(battle(env, shoot))
@@ -196,7 +196,7 @@ def test_a_list_of_smacv2_is_entered_at_a_place_drawn_from_the_seed() -> None:
 def test_rewards_of_smacv2_are_scaled_by_their_own_battle(game: Path) -> None:
     """Else the best return of a battle would depend on a worker's first one."""
     env = make("env=smacv2", "env.num_units=3", "env.num_enemies=2")
-    with env.host.running([0]):
+    with env.external.running([0]):
         for offset in range(3):
             calls = battle(env, shoot, SEEDS + offset)
             won = calls[-1][3][:, 0] == 1
@@ -207,7 +207,7 @@ def test_rewards_of_smacv2_are_scaled_by_their_own_battle(game: Path) -> None:
 
 def test_rewards_of_smac_do_not_depend_on_how_quickly_units_are_created(game: Path) -> None:
     env = make("env=smac", "env.map=8m")
-    with env.host.running([0]):
+    with env.external.running([0]):
         calls = battle(env, shoot)
     assert (calls[-1][3][:, 0] == 1).all()
     np.testing.assert_allclose(np.sum([call[4] for call in ended_once(calls)], axis=0), 20, rtol=1e-6)
@@ -219,10 +219,10 @@ def test_a_first_battle_left_before_its_end_launches_no_second_game(
     """The client counts battles when they end, and launches a game where it has counted none."""
     monkeypatch.setenv("FAKE_SC2_LAUNCHES", "1")
     for env in (make("env=smac", "env.map=3m"), make("env=smacv2")):
-        with env.host.running([0]):
+        with env.external.running([0]):
             for _ in range(3):
-                assert not called(env.host.supervisor, "reset", SEEDS)[-1].any()
-            assert env.host.facts() == {"worker_restarts": 0}
+                assert not called(env.external.supervisor, "reset", SEEDS)[-1].any()
+            assert env.external.facts() == {"worker_restarts": 0}
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_a_first_battle_left_before_its_end_launches_no_second_game(
     ],
 )
 def test_versions_are_told(env: str, versions: dict[str, str], game: Path) -> None:
-    assert make(*env.split()).host.versions() == versions
+    assert make(*env.split()).external.versions() == versions
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_what_is_not_allowed_is_one_line(overrides: list[str], told: str, game: 
 
 def test_a_version_that_a_yaml_reads_as_a_number_is_refused(game: Path) -> None:
     """On the command line a version is text."""
-    assert make("env=smac", "env.game_version=4.10").host.versions()["StarCraft II"].startswith("4.10.")
+    assert make("env=smac", "env.game_version=4.10").external.versions()["StarCraft II"].startswith("4.10.")
     values = load_values("+algo=qmix", "env=smac")
     values["env"]["game_version"] = 4.1
     with pytest.raises(ConfigError, match=r"^env.game_version=4.1 is not allowed: .* three parts, as in 4.10.0$"):

@@ -104,11 +104,11 @@ def test_a_worker_that_fails_is_replaced(
     limits = {"step_timeout": 0.5} if kind.startswith("hang") else {}
     faults = [fault(kind, during, marks)]
     env = toy(faults=faults, launches=str(launches), child=True, workers=limits, episode_limit=LIMIT)
-    supervisor, seeds = env.host.supervisor, np.array([2, 3, 5, 6])
-    with env.host.running([5, 6]):
+    supervisor, seeds = env.external.supervisor, np.array([2, 3, 5, 6])
+    with env.external.running([5, 6]):
         first, second = play(supervisor, seeds, 3), play(supervisor, seeds + 10, 3)
         assert supervisor.failure is None
-        assert env.host.facts() == {"worker_restarts": 1}
+        assert env.external.facts() == {"worker_restarts": 1}
     told = capsys.readouterr().err
     assert re.search(
         rf"^warning: seed [56], environment [01] of training: {cause}; the worker is replaced$", told, re.M
@@ -131,9 +131,9 @@ def test_many_fail_at_once_under_load(marks: Path, launches: Path) -> None:
     env = toy(faults=faults, launches=str(launches), workers={"max_restarts": 6}, episode_limit=LIMIT)
     seeds = np.array([2, 3, 5, 6])
     try:
-        with env.host.running([5, 6]):
-            episodes = [play(env.host.supervisor, seeds + 10 * number, 3) for number in range(4)]
-            assert env.host.facts() == {"worker_restarts": 6}
+        with env.external.running([5, 6]):
+            episodes = [play(env.external.supervisor, seeds + 10 * number, 3) for number in range(4)]
+            assert env.external.facts() == {"worker_restarts": 6}
     finally:
         for burner in burners:
             burner.kill()
@@ -146,23 +146,23 @@ def test_many_fail_at_once_under_load(marks: Path, launches: Path) -> None:
 
 def test_seeds_of_replaced_workers_are_new(marks: Path, launches: Path) -> None:
     env = toy(faults=[fault("kill", "step", marks, times=3)], launches=str(launches), episode_limit=LIMIT)
-    with env.host.running([0]):
+    with env.external.running([0]):
         for _ in range(2):
-            play(env.host.supervisor, np.array([2, 3, 5, 6]), 3)
+            play(env.external.supervisor, np.array([2, 3, 5, 6]), 3)
     seeds = [path.read_text() for path in launches.iterdir()]
     assert len(set(seeds)) == len(seeds) == ROWS + 3
 
 
 def test_restarts_are_bounded_and_the_error_says_where_and_why(marks: Path, launches: Path) -> None:
     env = toy(faults=[fault("fail", "reset", marks, times=99)], launches=str(launches), workers={"max_restarts": 2})
-    supervisor = env.host.supervisor
+    supervisor = env.external.supervisor
     told = r"seed 6, environment 0 of training: ValueError: the toy broke \(toy.py:\d+\) in a reset; "
     told += r"no worker is replaced any more after max_restarts=2 within restart_window=1e\+06 s"
     calls = []
-    with pytest.raises(RunError, match=f"^{told}$"), env.host.running([5, 6]):
+    with pytest.raises(RunError, match=f"^{told}$"), env.external.running([5, 6]):
         calls += play(supervisor, np.array([2, 3, 5, 6]), 2)
     assert calls[0][-1].all()  # whatever was still played ended at once
-    assert env.host.facts() == {"worker_restarts": 2}
+    assert env.external.facts() == {"worker_restarts": 2}
     await_gone(launched(launches))
     with pytest.raises(RunError, match=r"^worker \d of training: ValueError: the toy broke"):  # where nobody looks
         supervisor.reset("training", np.array([2, 3, 5, 6]))
@@ -172,14 +172,14 @@ def test_restarts_are_bounded_and_the_error_says_where_and_why(marks: Path, laun
 def test_old_restarts_are_forgotten(marks: Path) -> None:
     workers = {"restart_window": 1e-9, "max_restarts": 1}
     env = toy(faults=[fault("fail", "reset", marks, times=5)], workers=workers)
-    with env.host.running([0]):
-        play(env.host.supervisor, np.array([2]), 1)
-        assert env.host.facts() == {"worker_restarts": 5}
+    with env.external.running([0]):
+        play(env.external.supervisor, np.array([2]), 1)
+        assert env.external.facts() == {"worker_restarts": 5}
 
 
 def trained(env: Any, num_iterations: int) -> tuple[list[Any], list[Any]]:
     """The states of two seeds after each iteration, and the records."""
-    trainer = make_trainer(tiny_run(linear(), env, num_envs=2, total_env_steps=100), sharding=env.host.sharding())
+    trainer = make_trainer(tiny_run(linear(), env, num_envs=2, total_env_steps=100), sharding=env.external.sharding())
     states, records = [trainer.init([3, 4])], []
     for _ in range(num_iterations):
         state, record = trainer.train_chunk(jax.tree.map(jnp.copy, states[-1]))
@@ -197,7 +197,7 @@ def test_a_failed_step_is_never_learned_from_and_a_failed_run_stays_as_it_is(mar
     faults = [fault("kill", "step", marks), fault("fail", "reset", marks, times=99, after="kill-step-0")]
     env = toy(faults=faults, workers={"max_restarts": 1})
     outcome: list[Any] = []
-    with pytest.raises(RunError, match="the toy broke"), env.host.running([3, 4]):
+    with pytest.raises(RunError, match="the toy broke"), env.external.running([3, 4]):
         outcome += trained(env, 2)
     states, records = outcome
     for one, other in zip(jax.tree.leaves(states[1]), jax.tree.leaves(states[2]), strict=True):
@@ -233,8 +233,8 @@ def test_ctrl_c_is_seen_in_a_thread_that_waits_for_a_worker(marks: Path) -> None
     env = toy(faults=[fault("hang", "step", marks)], episode_limit=LIMIT)
     before = signal.signal(signal.SIGINT, lambda *_: None)  # the main thread never learns of it
     try:
-        with pytest.raises(KeyboardInterrupt), env.host.running([0]):  # noqa: PT012 (its exit is what raises)
-            waits = threading.Thread(target=play, args=(env.host.supervisor, np.array([2]), 3))
+        with pytest.raises(KeyboardInterrupt), env.external.running([0]):  # noqa: PT012 (its exit is what raises)
+            waits = threading.Thread(target=play, args=(env.external.supervisor, np.array([2]), 3))
             waits.start()
             while not list(marks.iterdir()):
                 time.sleep(0.01)
@@ -261,7 +261,7 @@ def forever(keys):
     return jax.lax.while_loop(lambda state: ~state.failed.all(), body, env.reset_batch(keys))
 
 try:
-    with env.host.running([0]):
+    with env.external.running([0]):
         print("begun", flush=True)
         jax.block_until_ready(forever(keys))
 except KeyboardInterrupt:

@@ -30,10 +30,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_example_is_played(folder: Path) -> None:
     env = load_config("+algo=vdn", "env=corridor", config_dir="configs").env
     assert env.spec == (2, 2, 2, 2, 12)
-    with env.host.running([0]):
-        called(env.host.supervisor, "reset", np.array([1, 2]))
+    with env.external.running([0]):
+        called(env.external.supervisor, "reset", np.array([1, 2]))
         for _ in range(3):  # all the way to the right, where who has arrived waits
-            *_, metrics, reward, terminated, _, failed = called(env.host.supervisor, "step", np.ones((2, 2), int))
+            *_, metrics, reward, terminated, _, failed = called(env.external.supervisor, "step", np.ones((2, 2), int))
     assert terminated.all()
     assert not failed.any()
     np.testing.assert_array_equal(reward, [1, 1])

@@ -44,7 +44,7 @@ def test_a_battle_is_the_native_one() -> None:
     )
     theirs, rng = reset(keys_at(0)), np.random.default_rng(0)
     step_batch, ended = jax.jit(ours.step_batch), np.zeros(2, bool)
-    with ours.host.running([0]):
+    with ours.external.running([0]):
         state = jax.jit(ours.reset_batch)(keys)
         for number in range(1, LIMIT + 1):
             obs, world, avail, _ = jax.tree.map(np.asarray, native_look(theirs))
@@ -80,4 +80,4 @@ def test_ow_qmix_trains_on_it() -> None:
     losses = [record["loss"] for record in records if "loss" in record]
     assert losses
     assert np.isfinite(losses).all()
-    assert env.host.facts() == {"worker_restarts": 0}
+    assert env.external.facts() == {"worker_restarts": 0}

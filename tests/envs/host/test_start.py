@@ -78,8 +78,8 @@ def test_a_worker_that_ends_before_its_first_command_is_reported(
     then: str, cause: str, program: Callable[..., Path]
 ) -> None:
     env = toy(workers={"worker_python": str(program(LATER + then)), "max_restarts": 0})
-    with pytest.raises(RunError, match=f"environment 0 of training: {cause}"), env.host.running([0]):
-        env.host.supervisor.reset("training", np.array([2]))
+    with pytest.raises(RunError, match=f"environment 0 of training: {cause}"), env.external.running([0]):
+        env.external.supervisor.reset("training", np.array([2]))
 
 
 def test_an_interpreter_that_vanishes_ends_the_run_with_one_line(program: Callable[..., Path]) -> None:
@@ -88,9 +88,9 @@ def test_an_interpreter_that_vanishes_ends_the_run_with_one_line(program: Callab
     python.unlink()
     with (
         pytest.raises(RunError, match=rf"^{python} can't be started: No such file or directory$"),
-        env.host.running([0]),
+        env.external.running([0]),
     ):
-        env.host.supervisor.reset("training", np.array([2]))
+        env.external.supervisor.reset("training", np.array([2]))
 
 
 @pytest.fixture
@@ -108,9 +108,9 @@ def many_open_files() -> Iterator[None]:
 def test_workers_may_be_many(many_open_files: None) -> None:
     """As many as the system allows, not as `select.select` does."""
     env = toy(episode_limit=6)
-    with env.host.running([0]):
-        env.host.supervisor.reset("training", np.array([2]))
-        assert not env.host.supervisor.arrays("training")["failed"].any()
+    with env.external.running([0]):
+        env.external.supervisor.reset("training", np.array([2]))
+        assert not env.external.supervisor.arrays("training")["failed"].any()
 
 
 @pytest.mark.parametrize("supervised", [True, False])
@@ -125,12 +125,12 @@ def test_a_system_without_room_for_workers_ends_the_run_with_one_line(
     told = r"^workers can't be started: \[Errno 24\] Too many open files$"
     if not supervised:
         with pytest.raises(RunError, match=told):
-            env.host.supervisor.reset("training", np.array([2, 3]))
+            env.external.supervisor.reset("training", np.array([2, 3]))
         return
 
     def play() -> None:
-        with env.host.running([0]):
-            floats, flags = env.host.supervisor.reset("training", np.array([2, 3]))
+        with env.external.running([0]):
+            floats, flags = env.external.supervisor.reset("training", np.array([2, 3]))
             assert (floats.any(), flags[-2:].tolist()) == (False, [True, True]), "no row of the call has played"
 
     with pytest.raises(RunError, match=told):
@@ -186,7 +186,7 @@ def test_sizes_may_be_integers_of_numpy(tmp_path: Path) -> None:
     assert env.spec == (2, 2, 2, 2, 2)
     assert all(type(size) is int for size in env.spec)
     assert env.info["metrics"] == ["hits", "wins"]
-    assert env.host.versions() == {"game": 1.5}
+    assert env.external.versions() == {"game": 1.5}
 
 
 @pytest.mark.parametrize(

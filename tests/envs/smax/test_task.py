@@ -29,7 +29,7 @@ def make(**options: Any) -> SMAX:
 
 
 def test_the_version_of_the_game_is_part_of_a_run() -> None:
-    assert make().host.versions() == {"jaxmarl": importlib.metadata.version("jaxmarl")}
+    assert make().external.versions() == {"jaxmarl": importlib.metadata.version("jaxmarl")}
 
 
 @pytest.mark.parametrize(("name", "max_return", "see_enemy_actions"), [("3m", 2.0, False), ("3s_vs_5z", 20.0, True)])

@@ -24,7 +24,7 @@ from jax.experimental import io_callback
 from jax.sharding import Sharding, SingleDeviceSharding
 from pydantic import Field
 
-from wqmix_jax.envs.base import Environment, EnvState, Host
+from wqmix_jax.envs.base import Environment, EnvState, External
 from wqmix_jax.envs.host.pool import Program, WorkerError, ask
 from wqmix_jax.envs.host.supervisor import Limits, Returned, Supervisor
 from wqmix_jax.errors import ConfigError
@@ -113,7 +113,7 @@ class BridgedEnvironment(Environment):
         return self._answer["info"]
 
     @property
-    def host(self) -> "Workers":
+    def external(self) -> "Workers":
         """The worker processes."""
         return self._workers
 
@@ -146,14 +146,14 @@ class BridgedEnvironment(Environment):
     def reset_batch(self, keys: PRNGKey) -> HostState:
         """An episode in every row; the simulator draws it from a seed that comes from the row's key."""
         seeds = jax.vmap(lambda key: jax.random.bits(key, (), jnp.uint32) >> 1)(keys)
-        serve = functools.partial(self.host.supervisor.reset, self._role)
+        serve = functools.partial(self.external.supervisor.reset, self._role)
         return self._call(serve, seeds)[0]
 
     def step_batch(self, env_state: HostState, joint_action: Array, keys: PRNGKey) -> tuple[EnvState, StepOutcome]:
         """A step of every row whose episode goes on; a row that fails keeps the state it was in."""
         idle = env_state.ended | env_state.failed
         asked = jax.vmap(jnp.where)(idle, jnp.full_like(joint_action, -1), joint_action)
-        serve = functools.partial(self.host.supervisor.step, self._role)
+        serve = functools.partial(self.external.supervisor.step, self._role)
         following, outcome = self._call(serve, asked.astype(jnp.int32))
         stays = idle | following.failed
         kept = jax.tree.map(functools.partial(jax.vmap(jnp.where), stays), env_state, following)
@@ -185,7 +185,7 @@ class BridgedEnvironment(Environment):
 
     def _call(self, serve: Callable[[Any], Returned], argument: Array) -> tuple[HostState, StepOutcome]:
         """The one host callback; its argument and what it sends have the batch first."""
-        supervisor, num_rows = self.host.supervisor, argument.shape[0]
+        supervisor, num_rows = self.external.supervisor, argument.shape[0]
         kinds = ((np.float32, supervisor.floats), (np.bool_, supervisor.flags))
         shapes = [(num_rows * sum(math.prod(shape) for shape in held.values()), dtype) for dtype, held in kinds]
         flat = io_callback(
@@ -201,7 +201,7 @@ class BridgedEnvironment(Environment):
         return HostState(seen, sent["metrics"], outcome.terminated | outcome.truncated, sent["failed"]), outcome
 
 
-class Workers(Host):
+class Workers(External):
     """The worker processes of a bridged environment.
 
     Attributes:
@@ -239,7 +239,7 @@ class Workers(Host):
 
     @contextlib.contextmanager
     def running(self, seeds: Sequence[int]) -> Iterator[None]:
-        """See `Host.running`: afterwards all workers have ended, however the run did.
+        """See `External.running`: afterwards all workers have ended, however the run did.
 
         Raises:
             RunError: what ended the games, unless the run has ended by an exception anyway; or ``KeyboardInterrupt``.
@@ -264,7 +264,7 @@ class Workers(Host):
             supervisor.close()
 
     def failure(self) -> BaseException | None:
-        """See `Host.failure`."""
+        """See `External.failure`."""
         return self.supervisor.failure
 
     def facts(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import numpy as np
 import pydantic
 from pydantic import Field
 
-from wqmix_jax.envs.base import Environment, EnvState, GameOfPackage, Host, without_weak_types
+from wqmix_jax.envs.base import Environment, EnvState, External, ExternalPackage, without_weak_types
 from wqmix_jax.errors import install_extra
 from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, PyTree, StepOutcome
@@ -130,9 +130,9 @@ class SMAX(Environment):
         }
 
     @property
-    def host(self) -> Host:
+    def external(self) -> External:
         """JaxMARL's version, which the rules of the battles depend on."""
-        return GameOfPackage("jaxmarl")
+        return ExternalPackage("jaxmarl")
 
     def pack(self, env_state: EnvState) -> Units:
         """The units: far less than what each ally sees of them."""
