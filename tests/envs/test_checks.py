@@ -52,6 +52,10 @@ def with_metrics(**metrics: Any) -> Environment:
     return changed(metrics=lambda self, env_state: metrics)
 
 
+def with_decompressed(**leaves: Any) -> Environment:
+    return changed(decompress=lambda self, compressed: Recall().decompress(compressed)._replace(**leaves))
+
+
 def raising(*_: Any) -> Any:
     raise ValueError("the coin rolled away\nand more")
 
@@ -95,8 +99,8 @@ UNFIT: list[tuple[str, Any, str]] = [
     ),
     ("metrics", with_metrics(won=jnp.zeros(2)), r"metrics returns 'won' of float32\[2\], but a scalar is needed"),
     ("taken", with_metrics(episode_return=jnp.float32(0)), r"'episode_return', which every record has already"),
-    ("unpack", changed(unpack=lambda self, packed: Recall().unpack(packed)._replace(state=jnp.zeros(7))), "unpack ret"),
-    ("keys", changed(pack=lambda self, env_state: {"key": KEY}), r"pack returns key of key<fry>\[\], but integers"),
+    ("decompress", with_decompressed(state=jnp.zeros(7)), "decompress returns state of"),
+    ("keys", changed(compress=lambda self, env_state: {"key": KEY}), r"compress returns key of key<fry>\[\], but int"),
     ("error", changed(reset=raising), r"reset raises ValueError: the coin rolled away \(.*test_checks.py, line \d+\)$"),
     ("in spec", changed(spec=property(raising)), r"spec raises ValueError: the coin rolled away"),
 ]
@@ -128,21 +132,18 @@ class Wholes(Clock):
 
 
 def test_a_feature_that_the_replay_would_lose_is_refused() -> None:
-    message = (
-        r"^env=Halves is not allowed: obs\[0, 1\] is 0.5 after 0 steps, but 0.0 after pack and unpack; .*=int8 can't"
-    )
-    with pytest.raises(ConfigError, match=message):
+    message = r"^env=Halves is not allowed: obs\[0, 1\] is 0.5 after 0 steps, but 0.0 after compress and decompress; "
+    with pytest.raises(ConfigError, match=f"{message}.*=int8 can't"):
         check_environment(Halves(episode_limit=4, ends_from=9))
     check_environment(Wholes(episode_limit=4, ends_from=9))
 
 
-def test_an_unpack_that_is_no_inverse_is_refused() -> None:
+def test_a_decompress_that_is_no_inverse_is_refused() -> None:
     """The second action is never available at the first step; here it comes back as available."""
     everything = jnp.ones((2, 2), bool)
-    env = changed(unpack=lambda self, packed: Recall().unpack(packed)._replace(avail_actions=everything))
-    message = r"avail_actions\[0, 1\] is False after 0 steps, but True after pack and unpack; unpack must be"
+    message = r"avail_actions\[0, 1\] is False after 0 steps, but True after compress and decompress; decompress must"
     with pytest.raises(ConfigError, match=message):
-        check_environment(env)
+        check_environment(with_decompressed(avail_actions=everything))
 
 
 @pytest.mark.parametrize("name", ["predator_prey", "matrix_game", "jumanji"])
@@ -199,7 +200,7 @@ def test_a_state_of_a_narrower_dtype_is_accepted() -> None:
     assert not checks._becomes(KEY.dtype, jnp.dtype("int32"))
 
 
-def test_the_games_of_packages_are_packed_and_unpacked() -> None:
+def test_the_games_of_packages_are_compressed_and_decompressed() -> None:
     """An own environment may record its package's version, and still loses what its storage can't hold."""
     external = property(lambda self: ExternalPackage("jax"))
     env = changed(storage_dtype=property(lambda self: jnp.uint8), external=external)

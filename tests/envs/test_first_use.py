@@ -14,7 +14,7 @@ from wqmix_jax.config import build, load_group
 def use(env):
     spec = env.spec
     state = env.reset(jax.random.key(0))
-    env.unpack(env.pack(state)), env.metrics(state)
+    env.decompress(env.compress(state)), env.metrics(state)
     return env.step(state, jnp.zeros(spec.num_agents, jnp.int32), jax.random.key(1)), env.observe(state)
 
 def first_used_in_a_trace(make):

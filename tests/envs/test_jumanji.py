@@ -32,7 +32,7 @@ def test_an_episode_is_jumanjis_own_step_by_step(name: str) -> None:
     key = jax.random.key(4)
     ours = jax.jit(env.reset)(key)
     step = jax.jit(env.step)
-    looks = jax.jit(lambda state: (env.observe(state), env.unpack(env.pack(state))))
+    looks = jax.jit(lambda state: (env.observe(state), env.decompress(env.compress(state))))
     with jax.numpy_rank_promotion("allow"):
         native_step = jax.jit(native.step)
         theirs, timestep = jax.jit(native.reset)(jax.random.key_data(key))
@@ -66,9 +66,9 @@ def test_a_time_limit_cuts_and_eaten_food_terminates() -> None:
 
 def test_features_are_stored_once_and_as_bytes() -> None:
     env = make(generator=CROWDED)
-    packed = jax.eval_shape(lambda key: env.pack(env.reset(key)), jax.random.key(0))
-    assert packed.agents_view.dtype == jnp.int8
-    assert packed.agents_view.shape == (3, 15)
+    compressed = jax.eval_shape(lambda key: env.compress(env.reset(key)), jax.random.key(0))
+    assert compressed.agents_view.dtype == jnp.int8
+    assert compressed.agents_view.shape == (3, 15)
     assert (env.spec.obs_dim, env.spec.state_dim) == (15, 45)
 
 

@@ -123,11 +123,11 @@ class Environment(abc.ABC):
         del env_state
         return {}
 
-    def pack(self, env_state: EnvState) -> PyTree:
+    def compress(self, env_state: EnvState) -> PyTree:
         """How one step lies in the replay. Integer, bool and float leaves of any width are stored as their bytes.
 
         By default the observation itself, with the features in `storage_dtype`. An environment whose observation can be
-        recomputed from less overrides `pack` and `unpack` together.
+        recomputed from less overrides `compress` and `decompress` together.
         """
         seen = self.observe(env_state)
         return Observation(
@@ -136,19 +136,19 @@ class Environment(abc.ABC):
             avail_actions=jnp.packbits(seen.avail_actions),
         )
 
-    def unpack(self, packed: PyTree) -> Observation:
-        """The exact inverse: the `Observation` of the state that was packed."""
+    def decompress(self, compressed: PyTree) -> Observation:
+        """The exact inverse: the `Observation` of the state that was compressed."""
         spec = self.spec
-        bits = jnp.unpackbits(packed.avail_actions, count=spec.num_agents * spec.num_actions)
+        bits = jnp.unpackbits(compressed.avail_actions, count=spec.num_agents * spec.num_actions)
         return Observation(
-            obs=packed.obs.astype(jnp.float32),
-            state=packed.state.astype(jnp.float32),
+            obs=compressed.obs.astype(jnp.float32),
+            state=compressed.state.astype(jnp.float32),
             avail_actions=bits.reshape(spec.num_agents, spec.num_actions).astype(bool),
         )
 
     @property
     def storage_dtype(self) -> Any:
-        """The narrowest dtype that holds every obs and state feature exactly; used by the default `pack`."""
+        """The narrowest dtype that holds every obs and state feature exactly; used by the default `compress`."""
         return jnp.float32
 
     def reset_batch(self, keys: PRNGKey) -> EnvState:

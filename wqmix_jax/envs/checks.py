@@ -27,11 +27,11 @@ RESERVED_METRICS = (
 )
 """Names that every record contains already."""
 
-STEPS_PACKED = 16
-"""Steps of the episode whose states are packed and unpacked."""
+STEPS_COMPRESSED = 16
+"""Steps of the episode whose states are compressed and decompressed."""
 
 CLOSE = 1e-5
-"""Relative: how far an unpacked feature may be from the observed one; compilers round float32 differently."""
+"""Relative: how far a decompressed feature may be from the observed one; compilers round float32 differently."""
 
 _LIBRARIES = tuple(
     f"{folder}{os.sep}"
@@ -75,7 +75,7 @@ def check_environment(env: Environment) -> None:
     """Refuses an environment whose functions don't return what its spec and `Environment` promise.
 
     The functions are traced, and nothing is compiled, except for one small program: where an environment from outside
-    this package stores anything else than float32 observations, a few states are packed and unpacked.
+    this package stores anything else than float32 observations, a few states are compressed and decompressed.
 
     Raises:
         ConfigError: with one line that names the function, the field, and what was expected and found.
@@ -84,7 +84,7 @@ def check_environment(env: Environment) -> None:
         spec = _checked_spec(env)
         _check_shapes(env, spec)
         if _stores_its_own_way(env):
-            _check_packing(env)
+            _check_compression(env)
     except _Fault as fault:
         raise ConfigError(f"env={type(env).__name__} is not allowed: {fault}") from fault.__cause__
 
@@ -111,9 +111,9 @@ def _check_shapes(env: Environment, spec: EnvSpec) -> None:
     key = jax.eval_shape(_key)
     env_state = _traced("reset", env.reset, key)
     _check_fields("observe", _traced("observe", env.observe, env_state), Observation, _OBSERVATION, spec)
-    packed = _traced("pack", env.pack, env_state)
-    _check_packed(packed)
-    _check_fields("unpack", _traced("unpack", env.unpack, packed), Observation, _OBSERVATION, spec)
+    compressed = _traced("compress", env.compress, env_state)
+    _check_compressed(compressed)
+    _check_fields("decompress", _traced("decompress", env.decompress, compressed), Observation, _OBSERVATION, spec)
     joint_action = jax.ShapeDtypeStruct((spec.num_agents,), jnp.int32)
     stepped = _traced("step", env.step, env_state, joint_action, key)
     if not isinstance(stepped, tuple) or len(stepped) != 2 or not isinstance(stepped[1], StepOutcome):
@@ -137,11 +137,12 @@ def _check_fields(name: str, found: Any, kind: type, fields: dict[str, _Field], 
             raise _Fault(f"{name} returns {field} of {_described(leaf)}, but {needed}")
 
 
-def _check_packed(packed: PyTree) -> None:
+def _check_compressed(compressed: PyTree) -> None:
     """The replay stores bytes: `jax.random` keys, say, have none."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(packed):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(compressed):
         if not (jnp.issubdtype(leaf.dtype, np.number) or leaf.dtype == np.bool_):
-            raise _Fault(f"pack returns {_name(path)} of {_described(leaf)}, but integers, floats or bools are needed")
+            needed = "integers, floats or bools are needed"
+            raise _Fault(f"compress returns {_name(path)} of {_described(leaf)}, but {needed}")
 
 
 def _check_same_state(first: PyTree, following: PyTree) -> None:
@@ -175,43 +176,43 @@ def _check_metrics(found: Any) -> None:
 
 
 def _stores_its_own_way(env: Environment) -> bool:
-    """Returns True where packing needs a trial: where it may lose something and playing starts no simulator.
+    """Returns True where compression needs a trial: where it may lose something and playing starts no simulator.
 
     The environments of this package are exempt: their tests cover it.
     """
-    lossless = _packs_by_default(env) and np.dtype(env.storage_dtype) == np.float32
+    lossless = _compresses_by_default(env) and np.dtype(env.storage_dtype) == np.float32
     own = type(env).__module__.split(".")[0] == __name__.split(".")[0]
     return not lossless and not own and type(env.external) in (External, ExternalPackage)
 
 
-def _check_packing(env: Environment) -> None:
+def _check_compression(env: Environment) -> None:
     """Plays a few random steps and compares what is observed with what comes back from the replay."""
-    seen, unpacked = jax.device_get(_called("step", lambda: jax.jit(lambda: _observed_twice(env))()))
+    seen, decompressed = jax.device_get(_called("step", lambda: jax.jit(lambda: _observed_twice(env))()))
     for name in Observation._fields:
-        one, other = getattr(seen, name), getattr(unpacked, name)
+        one, other = getattr(seen, name), getattr(decompressed, name)
         differs = ~np.isclose(one, other, rtol=CLOSE, atol=CLOSE, equal_nan=True)
         if differs.any():
             step, *where = (int(index) for index in np.argwhere(differs)[0])
-            values = f"is {one[step, *where]} after {step} steps, but {other[step, *where]} after pack and unpack"
-            raise _Fault(f"{name}{where} {values}; {_advice(env)}")
+            values = f"is {one[step, *where]} after {step} steps, but {other[step, *where]}"
+            raise _Fault(f"{name}{where} {values} after compress and decompress; {_advice(env)}")
 
 
-def _packs_by_default(env: Environment) -> bool:
-    return type(env).pack is Environment.pack and type(env).unpack is Environment.unpack
+def _compresses_by_default(env: Environment) -> bool:
+    return type(env).compress is Environment.compress and type(env).decompress is Environment.decompress
 
 
 def _advice(env: Environment) -> str:
-    if _packs_by_default(env):
+    if _compresses_by_default(env):
         return f"storage_dtype={np.dtype(env.storage_dtype)} can't hold it, choose a wider one"
-    return "unpack must be the exact inverse of pack"
+    return "decompress must be the exact inverse of compress"
 
 
 def _observed_twice(env: Environment) -> tuple[Observation, Observation]:
-    """Observations of an episode's first states, leaves ``[T, ..]``: as they are, and packed and unpacked."""
-    reset_key, *keys = jax.random.split(_key(), 1 + min(STEPS_PACKED, env.spec.episode_limit))
+    """Observations of an episode's first states, leaves ``[T, ..]``: as they are, and compressed and decompressed."""
+    reset_key, *keys = jax.random.split(_key(), 1 + min(STEPS_COMPRESSED, env.spec.episode_limit))
 
     def both(env_state: PyTree) -> tuple[Observation, Observation]:
-        return env.observe(env_state), env.unpack(env.pack(env_state))
+        return env.observe(env_state), env.decompress(env.compress(env_state))
 
     def play(carry: tuple[PyTree, Any], key: PRNGKey) -> tuple[tuple[PyTree, Any], Any]:
         env_state, ended = carry

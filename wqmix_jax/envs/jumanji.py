@@ -34,7 +34,7 @@ class EnvState(NamedTuple):
     extras: dict[str, Array]
 
 
-class Packed(NamedTuple):
+class CompressedState(NamedTuple):
     """One step in the replay: ``agents_view`` in the narrowest integer that its bounds allow, the mask as bits."""
 
     agents_view: Array
@@ -109,15 +109,15 @@ class JumanjiEnvironment(Environment):
         """Jumanji's version, which the rules of the game depend on."""
         return ExternalPackage("jumanji")
 
-    def pack(self, env_state: EnvState) -> Packed:
+    def compress(self, env_state: EnvState) -> CompressedState:
         """The agents' features once, not twice: the state is made of them."""
-        return Packed(env_state.agents_view.astype(self._view_dtype), jnp.packbits(env_state.action_mask))
+        return CompressedState(env_state.agents_view.astype(self._view_dtype), jnp.packbits(env_state.action_mask))
 
-    def unpack(self, packed: PyTree) -> Observation:
-        """See `Environment.unpack`."""
+    def decompress(self, compressed: PyTree) -> Observation:
+        """See `Environment.decompress`."""
         shape = (self.spec.num_agents, self.spec.num_actions)
-        mask = jnp.unpackbits(packed.action_mask, count=shape[0] * shape[1]).reshape(shape)
-        return self._observation(packed.agents_view, mask.astype(bool))
+        mask = jnp.unpackbits(compressed.action_mask, count=shape[0] * shape[1]).reshape(shape)
+        return self._observation(compressed.agents_view, mask.astype(bool))
 
     def _observation(self, agents_view: Array, action_mask: Array) -> Observation:
         obs = agents_view.reshape(agents_view.shape[0], -1).astype(jnp.float32)

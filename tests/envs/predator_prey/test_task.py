@@ -111,8 +111,8 @@ def random_states(env: PredatorPrey, size: int) -> EnvState:
 
 
 def assert_packing_is_lossless(env: PredatorPrey, states: EnvState) -> None:
-    seen, packed = jax.jit(jax.vmap(lambda env_state: (env.observe(env_state), env.pack(env_state))))(states)
-    again = jax.jit(jax.vmap(env.unpack))(packed)
+    seen, compressed = jax.jit(jax.vmap(lambda env_state: (env.observe(env_state), env.compress(env_state))))(states)
+    again = jax.jit(jax.vmap(env.decompress))(compressed)
     for left, right in zip(seen, again, strict=True):
         assert left.dtype == right.dtype
         np.testing.assert_array_equal(left, right)
@@ -165,11 +165,11 @@ def test_every_recorded_step_is_replayed_exactly(recording: tuple[PredatorPrey, 
     assert outcome.reward.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("stored", [False, True], ids=["observed", "packed"])
+@pytest.mark.parametrize("stored", [False, True], ids=["observed", "compressed"])
 def test_recorded_states_are_seen_exactly(recording: tuple[PredatorPrey, dict[str, np.ndarray]], stored: bool) -> None:
     env, arrays = recording
     first, after = recorded_state(arrays, "init/"), recorded_state(arrays, "step/post_")
-    see = (lambda env_state: env.unpack(env.pack(env_state))) if stored else env.observe
+    see = (lambda env_state: env.decompress(env.compress(env_state))) if stored else env.observe
     seen = jax.jit(jax.vmap(see))(jax.tree.map(lambda *leaves: jnp.concatenate(leaves), first, after))
     for got, name in [(seen.obs, "obs"), (seen.state, "state"), (seen.avail_actions, "avail")]:
         np.testing.assert_array_equal(got, np.concatenate([arrays[f"init/{name}"], arrays[f"step/post_{name}"]]))
@@ -200,19 +200,19 @@ def test_a_packed_state_is_seen_bit_for_bit(overrides: dict[str, Any]) -> None:
     env = make(**overrides)
     assert_packing_is_lossless(env, random_states(env, 200))
     rows, columns = env.world_shape
-    packed = jax.eval_shape(lambda: env.pack(env.reset(jax.random.key(0))))
-    assert packed.cells.dtype == (jnp.uint8 if rows * columns <= 256 else jnp.uint16)
+    compressed = jax.eval_shape(lambda: env.compress(env.reset(jax.random.key(0))))
+    assert compressed.cells.dtype == (jnp.uint8 if rows * columns <= 256 else jnp.uint16)
 
 
 def test_a_step_of_the_papers_task_is_packed_into_18_bytes() -> None:
-    packed = jax.eval_shape(lambda: make().pack(make().reset(jax.random.key(0))))
-    assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(packed)) == 18
+    compressed = jax.eval_shape(lambda: make().compress(make().reset(jax.random.key(0))))
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(compressed)) == 18
 
 
 def test_padding_unpacks_to_finite_numbers() -> None:
     env = make()
-    template = jax.eval_shape(lambda: env.pack(env.reset(jax.random.key(0))))
-    seen = jax.jit(env.unpack)(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), template))
+    template = jax.eval_shape(lambda: env.compress(env.reset(jax.random.key(0))))
+    seen = jax.jit(env.decompress)(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), template))
     assert all(np.isfinite(leaf).all() for leaf in seen)
 
 
@@ -464,7 +464,7 @@ def test_dtypes_stay_narrow_under_x64() -> None:
 
     def play() -> tuple[EnvState, StepOutcome, Observation]:
         after, outcome = env.step(env.reset(jax.random.key(0)), jnp.zeros(3, jnp.int32), jax.random.key(1))
-        return after, outcome, env.unpack(env.pack(after))
+        return after, outcome, env.decompress(env.compress(after))
 
     with jax.enable_x64(True):
         after, outcome, seen = jax.eval_shape(play)

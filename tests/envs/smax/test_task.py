@@ -41,7 +41,7 @@ def test_a_battle_is_the_native_one_step_by_step(name: str, max_return: float, s
     with jax.numpy_rank_promotion("allow"):
         seen, theirs = native.reset(reset_key)
     step = jax.jit(env.step)
-    looks = jax.jit(lambda state: (env.observe(state), env.unpack(env.pack(state))))
+    looks = jax.jit(lambda state: (env.observe(state), env.decompress(env.compress(state))))
     rewards = []
     for key in keys:
         for observation in looks(ours):
@@ -120,13 +120,13 @@ def test_the_time_limit_cuts_and_does_not_terminate() -> None:
 def test_the_papers_maps_are_there_and_stored_as_their_units(name: str, armies: tuple[int, int]) -> None:
     env = make(map=name)
     assert (env.spec.num_agents, env.spec.num_actions - 5) == armies
-    packed, seen = jax.eval_shape(
-        lambda key: (env.pack(env.reset(key)), env.observe(env.reset(key))), jax.random.key(0)
+    compressed, seen = jax.eval_shape(
+        lambda key: (env.compress(env.reset(key)), env.observe(env.reset(key))), jax.random.key(0)
     )
     assert seen.obs.shape == (env.spec.num_agents, env.spec.obs_dim)
     assert seen.state.shape == (env.spec.state_dim,)
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
-    assert size(packed) == 27 * sum(armies) < size(seen) / 4
+    assert size(compressed) == 27 * sum(armies) < size(seen) / 4
 
 
 def test_reset_and_step_give_the_same_types() -> None:

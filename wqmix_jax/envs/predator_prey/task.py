@@ -57,7 +57,7 @@ class Noise(NamedTuple):
     prey_uniform: Array
 
 
-class Packed(NamedTuple):
+class CompressedState(NamedTuple):
     """One step as it lies in the replay.
 
     Attributes:
@@ -211,18 +211,18 @@ class PredatorPrey(Environment):
         """``captures``: prey caught in the episode."""
         return {"captures": (~env_state.prey_alive).sum(dtype=jnp.float32)}
 
-    def pack(self, env_state: EnvState) -> Packed:
+    def compress(self, env_state: EnvState) -> CompressedState:
         """Cell indices and flags, 18 bytes in the paper's task; `observe` needs nothing else."""
         rows, columns = self.world_shape
         narrowest = next(d for d in (jnp.uint8, jnp.uint16, jnp.uint32) if rows * columns - 1 <= jnp.iinfo(d).max)
         positions = jnp.concatenate([env_state.agents_pos, env_state.prey_pos])
         flags = jnp.concatenate([env_state.agents_active, env_state.prey_alive])
-        return Packed(cells=self._cell(positions).astype(narrowest), flags=jnp.packbits(flags))
+        return CompressedState(cells=self._cell(positions).astype(narrowest), flags=jnp.packbits(flags))
 
-    def unpack(self, packed: Packed) -> Observation:
-        """The `Observation` of the packed state, recomputed."""
-        positions = self._position(packed.cells.astype(jnp.int32))
-        flags = jnp.unpackbits(packed.flags, count=self.num_agents + self.num_prey).astype(bool)
+    def decompress(self, compressed: CompressedState) -> Observation:
+        """The `Observation` of the compressed state, recomputed."""
+        positions = self._position(compressed.cells.astype(jnp.int32))
+        flags = jnp.unpackbits(compressed.flags, count=self.num_agents + self.num_prey).astype(bool)
         return self.observe(
             EnvState(
                 agents_pos=positions[: self.num_agents],

@@ -118,7 +118,7 @@ class SMAX(Environment):
 
     def observe(self, env_state: EnvState) -> Observation:
         """Each ally's list of the units in its sight, and all units as the state."""
-        return self.unpack(self.pack(env_state))
+        return self.decompress(self.compress(env_state))
 
     def metrics(self, env_state: EnvState) -> dict[str, Array]:
         """Whether the battle was won (all enemies dead and an ally alive), and how many died."""
@@ -134,7 +134,7 @@ class SMAX(Environment):
         """JaxMARL's version, which the rules of the battles depend on."""
         return ExternalPackage("jaxmarl")
 
-    def pack(self, env_state: EnvState) -> Units:
+    def compress(self, env_state: EnvState) -> Units:
         """The units: far less than what each ally sees of them."""
         state = env_state.state
         return Units(
@@ -147,9 +147,9 @@ class SMAX(Environment):
             alive=state.unit_alive,
         )
 
-    def unpack(self, packed: PyTree) -> Observation:
+    def decompress(self, compressed: PyTree) -> Observation:
         """JaxMARL's features of the units, for all at once: on a CPU twice as fast as its own, pair by pair."""
-        game, units = self.game, packed
+        game, units = self.game, compressed
         distance = jnp.linalg.norm(_offsets(game, units), axis=-1)
         kind, alive = units.kind.astype(jnp.int32), units.alive[: game.num_allies, None]
         in_range = distance < game.unit_type_attack_ranges[kind][: game.num_allies, None]
