@@ -1,5 +1,6 @@
 """An environment that breaks its contract is refused in one line before anything is compiled."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,27 @@ def test_a_decompress_that_is_no_inverse_is_refused() -> None:
     message = r"avail_actions\[0, 1\] is False after 0 steps, but True after compress and decompress; decompress must"
     with pytest.raises(ConfigError, match=message):
         check_environment(with_decompressed(avail_actions=everything))
+
+
+@pytest.mark.parametrize(
+    ("former", "member", "name"),
+    [
+        ("pack", lambda self, env_state: env_state, "compress"),
+        ("unpack", lambda self, packed: packed, "decompress"),
+        ("host", property(lambda self: ExternalPackage("jax")), "external"),
+        ("host", functools.cached_property(lambda self: ExternalPackage("jax")), "external"),
+    ],
+    ids=["pack", "unpack", "host", "cached host"],
+)
+def test_an_override_of_a_former_name_is_refused(former: str, member: Any, name: str) -> None:
+    """It would be ignored in silence: the trainer calls the new name alone."""
+    message = f"env=Changed is not allowed: it defines {former}, which is called {name} now; rename it to {name}"
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        check_environment(changed(**{former: member}))
+
+
+def test_an_option_may_have_a_former_name() -> None:
+    check_environment(changed(host="localhost"))
 
 
 @pytest.mark.parametrize("name", ["predator_prey", "matrix_game", "jumanji"])

@@ -4,6 +4,8 @@ Without the checks, a wrong size ends in an error deep inside a network, and nob
 can't hold.
 """
 
+import functools
+import inspect
 import operator
 import os
 import sysconfig
@@ -26,6 +28,9 @@ RESERVED_METRICS = (
     *("kind", "seed", "env_steps", "learner_steps", "episodes"),
 )
 """Names that every record contains already."""
+
+RENAMED = {"pack": "compress", "unpack": "decompress", "host": "external"}
+"""Members of `Environment` by their former names: what overrides one of these would never be called."""
 
 STEPS_COMPRESSED = 16
 """Steps of the episode whose states are compressed and decompressed."""
@@ -81,12 +86,21 @@ def check_environment(env: Environment) -> None:
         ConfigError: with one line that names the function, the field, and what was expected and found.
     """
     try:
+        _check_names(env)
         spec = _checked_spec(env)
         _check_shapes(env, spec)
         if _stores_its_own_way(env):
             _check_compression(env)
     except _Fault as fault:
         raise ConfigError(f"env={type(env).__name__} is not allowed: {fault}") from fault.__cause__
+
+
+def _check_names(env: Environment) -> None:
+    """Refuses methods and properties with the former names; an option may have such a name."""
+    for former, name in RENAMED.items():
+        found = inspect.getattr_static(type(env), former, None)
+        if callable(found) or isinstance(found, property | functools.cached_property):
+            raise _Fault(f"it defines {former}, which is called {name} now; rename it to {name}")
 
 
 def _checked_spec(env: Environment) -> EnvSpec:
