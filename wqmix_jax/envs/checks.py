@@ -1,7 +1,7 @@
 """Checks an environment against its spec before anything is compiled.
 
-Without the checks, a wrong size ends in an error deep inside a network, and nobody notices a feature that the replay
-can't hold.
+Without the checks, a wrong size ends in an error deep inside a network, and the replay silently loses features that its
+dtype can't hold.
 """
 
 import functools
@@ -27,22 +27,22 @@ RESERVED_METRICS = (
     *("episode_return", "episode_return_std", "episode_length", "episode_length_std"),
     *("kind", "seed", "env_steps", "learner_steps", "episodes"),
 )
-"""Names that every record contains already."""
+"""Names that every record contains already, so that metrics of an environment can't have them."""
 
 RENAMED = {"pack": "compress", "unpack": "decompress", "host": "external"}
 """Members of `Environment` by their former names: what overrides one of these would never be called."""
 
 STEPS_COMPRESSED = 16
-"""Steps of the episode whose states are compressed and decompressed."""
+"""The number of steps whose states are compressed and decompressed as a trial."""
 
 CLOSE = 1e-5
-"""Relative: how far a decompressed feature may be from the observed one; compilers round float32 differently."""
+"""The relative difference allowed between decompressed and observed features: compiled programs round differently."""
 
 _LIBRARIES = tuple(
     f"{folder}{os.sep}"
     for folder in (*(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), Path(__file__).parents[1])
 )
-"""Folders of code that isn't to blame for what it raises."""
+"""Folders of code whose lines an error message doesn't name: the cause is in the code that calls it."""
 
 
 class _Field(NamedTuple):
@@ -50,8 +50,8 @@ class _Field(NamedTuple):
 
     Attributes:
         sizes: names of `EnvSpec` fields, one for each axis.
-        kinds: numpy's kinds of dtypes that are allowed.
-        dtype: their name in messages.
+        kinds: the kinds of dtypes that are allowed, by numpy's letters.
+        dtype: the dtype that messages ask for.
     """
 
     sizes: tuple[str, ...]
@@ -72,15 +72,15 @@ _OUTCOME = {
 
 
 class _Fault(Exception):
-    """A breach of an environment's contract; the message says where."""
+    """A breach of an environment's contract; the message names the function and the field."""
 
 
 @pinned_draws()
 def check_environment(env: Environment) -> None:
     """Refuses an environment whose functions don't return what its spec and `Environment` promise.
 
-    The functions are traced, and nothing is compiled, except for one small program: where an environment from outside
-    this package stores anything else than float32 observations, a few states are compressed and decompressed.
+    The functions are traced and nothing is compiled, with one exception: if an environment from outside this package
+    stores anything but float32 observations, a small program compresses and decompresses a few of its states.
 
     Raises:
         ConfigError: with one line that names the function, the field, and what was expected and found.
@@ -122,6 +122,7 @@ def _is_positive_integer(size: Any) -> bool:
 
 def _check_shapes(env: Environment, spec: EnvSpec) -> None:
     """Traces every function once, the observation first: with a wrong size, `step` may fail for no visible reason."""
+    # `eval_shape` runs the functions on shapes alone: no simulator is started and nothing is compiled.
     key = jax.eval_shape(_key)
     env_state = _traced("reset", env.reset, key)
     _check_fields("observe", _traced("observe", env.observe, env_state), Observation, _OBSERVATION, spec)
@@ -152,7 +153,7 @@ def _check_fields(name: str, found: Any, kind: type, fields: dict[str, _Field], 
 
 
 def _check_compressed(compressed: PyTree) -> None:
-    """The replay stores bytes: `jax.random` keys, say, have none."""
+    """Refuses leaves without bytes, such as `jax.random` keys: the replay stores bytes."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(compressed):
         if not (jnp.issubdtype(leaf.dtype, np.number) or leaf.dtype == np.bool_):
             needed = "integers, floats or bools are needed"
@@ -160,7 +161,7 @@ def _check_compressed(compressed: PyTree) -> None:
 
 
 def _check_same_state(first: PyTree, following: PyTree) -> None:
-    """A loop needs states of one kind."""
+    """Refuses states whose structure, shapes or dtypes change in a step: a compiled loop needs states of one kind."""
     if jax.tree.structure(first) != jax.tree.structure(following):
         structures = f"{jax.tree.structure(following)}, but reset returns {jax.tree.structure(first)}"
         raise _Fault(f"step returns a state of another structure than reset: {structures}")
@@ -190,9 +191,9 @@ def _check_metrics(found: Any) -> None:
 
 
 def _stores_its_own_way(env: Environment) -> bool:
-    """Returns True where compression needs a trial: where it may lose something and playing starts no simulator.
+    """Returns True if compression needs a trial: it may lose something, and playing starts no simulator.
 
-    The environments of this package are exempt: their tests cover it.
+    The environments of this package are exempt, because their tests cover it.
     """
     lossless = _compresses_by_default(env) and np.dtype(env.storage_dtype) == np.float32
     own = type(env).__module__.split(".")[0] == __name__.split(".")[0]
@@ -200,7 +201,7 @@ def _stores_its_own_way(env: Environment) -> bool:
 
 
 def _check_compression(env: Environment) -> None:
-    """Plays a few random steps and compares what is observed with what comes back from the replay."""
+    """Plays a few random steps and compares each observation with the decompressed one."""
     seen, decompressed = jax.device_get(_called("step", lambda: jax.jit(lambda: _observed_twice(env))()))
     for name in Observation._fields:
         one, other = getattr(seen, name), getattr(decompressed, name)
@@ -222,7 +223,10 @@ def _advice(env: Environment) -> str:
 
 
 def _observed_twice(env: Environment) -> tuple[Observation, Observation]:
-    """Observations of an episode's first states, leaves ``[T, ..]``: as they are, and compressed and decompressed."""
+    """Returns the observations of an episode's first states, as they are and once compressed and decompressed.
+
+    Leaves are ``[T, ..]``, the first state included.
+    """
     reset_key, *keys = jax.random.split(_key(), 1 + min(STEPS_COMPRESSED, env.spec.episode_limit))
 
     def both(env_state: PyTree) -> tuple[Observation, Observation]:
@@ -234,6 +238,7 @@ def _observed_twice(env: Environment) -> tuple[Observation, Observation]:
         allowed = jnp.where(env.observe(env_state).avail_actions, 0.0, -jnp.inf)
         joint_action = jax.random.categorical(action_key, allowed).astype(jnp.int32)
         following, outcome = env.step(env_state, joint_action, step_key)
+        # From its end on, an episode keeps its last state: an environment never resets by itself.
         following = jax.tree.map(lambda old, new: jnp.where(ended, old, new), env_state, following)
         return (following, ended | outcome.terminated | outcome.truncated), both(following)
 
@@ -251,7 +256,7 @@ def _traced(name: str, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _called(name: str, call: Callable[[], Any]) -> Any:
-    """Returns the result of a function of the environment; an error inside becomes one line that names the code."""
+    """Calls a function of the environment; an error inside becomes one line that names the code."""
     try:
         return call()
     except (ConfigError, _Fault):
@@ -262,14 +267,14 @@ def _called(name: str, call: Callable[[], Any]) -> Any:
 
 
 def _where(error: Exception) -> str:
-    """The line that raised it: the deepest outside of Python's library, installed packages and this one."""
+    """Describes the line that raised ``error``: the deepest outside of Python's library and installed packages."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith(("<", *_LIBRARIES))]
     return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
 
 
 def _kind(leaf: Any) -> str:
-    """Numpy's letter of an array's kind of dtype; ``-`` for those that numpy doesn't have, such as random keys."""
+    """Returns numpy's letter for an array's kind of dtype; ``-`` for a dtype that numpy lacks, such as random keys."""
     if jnp.issubdtype(leaf.dtype, np.floating):  # bfloat16, too
         return "f"
     return getattr(leaf.dtype, "kind", "-")
@@ -280,7 +285,7 @@ def _name(path: Any) -> str:
 
 
 def _described(found: Any) -> str:
-    """``float32[2, 5]`` of an array, else the type's name."""
+    """Returns ``float32[2, 5]`` for an array, the type's name for anything else."""
     if hasattr(found, "shape") and hasattr(found, "dtype"):
         return f"{found.dtype}{list(found.shape)}"
     return type(found).__name__
