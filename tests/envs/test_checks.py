@@ -23,7 +23,7 @@ from wqmix_jax.types import Observation
 
 
 def changed(**members: Any) -> Environment:
-    """`Recall`, two agents with two actions and features each, three of the state, with other members."""
+    """Returns `Recall` (two agents with two actions and features each, three state features) with other members."""
     return type("Changed", (Recall,), members)()
 
 
@@ -32,7 +32,7 @@ def with_spec(**sizes: int) -> Environment:
 
 
 def with_seen(**changes: Any) -> Environment:
-    """Observations with other leaves, functions of the right ones."""
+    """Returns an environment whose observation has other leaves, each a function of the right one."""
 
     def observe(self: Any, env_state: Any) -> Observation:
         seen = Recall().observe(env_state)
@@ -107,7 +107,7 @@ UNFIT: list[tuple[str, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("env", "message"), [(env, told) for _, env, told in UNFIT], ids=[name for name, *_ in UNFIT])
+@pytest.mark.parametrize(("env", "message"), [(env, text) for _, env, text in UNFIT], ids=[name for name, *_ in UNFIT])
 def test_an_environment_that_does_not_fit_its_spec_is_refused(env: Environment, message: str) -> None:
     with pytest.raises(ConfigError, match=f"^env=Changed is not allowed: .*{message}") as refused:
         check_environment(env)
@@ -115,7 +115,7 @@ def test_an_environment_that_does_not_fit_its_spec_is_refused(env: Environment, 
 
 
 class Halves(Clock):
-    """The time in halves, stored as bytes."""
+    """An environment whose feature is the time in halves, stored as bytes."""
 
     def observe(self, env_state: Any) -> Observation:
         seen = super().observe(env_state)
@@ -158,7 +158,7 @@ def test_a_decompress_that_is_no_inverse_is_refused() -> None:
     ids=["pack", "unpack", "host", "cached host"],
 )
 def test_an_override_of_a_former_name_is_refused(former: str, member: Any, name: str) -> None:
-    """It would be ignored in silence: the trainer calls the new name alone."""
+    """Otherwise it would be ignored: the trainer calls only the new name."""
     message = f"env=Changed is not allowed: it defines {former}, which is called {name} now; rename it to {name}"
     with pytest.raises(ConfigError, match=f"^{message}$"):
         check_environment(changed(**{former: member}))
@@ -223,7 +223,7 @@ def test_a_state_of_a_narrower_dtype_is_accepted() -> None:
 
 
 def test_the_games_of_packages_are_compressed_and_decompressed() -> None:
-    """An own environment may record its package's version, and still loses what its storage can't hold."""
+    """A custom environment may record its package's version; its storage may still lose features."""
     external = property(lambda self: ExternalPackage("jax"))
     env = changed(storage_dtype=property(lambda self: jnp.uint8), external=external)
     assert checks._stores_its_own_way(env)

@@ -1,4 +1,4 @@
-"""Jumanji's own environments behind our protocol."""
+"""Jumanji's environments as environments of this package."""
 
 import importlib.metadata
 from typing import Any
@@ -73,7 +73,7 @@ def test_features_are_stored_once_and_as_bytes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (
             {"name": "Maze-v0"},
@@ -83,8 +83,8 @@ def test_features_are_stored_once_and_as_bytes() -> None:
         ({"episode_limit": 0}, r"env.episode_limit=0 is not allowed"),
     ],
 )
-def test_what_does_not_fit_is_refused(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         make(**options)
 
 

@@ -21,7 +21,7 @@ CHUNKS, EVAL_EPISODES = 3, 3
 
 
 def run(env: Environment, algo: Algorithm, seeds: list[int], **changes: Any) -> tuple[Any, list[Any]]:
-    """The last state and all records of a run that is evaluated before each of its chunks."""
+    """Returns the last state and all records of a run that is evaluated before each of its chunks."""
     config = tiny_run(
         algo, env, num_envs=2, eval_episodes=EVAL_EPISODES, chunk_iterations=2, eval_interval=20, **changes
     )
@@ -30,7 +30,7 @@ def run(env: Environment, algo: Algorithm, seeds: list[int], **changes: Any) -> 
         state = trainer.init(seeds)
         for _ in range(CHUNKS):
             evaluated = trainer.evaluate(state)
-            state, record = trainer.train_chunk(state)  # donates the state before
+            state, record = trainer.train_chunk(state)  # donates the previous state
             records.append(jax.device_get((evaluated, record)))
         keys = jax.tree.map(jax.random.key_data, state.keys)
         return jax.device_get(state._replace(keys=keys)), records
@@ -63,7 +63,7 @@ def test_an_algorithm_of_the_paper_is_the_native_one_bit_for_bit() -> None:
 
 
 def greedy(env: Environment, num_episodes: int) -> dict[str, Any]:
-    """What an evaluation of one seed finds."""
+    """Returns the figures of an evaluation of one seed."""
     algo, keys = linear(), jax.random.split(jax.random.key(5), 1)
     params = jax.vmap(lambda key: algo.init(key, env.spec))(keys)
     hp, ctx = by_seed((hyperparams(algo), Context(jnp.float32(0), jnp.int32(0), jnp.int32(0))))
@@ -89,7 +89,7 @@ def test_turns_are_as_few_and_as_even_as_can_be(num_episodes: int, at_once: int)
 
 
 def test_evaluation_never_changes_the_games_of_training() -> None:
-    """Not even those of a simulator that draws from generators of its own, as StarCraft II does."""
+    """Not even with a simulator that draws from separate generators, as StarCraft II does."""
 
     def train_twice(num_episodes: int) -> Any:
         env = toy(forgets_seeds=True)

@@ -1,4 +1,4 @@
-"""Workers fail in every way there is: what is learned from stays true, and nothing is left behind."""
+"""Workers fail in every way: recorded steps stay true, and no process is left behind."""
 
 import os
 import re
@@ -34,7 +34,7 @@ ACTION = {0: (1, 0), 1: (0, 0), 2: (0, 1)}
 
 @pytest.fixture
 def marks(tmp_path: Path) -> Path:
-    """Where workers note that they have misbehaved."""
+    """Returns the folder in which workers note that they have misbehaved."""
     folder = tmp_path / "marks"
     folder.mkdir()
     return folder
@@ -52,7 +52,7 @@ def fault(kind: str, during: str, marks: Path, **more: Any) -> dict[str, Any]:
 
 
 def play(supervisor: Supervisor, seeds: Any, num_steps: int) -> list[tuple[np.ndarray, ...]]:
-    """Copies of what the calls of one episode of each row returned."""
+    """Plays one episode in each row and returns copies of the results of its calls."""
     calls = [called(supervisor, "reset", seeds)]
     ended = calls[0][-1].copy()
     for _ in range(num_steps):
@@ -63,7 +63,7 @@ def play(supervisor: Supervisor, seeds: Any, num_steps: int) -> list[tuple[np.nd
 
 
 def expected(seed: int, num_steps: int, episode_limit: int) -> list[tuple[Any, ...]]:
-    """One row of the same, by a toy in this process."""
+    """Returns one row of the same, played by a toy in this process."""
     toy = Toy(0, episode_limit)
     toy.reset(int(seed))
     calls, outcome = [], (0.0, False, False)
@@ -109,10 +109,8 @@ def test_a_worker_that_fails_is_replaced(
         first, second = play(supervisor, seeds, 3), play(supervisor, seeds + 10, 3)
         assert supervisor.failure is None
         assert env.external.facts() == {"worker_restarts": 1}
-    told = capsys.readouterr().err
-    assert re.search(
-        rf"^warning: seed [56], environment [01] of training: {cause}; the worker is replaced$", told, re.M
-    )
+    err = capsys.readouterr().err
+    assert re.search(rf"^warning: seed [56], environment [01] of training: {cause}; the worker is replaced$", err, re.M)
     failed = np.stack([call[-1] for call in first])
     assert failed.sum() == (1 if during == "step" else 0)
     # The others never notice, nor does the replaced one in its next episode; a failed reset gave another episode.
@@ -156,15 +154,15 @@ def test_seeds_of_replaced_workers_are_new(marks: Path, launches: Path) -> None:
 def test_restarts_are_bounded_and_the_error_says_where_and_why(marks: Path, launches: Path) -> None:
     env = toy(faults=[fault("fail", "reset", marks, times=99)], launches=str(launches), workers={"max_restarts": 2})
     supervisor = env.external.supervisor
-    told = r"seed 6, environment 0 of training: ValueError: the toy broke \(toy.py:\d+\) in a reset; "
-    told += r"no worker is replaced any more after max_restarts=2 within restart_window=1e\+06 s"
+    message = r"seed 6, environment 0 of training: ValueError: the toy broke \(toy.py:\d+\) in a reset; "
+    message += r"no worker is replaced any more after max_restarts=2 within restart_window=1e\+06 s"
     calls = []
-    with pytest.raises(RunError, match=f"^{told}$"), env.external.running([5, 6]):
+    with pytest.raises(RunError, match=f"^{message}$"), env.external.running([5, 6]):
         calls += play(supervisor, np.array([2, 3, 5, 6]), 2)
-    assert calls[0][-1].all()  # whatever was still played ended at once
+    assert calls[0][-1].all()  # the remaining episodes ended immediately
     assert env.external.facts() == {"worker_restarts": 2}
     await_gone(launched(launches))
-    with pytest.raises(RunError, match=r"^worker \d of training: ValueError: the toy broke"):  # where nobody looks
+    with pytest.raises(RunError, match=r"^worker \d of training: ValueError: the toy broke"):  # not supervised
         supervisor.reset("training", np.array([2, 3, 5, 6]))
     supervisor.close()
 
@@ -191,7 +189,7 @@ def trained(env: Any, num_iterations: int) -> tuple[list[Any], list[Any]]:
 def test_a_failed_step_is_never_learned_from_and_a_failed_run_stays_as_it_is(marks: Path) -> None:
     """The episode is cut before it: a prefix of the undisturbed one, not terminated, its rest as padding.
 
-    Its return and length are not recorded. Once no worker is replaced any more, the state is kept to the bit, so that
+    Its return and length are not recorded. Once workers are no longer replaced, the state is kept to the bit, so that
     it can be saved.
     """
     faults = [fault("kill", "step", marks), fault("fail", "reset", marks, times=99, after="kill-step-0")]
@@ -229,9 +227,9 @@ def test_a_failed_step_is_never_learned_from_and_a_failed_run_stays_as_it_is(mar
 
 
 def test_ctrl_c_is_seen_in_a_thread_that_waits_for_a_worker(marks: Path) -> None:
-    """Where jax calls from a thread of its own, Python's handler is not there to be run."""
+    """Python can't run its signal handler in the thread from which jax may call."""
     env = toy(faults=[fault("hang", "step", marks)], episode_limit=LIMIT)
-    before = signal.signal(signal.SIGINT, lambda *_: None)  # the main thread never learns of it
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # the main thread never notices it
     try:
         with pytest.raises(KeyboardInterrupt), env.external.running([0]):  # noqa: PT012 (its exit is what raises)
             waits = threading.Thread(target=play, args=(env.external.supervisor, np.array([2]), 3))
@@ -275,7 +273,7 @@ except KeyboardInterrupt:
 def test_nothing_is_left_when_the_parent_is_interrupted_or_killed(
     number: signal.Signals, hangs: bool, launches: Path, marks: Path
 ) -> None:
-    """Even where workers hang in code that holds the interpreter's lock; Ctrl-C ends the compiled loop at once."""
+    """Even where workers hang in code that holds the interpreter's lock; Ctrl-C ends the compiled loop immediately."""
     faults = [fault("hang_deaf", "step", marks, times=2)] if hangs else []
     program = textwrap.dedent(PROGRAM).replace("{faults}", repr(faults))
     before = set(os.listdir("/dev/shm"))

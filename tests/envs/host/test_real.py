@@ -1,4 +1,4 @@
-"""The adapters against a real SMAC, SMACv2 or SMAClite, where `WQMIX_JAX_REAL` says that there is one.
+"""The adapters with a real SMAC, SMACv2 or SMAClite, if `WQMIX_JAX_REAL` names one.
 
 ``WQMIX_JAX_REAL="env=smac env.map=3m env.worker_python=/path/to/python" pytest tests/envs/host/test_real.py``
 """

@@ -20,7 +20,7 @@ LIMIT, MAP = 25, "3m"
 
 @pytest.fixture(autouse=True)
 def this_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Is what a worker imports."""
+    """Makes workers import this checkout."""
     monkeypatch.setenv("PYTHONPATH", str(HERE.parents[2]))
 
 
@@ -50,7 +50,7 @@ def test_a_battle_is_the_native_one() -> None:
             obs, world, avail, _ = jax.tree.map(np.asarray, native_look(theirs))
             for one, other in zip(state.seen, (obs, world, avail), strict=True):
                 np.testing.assert_array_equal(np.asarray(one)[~ended], other[:2][~ended])
-            # Who can shoot does, so that somebody wins.
+            # All units shoot when they can, so that one side wins.
             wanted = np.where(avail[..., 5:].any(-1), 5 + avail[..., 5:].argmax(-1), 1)
             chosen = np.where(np.take_along_axis(avail, wanted[..., None], -1)[..., 0], wanted, avail.argmax(-1))
             chosen = np.where(rng.random(chosen.shape) < 0.1, avail.argmax(-1), chosen)

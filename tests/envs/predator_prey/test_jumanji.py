@@ -147,7 +147,7 @@ def test_a_fresh_key_for_every_step(state: State, step: Any) -> None:
         ([True, True, True], 11, StepType.LAST, 1),
         ([False, False, False], 11, StepType.LAST, 1),
     ],
-    ids=["going on", "ended", "cut", "ended at the limit"],
+    ids=["unfinished", "ended", "cut", "ended at the limit"],
 )
 def test_only_a_real_end_has_no_discount(
     state: State, step: Any, prey_alive: list[bool], steps: int, step_type: Any, discount: float
@@ -169,7 +169,7 @@ def test_episodes_are_batched_and_scanned(env: PredatorPreyJumanji) -> None:
 
 
 def markers(env: PredatorPreyJumanji, state: State) -> dict[str, int]:
-    """How many of each kind the viewer draws, by the text on them."""
+    """Counts the drawn entities of each kind by the text on them."""
     drawn: dict[str, int] = {}
     for kind, _, _ in PredatorPreyViewer(env.task)._entities(state.env_state):
         drawn[kind] = drawn.get(kind, 0) + 1
@@ -192,8 +192,8 @@ def test_a_picture_shows_agents_and_prey_in_their_colours(env: PredatorPreyJuman
     assert picture.ndim == 3
     for colour in ((0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00), (0x00, 0x9E, 0x73)):
         assert (picture[..., :3] == colour).all(-1).sum() > 500
-    nobody = changed(state, agents_active=jnp.zeros(3, bool), prey_alive=jnp.zeros(3, bool))
-    empty = np.asarray(env.render(nobody))
+    no_entity = changed(state, agents_active=jnp.zeros(3, bool), prey_alive=jnp.zeros(3, bool))
+    empty = np.asarray(env.render(no_entity))
     assert empty.shape == picture.shape
     assert (empty != picture).any()
     env.close()
@@ -218,7 +218,7 @@ def test_an_animation_is_saved(env: PredatorPreyJumanji, state: State, step: Any
     ],
 )
 def test_a_film_marks_captures_and_miscaptures(actions: list[int], events: list[Any]) -> None:
-    """Two agents with a stag between them; the mark is where the stag stood."""
+    """Two agents with a stag between them; the mark is where the stag was."""
     env = PredatorPreyJumanji(world_shape=[1, 4], num_agents=2, num_stags=1, num_hares=0, punishment=-2.0)
     task = env.task
     before = task.reset(jax.random.key(0))._replace(

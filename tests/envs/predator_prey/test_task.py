@@ -22,7 +22,7 @@ def make(**overrides: Any) -> PredatorPrey:
 
 
 def from_reference(config: dict[str, Any]) -> PredatorPrey:
-    """The task that a recording's options, under the reference's names, describe."""
+    """Builds the task of a recording from its options, which have the reference's names."""
     [stag_catchers, hare_catchers] = config["capture_action_conditions"]
     [radius] = set(config["agent_obs"])
     return make(
@@ -56,7 +56,7 @@ def place(
 
 
 def in_turn(num_agents: int, num_prey: int, *, uniform: float = 0.0, prey_order: list[int] | None = None) -> Noise:
-    """No surprise: everyone in the order of their index, and the prey take the first possible cell."""
+    """Returns noise without surprises: turns in the order of the index, and prey that take the first possible cell."""
     return Noise(
         agent_order=jnp.arange(num_agents, dtype=jnp.int32),
         prey_order=jnp.array(range(num_prey) if prey_order is None else prey_order, jnp.int32),
@@ -67,19 +67,19 @@ def in_turn(num_agents: int, num_prey: int, *, uniform: float = 0.0, prey_order:
 def transition(
     env: PredatorPrey, env_state: EnvState, joint_action: Array, noise: Noise
 ) -> tuple[EnvState, StepOutcome]:
-    """One step, not compiled: each hand-written case below is played only once."""
+    """Plays one step, not compiled: each hand-written case below is played only once."""
     with jax.disable_jit():
         return env.transition(env_state, joint_action, noise)
 
 
 def observe(env: PredatorPrey, env_state: EnvState) -> Observation:
-    """What is seen of a hand-written state, not compiled either."""
+    """Observes a hand-written state, not compiled either."""
     with jax.disable_jit():
         return env.observe(env_state)
 
 
 def random_play(env: PredatorPrey, num_episodes: int, num_steps: int) -> EnvState:
-    """Every state of random play, leaves ``[num_steps * num_episodes, ..]``; it catches whenever it can."""
+    """Returns every state of random play, leaves ``[num_steps * num_episodes, ..]``; it catches whenever it can."""
 
     def step(env_state: EnvState, key: jax.Array) -> tuple[EnvState, EnvState]:
         action_key, step_key = jax.random.split(key)
@@ -96,7 +96,7 @@ def random_play(env: PredatorPrey, num_episodes: int, num_steps: int) -> EnvStat
 
 
 def random_states(env: PredatorPrey, size: int) -> EnvState:
-    """Everyone anywhere, whether reached by play or not, a third of them dead or frozen; leaves ``[size, ..]``."""
+    """Draws states with everyone anywhere, reachable or not, a third dead or frozen; leaves ``[size, ..]``."""
     rng = np.random.default_rng(4)
     rows, columns = env.world_shape
     cells = rng.permuted(np.tile(np.arange(rows * columns, dtype=np.int32), (size, 1)), axis=1)
@@ -177,7 +177,7 @@ def test_recorded_states_are_seen_exactly(recording: tuple[PredatorPrey, dict[st
 
 
 def test_recordings_hold_what_is_hard() -> None:
-    """So that the replay above proves something."""
+    """Otherwise the replay above would prove little."""
     stats = []
     for path in GOLDEN:
         with np.load(path) as stored:
@@ -257,7 +257,7 @@ def test_noise_has_uniform_marginals() -> None:
     assert uniform.max() < 1
     counts = np.histogram(uniform, bins=10, range=(0, 1))[0]
     assert abs(counts - 1800).max() < 5 * 40.3
-    # One purpose tells nothing of another.
+    # Draws for one purpose are independent of those for another.
     assert abs(np.corrcoef(noise.agent_order[:, 0], noise.prey_order[:, 0])[0, 1]) < 5 / np.sqrt(6000)
 
 

@@ -1,4 +1,4 @@
-"""SMAX behind our protocol: the native game step by step, how a battle ends, and what the replay keeps of it."""
+"""SMAX as an environment of this package: equal to the native game, the ends of battles, and the replay's form."""
 
 import importlib.metadata
 import importlib.util
@@ -65,7 +65,7 @@ def test_a_battle_is_the_native_one_step_by_step(name: str, max_return: float, s
 
 
 def battle(env: SMAX, allies: list[float], enemies: list[float], **changes: Any) -> Any:
-    """All units of 3m in one another's range, with the health given."""
+    """Returns a battle of 3m with all units in one another's range, with the given health."""
     state = env.reset(jax.random.key(0))
     health = jnp.array([*allies, *enemies], jnp.float32)
     columns = jnp.array([15.0] * 3 + [17.0] * 3)
@@ -86,10 +86,10 @@ STOP = jnp.array([4, 4, 4], jnp.int32)
     [
         ([45, 45, 45], [1, 1, 1], SHOOT, True, 1),
         ([1, 1, 1], [45, 45, 45], STOP, True, 0),
-        ([1, 0, 0], [1, 0, 0], SHOOT, True, 0),  # both sides shoot at once
+        ([1, 0, 0], [1, 0, 0], SHOOT, True, 0),  # both sides shoot simultaneously
         ([45, 45, 45], [45, 45, 45], STOP, False, 0),
     ],
-    ids=["won", "lost", "draw", "goes on"],
+    ids=["won", "lost", "draw", "unfinished"],
 )
 def test_a_battle_ends_when_a_side_is_dead(allies, enemies, joint_action, ends, won) -> None:
     env = make()
