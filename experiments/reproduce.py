@@ -178,7 +178,7 @@ def plan(figure: Figure, env: str, chosen: ReproduceOptions, overrides: Sequence
             composed["logger"]["group"] = composed["logger"]["group"] or _wandb_group(chosen.folder(env), run)
             line = Planned(run, with_host(composed, {}), folder, _made(folder))
             if chosen.train:  # drawing alone needs no game
-                games["this installation"] = run_config(line.values).env.host.versions()
+                games["this installation"] = run_config(line.values).env.external.versions()
             refuse_common_seeds(line.made)
             for made in line.made:
                 _refuse_others(made, line.values)

@@ -21,7 +21,6 @@ from wqmix_jax.algos.base import TRACED
 from wqmix_jax.algos.iql import IQL
 from wqmix_jax.api import load_policies
 from wqmix_jax.config import run_config
-from wqmix_jax.envs.base import Environment
 from wqmix_jax.envs.predator_prey.task import CATCH, LEFT, RIGHT, STAY, PredatorPrey
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.interop.pymarl import save_checkpoint
@@ -332,7 +331,7 @@ def test_a_run_without_policies(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_what_has_no_viewer_is_refused_before_anything_is_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(PredatorPrey, "viewer", Environment.viewer)
+    monkeypatch.setattr(PredatorPrey, "viewer_class", None)
     monkeypatch.setattr(jax, "jit", None)
     with pytest.raises(SystemExit) as ended:
         evaluate.main([checkpoint(tmp_path, [STAY]), *HUNT, f"render={tmp_path / 'film.gif'}"])

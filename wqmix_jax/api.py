@@ -101,7 +101,7 @@ def _trained(
                 callback(line)
         display.update(sound_steps(loop), lines)
 
-    with config.env.host.running([member.seed for member in members]):
+    with config.env.external.running([member.seed for member in members]):
         loop, lines = begin(trainer, members)
         while True:
             if (failure := trainer.failure()) is not None:

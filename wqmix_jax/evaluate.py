@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import hydra
 import jax
@@ -28,7 +28,7 @@ from wqmix_jax.cli.command import command
 from wqmix_jax.cli.overrides import as_text, parse_overrides
 from wqmix_jax.cli.parser import OneLineParser
 from wqmix_jax.config import PROGRAMS, CacheSetting
-from wqmix_jax.envs.base import Environment
+from wqmix_jax.envs.base import Environment, Viewer
 from wqmix_jax.envs.checks import check_environment
 from wqmix_jax.errors import ConfigError, RunError, refuse
 from wqmix_jax.interop import pymarl
@@ -46,9 +46,6 @@ from wqmix_jax.training.compile_cache import cache_faults_in_one_line, use_compi
 from wqmix_jax.training.devices import refuse_missing_backend, share_gpu
 from wqmix_jax.training.evaluator import Figures, greedy_episodes
 from wqmix_jax.types import PRNGKey, PyTree
-
-if TYPE_CHECKING:
-    from wqmix_jax.envs.viewer import StateViewer  # jumanji's import starts the backend
 
 _HELP = """\
 Plays greedy episodes of trained agents: means with 95% confidence intervals, and a picture if asked for.
@@ -230,7 +227,7 @@ def _other_game(run_dir: str, env: Environment) -> Iterator[str]:
     """Warnings where a run was trained in another version of the game than the one that is played here."""
     there = load_header(run_dir).get("simulator", {})
     try:
-        yield from refuse_other_games({run_dir: there, "this installation": env.host.versions()})
+        yield from refuse_other_games({run_dir: there, "this installation": env.external.versions()})
     except ConfigError as error:
         yield f"warning: {error}: this may be another game than the one of the training"
 
@@ -282,7 +279,7 @@ def play_policies(
     """
     algo, compute_dtype = next((policy.algo, policy.compute_dtype) for policy in policies.values())
     key = jax.random.key(seed, impl="threefry2x32")
-    env.host.sharding()  # refuses where the host can't be called
+    env.external.sharding()  # refuses where the host can't be called
 
     @jax.jit
     def play(params: PyTree, hp: PyTree, ctx: Context, keys: PRNGKey) -> Figures:
@@ -292,7 +289,7 @@ def play_policies(
     for name, policy in policies.items():
         hp = hyperparams(policy.algo)  # with the member's own values of swept options
         one_seed = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (policy.params, hp, GREEDY, key))
-        with env.host.running([seed]), cache_faults_in_one_line():
+        with env.external.running([seed]), cache_faults_in_one_line():
             played = jax.tree.map(lambda leaf: np.asarray(leaf)[0], play(*one_seed))
         if not played.whole.any():
             of = f" of seed {name}" if name else ""
@@ -301,7 +298,7 @@ def play_policies(
         yield name, {what: values[played.whole] for what, values in figures.items()}
 
 
-def _viewer(env: Environment, chosen: EvaluateOptions, path: Path) -> "StateViewer[Any]":
+def _viewer(env: Environment, chosen: EvaluateOptions, path: Path) -> Viewer:
     """What draws the episode.
 
     Raises:
@@ -320,7 +317,7 @@ def _viewer(env: Environment, chosen: EvaluateOptions, path: Path) -> "StateView
     return viewer
 
 
-def _film(env: Environment, policy: GreedyPolicy, viewer: "StateViewer[Any]", chosen: EvaluateOptions, of: str) -> str:
+def _film(env: Environment, policy: GreedyPolicy, viewer: Viewer, chosen: EvaluateOptions, of: str) -> str:
     """Writes the picture in one piece and says so."""
     path = Path(chosen.render or "")
     key = jax.random.key(chosen.seed, impl="threefry2x32")

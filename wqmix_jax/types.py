@@ -59,6 +59,24 @@ class StepOutcome(NamedTuple):
     truncated: Array
 
 
+class Moment(NamedTuple):
+    """A state of an episode, and the step that led to it.
+
+    Attributes:
+        env_state: the state.
+        episode_return: the undiscounted return so far.
+        before: the previous state, None at the start; then there are no actions either.
+        joint_action: ``[N]`` int32.
+        key: the key of the step.
+    """
+
+    env_state: PyTree
+    episode_return: float
+    before: PyTree | None = None
+    joint_action: Array | None = None
+    key: PRNGKey | None = None
+
+
 class Episode(NamedTuple):
     """Padded whole episodes; everything past an episode's end is zero.
 

@@ -101,7 +101,7 @@ def bridge(num_workers: int) -> Iterator[Callable[[], Any]]:
     def play(state: Any) -> Any:
         return jax.lax.scan(lambda s, _: (env.step_batch(s, joint_action, keys)[0], None), state, length=STEPS)[0]
 
-    with env.host.running([0]):
+    with env.external.running([0]):
         state = jax.jit(env.reset_batch)(keys)
         yield lambda: jax.block_until_ready(play(state))
 

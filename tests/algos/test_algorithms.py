@@ -151,7 +151,7 @@ def test_an_agent_without_an_available_action_is_harmless(algo: str) -> None:
 
 def replayed(env: Clock) -> Episode:
     """An episode of five steps, as the learner sees it after the replay."""
-    steps = [env.pack(env.reset(None)._replace(steps=jnp.int32(time))) for time in range(6)]
+    steps = [env.compress(env.reset(None)._replace(steps=jnp.int32(time))) for time in range(6)]
     stored = StoredEpisode(
         steps=jax.tree.map(lambda *leaves: jnp.stack(leaves)[None], *steps),
         joint_action=jnp.array([[[1, 2], [2, 0], [0, 0], [1, 0], [0, 0]]], jnp.uint8),

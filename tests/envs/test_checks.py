@@ -1,5 +1,6 @@
 """An environment that breaks its contract is refused in one line before anything is compiled."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,16 @@ from wqmix_jax import load_config, train_seeds
 from wqmix_jax.api import load_policies
 from wqmix_jax.config import load_group
 from wqmix_jax.envs import checks
-from wqmix_jax.envs.base import Environment, GameOfPackage
+from wqmix_jax.envs.base import Environment, ExternalPackage
 from wqmix_jax.envs.checks import check_environment
-from wqmix_jax.envs.predator_prey.task import PredatorPrey
+from wqmix_jax.envs.predator_prey import PredatorPrey
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import build
 from wqmix_jax.types import Observation
 
 
 def changed(**members: Any) -> Environment:
-    """`Recall`, two agents with two actions and features each, three of the state, with other members."""
+    """Returns `Recall` (two agents with two actions and features each, three state features) with other members."""
     return type("Changed", (Recall,), members)()
 
 
@@ -31,7 +32,7 @@ def with_spec(**sizes: int) -> Environment:
 
 
 def with_seen(**changes: Any) -> Environment:
-    """Observations with other leaves, functions of the right ones."""
+    """Returns an environment whose observation has other leaves, each a function of the right one."""
 
     def observe(self: Any, env_state: Any) -> Observation:
         seen = Recall().observe(env_state)
@@ -50,6 +51,10 @@ def with_outcome(**changes: Any) -> Environment:
 
 def with_metrics(**metrics: Any) -> Environment:
     return changed(metrics=lambda self, env_state: metrics)
+
+
+def with_decompressed(**leaves: Any) -> Environment:
+    return changed(decompress=lambda self, compressed: Recall().decompress(compressed)._replace(**leaves))
 
 
 def raising(*_: Any) -> Any:
@@ -95,14 +100,14 @@ UNFIT: list[tuple[str, Any, str]] = [
     ),
     ("metrics", with_metrics(won=jnp.zeros(2)), r"metrics returns 'won' of float32\[2\], but a scalar is needed"),
     ("taken", with_metrics(episode_return=jnp.float32(0)), r"'episode_return', which every record has already"),
-    ("unpack", changed(unpack=lambda self, packed: Recall().unpack(packed)._replace(state=jnp.zeros(7))), "unpack ret"),
-    ("keys", changed(pack=lambda self, env_state: {"key": KEY}), r"pack returns key of key<fry>\[\], but integers"),
+    ("decompress", with_decompressed(state=jnp.zeros(7)), "decompress returns state of"),
+    ("keys", changed(compress=lambda self, env_state: {"key": KEY}), r"compress returns key of key<fry>\[\], but int"),
     ("error", changed(reset=raising), r"reset raises ValueError: the coin rolled away \(.*test_checks.py, line \d+\)$"),
     ("in spec", changed(spec=property(raising)), r"spec raises ValueError: the coin rolled away"),
 ]
 
 
-@pytest.mark.parametrize(("env", "message"), [(env, told) for _, env, told in UNFIT], ids=[name for name, *_ in UNFIT])
+@pytest.mark.parametrize(("env", "message"), [(env, text) for _, env, text in UNFIT], ids=[name for name, *_ in UNFIT])
 def test_an_environment_that_does_not_fit_its_spec_is_refused(env: Environment, message: str) -> None:
     with pytest.raises(ConfigError, match=f"^env=Changed is not allowed: .*{message}") as refused:
         check_environment(env)
@@ -110,7 +115,7 @@ def test_an_environment_that_does_not_fit_its_spec_is_refused(env: Environment, 
 
 
 class Halves(Clock):
-    """The time in halves, stored as bytes."""
+    """An environment whose feature is the time in halves, stored as bytes."""
 
     def observe(self, env_state: Any) -> Observation:
         seen = super().observe(env_state)
@@ -128,21 +133,39 @@ class Wholes(Clock):
 
 
 def test_a_feature_that_the_replay_would_lose_is_refused() -> None:
-    message = (
-        r"^env=Halves is not allowed: obs\[0, 1\] is 0.5 after 0 steps, but 0.0 after pack and unpack; .*=int8 can't"
-    )
-    with pytest.raises(ConfigError, match=message):
+    message = r"^env=Halves is not allowed: obs\[0, 1\] is 0.5 after 0 steps, but 0.0 after compress and decompress; "
+    with pytest.raises(ConfigError, match=f"{message}.*=int8 can't"):
         check_environment(Halves(episode_limit=4, ends_from=9))
     check_environment(Wholes(episode_limit=4, ends_from=9))
 
 
-def test_an_unpack_that_is_no_inverse_is_refused() -> None:
+def test_a_decompress_that_is_no_inverse_is_refused() -> None:
     """The second action is never available at the first step; here it comes back as available."""
     everything = jnp.ones((2, 2), bool)
-    env = changed(unpack=lambda self, packed: Recall().unpack(packed)._replace(avail_actions=everything))
-    message = r"avail_actions\[0, 1\] is False after 0 steps, but True after pack and unpack; unpack must be"
+    message = r"avail_actions\[0, 1\] is False after 0 steps, but True after compress and decompress; decompress must"
     with pytest.raises(ConfigError, match=message):
-        check_environment(env)
+        check_environment(with_decompressed(avail_actions=everything))
+
+
+@pytest.mark.parametrize(
+    ("former", "member", "name"),
+    [
+        ("pack", lambda self, env_state: env_state, "compress"),
+        ("unpack", lambda self, packed: packed, "decompress"),
+        ("host", property(lambda self: ExternalPackage("jax")), "external"),
+        ("host", functools.cached_property(lambda self: ExternalPackage("jax")), "external"),
+    ],
+    ids=["pack", "unpack", "host", "cached host"],
+)
+def test_an_override_of_a_former_name_is_refused(former: str, member: Any, name: str) -> None:
+    """Otherwise it would be ignored: the trainer calls only the new name."""
+    message = f"env=Changed is not allowed: it defines {former}, which is called {name} now; rename it to {name}"
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        check_environment(changed(**{former: member}))
+
+
+def test_an_option_may_have_a_former_name() -> None:
+    check_environment(changed(host="localhost"))
 
 
 @pytest.mark.parametrize("name", ["predator_prey", "matrix_game", "jumanji"])
@@ -199,8 +222,8 @@ def test_a_state_of_a_narrower_dtype_is_accepted() -> None:
     assert not checks._becomes(KEY.dtype, jnp.dtype("int32"))
 
 
-def test_the_games_of_packages_are_packed_and_unpacked() -> None:
-    """An own environment may record its package's version, and still loses what its storage can't hold."""
-    host = property(lambda self: GameOfPackage("jax"))
-    env = changed(storage_dtype=property(lambda self: jnp.uint8), host=host)
+def test_the_games_of_packages_are_compressed_and_decompressed() -> None:
+    """A custom environment may record its package's version; its storage may still lose features."""
+    external = property(lambda self: ExternalPackage("jax"))
+    env = changed(storage_dtype=property(lambda self: jnp.uint8), external=external)
     assert checks._stores_its_own_way(env)

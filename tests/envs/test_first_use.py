@@ -14,7 +14,7 @@ from wqmix_jax.config import build, load_group
 def use(env):
     spec = env.spec
     state = env.reset(jax.random.key(0))
-    env.unpack(env.pack(state)), env.metrics(state)
+    env.decompress(env.compress(state)), env.metrics(state)
     return env.step(state, jnp.zeros(spec.num_agents, jnp.int32), jax.random.key(1)), env.observe(state)
 
 def first_used_in_a_trace(make):
@@ -29,7 +29,8 @@ def test_an_environment_first_used_in_a_trace_keeps_no_tracer() -> None:
     # SMAX's object and jumanji's are cleared from their caches: the options' own checks fill them before any trace.
     code = textwrap.dedent(FIRST_USE) + textwrap.dedent("""
     from tests.envs.host.running import toy
-    from wqmix_jax.envs import jumanji, smax
+    from wqmix_jax.envs import jumanji
+    from wqmix_jax.envs.smax import task as smax
 
     def fresh(group, **changes):
         env = build("env", load_group("env", group) | changes)

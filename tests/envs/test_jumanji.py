@@ -1,4 +1,4 @@
-"""Jumanji's own environments behind our protocol."""
+"""Jumanji's environments as environments of this package."""
 
 import importlib.metadata
 from typing import Any
@@ -23,7 +23,7 @@ def make(**options: Any) -> JumanjiEnvironment:
 
 
 def test_the_version_of_the_game_is_part_of_a_run() -> None:
-    assert make().host.versions() == {"jumanji": importlib.metadata.version("jumanji")}
+    assert make().external.versions() == {"jumanji": importlib.metadata.version("jumanji")}
 
 
 @pytest.mark.parametrize("name", ["LevelBasedForaging-v0", "RobotWarehouse-v0"])
@@ -32,7 +32,7 @@ def test_an_episode_is_jumanjis_own_step_by_step(name: str) -> None:
     key = jax.random.key(4)
     ours = jax.jit(env.reset)(key)
     step = jax.jit(env.step)
-    looks = jax.jit(lambda state: (env.observe(state), env.unpack(env.pack(state))))
+    looks = jax.jit(lambda state: (env.observe(state), env.decompress(env.compress(state))))
     with jax.numpy_rank_promotion("allow"):
         native_step = jax.jit(native.step)
         theirs, timestep = jax.jit(native.reset)(jax.random.key_data(key))
@@ -66,14 +66,14 @@ def test_a_time_limit_cuts_and_eaten_food_terminates() -> None:
 
 def test_features_are_stored_once_and_as_bytes() -> None:
     env = make(generator=CROWDED)
-    packed = jax.eval_shape(lambda key: env.pack(env.reset(key)), jax.random.key(0))
-    assert packed.agents_view.dtype == jnp.int8
-    assert packed.agents_view.shape == (3, 15)
+    compressed = jax.eval_shape(lambda key: env.compress(env.reset(key)), jax.random.key(0))
+    assert compressed.agents_view.dtype == jnp.int8
+    assert compressed.agents_view.shape == (3, 15)
     assert (env.spec.obs_dim, env.spec.state_dim) == (15, 45)
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (
             {"name": "Maze-v0"},
@@ -83,8 +83,8 @@ def test_features_are_stored_once_and_as_bytes() -> None:
         ({"episode_limit": 0}, r"env.episode_limit=0 is not allowed"),
     ],
 )
-def test_what_does_not_fit_is_refused(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         make(**options)
 
 

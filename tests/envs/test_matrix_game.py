@@ -51,7 +51,7 @@ def test_everyone_always_sees_the_same() -> None:
     start = env.reset(jax.random.key(0))
     after, _ = env.step(start, jnp.array([0, 1], jnp.int32), jax.random.key(1))
     for env_state in (start, after):
-        for seen in (env.observe(env_state), env.unpack(env.pack(env_state))):
+        for seen in (env.observe(env_state), env.decompress(env.compress(env_state))):
             np.testing.assert_array_equal(seen.obs, np.ones((2, 1), np.float32))
             np.testing.assert_array_equal(seen.state, np.ones(1, np.float32))
             np.testing.assert_array_equal(seen.avail_actions, np.ones((2, 3), bool))

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from wqmix_jax import load_config, make_trainer
-from wqmix_jax.envs.base import GameOfPackage
+from wqmix_jax.envs.base import ExternalPackage
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.records.metrics import load_header
 from wqmix_jax.records.run_dir import make_run_dir, new_run_dir, read_config
@@ -118,5 +118,5 @@ def test_a_run_goes_on_in_the_same_version_of_its_game(capsys: pytest.CaptureFix
 
 
 def test_a_game_of_a_package_has_the_packages_version() -> None:
-    assert GameOfPackage("jax").versions() == {"jax": jax.__version__}
-    assert GameOfPackage("no_such_package").versions() == {"no_such_package": "unknown"}
+    assert ExternalPackage("jax").versions() == {"jax": jax.__version__}
+    assert ExternalPackage("no_such_package").versions() == {"no_such_package": "unknown"}

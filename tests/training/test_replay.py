@@ -31,7 +31,7 @@ def plain_episode(env, key, length, terminated):
     real, seen = jnp.arange(limit) < length, jnp.arange(limit + 1) <= length
     cut = lambda keep, leaf: jnp.where(keep.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, jnp.zeros_like(leaf))  # noqa: E731
     stored = StoredEpisode(
-        steps=jax.tree.map(lambda leaf: cut(seen, leaf), jax.vmap(env.pack)(states)),
+        steps=jax.tree.map(lambda leaf: cut(seen, leaf), jax.vmap(env.compress)(states)),
         joint_action=cut(real, actions).astype(jnp.uint8),
         reward=cut(real, rewards),
         length=jnp.int32(length),

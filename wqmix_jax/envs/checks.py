@@ -1,9 +1,11 @@
 """Checks an environment against its spec before anything is compiled.
 
-Without the checks, a wrong size ends in an error deep inside a network, and nobody notices a feature that the replay
-can't hold.
+Without the checks, a wrong size ends in an error deep inside a network, and the replay silently loses features that its
+dtype can't hold.
 """
 
+import functools
+import inspect
 import operator
 import os
 import sysconfig
@@ -16,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wqmix_jax.envs.base import Environment, GameOfPackage, Host
+from wqmix_jax.envs.base import Environment, External, ExternalPackage
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.ops.randomness import pinned_draws
 from wqmix_jax.types import EnvSpec, Observation, PRNGKey, PyTree, StepOutcome
@@ -25,19 +27,22 @@ RESERVED_METRICS = (
     *("episode_return", "episode_return_std", "episode_length", "episode_length_std"),
     *("kind", "seed", "env_steps", "learner_steps", "episodes"),
 )
-"""Names that every record contains already."""
+"""Names that every record contains already, so that metrics of an environment can't have them."""
 
-STEPS_PACKED = 16
-"""Steps of the episode whose states are packed and unpacked."""
+RENAMED = {"pack": "compress", "unpack": "decompress", "host": "external"}
+"""Members of `Environment` by their former names: what overrides one of these would never be called."""
+
+STEPS_COMPRESSED = 16
+"""The number of steps whose states are compressed and decompressed as a trial."""
 
 CLOSE = 1e-5
-"""Relative: how far an unpacked feature may be from the observed one; compilers round float32 differently."""
+"""The relative difference allowed between decompressed and observed features: compiled programs round differently."""
 
 _LIBRARIES = tuple(
     f"{folder}{os.sep}"
     for folder in (*(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), Path(__file__).parents[1])
 )
-"""Folders of code that isn't to blame for what it raises."""
+"""Folders of code whose lines an error message doesn't name: the cause is in the code that calls it."""
 
 
 class _Field(NamedTuple):
@@ -45,8 +50,8 @@ class _Field(NamedTuple):
 
     Attributes:
         sizes: names of `EnvSpec` fields, one for each axis.
-        kinds: numpy's kinds of dtypes that are allowed.
-        dtype: their name in messages.
+        kinds: the kinds of dtypes that are allowed, by numpy's letters.
+        dtype: the dtype that messages ask for.
     """
 
     sizes: tuple[str, ...]
@@ -67,26 +72,35 @@ _OUTCOME = {
 
 
 class _Fault(Exception):
-    """A breach of an environment's contract; the message says where."""
+    """A breach of an environment's contract; the message names the function and the field."""
 
 
 @pinned_draws()
 def check_environment(env: Environment) -> None:
     """Refuses an environment whose functions don't return what its spec and `Environment` promise.
 
-    The functions are traced, and nothing is compiled, except for one small program: where an environment from outside
-    this package stores anything else than float32 observations, a few states are packed and unpacked.
+    The functions are traced and nothing is compiled, with one exception: if an environment from outside this package
+    stores anything but float32 observations, a small program compresses and decompresses a few of its states.
 
     Raises:
         ConfigError: with one line that names the function, the field, and what was expected and found.
     """
     try:
+        _check_names(env)
         spec = _checked_spec(env)
         _check_shapes(env, spec)
         if _stores_its_own_way(env):
-            _check_packing(env)
+            _check_compression(env)
     except _Fault as fault:
         raise ConfigError(f"env={type(env).__name__} is not allowed: {fault}") from fault.__cause__
+
+
+def _check_names(env: Environment) -> None:
+    """Refuses methods and properties with the former names; an option may have such a name."""
+    for former, name in RENAMED.items():
+        found = inspect.getattr_static(type(env), former, None)
+        if callable(found) or isinstance(found, property | functools.cached_property):
+            raise _Fault(f"it defines {former}, which is called {name} now; rename it to {name}")
 
 
 def _checked_spec(env: Environment) -> EnvSpec:
@@ -108,12 +122,13 @@ def _is_positive_integer(size: Any) -> bool:
 
 def _check_shapes(env: Environment, spec: EnvSpec) -> None:
     """Traces every function once, the observation first: with a wrong size, `step` may fail for no visible reason."""
+    # `eval_shape` runs the functions on shapes alone: no simulator is started and nothing is compiled.
     key = jax.eval_shape(_key)
     env_state = _traced("reset", env.reset, key)
     _check_fields("observe", _traced("observe", env.observe, env_state), Observation, _OBSERVATION, spec)
-    packed = _traced("pack", env.pack, env_state)
-    _check_packed(packed)
-    _check_fields("unpack", _traced("unpack", env.unpack, packed), Observation, _OBSERVATION, spec)
+    compressed = _traced("compress", env.compress, env_state)
+    _check_compressed(compressed)
+    _check_fields("decompress", _traced("decompress", env.decompress, compressed), Observation, _OBSERVATION, spec)
     joint_action = jax.ShapeDtypeStruct((spec.num_agents,), jnp.int32)
     stepped = _traced("step", env.step, env_state, joint_action, key)
     if not isinstance(stepped, tuple) or len(stepped) != 2 or not isinstance(stepped[1], StepOutcome):
@@ -137,15 +152,16 @@ def _check_fields(name: str, found: Any, kind: type, fields: dict[str, _Field], 
             raise _Fault(f"{name} returns {field} of {_described(leaf)}, but {needed}")
 
 
-def _check_packed(packed: PyTree) -> None:
-    """The replay stores bytes: `jax.random` keys, say, have none."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(packed):
+def _check_compressed(compressed: PyTree) -> None:
+    """Refuses leaves without bytes, such as `jax.random` keys: the replay stores bytes."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(compressed):
         if not (jnp.issubdtype(leaf.dtype, np.number) or leaf.dtype == np.bool_):
-            raise _Fault(f"pack returns {_name(path)} of {_described(leaf)}, but integers, floats or bools are needed")
+            needed = "integers, floats or bools are needed"
+            raise _Fault(f"compress returns {_name(path)} of {_described(leaf)}, but {needed}")
 
 
 def _check_same_state(first: PyTree, following: PyTree) -> None:
-    """A loop needs states of one kind."""
+    """Refuses states whose structure, shapes or dtypes change in a step: a compiled loop needs states of one kind."""
     if jax.tree.structure(first) != jax.tree.structure(following):
         structures = f"{jax.tree.structure(following)}, but reset returns {jax.tree.structure(first)}"
         raise _Fault(f"step returns a state of another structure than reset: {structures}")
@@ -175,43 +191,46 @@ def _check_metrics(found: Any) -> None:
 
 
 def _stores_its_own_way(env: Environment) -> bool:
-    """Returns True where packing needs a trial: where it may lose something and playing starts no simulator.
+    """Returns True if compression needs a trial: it may lose something, and playing starts no simulator.
 
-    The environments of this package are exempt: their tests cover it.
+    The environments of this package are exempt, because their tests cover it.
     """
-    lossless = _packs_by_default(env) and np.dtype(env.storage_dtype) == np.float32
+    lossless = _compresses_by_default(env) and np.dtype(env.storage_dtype) == np.float32
     own = type(env).__module__.split(".")[0] == __name__.split(".")[0]
-    return not lossless and not own and type(env.host) in (Host, GameOfPackage)
+    return not lossless and not own and type(env.external) in (External, ExternalPackage)
 
 
-def _check_packing(env: Environment) -> None:
-    """Plays a few random steps and compares what is observed with what comes back from the replay."""
-    seen, unpacked = jax.device_get(_called("step", lambda: jax.jit(lambda: _observed_twice(env))()))
+def _check_compression(env: Environment) -> None:
+    """Plays a few random steps and compares each observation with the decompressed one."""
+    seen, decompressed = jax.device_get(_called("step", lambda: jax.jit(lambda: _observed_twice(env))()))
     for name in Observation._fields:
-        one, other = getattr(seen, name), getattr(unpacked, name)
+        one, other = getattr(seen, name), getattr(decompressed, name)
         differs = ~np.isclose(one, other, rtol=CLOSE, atol=CLOSE, equal_nan=True)
         if differs.any():
             step, *where = (int(index) for index in np.argwhere(differs)[0])
-            values = f"is {one[step, *where]} after {step} steps, but {other[step, *where]} after pack and unpack"
-            raise _Fault(f"{name}{where} {values}; {_advice(env)}")
+            values = f"is {one[step, *where]} after {step} steps, but {other[step, *where]}"
+            raise _Fault(f"{name}{where} {values} after compress and decompress; {_advice(env)}")
 
 
-def _packs_by_default(env: Environment) -> bool:
-    return type(env).pack is Environment.pack and type(env).unpack is Environment.unpack
+def _compresses_by_default(env: Environment) -> bool:
+    return type(env).compress is Environment.compress and type(env).decompress is Environment.decompress
 
 
 def _advice(env: Environment) -> str:
-    if _packs_by_default(env):
+    if _compresses_by_default(env):
         return f"storage_dtype={np.dtype(env.storage_dtype)} can't hold it, choose a wider one"
-    return "unpack must be the exact inverse of pack"
+    return "decompress must be the exact inverse of compress"
 
 
 def _observed_twice(env: Environment) -> tuple[Observation, Observation]:
-    """Observations of an episode's first states, leaves ``[T, ..]``: as they are, and packed and unpacked."""
-    reset_key, *keys = jax.random.split(_key(), 1 + min(STEPS_PACKED, env.spec.episode_limit))
+    """Returns the observations of an episode's first states, as they are and once compressed and decompressed.
+
+    Leaves are ``[T, ..]``, the first state included.
+    """
+    reset_key, *keys = jax.random.split(_key(), 1 + min(STEPS_COMPRESSED, env.spec.episode_limit))
 
     def both(env_state: PyTree) -> tuple[Observation, Observation]:
-        return env.observe(env_state), env.unpack(env.pack(env_state))
+        return env.observe(env_state), env.decompress(env.compress(env_state))
 
     def play(carry: tuple[PyTree, Any], key: PRNGKey) -> tuple[tuple[PyTree, Any], Any]:
         env_state, ended = carry
@@ -219,6 +238,7 @@ def _observed_twice(env: Environment) -> tuple[Observation, Observation]:
         allowed = jnp.where(env.observe(env_state).avail_actions, 0.0, -jnp.inf)
         joint_action = jax.random.categorical(action_key, allowed).astype(jnp.int32)
         following, outcome = env.step(env_state, joint_action, step_key)
+        # From its end on, an episode keeps its last state: an environment never resets by itself.
         following = jax.tree.map(lambda old, new: jnp.where(ended, old, new), env_state, following)
         return (following, ended | outcome.terminated | outcome.truncated), both(following)
 
@@ -236,7 +256,7 @@ def _traced(name: str, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _called(name: str, call: Callable[[], Any]) -> Any:
-    """Returns the result of a function of the environment; an error inside becomes one line that names the code."""
+    """Calls a function of the environment; an error inside becomes one line that names the code."""
     try:
         return call()
     except (ConfigError, _Fault):
@@ -247,14 +267,14 @@ def _called(name: str, call: Callable[[], Any]) -> Any:
 
 
 def _where(error: Exception) -> str:
-    """The line that raised it: the deepest outside of Python's library, installed packages and this one."""
+    """Describes the line that raised ``error``: the deepest outside of Python's library and installed packages."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith(("<", *_LIBRARIES))]
     return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
 
 
 def _kind(leaf: Any) -> str:
-    """Numpy's letter of an array's kind of dtype; ``-`` for those that numpy doesn't have, such as random keys."""
+    """Returns numpy's letter for an array's kind of dtype; ``-`` for a dtype that numpy lacks, such as random keys."""
     if jnp.issubdtype(leaf.dtype, np.floating):  # bfloat16, too
         return "f"
     return getattr(leaf.dtype, "kind", "-")
@@ -265,7 +285,7 @@ def _name(path: Any) -> str:
 
 
 def _described(found: Any) -> str:
-    """``float32[2, 5]`` of an array, else the type's name."""
+    """Returns ``float32[2, 5]`` for an array, the type's name for anything else."""
     if hasattr(found, "shape") and hasattr(found, "dtype"):
         return f"{found.dtype}{list(found.shape)}"
     return type(found).__name__

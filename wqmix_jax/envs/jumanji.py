@@ -1,6 +1,6 @@
-"""Jumanji's cooperative grid worlds, among them level-based foraging, behind our protocol.
+"""Jumanji's cooperative grid worlds, such as level-based foraging, as environments of this package.
 
-The adapter fits the environments whose observation has one row of features and one mask of actions per agent.
+The adapter fits environments whose observation has one row of features and one mask of actions per agent.
 """
 
 import functools
@@ -13,18 +13,18 @@ import numpy as np
 import pydantic
 from pydantic import Field
 
-from wqmix_jax.envs.base import Environment, GameOfPackage, Host, without_weak_types
+from wqmix_jax.envs.base import Environment, External, ExternalPackage, without_weak_types
 from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, PyTree, StepOutcome
 
 
 class EnvState(NamedTuple):
-    """A jumanji state and what was seen of it.
+    """A jumanji state with its observation, which jumanji returns only together with a step.
 
     Attributes:
-        state: jumanji's own, its random key included.
+        state: jumanji's state, its random key included.
         agents_view: ``[N, ..]``, the agents' features.
-        action_mask: ``[N, A]`` bool.
+        action_mask: ``[N, A]`` bool, True where an action is allowed.
         extras: jumanji's scalars for the log.
     """
 
@@ -34,8 +34,13 @@ class EnvState(NamedTuple):
     extras: dict[str, Array]
 
 
-class Packed(NamedTuple):
-    """One step in the replay: ``agents_view`` in the narrowest integer that its bounds allow, the mask as bits."""
+class CompressedState(NamedTuple):
+    """One step in the replay.
+
+    Attributes:
+        agents_view: ``[N, ..]``, in the narrowest integer dtype that holds jumanji's bounds.
+        action_mask: ``[ceil(N * A / 8)]`` uint8, one bit for each action.
+    """
 
     agents_view: Array
     action_mask: Array
@@ -47,8 +52,8 @@ class JumanjiEnvironment(Environment):
 
     Attributes:
         name: jumanji's id.
-        episode_limit: jumanji's ``time_limit``, steps.
-        generator: arguments of the environment's own generator of first states; its defaults where empty.
+        episode_limit: jumanji's ``time_limit``, in steps.
+        generator: arguments of the environment's generator of first states; empty for its defaults.
     """
 
     name: Literal["LevelBasedForaging-v0", "RobotWarehouse-v0"]
@@ -69,21 +74,22 @@ class JumanjiEnvironment(Environment):
 
     @property
     def spec(self) -> EnvSpec:
-        """See `EnvSpec`; the state is all agents' observations side by side."""
+        """See `EnvSpec`; the state is the observations of all agents, one after another."""
         fields = self._jumanji.observation_spec
         num_agents, num_actions = fields.action_mask.shape
         obs_dim = int(np.prod(fields.agents_view.shape[1:]))
         return EnvSpec(num_agents, num_actions, obs_dim, num_agents * obs_dim, self.episode_limit)
 
     def reset(self, key: PRNGKey) -> EnvState:
-        """Jumanji's reset."""
+        """Draws the first state as jumanji does; jumanji takes the raw bits of a key."""
         with jax.numpy_rank_promotion("allow"):
             return _env_state(*self._jumanji.reset(jax.random.key_data(key)))
 
     def step(self, env_state: EnvState, joint_action: Array, key: PRNGKey) -> tuple[EnvState, StepOutcome]:
-        """Jumanji's step, whose randomness is in its state; a discount of 0 says that the task itself ended.
+        """Plays jumanji's step, whose randomness is in the state.
 
-        RobotWarehouse says so at its time limit, too, so that targets don't bootstrap there.
+        An episode whose last discount is 0 was terminated. RobotWarehouse returns 0 at its time limit, too, so targets
+        don't bootstrap there.
         """
         del key
         with jax.numpy_rank_promotion("allow"):
@@ -97,27 +103,27 @@ class JumanjiEnvironment(Environment):
         return _env_state(state, timestep), outcome
 
     def observe(self, env_state: EnvState) -> Observation:
-        """What jumanji shows."""
+        """Returns jumanji's observation, flattened for each agent."""
         return self._observation(env_state.agents_view, env_state.action_mask)
 
     def metrics(self, env_state: EnvState) -> dict[str, Array]:
-        """Jumanji's extras."""
+        """Returns jumanji's extras."""
         return {name: value.astype(jnp.float32) for name, value in env_state.extras.items()}
 
     @property
-    def host(self) -> Host:
-        """Jumanji's version, which the rules of the game depend on."""
-        return GameOfPackage("jumanji")
+    def external(self) -> External:
+        """The version of jumanji, on which the rules of the game depend."""
+        return ExternalPackage("jumanji")
 
-    def pack(self, env_state: EnvState) -> Packed:
-        """The agents' features once, not twice: the state is made of them."""
-        return Packed(env_state.agents_view.astype(self._view_dtype), jnp.packbits(env_state.action_mask))
+    def compress(self, env_state: EnvState) -> CompressedState:
+        """Returns the agents' features once, not twice: the state consists of them."""
+        return CompressedState(env_state.agents_view.astype(self._view_dtype), jnp.packbits(env_state.action_mask))
 
-    def unpack(self, packed: PyTree) -> Observation:
-        """See `Environment.unpack`."""
+    def decompress(self, compressed: PyTree) -> Observation:
+        """See `Environment.decompress`."""
         shape = (self.spec.num_agents, self.spec.num_actions)
-        mask = jnp.unpackbits(packed.action_mask, count=shape[0] * shape[1]).reshape(shape)
-        return self._observation(packed.agents_view, mask.astype(bool))
+        mask = jnp.unpackbits(compressed.action_mask, count=shape[0] * shape[1]).reshape(shape)
+        return self._observation(compressed.agents_view, mask.astype(bool))
 
     def _observation(self, agents_view: Array, action_mask: Array) -> Observation:
         obs = agents_view.reshape(agents_view.shape[0], -1).astype(jnp.float32)
@@ -125,6 +131,7 @@ class JumanjiEnvironment(Environment):
 
     @property
     def _view_dtype(self) -> np.dtype:
+        """The narrowest integer dtype that holds all features, where jumanji's specification has integer bounds."""
         view = self._jumanji.observation_spec.agents_view
         if np.issubdtype(view.dtype, np.integer) and hasattr(view, "minimum"):
             low, high = np.asarray(view.minimum).min(), np.asarray(view.maximum).max()
@@ -135,9 +142,9 @@ class JumanjiEnvironment(Environment):
 
 @functools.cache
 def _made(name: str, time_limit: int, generator: str) -> Any:
-    """One object per set of options, as jumanji's caches are its own.
+    """Returns one object per set of options, because jumanji keeps caches in its objects.
 
-    It holds arrays and outlives the caller, so its arrays are concrete even where a function is being traced.
+    The object outlives the caller and holds arrays, so these must be concrete even while a function is being traced.
     """
     with jax.ensure_compile_time_eval():
         from jumanji.registration import make

@@ -1,4 +1,4 @@
-"""Cooperative games of one step, the non-monotonic ones of the paper's section 3 among them."""
+"""Cooperative games of one step, such as the non-monotonic ones of section 3 of the paper (Rashid et al. 2020)."""
 
 from typing import Annotated, Any, NamedTuple
 
@@ -13,7 +13,7 @@ from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, StepOutcome
 
 
 class EnvState(NamedTuple):
-    """Whether the game was played.
+    """The number of steps played.
 
     Attributes:
         steps: int32 scalar, 0 before the joint action and 1 after it.
@@ -23,7 +23,7 @@ class EnvState(NamedTuple):
 
 
 def _checked(payoff: Any) -> Any:
-    """The payoff as nested tuples, so that the options stay hashable."""
+    """Returns the payoff as nested tuples, so that the options stay hashable."""
     table = payoff_tensor(payoff)
     if len(set(table.shape)) > 1:
         raise ValueError(f"each of the {table.ndim} agents needs the same number of actions, got {table.shape}")
@@ -36,11 +36,11 @@ def _as_tuples(nested: Any) -> Any:
 
 @options
 class MatrixGame(Environment):
-    """One joint action, one shared payoff.
+    """A game of one joint action and one shared payoff.
 
     Attributes:
         payoff: the reward of every joint action as a nested list, one level per agent and equally many actions on each;
-            or ``table1`` or ``table2``, the paper's.
+            or ``table1`` or ``table2``, those of the paper.
     """
 
     payoff: Annotated[Any, PlainValidator(_checked)]
@@ -52,7 +52,7 @@ class MatrixGame(Environment):
         return EnvSpec(num_agents=len(shape), num_actions=shape[0], obs_dim=1, state_dim=1, episode_limit=1)
 
     def reset(self, key: PRNGKey) -> EnvState:
-        """The only first state."""
+        """Returns the only first state."""
         del key
         return EnvState(steps=jnp.zeros((), jnp.int32))
 
@@ -68,7 +68,7 @@ class MatrixGame(Environment):
         return EnvState(steps=env_state.steps + jnp.int32(1)), outcome
 
     def observe(self, env_state: EnvState) -> Observation:
-        """One constant feature, 1, for each agent and the state; every action is allowed."""
+        """Returns one constant feature, 1, for each agent and the state; every action is allowed."""
         del env_state
         num_agents, num_actions = self.spec.num_agents, self.spec.num_actions
         return Observation(

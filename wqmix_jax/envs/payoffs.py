@@ -1,4 +1,4 @@
-"""Payoffs of cooperative games of one step: the paper's, and what any other must be. Numpy alone, for the host."""
+"""Payoffs of cooperative games of one step: those of the paper, and the check of any other. Uses numpy, not JAX."""
 
 from typing import Any
 
@@ -11,20 +11,20 @@ PRESETS = {
 """The left tables of the paper: the first has two optima, the second misleads a monotonic mix (Son et al. 2019)."""
 
 MAX_AGENTS = 32
-"""Fewer than the axes that numpy allows."""
+"""The limit on agents, one axis each; numpy allows 64 axes."""
 
 
 def payoff_tensor(payoff: Any) -> np.ndarray:
-    """The payoff of every joint action, one axis per agent.
+    """Returns the payoff of every joint action, one axis per agent.
 
     Args:
         payoff: a name in `PRESETS`, or a nested list of numbers, one level per agent.
 
     Returns:
-        float64, at least one axis, no axis empty; every entry finite in float32.
+        A float64 array with at least one axis and no empty axis; every entry is finite in float32.
 
     Raises:
-        ValueError: if it is no payoff; the message says what is allowed.
+        ValueError: if ``payoff`` is no such array; the message says what is allowed.
     """
     if isinstance(payoff, str):
         if payoff not in PRESETS:
@@ -46,7 +46,7 @@ def payoff_tensor(payoff: Any) -> np.ndarray:
 
 
 def _depth(nested: Any) -> int:
-    """Levels of lists, along the first entries."""
+    """Counts the levels of lists, along the first entries."""
     depth = 0
     while isinstance(nested, list | tuple) and nested:
         nested, depth = nested[0], depth + 1

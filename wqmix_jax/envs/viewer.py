@@ -1,4 +1,4 @@
-"""What the viewers share: pictures and animations of an environment's states, drawn with matplotlib."""
+"""Pictures and animations of an environment's states, drawn with matplotlib: the part that all viewers share."""
 
 import abc
 from collections.abc import Callable, Sequence
@@ -11,18 +11,19 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from wqmix_jax.envs.base import Moment
+from wqmix_jax.types import Moment
 
 StateT = TypeVar("StateT")
 
 _LAST_FRAMES = 8
-"""How often a film's last picture is shown, so that its end can be seen."""
+"""The number of frames that show a film's last picture, so that its end can be seen."""
 
 _LAYOUT_PASSES = 5
+"""Drawings after which the layout no longer changes: each makes a bit more room for the legend."""
 
 
 class StateViewer(MatplotlibViewer, abc.ABC, Generic[StateT]):
-    """Draws states one by one or as an animation; a subclass says how one state lies on the axes."""
+    """Draws states one by one or as an animation; a subclass draws one state on the axes."""
 
     def __init__(self, name: str, render_mode: str, figure_size: tuple[float, float]) -> None:
         """Sets the figure up.
@@ -60,7 +61,7 @@ class StateViewer(MatplotlibViewer, abc.ABC, Generic[StateT]):
         Args:
             states: of consecutive steps.
             interval: milliseconds between frames.
-            save_path: where the animation goes, a GIF or what else matplotlib can write.
+            save_path: the file that is written, a GIF or another format of matplotlib's.
         """
         return self._animated(self._draw, states, interval, save_path)
 
@@ -69,7 +70,7 @@ class StateViewer(MatplotlibViewer, abc.ABC, Generic[StateT]):
 
         Args:
             moments: consecutive, from `wqmix_jax.runs.saved_policies.play_episode`.
-            save_path: where the animation goes, a GIF or what else matplotlib can write.
+            save_path: the file that is written, a GIF or another format of matplotlib's.
             interval: milliseconds between frames.
         """
 
@@ -91,7 +92,8 @@ class StateViewer(MatplotlibViewer, abc.ABC, Generic[StateT]):
             return (ax,)
 
         draw_frame(frames[0])
-        for _ in range(_LAYOUT_PASSES):  # room is made for the legend bit by bit; then nothing moves any more
+        # The layout is settled on the first frame and then fixed: otherwise the axes would move during the animation.
+        for _ in range(_LAYOUT_PASSES):
             fig.draw_without_rendering()
         fig.set_layout_engine("none")
         animation = FuncAnimation(fig, draw_frame, frames=frames, interval=interval)

@@ -8,7 +8,7 @@ The schema, version 1. ``run.json`` says what the run is:
     ``seeds``           all seeds of the run
     ``members``         of each that trains its ``seed``, and the values that a sweep gives it (``algo.alpha``, ..)
     ``map``             that of the environment, where it has several
-    ``simulator``       versions of the game, where it is not part of this package (`Host.versions`)
+    ``simulator``       versions of the game, where it is not part of this package (`External.versions`)
     ``run``             a random name that this run keeps when it is moved or resumed
 
 ``metrics.jsonl`` holds one JSON object per line, each a record of one seed. A value that is not finite is ``null``,

@@ -295,7 +295,7 @@ def save_summary(run_dir: Path, config: RunConfig, trainer: Trainer, **facts: An
     """Writes ``summary.json``: ``facts``, versions, the device and each member's last evaluation."""
     summary = {
         **facts,
-        **config.env.host.facts(),
+        **config.env.external.facts(),
         "final": {member_name(labels_of(line)): line for line in load_metrics(run_dir, kind="eval")},
         "replay_bytes_per_seed": trainer.replay_bytes,
         "learner_steps_per_env_step": learner_steps_per_env_step(config),

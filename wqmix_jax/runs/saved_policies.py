@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, hyperparams
-from wqmix_jax.envs.base import Environment, Moment
+from wqmix_jax.envs.base import Environment
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.networks.functional import compute_in
 from wqmix_jax.ops.action_selection import with_idle_action
 from wqmix_jax.ops.randomness import pinned_draws
 from wqmix_jax.training.members import Member, labels_of
-from wqmix_jax.types import Array, EnvSpec, PRNGKey, PyTree
+from wqmix_jax.types import Array, EnvSpec, Moment, PRNGKey, PyTree
 
 POLICY_DIR, BEST, LAST = "policies", "best", "last"
 

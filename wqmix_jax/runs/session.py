@@ -104,7 +104,7 @@ def start(values: Mapping[str, Any], *, algo: str, env: str, config_dir: str | o
         env=env,
         members=[member.labels for member in members],
         map_name=values["env"].get("map"),
-        simulator=config.env.host.versions(),
+        simulator=config.env.external.versions(),
     )
     values = {**with_checked_numbers(values, config), "run_dir": str(run_dir)}
     save_config(run_dir, values)
@@ -146,7 +146,7 @@ def resume(run_dir: Path, changes: Mapping[str, Any], *, config_dir: str | os.Pa
     if config.total_env_steps < old["total_env_steps"]:
         longer = f"at least {old['total_env_steps']}, what the run was started with, is needed"
         raise ConfigError(f"total_env_steps={config.total_env_steps} is not allowed with resume: {longer}")
-    _refuse_other_game(run_dir, header, config.env.host.versions())
+    _refuse_other_game(run_dir, header, config.env.external.versions())
     use_compilation_cache(config.compilation_cache)
     members = make_members(config.algo, config.seeds, config.sweep)
     _train(config, values, run_dir, _make_trainer(config, members), members, how_to_go_on(run_dir, config_dir))
@@ -214,7 +214,7 @@ def _train(
             WandbRuns(run_dir, config.logger, values) as wandb_runs,
         ):
             session = _Session(config, run_dir, trainer, members, nothing, metrics, checkpoints, wandb_runs, signals)
-            with config.env.host.running([member.seed for member in members]):
+            with config.env.external.running([member.seed for member in members]):
                 loop = session.run(restored)
     if not is_finished(loop):
         _tell(f"interrupted; {to_go_on}")

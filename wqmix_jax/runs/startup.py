@@ -115,7 +115,7 @@ def device_lines(trainer: Trainer) -> Iterator[str]:
 
 def plan_lines(config: RunConfig, trainer: Trainer, num_members: int) -> Iterator[str]:
     """What the run will do, from its options and how many train side by side here."""
-    yield from config.env.host.lines(num_members, config.num_envs)
+    yield from config.env.external.lines(num_members, config.num_envs)
     first, last = config.seeds[0], config.seeds[-1]
     seeds = f"seed {first}" if first == last else f"seeds {first}..{last}"
     yield f"{seeds}, {config.total_env_steps:,} environment steps each"

@@ -138,7 +138,7 @@ class Trainer(NamedTuple):
         learner_groups: in how many groups a device's seeds learn, one after the other; see `make_batching`.
         batch_size: stored episodes from which on a seed learns.
         num_envs: episodes of one iteration and seed.
-        failure: what ended the environment, see `wqmix_jax.envs.base.Host.failure`.
+        failure: what ended the environment, see `wqmix_jax.envs.base.External.failure`.
     """
 
     init: Callable[[Sequence[int]], TrainState]
@@ -171,9 +171,9 @@ class _Parts(NamedTuple):
 
 
 def train_sharding(config: RunConfig, num_seeds: int) -> Sharding:
-    """The devices that train ``num_seeds``; see `seed_sharding`, and `Host.sharding` for what may forbid that."""
+    """The devices that train ``num_seeds``; see `seed_sharding`, and `External.sharding` for what may forbid that."""
     batch_size = config.algo.batch_size if is_mean_over_steps(config.algo) else 1
-    return config.env.host.sharding() or seed_sharding(num_seeds, batch_size=batch_size)
+    return config.env.external.sharding() or seed_sharding(num_seeds, batch_size=batch_size)
 
 
 def make_trainer(
@@ -231,7 +231,7 @@ def make_trainer(
         learner_groups=learner_groups,
         batch_size=algo.batch_size,
         num_envs=config.num_envs,
-        failure=env.host.failure,
+        failure=env.external.failure,
     )
 
 

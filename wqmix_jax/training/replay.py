@@ -1,6 +1,6 @@
 """A replay of whole episodes on the device, each stored as one flat row of bytes.
 
-An environment says how a step lies in the replay (`Environment.pack`); observations, state and availability are
+An environment says how a step lies in the replay (`Environment.compress`); observations, state and availability are
 recomputed from it when an episode is sampled. flashbax's item buffer keeps the rows.
 """
 
@@ -112,7 +112,7 @@ def stored_template(env: Environment) -> StoredEpisode:
     limit = spec.episode_limit
 
     def empty() -> StoredEpisode:
-        step = env.pack(env.reset(jax.random.key(0, impl="threefry2x32")))
+        step = env.compress(env.reset(jax.random.key(0, impl="threefry2x32")))
         return StoredEpisode(
             steps=jax.tree.map(lambda leaf: jnp.zeros((limit + 1, *leaf.shape), leaf.dtype), step),
             joint_action=jnp.zeros((limit, spec.num_agents), np.min_scalar_type(spec.num_actions - 1)),
@@ -156,7 +156,7 @@ def _seen(env: Environment, steps: PyTree, real: Array) -> Observation:
 
     An agent without an available action gets action 0, see `with_idle_action`; in padding nothing is available.
     """
-    seen = jax.vmap(jax.vmap(env.unpack))(steps)
+    seen = jax.vmap(jax.vmap(env.decompress))(steps)
     seen = seen._replace(avail_actions=with_idle_action(seen.avail_actions))
     return jax.tree.map(lambda leaf: jax.vmap(jax.vmap(jnp.where))(real, leaf, jnp.zeros_like(leaf)), seen)
 

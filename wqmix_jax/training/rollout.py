@@ -123,7 +123,7 @@ def _first(env: Environment, algo: Algorithm, reset_keys: PRNGKey, num_seeds: in
         (empty.steps, empty.joint_action, empty.reward),
     )
     record = StoredEpisode(*timed, length=jnp.zeros(num_flat, jnp.int32), terminated=jnp.zeros(num_flat, jnp.bool_))
-    first = jax.vmap(env.pack)(env_state)
+    first = jax.vmap(env.compress)(env_state)
     return _Play(
         step=jnp.int32(0),
         env_state=env_state,
@@ -143,7 +143,7 @@ def _write(
     def put(all_: Array, index: Array, new: Array) -> Array:
         return all_.at[index].set(jax.vmap(jnp.where)(stopped, jnp.zeros_like(all_[0]), new.astype(all_.dtype)))
 
-    packed = jax.vmap(env.pack)(env_state)
+    packed = jax.vmap(env.compress)(env_state)
     return StoredEpisode(
         steps=jax.tree.map(lambda all_, new: put(all_, step + 1, new), record.steps, packed),
         joint_action=put(record.joint_action, step, joint_action),

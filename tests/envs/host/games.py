@@ -1,4 +1,4 @@
-"""StarCraft's packages and game, faked: their folders for the workers' path."""
+"""Fakes of StarCraft's packages and game, as folders for the workers' path."""
 
 import os
 from collections.abc import Iterator

@@ -15,7 +15,7 @@ from wqmix_jax.types import Array, EnvSpec, Episode
 
 @options
 class Linear(Algorithm):
-    """Epsilon-greedy on ``obs @ agent``; the sum of the chosen ones is drawn to the reward."""
+    """Acts epsilon-greedily on ``obs @ agent``; the sum of the chosen utilities is fitted to the reward."""
 
     def init(self, key: Any, env_spec: EnvSpec) -> Any:
         return {"agent": jax.random.normal(key, (env_spec.obs_dim, env_spec.num_actions))}
@@ -37,7 +37,7 @@ class Linear(Algorithm):
 
 @options
 class LinearInState(Linear):
-    """The same, drawn to the reward and the sum of the state."""
+    """The same, fitted to the reward plus the sum of the state."""
 
     def loss(self, params: Any, target: Any, batch: Episode, hp: Any, ctx: Context, noise: Any) -> tuple[Array, Aux]:
         wanted = batch.reward + batch.state[:, :-1].sum(-1)

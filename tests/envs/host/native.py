@@ -1,4 +1,4 @@
-"""The toy of `toy.py` in JAX, for the numbers that the bridge must give."""
+"""The toy of `toy.py` in JAX, which gives the numbers that the bridge must give."""
 
 from typing import Any, NamedTuple
 

@@ -1,4 +1,4 @@
-"""Bridged toys, and what must be gone after them."""
+"""Bridged toys, and the processes that must have ended after them."""
 
 import os
 import time
@@ -26,7 +26,7 @@ WORKERS = {
 
 
 def toy(*, episode_limit: int = 5, workers: dict[str, Any] | None = None, **changes: Any) -> HostEnvironment:
-    """The toy in workers."""
+    """Returns the toy in workers."""
     simulator = {"simulator": f"{HERE / 'toy.py'}:Toy", "options": {"episode_limit": episode_limit, **changes}}
     target = "wqmix_jax.envs.host.bridge.HostEnvironment"
     return build("env", {"_target_": target, **WORKERS, **(workers or {}), **simulator})
@@ -36,23 +36,23 @@ ARRAYS = ("obs", "state", "avail_actions", "metrics", "reward", "terminated", "t
 
 
 def called(supervisor: Supervisor, command: str, *args: Any) -> tuple[np.ndarray, ...]:
-    """Copies of the `ARRAYS` after a call to the pool of training."""
+    """Returns copies of the `ARRAYS` after a call to the pool of training."""
     getattr(supervisor, command)("training", *args)
     return tuple(supervisor.arrays("training")[name].copy() for name in ARRAYS)
 
 
 def idle_where(ended: np.ndarray, joint_action: Any) -> np.ndarray:
-    """The joint actions, negative where an episode has ended."""
+    """Returns the joint actions, negative where an episode has ended."""
     return np.where(ended[:, None], -1, joint_action)
 
 
 def launched(folder: Path) -> list[int]:
-    """The processes that toys with ``launches=folder`` have been, and their children."""
+    """Returns the processes of toys with ``launches=folder``, and their children."""
     return [int(path.name.removeprefix("child-")) for path in folder.iterdir()]
 
 
 def await_gone(pids: Iterable[int]) -> None:
-    """Returns once none of them runs; a zombie has ended, and waits for somebody to look."""
+    """Returns once none of the processes runs; a zombie has ended and only waits for its parent."""
     for _ in range(3000):
         if not any(runs(pid) for pid in pids):
             return

@@ -30,7 +30,7 @@ def look(env, state):
 
 
 class SmaxClient:
-    """``StarCraft2Env``, as far as the adapter uses it."""
+    """The part of ``StarCraft2Env`` that the adapter uses."""
 
     def __init__(self, map_name, episode_limit, seed):
         env = make(map_name, episode_limit)
@@ -101,4 +101,4 @@ class Smax(adapters.SMAC):
         super().reset(seed)
 
     def scale_rewards(self):
-        """SMAX scales its rewards itself."""
+        """Does nothing: SMAX scales its rewards itself."""

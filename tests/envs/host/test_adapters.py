@@ -1,4 +1,4 @@
-"""SMAC, SMACv2 and SMAClite behind the bridge, by fakes with their signatures and quirks."""
+"""SMAC, SMACv2 and SMAClite behind the bridge, as fakes with their signatures and quirks."""
 
 import re
 import shutil
@@ -32,7 +32,7 @@ def make(*overrides: str) -> Any:
 
 
 def shoot(avail: np.ndarray) -> np.ndarray:
-    """Everybody shoots at the first enemy that is left, else stops, else is dead."""
+    """Returns each agent's action: shoot at the first living enemy, otherwise stop, or do nothing when dead."""
     return np.where(avail[..., 6:].any(-1), 6 + avail[..., 6:].argmax(-1), np.where(avail[..., 1], 1, 0))
 
 
@@ -41,8 +41,8 @@ def stop(avail: np.ndarray) -> np.ndarray:
 
 
 def battle(env: Any, choose: Any, seeds: np.ndarray = SEEDS) -> list[tuple[np.ndarray, ...]]:
-    """What the calls of one episode of each row returned."""
-    supervisor = env.host.supervisor
+    """Plays one episode in each row and returns the results of its calls."""
+    supervisor = env.external.supervisor
     calls = [called(supervisor, "reset", seeds)]
     ended = calls[0][-1].copy()
     for _ in range(env.spec.episode_limit):
@@ -54,7 +54,7 @@ def battle(env: Any, choose: Any, seeds: np.ndarray = SEEDS) -> list[tuple[np.nd
 
 
 def ended_once(calls: list[tuple[np.ndarray, ...]]) -> list[tuple[np.ndarray, ...]]:
-    """The same calls, with the rewards of rows that have ended replaced by zeros."""
+    """Returns the same calls with the rewards of ended rows replaced by zeros."""
     ended, found = calls[0][-1].copy(), []
     for call in calls[1:]:
         found.append((*call[:4], np.where(ended, 0, call[4]), *call[5:]))
@@ -65,7 +65,7 @@ def ended_once(calls: list[tuple[np.ndarray, ...]]) -> list[tuple[np.ndarray, ..
 def test_smac_is_played_to_its_end(game: Path) -> None:
     env = make("env=smac", "env.map=3m")
     assert env.spec == (3, 9, 5, 36, 6)
-    with env.host.running([0]):
+    with env.external.running([0]):
         won = battle(env, shoot)
         lost = battle(env, stop)
     *_, metrics, _, terminated, truncated, failed = won[-1]
@@ -77,7 +77,7 @@ def test_smac_is_played_to_its_end(game: Path) -> None:
     # All there is to be won: nine points of damage, thirty for the dead and 200 for the battle.
     total = np.sum([call[4] for call in ended_once(won)], axis=0)
     np.testing.assert_allclose(total, 20, rtol=1e-6)
-    # With only 3 health points each, six shots leave allies dead: they may do nothing else than nothing.
+    # With only 3 health points each, six shots leave allies dead: no-op is all they may do.
     dead = lost[-1][0].sum(-1) == 0
     assert dead.any()
     np.testing.assert_array_equal(lost[-1][2][dead], [[True] + [False] * 8] * dead.sum())
@@ -90,7 +90,7 @@ def test_at_the_time_limit_smac_terminates_as_in_pymarl_unless_told_otherwise(
     game: Path, continuing: str, truncated: bool
 ) -> None:
     env = make("env=smac", "env.map=3m", f"env.continuing_episode={continuing}")
-    with env.host.running([0]):
+    with env.external.running([0]):
         *_, last = battle(env, stop)
     np.testing.assert_array_equal(last[6], truncated)
     np.testing.assert_array_equal(last[5], not truncated)
@@ -102,9 +102,9 @@ def test_a_crash_that_smac_hides_is_a_failed_step_and_a_new_worker(
 ) -> None:
     monkeypatch.setenv("FAKE_SC2_CRASH", f"{during}:{tmp_path}")
     env = make("env=smac", "env.map=3m")
-    with env.host.running([4]):
+    with env.external.running([4]):
         first, second = battle(env, shoot), battle(env, shoot)
-        assert env.host.facts() == {"worker_restarts": 1}
+        assert env.external.facts() == {"worker_restarts": 1}
     assert "RuntimeError: StarCraft II crashed, and SMAC restarted it" in capsys.readouterr().err
     failed = np.stack([call[-1] for call in first])
     assert failed.sum() == (1 if during == "step:2" else 0)
@@ -114,9 +114,9 @@ def test_a_crash_that_smac_hides_is_a_failed_step_and_a_new_worker(
 def test_smacv2_draws_its_battles_from_the_seed(game: Path) -> None:
     env = make("env=smacv2", "env.num_units=5", "env.num_enemies=6")
     assert (env.spec.num_agents, env.spec.num_actions) == (5, 12)
-    with env.host.running([0]):
-        first = [called(env.host.supervisor, "reset", SEEDS)[0] for _ in range(2)]
-        other = called(env.host.supervisor, "reset", SEEDS + 5)[0]
+    with env.external.running([0]):
+        first = [called(env.external.supervisor, "reset", SEEDS)[0] for _ in range(2)]
+        other = called(env.external.supervisor, "reset", SEEDS + 5)[0]
         assert battle(env, shoot)[-1][5].all()
     np.testing.assert_array_equal(*first)
     assert (first[0] != other).any()
@@ -126,7 +126,7 @@ def test_smacv2_draws_its_battles_from_the_seed(game: Path) -> None:
 def test_smaclite_takes_plain_integers_and_gets_a_limit_and_counts(game: Path) -> None:
     env = make("env=smaclite", "env.map=3m", "env.episode_limit=7")
     assert env.spec == (3, 9, 5, 36, 7)
-    with env.host.running([0]):
+    with env.external.running([0]):
         won, again = battle(env, shoot), battle(env, shoot)
     np.testing.assert_array_equal(won[-1][3][:, [0, 2]], [[1, 3], [1, 3]])
     for one, other in zip(won, again, strict=True):
@@ -136,7 +136,7 @@ def test_smaclite_takes_plain_integers_and_gets_a_limit_and_counts(game: Path) -
 
 def test_a_battle_of_smaclite_that_nobody_survives_is_won_as_smaclite_counts_it(game: Path) -> None:
     env = make("env=smaclite", "env.map=1m")
-    with env.host.running([0]):
+    with env.external.running([0]):
         won, lost = battle(env, shoot), battle(env, stop)
     np.testing.assert_array_equal(won[-1][3], [[1, 1, 1], [1, 1, 1]])  # win_rate, dead_allies, dead_enemies
     np.testing.assert_allclose(won[-1][4], (1 + 10 + 200) / (213 / 20), rtol=1e-6)
@@ -144,7 +144,7 @@ def test_a_battle_of_smaclite_that_nobody_survives_is_won_as_smaclite_counts_it(
 
 
 def with_health(test_mode: bool) -> str:
-    """Options for SMACv2 whose units' health comes from a list of three."""
+    """Returns options for SMACv2 whose units' health comes from a list of three."""
     team = "{dist_type: weighted_teams, unit_types: [marine, marauder], weights: [0.5, 0.5]}"
     health = f"{{dist_type: fixed, items: [[0, 1, 2], [3, 4, 5], [6, 7, 8]], test_mode: {test_mode}}}"
     parts = f"team_gen: {team}, start_positions: {{dist_type: surrounded_and_reflect, p: 0.5}}, health: {health}"
@@ -162,10 +162,10 @@ def with_health(test_mode: bool) -> str:
     ids=["smaclite", "smacv2", "smacv2 from a list", "smacv2 along a list"],
 )
 def test_a_battle_is_the_same_whatever_was_played_before(overrides: list[str], game: Path) -> None:
-    """A resumed run depends on it, whose workers are new."""
+    """A resumed run depends on it, because its workers are new."""
     env, played = make(*overrides), []
     for before in ([], [30, 40], [50]):
-        with env.host.running([0]):
+        with env.external.running([0]):
             for offset in before:
                 battle(env, shoot, SEEDS + offset)
             played.append(battle(env, shoot))
@@ -176,7 +176,7 @@ def test_a_battle_is_the_same_whatever_was_played_before(overrides: list[str], g
                 for right, array in zip(one, found, strict=True):
                     np.testing.assert_array_equal(array, right)
             continue
-        # StarCraft II draws from its own numbers whom the enemies shoot at: only what comes before is compared.
+        # The enemies' targets are drawn by StarCraft II itself: only the calls before the first shot are compared.
         for right, array in zip(played[0][0], other[0], strict=True):
             np.testing.assert_array_equal(array, right)
         np.testing.assert_array_equal(other[1][4], played[0][1][4])
@@ -194,9 +194,9 @@ def test_a_list_of_smacv2_is_entered_at_a_place_drawn_from_the_seed() -> None:
 
 
 def test_rewards_of_smacv2_are_scaled_by_their_own_battle(game: Path) -> None:
-    """Else the best return of a battle would depend on a worker's first one."""
+    """Otherwise the best return of a battle would depend on the first battle of a worker."""
     env = make("env=smacv2", "env.num_units=3", "env.num_enemies=2")
-    with env.host.running([0]):
+    with env.external.running([0]):
         for offset in range(3):
             calls = battle(env, shoot, SEEDS + offset)
             won = calls[-1][3][:, 0] == 1
@@ -207,7 +207,7 @@ def test_rewards_of_smacv2_are_scaled_by_their_own_battle(game: Path) -> None:
 
 def test_rewards_of_smac_do_not_depend_on_how_quickly_units_are_created(game: Path) -> None:
     env = make("env=smac", "env.map=8m")
-    with env.host.running([0]):
+    with env.external.running([0]):
         calls = battle(env, shoot)
     assert (calls[-1][3][:, 0] == 1).all()
     np.testing.assert_allclose(np.sum([call[4] for call in ended_once(calls)], axis=0), 20, rtol=1e-6)
@@ -216,13 +216,13 @@ def test_rewards_of_smac_do_not_depend_on_how_quickly_units_are_created(game: Pa
 def test_a_first_battle_left_before_its_end_launches_no_second_game(
     game: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The client counts battles when they end, and launches a game where it has counted none."""
+    """The client counts battles when they end, and launches a game if it has counted none."""
     monkeypatch.setenv("FAKE_SC2_LAUNCHES", "1")
     for env in (make("env=smac", "env.map=3m"), make("env=smacv2")):
-        with env.host.running([0]):
+        with env.external.running([0]):
             for _ in range(3):
-                assert not called(env.host.supervisor, "reset", SEEDS)[-1].any()
-            assert env.host.facts() == {"worker_restarts": 0}
+                assert not called(env.external.supervisor, "reset", SEEDS)[-1].any()
+            assert env.external.facts() == {"worker_restarts": 0}
 
 
 @pytest.mark.parametrize(
@@ -237,17 +237,17 @@ def test_a_first_battle_left_before_its_end_launches_no_second_game(
     ],
 )
 def test_versions_are_told(env: str, versions: dict[str, str], game: Path) -> None:
-    assert make(*env.split()).host.versions() == versions
+    assert make(*env.split()).external.versions() == versions
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["env=smac", "env.map=4z"], "SMAC can't be used: map=4z is not allowed: choose one of 3m, 3s5z, 8m"),
         (["env=smaclite", "env.map=4z"], "SMAClite can't be used: map=4z is not allowed: choose one of 1m, 3m, 3s5z"),
         (["env=smac", "env.game_version=1.0.0"], r"SMAC can't be used: StarCraft II is not found \(Unknown game"),
         (["env=smac", "env.difficulty=X"], "env.difficulty='X' is not allowed: input should be '1', '2'"),
-        (["env=smac", "env.options={seed: 1}"], "env.options={seed: ..} is not allowed: it has a key of its own"),
+        (["env=smac", "env.options={seed: 1}"], "env.options={seed: ..} is not allowed: it has its own key"),
         (["env=smac", "env.options={difficulty: 1}"], "env.options={difficulty: ..} is not allowed"),
         (
             ["env=smac", "env.options={reward_sparce: true}"],
@@ -269,22 +269,22 @@ def test_versions_are_told(env: str, versions: dict[str, str], game: Path) -> No
             ["env=smaclite", "env.options={max_episode_steps: 9}"],
             r"options={max_episode_steps: ..} is not allowed: env.episode_limit is the time limit$",
         ),
-        (["env=smac", "env.options={heuristic_ai: true}"], "it replaces the agents' actions by its own"),
-        (["env=smacv2", "env.options={heuristic_ai: true}"], "it replaces the agents' actions by its own"),
+        (["env=smac", "env.options={heuristic_ai: true}"], "it replaces the agents' actions"),
+        (["env=smacv2", "env.options={heuristic_ai: true}"], "it replaces the agents' actions"),
         (["env=smac", "env._role=x"], r"env._role is unknown: known keys are worker_python, "),
         (["env=smac", "env.worker_python=/no/python"], "env.worker_python=/no/python is not allowed: it is not an in"),
         (["env=smac", "env.step_timeout=0"], "env.step_timeout=0 is not allowed: input should be greater than 0"),
     ],
 )
-def test_what_is_not_allowed_is_one_line(overrides: list[str], told: str, game: Path) -> None:
-    with pytest.raises(ConfigError, match=told) as refused:
+def test_what_is_not_allowed_is_one_line(overrides: list[str], message: str, game: Path) -> None:
+    with pytest.raises(ConfigError, match=message) as refused:
         make(*overrides)
     assert "\n" not in str(refused.value)
 
 
 def test_a_version_that_a_yaml_reads_as_a_number_is_refused(game: Path) -> None:
     """On the command line a version is text."""
-    assert make("env=smac", "env.game_version=4.10").host.versions()["StarCraft II"].startswith("4.10.")
+    assert make("env=smac", "env.game_version=4.10").external.versions()["StarCraft II"].startswith("4.10.")
     values = load_values("+algo=qmix", "env=smac")
     values["env"]["game_version"] = 4.1
     with pytest.raises(ConfigError, match=r"^env.game_version=4.1 is not allowed: .* three parts, as in 4.10.0$"):
@@ -300,22 +300,22 @@ def test_a_missing_program_of_the_game_is_one_line(version: str, build: str, gam
     program = game / "Versions" / build / "SC2_x64"
     overrides = ["env=smac", "env.map=3m", *filter(None, [version])]
     program.chmod(0o644)
-    told = rf"StarCraft II can't be started: {program} is not executable: chmod \+x {program}$"
-    with pytest.raises(ConfigError, match=told):
+    message = rf"StarCraft II can't be started: {program} is not executable: chmod \+x {program}$"
+    with pytest.raises(ConfigError, match=message):
         make(*overrides, "env.options={debug: false}")
     program.unlink()
-    told = f"StarCraft II is not complete: there is no {program}: install it and set SC2PATH to its folder$"
-    with pytest.raises(ConfigError, match=told):
+    message = f"StarCraft II is not complete: there is no {program}: install it and set SC2PATH to its folder$"
+    with pytest.raises(ConfigError, match=message):
         make(*overrides, "env.options={debug: true}")
 
 
 @pytest.mark.parametrize(("env", "name"), [("smac", "3m"), ("smacv2", "10gen_terran")])
 def test_a_missing_game_or_map_is_one_line(env: str, name: str, game: Path) -> None:
     (game / "Maps" / "SMAC_Maps" / f"{name}.SC2Map").unlink()
-    told = (
+    message = (
         f"the file of map={name} is not found .*: put the .SC2Map files of https://github.com/oxwhirl/{env}/releases/"
     )
-    with pytest.raises(ConfigError, match=rf"{told}.*/SMAC_Maps.zip into {game}/Maps/SMAC_Maps$"):
+    with pytest.raises(ConfigError, match=rf"{message}.*/SMAC_Maps.zip into {game}/Maps/SMAC_Maps$"):
         make(f"env={env}", f"env.map={name}", "env.options={reward_win: 201}")
     shutil.rmtree(game)
     with pytest.raises(
@@ -336,14 +336,14 @@ def test_a_missing_package_or_a_namesake_is_one_line(tmp_path: Path) -> None:
     with faked(tmp_path, package="namesake"):
         with pytest.raises(ConfigError) as refused:
             make("env=smac")
-        told = "is another package (PyPI's smac, a package for hyperparameters): pip uninstall smac, then pip install"
-        assert told in str(refused.value)
+        advice = "is another package (PyPI's smac, a package for hyperparameters): pip uninstall smac, then pip install"
+        assert advice in str(refused.value)
         with pytest.raises(ConfigError, match=r"smaclite in .* is of the time before gymnasium: pip install -U git\+"):
             make("env=smaclite")
 
 
 def test_smaclite_without_the_library_of_rtree_says_how_to_get_it(tmp_path: Path) -> None:
-    """As on Python 3.11 and newer, for which the rtree that SMAClite asks for has no wheel."""
+    """The rtree that SMAClite requires has no wheel for Python 3.11 and newer."""
     with faked(tmp_path / "sc2", package="without_rtree"), pytest.raises(ConfigError) as refused:
         make("env=smaclite")
     assert re.search(r"\(Could not load libspatialindex_c library\): pip install -U 'rtree>=1.0.1'", str(refused.value))

@@ -21,16 +21,16 @@ CHUNKS, EVAL_EPISODES = 3, 3
 
 
 def run(env: Environment, algo: Algorithm, seeds: list[int], **changes: Any) -> tuple[Any, list[Any]]:
-    """The last state and all records of a run that is evaluated before each of its chunks."""
+    """Returns the last state and all records of a run that is evaluated before each of its chunks."""
     config = tiny_run(
         algo, env, num_envs=2, eval_episodes=EVAL_EPISODES, chunk_iterations=2, eval_interval=20, **changes
     )
-    trainer, records = make_trainer(config, sharding=env.host.sharding()), []
-    with env.host.running(seeds):
+    trainer, records = make_trainer(config, sharding=env.external.sharding()), []
+    with env.external.running(seeds):
         state = trainer.init(seeds)
         for _ in range(CHUNKS):
             evaluated = trainer.evaluate(state)
-            state, record = trainer.train_chunk(state)  # donates the state before
+            state, record = trainer.train_chunk(state)  # donates the previous state
             records.append(jax.device_get((evaluated, record)))
         keys = jax.tree.map(jax.random.key_data, state.keys)
         return jax.device_get(state._replace(keys=keys)), records
@@ -49,8 +49,8 @@ def test_a_bridged_run_is_the_native_one_bit_for_bit(seeds: list[int]) -> None:
     same(ours, theirs)
     replay = make_replay(native, buffer_size=algo.buffer_size, batch_size=algo.batch_size)
     lengths = jax.vmap(replay.lengths)(ours[0].replay.experience[:, 0]).reshape(len(seeds), -1, 2)
-    assert bridged.host.supervisor.calls["training", "step"] == lengths.max((0, 2)).sum()
-    assert bridged.host.supervisor.calls["training", "reset"] == lengths.shape[1] == 2 * CHUNKS
+    assert bridged.external.supervisor.calls["training", "step"] == lengths.max((0, 2)).sum()
+    assert bridged.external.supervisor.calls["training", "reset"] == lengths.shape[1] == 2 * CHUNKS
     (evaluated, record), *_ = ours[1]
     assert len(np.unique(record.episode_length)) > 1
     assert (evaluated.metrics["hits"] > 0).any()
@@ -63,7 +63,7 @@ def test_an_algorithm_of_the_paper_is_the_native_one_bit_for_bit() -> None:
 
 
 def greedy(env: Environment, num_episodes: int) -> dict[str, Any]:
-    """What an evaluation of one seed finds."""
+    """Returns the figures of an evaluation of one seed."""
     algo, keys = linear(), jax.random.split(jax.random.key(5), 1)
     params = jax.vmap(lambda key: algo.init(key, env.spec))(keys)
     hp, ctx = by_seed((hyperparams(algo), Context(jnp.float32(0), jnp.int32(0), jnp.int32(0))))
@@ -72,11 +72,11 @@ def greedy(env: Environment, num_episodes: int) -> dict[str, Any]:
 
 def test_evaluation_plays_in_turns_on_few_games_of_its_own() -> None:
     env = toy(workers={"eval_envs": 1})
-    with env.host.running([7]):
+    with env.external.running([7]):
         found = jax.device_get(greedy(env, 3))
-        assert len(env.host.supervisor.pids("evaluation")) == 1
-        assert env.host.supervisor.pids("training") == []
-    assert env.host.supervisor.calls == {
+        assert len(env.external.supervisor.pids("evaluation")) == 1
+        assert env.external.supervisor.pids("training") == []
+    assert env.external.supervisor.calls == {
         ("evaluation", "reset"): 3,
         ("evaluation", "step"): round(3 * found["episode_length"].item()),
     }
@@ -89,12 +89,12 @@ def test_turns_are_as_few_and_as_even_as_can_be(num_episodes: int, at_once: int)
 
 
 def test_evaluation_never_changes_the_games_of_training() -> None:
-    """Not even those of a simulator that draws from generators of its own, as StarCraft II does."""
+    """Not even with a simulator that draws from separate generators, as StarCraft II does."""
 
     def train_twice(num_episodes: int) -> Any:
         env = toy(forgets_seeds=True)
         keys = jax.random.split(jax.random.key(1), 2)
-        with env.host.running([0, 1]):
+        with env.external.running([0, 1]):
             first = jax.device_get(env.reset_batch(keys))
             if num_episodes:
                 greedy(env, num_episodes)
@@ -108,7 +108,7 @@ def test_evaluation_never_changes_the_games_of_training() -> None:
 def test_calls_come_once_a_step_and_in_order() -> None:
     """Inside of `scan`, `while_loop` and `cond`, for the whole batch."""
     env = toy(episode_limit=1000)
-    supervisor, seen = env.host.supervisor, []
+    supervisor, seen = env.external.supervisor, []
     step = supervisor.step
 
     def noted(role: str, joint_action: Any) -> Any:
@@ -129,7 +129,7 @@ def test_calls_come_once_a_step_and_in_order() -> None:
         scanned, _ = jax.lax.scan(branch, start, jnp.arange(6))
         return jax.lax.while_loop(lambda c: c[0] < 9, lambda c: (c[0] + 1, play(c[1], c[0])), (6, scanned))
 
-    with env.host.running([0]):
+    with env.external.running([0]):
         jax.block_until_ready(jax.jit(program)(jax.random.split(jax.random.key(0), 3)))
     assert [int(action) for action in seen] == [0, 2, 4, 6, 7, 8]
     assert supervisor.calls["training", "reset"] == 1

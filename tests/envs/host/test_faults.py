@@ -1,4 +1,4 @@
-"""Workers fail in every way there is: what is learned from stays true, and nothing is left behind."""
+"""Workers fail in every way: recorded steps stay true, and no process is left behind."""
 
 import os
 import re
@@ -34,7 +34,7 @@ ACTION = {0: (1, 0), 1: (0, 0), 2: (0, 1)}
 
 @pytest.fixture
 def marks(tmp_path: Path) -> Path:
-    """Where workers note that they have misbehaved."""
+    """Returns the folder in which workers note that they have misbehaved."""
     folder = tmp_path / "marks"
     folder.mkdir()
     return folder
@@ -52,7 +52,7 @@ def fault(kind: str, during: str, marks: Path, **more: Any) -> dict[str, Any]:
 
 
 def play(supervisor: Supervisor, seeds: Any, num_steps: int) -> list[tuple[np.ndarray, ...]]:
-    """Copies of what the calls of one episode of each row returned."""
+    """Plays one episode in each row and returns copies of the results of its calls."""
     calls = [called(supervisor, "reset", seeds)]
     ended = calls[0][-1].copy()
     for _ in range(num_steps):
@@ -63,7 +63,7 @@ def play(supervisor: Supervisor, seeds: Any, num_steps: int) -> list[tuple[np.nd
 
 
 def expected(seed: int, num_steps: int, episode_limit: int) -> list[tuple[Any, ...]]:
-    """One row of the same, by a toy in this process."""
+    """Returns one row of the same, played by a toy in this process."""
     toy = Toy(0, episode_limit)
     toy.reset(int(seed))
     calls, outcome = [], (0.0, False, False)
@@ -104,15 +104,13 @@ def test_a_worker_that_fails_is_replaced(
     limits = {"step_timeout": 0.5} if kind.startswith("hang") else {}
     faults = [fault(kind, during, marks)]
     env = toy(faults=faults, launches=str(launches), child=True, workers=limits, episode_limit=LIMIT)
-    supervisor, seeds = env.host.supervisor, np.array([2, 3, 5, 6])
-    with env.host.running([5, 6]):
+    supervisor, seeds = env.external.supervisor, np.array([2, 3, 5, 6])
+    with env.external.running([5, 6]):
         first, second = play(supervisor, seeds, 3), play(supervisor, seeds + 10, 3)
         assert supervisor.failure is None
-        assert env.host.facts() == {"worker_restarts": 1}
-    told = capsys.readouterr().err
-    assert re.search(
-        rf"^warning: seed [56], environment [01] of training: {cause}; the worker is replaced$", told, re.M
-    )
+        assert env.external.facts() == {"worker_restarts": 1}
+    err = capsys.readouterr().err
+    assert re.search(rf"^warning: seed [56], environment [01] of training: {cause}; the worker is replaced$", err, re.M)
     failed = np.stack([call[-1] for call in first])
     assert failed.sum() == (1 if during == "step" else 0)
     # The others never notice, nor does the replaced one in its next episode; a failed reset gave another episode.
@@ -131,9 +129,9 @@ def test_many_fail_at_once_under_load(marks: Path, launches: Path) -> None:
     env = toy(faults=faults, launches=str(launches), workers={"max_restarts": 6}, episode_limit=LIMIT)
     seeds = np.array([2, 3, 5, 6])
     try:
-        with env.host.running([5, 6]):
-            episodes = [play(env.host.supervisor, seeds + 10 * number, 3) for number in range(4)]
-            assert env.host.facts() == {"worker_restarts": 6}
+        with env.external.running([5, 6]):
+            episodes = [play(env.external.supervisor, seeds + 10 * number, 3) for number in range(4)]
+            assert env.external.facts() == {"worker_restarts": 6}
     finally:
         for burner in burners:
             burner.kill()
@@ -146,25 +144,25 @@ def test_many_fail_at_once_under_load(marks: Path, launches: Path) -> None:
 
 def test_seeds_of_replaced_workers_are_new(marks: Path, launches: Path) -> None:
     env = toy(faults=[fault("kill", "step", marks, times=3)], launches=str(launches), episode_limit=LIMIT)
-    with env.host.running([0]):
+    with env.external.running([0]):
         for _ in range(2):
-            play(env.host.supervisor, np.array([2, 3, 5, 6]), 3)
+            play(env.external.supervisor, np.array([2, 3, 5, 6]), 3)
     seeds = [path.read_text() for path in launches.iterdir()]
     assert len(set(seeds)) == len(seeds) == ROWS + 3
 
 
 def test_restarts_are_bounded_and_the_error_says_where_and_why(marks: Path, launches: Path) -> None:
     env = toy(faults=[fault("fail", "reset", marks, times=99)], launches=str(launches), workers={"max_restarts": 2})
-    supervisor = env.host.supervisor
-    told = r"seed 6, environment 0 of training: ValueError: the toy broke \(toy.py:\d+\) in a reset; "
-    told += r"no worker is replaced any more after max_restarts=2 within restart_window=1e\+06 s"
+    supervisor = env.external.supervisor
+    message = r"seed 6, environment 0 of training: ValueError: the toy broke \(toy.py:\d+\) in a reset; "
+    message += r"no worker is replaced any more after max_restarts=2 within restart_window=1e\+06 s"
     calls = []
-    with pytest.raises(RunError, match=f"^{told}$"), env.host.running([5, 6]):
+    with pytest.raises(RunError, match=f"^{message}$"), env.external.running([5, 6]):
         calls += play(supervisor, np.array([2, 3, 5, 6]), 2)
-    assert calls[0][-1].all()  # whatever was still played ended at once
-    assert env.host.facts() == {"worker_restarts": 2}
+    assert calls[0][-1].all()  # the remaining episodes ended immediately
+    assert env.external.facts() == {"worker_restarts": 2}
     await_gone(launched(launches))
-    with pytest.raises(RunError, match=r"^worker \d of training: ValueError: the toy broke"):  # where nobody looks
+    with pytest.raises(RunError, match=r"^worker \d of training: ValueError: the toy broke"):  # not supervised
         supervisor.reset("training", np.array([2, 3, 5, 6]))
     supervisor.close()
 
@@ -172,14 +170,14 @@ def test_restarts_are_bounded_and_the_error_says_where_and_why(marks: Path, laun
 def test_old_restarts_are_forgotten(marks: Path) -> None:
     workers = {"restart_window": 1e-9, "max_restarts": 1}
     env = toy(faults=[fault("fail", "reset", marks, times=5)], workers=workers)
-    with env.host.running([0]):
-        play(env.host.supervisor, np.array([2]), 1)
-        assert env.host.facts() == {"worker_restarts": 5}
+    with env.external.running([0]):
+        play(env.external.supervisor, np.array([2]), 1)
+        assert env.external.facts() == {"worker_restarts": 5}
 
 
 def trained(env: Any, num_iterations: int) -> tuple[list[Any], list[Any]]:
     """The states of two seeds after each iteration, and the records."""
-    trainer = make_trainer(tiny_run(linear(), env, num_envs=2, total_env_steps=100), sharding=env.host.sharding())
+    trainer = make_trainer(tiny_run(linear(), env, num_envs=2, total_env_steps=100), sharding=env.external.sharding())
     states, records = [trainer.init([3, 4])], []
     for _ in range(num_iterations):
         state, record = trainer.train_chunk(jax.tree.map(jnp.copy, states[-1]))
@@ -191,13 +189,13 @@ def trained(env: Any, num_iterations: int) -> tuple[list[Any], list[Any]]:
 def test_a_failed_step_is_never_learned_from_and_a_failed_run_stays_as_it_is(marks: Path) -> None:
     """The episode is cut before it: a prefix of the undisturbed one, not terminated, its rest as padding.
 
-    Its return and length are not recorded. Once no worker is replaced any more, the state is kept to the bit, so that
+    Its return and length are not recorded. Once workers are no longer replaced, the state is kept to the bit, so that
     it can be saved.
     """
     faults = [fault("kill", "step", marks), fault("fail", "reset", marks, times=99, after="kill-step-0")]
     env = toy(faults=faults, workers={"max_restarts": 1})
     outcome: list[Any] = []
-    with pytest.raises(RunError, match="the toy broke"), env.host.running([3, 4]):
+    with pytest.raises(RunError, match="the toy broke"), env.external.running([3, 4]):
         outcome += trained(env, 2)
     states, records = outcome
     for one, other in zip(jax.tree.leaves(states[1]), jax.tree.leaves(states[2]), strict=True):
@@ -229,12 +227,12 @@ def test_a_failed_step_is_never_learned_from_and_a_failed_run_stays_as_it_is(mar
 
 
 def test_ctrl_c_is_seen_in_a_thread_that_waits_for_a_worker(marks: Path) -> None:
-    """Where jax calls from a thread of its own, Python's handler is not there to be run."""
+    """Python can't run its signal handler in the thread from which jax may call."""
     env = toy(faults=[fault("hang", "step", marks)], episode_limit=LIMIT)
-    before = signal.signal(signal.SIGINT, lambda *_: None)  # the main thread never learns of it
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # the main thread never notices it
     try:
-        with pytest.raises(KeyboardInterrupt), env.host.running([0]):  # noqa: PT012 (its exit is what raises)
-            waits = threading.Thread(target=play, args=(env.host.supervisor, np.array([2]), 3))
+        with pytest.raises(KeyboardInterrupt), env.external.running([0]):  # noqa: PT012 (its exit is what raises)
+            waits = threading.Thread(target=play, args=(env.external.supervisor, np.array([2]), 3))
             waits.start()
             while not list(marks.iterdir()):
                 time.sleep(0.01)
@@ -261,7 +259,7 @@ def forever(keys):
     return jax.lax.while_loop(lambda state: ~state.failed.all(), body, env.reset_batch(keys))
 
 try:
-    with env.host.running([0]):
+    with env.external.running([0]):
         print("begun", flush=True)
         jax.block_until_ready(forever(keys))
 except KeyboardInterrupt:
@@ -275,7 +273,7 @@ except KeyboardInterrupt:
 def test_nothing_is_left_when_the_parent_is_interrupted_or_killed(
     number: signal.Signals, hangs: bool, launches: Path, marks: Path
 ) -> None:
-    """Even where workers hang in code that holds the interpreter's lock; Ctrl-C ends the compiled loop at once."""
+    """Even where workers hang in code that holds the interpreter's lock; Ctrl-C ends the compiled loop immediately."""
     faults = [fault("hang_deaf", "step", marks, times=2)] if hangs else []
     program = textwrap.dedent(PROGRAM).replace("{faults}", repr(faults))
     before = set(os.listdir("/dev/shm"))

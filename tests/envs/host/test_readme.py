@@ -1,4 +1,4 @@
-"""The example of the page works as it stands there, from a folder of its own."""
+"""The README's example works literally, in a separate folder."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ PAGE = (Path(host.__file__).parent / "README.md").read_text()
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The example's two files, and this the current folder."""
+    """Writes the example's two files into a folder and makes it the current one."""
     [source] = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     [values] = re.findall(r"```yaml\n(.*?)```", PAGE, re.S)
     assert len(source.splitlines()) < 40
@@ -30,10 +30,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_example_is_played(folder: Path) -> None:
     env = load_config("+algo=vdn", "env=corridor", config_dir="configs").env
     assert env.spec == (2, 2, 2, 2, 12)
-    with env.host.running([0]):
-        called(env.host.supervisor, "reset", np.array([1, 2]))
-        for _ in range(3):  # all the way to the right, where who has arrived waits
-            *_, metrics, reward, terminated, _, failed = called(env.host.supervisor, "step", np.ones((2, 2), int))
+    with env.external.running([0]):
+        called(env.external.supervisor, "reset", np.array([1, 2]))
+        for _ in range(3):  # all the way to the right; an agent that has arrived waits
+            *_, metrics, reward, terminated, _, failed = called(env.external.supervisor, "step", np.ones((2, 2), int))
     assert terminated.all()
     assert not failed.any()
     np.testing.assert_array_equal(reward, [1, 1])

@@ -1,4 +1,4 @@
-"""The adapters against a real SMAC, SMACv2 or SMAClite, where `WQMIX_JAX_REAL` says that there is one.
+"""The adapters with a real SMAC, SMACv2 or SMAClite, if `WQMIX_JAX_REAL` names one.
 
 ``WQMIX_JAX_REAL="env=smac env.map=3m env.worker_python=/path/to/python" pytest tests/envs/host/test_real.py``
 """
@@ -18,9 +18,9 @@ pytestmark = pytest.mark.skipif(not OVERRIDES, reason="WQMIX_JAX_REAL names no e
 
 def test_two_episodes_are_played_at_random_to_their_ends() -> None:
     env, rng = load_config("+algo=iql", *OVERRIDES).env, np.random.default_rng(0)
-    assert env.host.versions()
-    supervisor, spec = env.host.supervisor, env.spec
-    with env.host.running([0]):
+    assert env.external.versions()
+    supervisor, spec = env.external.supervisor, env.spec
+    with env.external.running([0]):
         for seeds in ([1, 2], [3, 4]):
             obs, state, avail, metrics, *_, failed = called(supervisor, "reset", np.array(seeds))
             ended = failed.copy()
@@ -37,4 +37,4 @@ def test_two_episodes_are_played_at_random_to_their_ends() -> None:
                 if ended.all():
                     break
             assert set(np.unique(metrics[:, 0])) <= {0.0, 1.0}
-        assert env.host.facts() == {"worker_restarts": 0}
+        assert env.external.facts() == {"worker_restarts": 0}

@@ -1,4 +1,4 @@
-"""A run by its command: what it says and records of its workers, and how it ends when they fail too often."""
+"""Runs by the command: messages and records about workers, and the end of a run whose workers fail too often."""
 
 import json
 import re
@@ -25,7 +25,7 @@ RUN = ("num_seeds=2", "seed=5", "num_envs=2", "eval_episodes=2", "eval_interval=
 
 
 def configs(folder: Path, algo_class: str = "Linear", **toy: Any) -> Path:
-    """A user's folder with the toy and the linear algorithm."""
+    """Writes a user's folder with the toy and the linear algorithm."""
     simulator = {"simulator": f"{HERE / 'toy.py'}:Toy", "options": {"episode_limit": 5, **toy}}
     env = {"_target_": "wqmix_jax.envs.host.bridge.HostEnvironment", **WORKERS, "max_restarts": 0, **simulator}
     algo = {"_target_": f"tests.envs.host.linear.{algo_class}", **TINY}
@@ -36,14 +36,14 @@ def configs(folder: Path, algo_class: str = "Linear", **toy: Any) -> Path:
 
 
 def test_a_simulator_without_its_class_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Written after ``--config-dir``, as argparse alone wouldn't take it."""
+    """The option is written after ``--config-dir``, which argparse alone wouldn't accept."""
     folder = configs(tmp_path / "configs")
     assert main("+algo=my_algo", "--config-dir", str(folder), "env=my_env", "env.simulator=corridor.py") == 2
-    told = "error: env.simulator='corridor.py' is not allowed: write FILE.py:CLASS or module:CLASS\n"
-    assert capfd.readouterr().err == told
+    message = "error: env.simulator='corridor.py' is not allowed: write FILE.py:CLASS or module:CLASS\n"
+    assert capfd.readouterr().err == message
 
 
-def test_a_run_that_fails_is_saved_and_goes_on_with_the_same_version_only(
+def test_a_run_that_fails_is_saved_and_continues_with_the_same_version_only(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The fault is in the third episode of some worker, once."""
@@ -54,8 +54,8 @@ def test_a_run_that_fails_is_saved_and_goes_on_with_the_same_version_only(
     code = main("+algo=my_algo", "env=my_env", *RUN, "checkpoint.every=1000", f"run_dir={run_dir}", config_dir=folder)
     out, err = capfd.readouterr()
     assert code == 1
-    told = r"error: seed [56], environment [01] of training: ValueError: the toy broke \(toy.py:\d+\) in a reset; "
-    assert re.search(rf"^{told}no worker is replaced any more after max_restarts=0", err, re.M)
+    message = r"error: seed [56], environment [01] of training: ValueError: the toy broke \(toy.py:\d+\) in a reset; "
+    assert re.search(rf"^{message}no worker is replaced any more after max_restarts=0", err, re.M)
     assert "worker processes: 4 to train and 4 to evaluate (toy 1.2)" in out
     assert "one device trains all seeds" in out
     assert load_header(run_dir)["simulator"] == {"toy": "1.2"}
@@ -67,12 +67,12 @@ def test_a_run_that_fails_is_saved_and_goes_on_with_the_same_version_only(
     header = run_dir / "run.json"
     header.write_text(header.read_text().replace('"1.2"', '"1.1"'))
     assert main(f"resume={run_dir}", config_dir=folder) == 2
-    told = f"{run_dir} has toy=1.1, and this installation has toy=1.2"
+    message = f"{run_dir} has toy=1.1, and this installation has toy=1.2"
     *named, refused = capfd.readouterr().err.splitlines()
     assert [line.split(",")[0] for line in named if not line.startswith("importing ")] == [
         f"workers run {HERE / 'toy.py'}"
     ]
-    assert refused == f"error: resume={run_dir} is not allowed: {told}"
+    assert refused == f"error: resume={run_dir} is not allowed: {message}"
 
 
 @pytest.mark.parametrize("broken", [(), ("plot_run", "save_policy")], ids=["all works", "nothing works"])
@@ -96,8 +96,8 @@ def test_nothing_hides_the_error_that_ended_a_run(
     cause = r"error: seed 5, environment 0 of training: ValueError: the toy broke \(toy.py:\d+\) in a step; "
     assert re.match(f"{cause}no worker is replaced any more after max_restarts=4", last)
     warnings = [line for line in before if "IndexError: index 0 is out of bounds" in line]
-    told = ["the checkpoint can't be written", "learning_curve.png can't be drawn"] if broken else []
-    assert [line.removeprefix("warning: ").partition(" (")[0] for line in warnings] == told
+    expected = ["the checkpoint can't be written", "learning_curve.png can't be drawn"] if broken else []
+    assert [line.removeprefix("warning: ").partition(" (")[0] for line in warnings] == expected
     assert json.loads((run_dir / "summary.json").read_text())["status"] == "failed"
     assert (run_dir / "learning_curve.png").exists() == (not broken)
 
@@ -121,7 +121,7 @@ def test_a_failed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None
 
 
 @pytest.mark.slow  # it compiles three times: no cache keeps programs that call the host
-def test_a_run_of_smaclite_that_was_cut_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+def test_a_run_of_smaclite_that_was_cut_continues_as_if_it_had_not_been(tmp_path: Path) -> None:
     """SMAClite's state holds the last actions, which it never clears: new workers have none."""
     folder = configs(tmp_path / "configs", "LinearInState")
     command = ["+algo=my_algo", "env=smaclite", "env.map=3m", "env.episode_limit=4", *RUN[:-1]]
@@ -155,7 +155,7 @@ def test_an_evaluation_without_a_complete_episode_is_no_result(
     assert capsys.readouterr().err.count("the toy broke") == 2
 
 
-def test_a_run_whose_evaluation_fails_twice_goes_on_as_if_nothing_had_happened(
+def test_a_run_whose_evaluation_fails_twice_continues_as_if_nothing_had_happened(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The fourth episode of a worker is one of the second evaluation: training has reached its second by then."""

@@ -20,7 +20,7 @@ LIMIT, MAP = 25, "3m"
 
 @pytest.fixture(autouse=True)
 def this_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Is what a worker imports."""
+    """Makes workers import this checkout."""
     monkeypatch.setenv("PYTHONPATH", str(HERE.parents[2]))
 
 
@@ -44,13 +44,13 @@ def test_a_battle_is_the_native_one() -> None:
     )
     theirs, rng = reset(keys_at(0)), np.random.default_rng(0)
     step_batch, ended = jax.jit(ours.step_batch), np.zeros(2, bool)
-    with ours.host.running([0]):
+    with ours.external.running([0]):
         state = jax.jit(ours.reset_batch)(keys)
         for number in range(1, LIMIT + 1):
             obs, world, avail, _ = jax.tree.map(np.asarray, native_look(theirs))
             for one, other in zip(state.seen, (obs, world, avail), strict=True):
                 np.testing.assert_array_equal(np.asarray(one)[~ended], other[:2][~ended])
-            # Who can shoot does, so that somebody wins.
+            # All units shoot when they can, so that one side wins.
             wanted = np.where(avail[..., 5:].any(-1), 5 + avail[..., 5:].argmax(-1), 1)
             chosen = np.where(np.take_along_axis(avail, wanted[..., None], -1)[..., 0], wanted, avail.argmax(-1))
             chosen = np.where(rng.random(chosen.shape) < 0.1, avail.argmax(-1), chosen)
@@ -80,4 +80,4 @@ def test_ow_qmix_trains_on_it() -> None:
     losses = [record["loss"] for record in records if "loss" in record]
     assert losses
     assert np.isfinite(losses).all()
-    assert env.host.facts() == {"worker_restarts": 0}
+    assert env.external.facts() == {"worker_restarts": 0}

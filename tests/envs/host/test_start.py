@@ -1,4 +1,4 @@
-"""Workers that never get to play, and simulators that say something wrong of themselves: one line that says why."""
+"""Workers that never play, and simulators with wrong sizes or versions, are refused in one line that says why."""
 
 import contextlib
 import os
@@ -44,7 +44,7 @@ WITHOUT_NUMPY = f'#!/bin/sh\nexec {sys.executable} -S "$@"\n'
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (WITHOUT_NUMPY, r"worker ended with exit code 1 \(ModuleNotFoundError: No module named 'numpy'\)$"),
         ("#!/bin/sh\nexit 0\n", "worker ended with exit code 0$"),
@@ -54,9 +54,9 @@ WITHOUT_NUMPY = f'#!/bin/sh\nexec {sys.executable} -S "$@"\n'
     ],
     ids=["without numpy", "no Python", "crash", "no program", "half an answer"],
 )
-def test_an_interpreter_that_cannot_play_is_refused(text: str, told: str, program: Callable[..., Path]) -> None:
+def test_an_interpreter_that_cannot_play_is_refused(text: str, message: str, program: Callable[..., Path]) -> None:
     python = program(text)
-    with pytest.raises(ConfigError, match=f"^HostEnvironment can't be used with worker_python={python}: {told}"):
+    with pytest.raises(ConfigError, match=f"^HostEnvironment can't be used with worker_python={python}: {message}"):
         toy(workers={"worker_python": str(python)})
 
 
@@ -78,8 +78,8 @@ def test_a_worker_that_ends_before_its_first_command_is_reported(
     then: str, cause: str, program: Callable[..., Path]
 ) -> None:
     env = toy(workers={"worker_python": str(program(LATER + then)), "max_restarts": 0})
-    with pytest.raises(RunError, match=f"environment 0 of training: {cause}"), env.host.running([0]):
-        env.host.supervisor.reset("training", np.array([2]))
+    with pytest.raises(RunError, match=f"environment 0 of training: {cause}"), env.external.running([0]):
+        env.external.supervisor.reset("training", np.array([2]))
 
 
 def test_an_interpreter_that_vanishes_ends_the_run_with_one_line(program: Callable[..., Path]) -> None:
@@ -88,14 +88,14 @@ def test_an_interpreter_that_vanishes_ends_the_run_with_one_line(program: Callab
     python.unlink()
     with (
         pytest.raises(RunError, match=rf"^{python} can't be started: No such file or directory$"),
-        env.host.running([0]),
+        env.external.running([0]),
     ):
-        env.host.supervisor.reset("training", np.array([2]))
+        env.external.supervisor.reset("training", np.array([2]))
 
 
 @pytest.fixture
 def many_open_files() -> Iterator[None]:
-    """More than 1024 of them."""
+    """Opens more than 1024 files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
     with contextlib.ExitStack() as stack:
@@ -106,11 +106,11 @@ def many_open_files() -> Iterator[None]:
 
 
 def test_workers_may_be_many(many_open_files: None) -> None:
-    """As many as the system allows, not as `select.select` does."""
+    """The system limits their number, not `select.select`."""
     env = toy(episode_limit=6)
-    with env.host.running([0]):
-        env.host.supervisor.reset("training", np.array([2]))
-        assert not env.host.supervisor.arrays("training")["failed"].any()
+    with env.external.running([0]):
+        env.external.supervisor.reset("training", np.array([2]))
+        assert not env.external.supervisor.arrays("training")["failed"].any()
 
 
 @pytest.mark.parametrize("supervised", [True, False])
@@ -122,18 +122,18 @@ def test_a_system_without_room_for_workers_ends_the_run_with_one_line(
 
     env = toy()
     monkeypatch.setattr(supervisor, "Pool", full)
-    told = r"^workers can't be started: \[Errno 24\] Too many open files$"
+    message = r"^workers can't be started: \[Errno 24\] Too many open files$"
     if not supervised:
-        with pytest.raises(RunError, match=told):
-            env.host.supervisor.reset("training", np.array([2, 3]))
+        with pytest.raises(RunError, match=message):
+            env.external.supervisor.reset("training", np.array([2, 3]))
         return
 
     def play() -> None:
-        with env.host.running([0]):
-            floats, flags = env.host.supervisor.reset("training", np.array([2, 3]))
+        with env.external.running([0]):
+            floats, flags = env.external.supervisor.reset("training", np.array([2, 3]))
             assert (floats.any(), flags[-2:].tolist()) == (False, [True, True]), "no row of the call has played"
 
-    with pytest.raises(RunError, match=told):
+    with pytest.raises(RunError, match=message):
         play()
 
 
@@ -145,13 +145,13 @@ SIZES = dict.fromkeys(["num_agents", "num_actions", "obs_dim", "state_dim", "epi
 
 class Game:
     def __init__(self, seed, info, versions="{}"):
-        self.said, self.told = info, versions
+        self.info_text, self.versions_text = info, versions
 
     def info(self):
-        return eval(self.said)
+        return eval(self.info_text)
 
     def versions(self):
-        return eval(self.told)
+        return eval(self.versions_text)
 """
 
 
@@ -162,7 +162,7 @@ def game(folder: Path, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("info", "told"),
+    ("info", "message"),
     [
         ("{**SIZES, 'obs_dim': 0}", "its info() gives obs_dim=0: a whole number above 0 is needed"),
         ("{**SIZES, 'obs_dim': 2.5}", "its info() gives obs_dim=2.5: a whole number above 0 is needed"),
@@ -173,10 +173,10 @@ def game(folder: Path, **options: Any) -> Any:
         ("{**SIZES, 'obs_dim': Game}", "TypeError: info() or versions() holds a type: only numbers, text and lists"),
     ],
 )
-def test_sizes_that_cannot_be_used_are_refused(info: str, told: str, tmp_path: Path) -> None:
+def test_sizes_that_cannot_be_used_are_refused(info: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         game(tmp_path, info=info)
-    assert str(refused.value).startswith(f"HostEnvironment can't be used: {told}")
+    assert str(refused.value).startswith(f"HostEnvironment can't be used: {message}")
     assert "\n" not in str(refused.value)
 
 
@@ -186,11 +186,11 @@ def test_sizes_may_be_integers_of_numpy(tmp_path: Path) -> None:
     assert env.spec == (2, 2, 2, 2, 2)
     assert all(type(size) is int for size in env.spec)
     assert env.info["metrics"] == ["hits", "wins"]
-    assert env.host.versions() == {"game": 1.5}
+    assert env.external.versions() == {"game": 1.5}
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "message"),
     [
         ("obs", [[1, 2, 3], [1, 2]], r"obs of agent 1 has shape \(2,\), but \(3,\) is needed"),
         ("obs", [[1, [2], 3], [1, 2, 3]], r"obs of agent 0 has shape ragged, but \(3,\) is needed"),
@@ -211,13 +211,13 @@ def test_sizes_may_be_integers_of_numpy(tmp_path: Path) -> None:
         ("reward", [1.0], r"reward has shape \(1,\), but \(\) is needed"),
     ],
 )
-def test_what_does_not_fit_is_named_by_agent(name: str, value: Any, told: str) -> None:
+def test_what_does_not_fit_is_named_by_agent(name: str, value: Any, message: str) -> None:
     arrays = {
         "obs": np.zeros((2, 3)),
         "avail_actions": np.zeros((2, 4), bool),
         "state": np.zeros(2),
         "reward": np.zeros(()),
     }
-    with pytest.raises(ValueError, match=f"^{told}$"):
+    with pytest.raises(ValueError, match=f"^{message}$"):
         worker.put(arrays, name, value)
     assert not arrays[name].any()

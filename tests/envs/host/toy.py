@@ -16,7 +16,7 @@ class Toy:
 
     Attributes:
         faults: ``[{"kind": .., "during": .., "marks": FOLDER, "times": n}]``: the first ``n`` workers that get there
-            misbehave, each once.
+            misbehave, once each.
     """
 
     launched = False
@@ -41,7 +41,7 @@ class Toy:
         return {"toy": "1.2"}
 
     def launch(self):
-        """As SMAC, which starts the game in its first reset."""
+        """Starts the game in the first reset, as SMAC does."""
         self.launched = True
         if self.launches is not None:
             Path(self.launches, f"{os.getpid()}").write_text(str(self.seed))
@@ -91,7 +91,7 @@ class Toy:
         return any(fault["kind"] == kind and self.takes(fault) for fault in self.faults if self.steps > 1)
 
     def takes(self, fault):
-        """Whether this is one of the first to misbehave so."""
+        """Returns True if this is one of the first workers to misbehave so."""
         for number in range(fault.get("times", 1)):
             try:
                 Path(fault["marks"], f"{fault['kind']}-{fault['during']}-{number}").touch(exist_ok=False)

@@ -15,11 +15,11 @@ from jumanji.types import StepType
 from PIL import Image
 
 import wqmix_jax.envs
-from wqmix_jax.envs.base import Moment
+from wqmix_jax.envs.predator_prey import CATCH, STAY
 from wqmix_jax.envs.predator_prey.jumanji import PredatorPreyJumanji, State
-from wqmix_jax.envs.predator_prey.task import CATCH, STAY
 from wqmix_jax.envs.predator_prey.viewer import PredatorPreyViewer
 from wqmix_jax.errors import ConfigError
+from wqmix_jax.types import Moment
 
 SMALL = {"world_shape": [4, 5], "num_agents": 3, "num_stags": 2, "num_hares": 1, "obs_radius": 1}
 
@@ -55,6 +55,7 @@ def run(code: str) -> str:
 
 
 def test_it_is_made_by_its_registered_name_with_the_papers_options() -> None:
+    wqmix_jax.envs.register_jumanji()
     env = jumanji.make("PredatorPrey-v0")
     assert isinstance(env, PredatorPreyJumanji)
     assert (env.task.world_shape, env.task.num_agents, env.task.punishment) == ((10, 10), 8, -2)
@@ -64,19 +65,25 @@ def test_it_is_made_by_its_registered_name_with_the_papers_options() -> None:
 
 
 def test_registering_again_is_harmless() -> None:
+    wqmix_jax.envs.register_jumanji()
     importlib.reload(wqmix_jax.envs)
     assert wqmix_jax.envs.JUMANJI_ID in jumanji.registered_environments()
 
 
-def test_the_package_stays_light_and_registers_whichever_is_imported_first() -> None:
+def test_the_package_stays_light_until_it_is_asked_to_register() -> None:
     out = run(
-        "import importlib.util, sys, wqmix_jax.envs.predator_prey\n"
-        "assert importlib.util.find_spec('jumanji') is not None\n"
+        "import sys\n"
+        "import wqmix_jax.envs, wqmix_jax.envs.predator_prey, wqmix_jax.envs.smax\n"
+        "print([finder for finder in sys.meta_path if type(finder).__module__.startswith('wqmix_jax')])\n"
         "print('jumanji' in sys.modules, 'matplotlib' in sys.modules)\n"
+        "wqmix_jax.envs.register_jumanji()\n"
         "import jumanji\n"
-        "print('PredatorPrey-v0' in jumanji.registered_environments())"
+        "print('PredatorPrey-v0' in jumanji.registered_environments(), len(jumanji.registered_environments()) > 20)"
     )
-    assert out.split() == ["False", "False", "True"]
+    assert out.split() == ["[]", "False", "False", "True", "True"]
+
+
+def test_it_registers_by_itself_where_jumanji_is_imported_already() -> None:
     out = run(
         "import jumanji, wqmix_jax.envs\n"
         "print('PredatorPrey-v0' in jumanji.registered_environments(), len(jumanji.registered_environments()) > 20)"
@@ -140,7 +147,7 @@ def test_a_fresh_key_for_every_step(state: State, step: Any) -> None:
         ([True, True, True], 11, StepType.LAST, 1),
         ([False, False, False], 11, StepType.LAST, 1),
     ],
-    ids=["going on", "ended", "cut", "ended at the limit"],
+    ids=["unfinished", "ended", "cut", "ended at the limit"],
 )
 def test_only_a_real_end_has_no_discount(
     state: State, step: Any, prey_alive: list[bool], steps: int, step_type: Any, discount: float
@@ -162,7 +169,7 @@ def test_episodes_are_batched_and_scanned(env: PredatorPreyJumanji) -> None:
 
 
 def markers(env: PredatorPreyJumanji, state: State) -> dict[str, int]:
-    """How many of each kind the viewer draws, by the text on them."""
+    """Counts the drawn entities of each kind by the text on them."""
     drawn: dict[str, int] = {}
     for kind, _, _ in PredatorPreyViewer(env.task)._entities(state.env_state):
         drawn[kind] = drawn.get(kind, 0) + 1
@@ -185,8 +192,8 @@ def test_a_picture_shows_agents_and_prey_in_their_colours(env: PredatorPreyJuman
     assert picture.ndim == 3
     for colour in ((0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00), (0x00, 0x9E, 0x73)):
         assert (picture[..., :3] == colour).all(-1).sum() > 500
-    nobody = changed(state, agents_active=jnp.zeros(3, bool), prey_alive=jnp.zeros(3, bool))
-    empty = np.asarray(env.render(nobody))
+    no_entity = changed(state, agents_active=jnp.zeros(3, bool), prey_alive=jnp.zeros(3, bool))
+    empty = np.asarray(env.render(no_entity))
     assert empty.shape == picture.shape
     assert (empty != picture).any()
     env.close()
@@ -211,7 +218,7 @@ def test_an_animation_is_saved(env: PredatorPreyJumanji, state: State, step: Any
     ],
 )
 def test_a_film_marks_captures_and_miscaptures(actions: list[int], events: list[Any]) -> None:
-    """Two agents with a stag between them; the mark is where the stag stood."""
+    """Two agents with a stag between them; the mark is where the stag was."""
     env = PredatorPreyJumanji(world_shape=[1, 4], num_agents=2, num_stags=1, num_hares=0, punishment=-2.0)
     task = env.task
     before = task.reset(jax.random.key(0))._replace(

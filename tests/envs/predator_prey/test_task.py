@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from wqmix_jax.config import load_group
-from wqmix_jax.envs.predator_prey.task import CATCH, DOWN, LEFT, RIGHT, STAY, UP, EnvState, Noise, PredatorPrey
+from wqmix_jax.envs.predator_prey import CATCH, DOWN, LEFT, RIGHT, STAY, UP, EnvState, Noise, PredatorPrey
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import build
 from wqmix_jax.types import Array, Observation, StepOutcome
@@ -22,7 +22,7 @@ def make(**overrides: Any) -> PredatorPrey:
 
 
 def from_reference(config: dict[str, Any]) -> PredatorPrey:
-    """The task that a recording's options, under the reference's names, describe."""
+    """Builds the task of a recording from its options, which have the reference's names."""
     [stag_catchers, hare_catchers] = config["capture_action_conditions"]
     [radius] = set(config["agent_obs"])
     return make(
@@ -56,7 +56,7 @@ def place(
 
 
 def in_turn(num_agents: int, num_prey: int, *, uniform: float = 0.0, prey_order: list[int] | None = None) -> Noise:
-    """No surprise: everyone in the order of their index, and the prey take the first possible cell."""
+    """Returns noise without surprises: turns in the order of the index, and prey that take the first possible cell."""
     return Noise(
         agent_order=jnp.arange(num_agents, dtype=jnp.int32),
         prey_order=jnp.array(range(num_prey) if prey_order is None else prey_order, jnp.int32),
@@ -67,19 +67,19 @@ def in_turn(num_agents: int, num_prey: int, *, uniform: float = 0.0, prey_order:
 def transition(
     env: PredatorPrey, env_state: EnvState, joint_action: Array, noise: Noise
 ) -> tuple[EnvState, StepOutcome]:
-    """One step, not compiled: each hand-written case below is played only once."""
+    """Plays one step, not compiled: each hand-written case below is played only once."""
     with jax.disable_jit():
         return env.transition(env_state, joint_action, noise)
 
 
 def observe(env: PredatorPrey, env_state: EnvState) -> Observation:
-    """What is seen of a hand-written state, not compiled either."""
+    """Observes a hand-written state, not compiled either."""
     with jax.disable_jit():
         return env.observe(env_state)
 
 
 def random_play(env: PredatorPrey, num_episodes: int, num_steps: int) -> EnvState:
-    """Every state of random play, leaves ``[num_steps * num_episodes, ..]``; it catches whenever it can."""
+    """Returns every state of random play, leaves ``[num_steps * num_episodes, ..]``; it catches whenever it can."""
 
     def step(env_state: EnvState, key: jax.Array) -> tuple[EnvState, EnvState]:
         action_key, step_key = jax.random.split(key)
@@ -96,7 +96,7 @@ def random_play(env: PredatorPrey, num_episodes: int, num_steps: int) -> EnvStat
 
 
 def random_states(env: PredatorPrey, size: int) -> EnvState:
-    """Everyone anywhere, whether reached by play or not, a third of them dead or frozen; leaves ``[size, ..]``."""
+    """Draws states with everyone anywhere, reachable or not, a third dead or frozen; leaves ``[size, ..]``."""
     rng = np.random.default_rng(4)
     rows, columns = env.world_shape
     cells = rng.permuted(np.tile(np.arange(rows * columns, dtype=np.int32), (size, 1)), axis=1)
@@ -111,8 +111,8 @@ def random_states(env: PredatorPrey, size: int) -> EnvState:
 
 
 def assert_packing_is_lossless(env: PredatorPrey, states: EnvState) -> None:
-    seen, packed = jax.jit(jax.vmap(lambda env_state: (env.observe(env_state), env.pack(env_state))))(states)
-    again = jax.jit(jax.vmap(env.unpack))(packed)
+    seen, compressed = jax.jit(jax.vmap(lambda env_state: (env.observe(env_state), env.compress(env_state))))(states)
+    again = jax.jit(jax.vmap(env.decompress))(compressed)
     for left, right in zip(seen, again, strict=True):
         assert left.dtype == right.dtype
         np.testing.assert_array_equal(left, right)
@@ -165,11 +165,11 @@ def test_every_recorded_step_is_replayed_exactly(recording: tuple[PredatorPrey, 
     assert outcome.reward.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("stored", [False, True], ids=["observed", "packed"])
+@pytest.mark.parametrize("stored", [False, True], ids=["observed", "compressed"])
 def test_recorded_states_are_seen_exactly(recording: tuple[PredatorPrey, dict[str, np.ndarray]], stored: bool) -> None:
     env, arrays = recording
     first, after = recorded_state(arrays, "init/"), recorded_state(arrays, "step/post_")
-    see = (lambda env_state: env.unpack(env.pack(env_state))) if stored else env.observe
+    see = (lambda env_state: env.decompress(env.compress(env_state))) if stored else env.observe
     seen = jax.jit(jax.vmap(see))(jax.tree.map(lambda *leaves: jnp.concatenate(leaves), first, after))
     for got, name in [(seen.obs, "obs"), (seen.state, "state"), (seen.avail_actions, "avail")]:
         np.testing.assert_array_equal(got, np.concatenate([arrays[f"init/{name}"], arrays[f"step/post_{name}"]]))
@@ -177,7 +177,7 @@ def test_recorded_states_are_seen_exactly(recording: tuple[PredatorPrey, dict[st
 
 
 def test_recordings_hold_what_is_hard() -> None:
-    """So that the replay above proves something."""
+    """Otherwise the replay above would prove little."""
     stats = []
     for path in GOLDEN:
         with np.load(path) as stored:
@@ -200,19 +200,19 @@ def test_a_packed_state_is_seen_bit_for_bit(overrides: dict[str, Any]) -> None:
     env = make(**overrides)
     assert_packing_is_lossless(env, random_states(env, 200))
     rows, columns = env.world_shape
-    packed = jax.eval_shape(lambda: env.pack(env.reset(jax.random.key(0))))
-    assert packed.cells.dtype == (jnp.uint8 if rows * columns <= 256 else jnp.uint16)
+    compressed = jax.eval_shape(lambda: env.compress(env.reset(jax.random.key(0))))
+    assert compressed.cells.dtype == (jnp.uint8 if rows * columns <= 256 else jnp.uint16)
 
 
 def test_a_step_of_the_papers_task_is_packed_into_18_bytes() -> None:
-    packed = jax.eval_shape(lambda: make().pack(make().reset(jax.random.key(0))))
-    assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(packed)) == 18
+    compressed = jax.eval_shape(lambda: make().compress(make().reset(jax.random.key(0))))
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(compressed)) == 18
 
 
 def test_padding_unpacks_to_finite_numbers() -> None:
     env = make()
-    template = jax.eval_shape(lambda: env.pack(env.reset(jax.random.key(0))))
-    seen = jax.jit(env.unpack)(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), template))
+    template = jax.eval_shape(lambda: env.compress(env.reset(jax.random.key(0))))
+    seen = jax.jit(env.decompress)(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), template))
     assert all(np.isfinite(leaf).all() for leaf in seen)
 
 
@@ -257,7 +257,7 @@ def test_noise_has_uniform_marginals() -> None:
     assert uniform.max() < 1
     counts = np.histogram(uniform, bins=10, range=(0, 1))[0]
     assert abs(counts - 1800).max() < 5 * 40.3
-    # One purpose tells nothing of another.
+    # Draws for one purpose are independent of those for another.
     assert abs(np.corrcoef(noise.agent_order[:, 0], noise.prey_order[:, 0])[0, 1]) < 5 / np.sqrt(6000)
 
 
@@ -464,7 +464,7 @@ def test_dtypes_stay_narrow_under_x64() -> None:
 
     def play() -> tuple[EnvState, StepOutcome, Observation]:
         after, outcome = env.step(env.reset(jax.random.key(0)), jnp.zeros(3, jnp.int32), jax.random.key(1))
-        return after, outcome, env.unpack(env.pack(after))
+        return after, outcome, env.decompress(env.compress(after))
 
     with jax.enable_x64(True):
         after, outcome, seen = jax.eval_shape(play)

@@ -1,4 +1,4 @@
-"""SMAX behind our protocol: the native game step by step, how a battle ends, and what the replay keeps of it."""
+"""SMAX as an environment of this package: equal to the native game, the ends of battles, and the replay's form."""
 
 import importlib.metadata
 import importlib.util
@@ -15,7 +15,7 @@ import pytest
 from tests.running import main
 from wqmix_jax import load_config, train_seeds
 from wqmix_jax.config import load_group
-from wqmix_jax.envs.smax.task import SMAX, map_names
+from wqmix_jax.envs.smax import SMAX, map_names
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import build
 from wqmix_jax.records.metrics import load_header
@@ -29,7 +29,7 @@ def make(**options: Any) -> SMAX:
 
 
 def test_the_version_of_the_game_is_part_of_a_run() -> None:
-    assert make().host.versions() == {"jaxmarl": importlib.metadata.version("jaxmarl")}
+    assert make().external.versions() == {"jaxmarl": importlib.metadata.version("jaxmarl")}
 
 
 @pytest.mark.parametrize(("name", "max_return", "see_enemy_actions"), [("3m", 2.0, False), ("3s_vs_5z", 20.0, True)])
@@ -41,7 +41,7 @@ def test_a_battle_is_the_native_one_step_by_step(name: str, max_return: float, s
     with jax.numpy_rank_promotion("allow"):
         seen, theirs = native.reset(reset_key)
     step = jax.jit(env.step)
-    looks = jax.jit(lambda state: (env.observe(state), env.unpack(env.pack(state))))
+    looks = jax.jit(lambda state: (env.observe(state), env.decompress(env.compress(state))))
     rewards = []
     for key in keys:
         for observation in looks(ours):
@@ -65,7 +65,7 @@ def test_a_battle_is_the_native_one_step_by_step(name: str, max_return: float, s
 
 
 def battle(env: SMAX, allies: list[float], enemies: list[float], **changes: Any) -> Any:
-    """All units of 3m in one another's range, with the health given."""
+    """Returns a battle of 3m with all units in one another's range, with the given health."""
     state = env.reset(jax.random.key(0))
     health = jnp.array([*allies, *enemies], jnp.float32)
     columns = jnp.array([15.0] * 3 + [17.0] * 3)
@@ -86,10 +86,10 @@ STOP = jnp.array([4, 4, 4], jnp.int32)
     [
         ([45, 45, 45], [1, 1, 1], SHOOT, True, 1),
         ([1, 1, 1], [45, 45, 45], STOP, True, 0),
-        ([1, 0, 0], [1, 0, 0], SHOOT, True, 0),  # both sides shoot at once
+        ([1, 0, 0], [1, 0, 0], SHOOT, True, 0),  # both sides shoot simultaneously
         ([45, 45, 45], [45, 45, 45], STOP, False, 0),
     ],
-    ids=["won", "lost", "draw", "goes on"],
+    ids=["won", "lost", "draw", "unfinished"],
 )
 def test_a_battle_ends_when_a_side_is_dead(allies, enemies, joint_action, ends, won) -> None:
     env = make()
@@ -120,13 +120,13 @@ def test_the_time_limit_cuts_and_does_not_terminate() -> None:
 def test_the_papers_maps_are_there_and_stored_as_their_units(name: str, armies: tuple[int, int]) -> None:
     env = make(map=name)
     assert (env.spec.num_agents, env.spec.num_actions - 5) == armies
-    packed, seen = jax.eval_shape(
-        lambda key: (env.pack(env.reset(key)), env.observe(env.reset(key))), jax.random.key(0)
+    compressed, seen = jax.eval_shape(
+        lambda key: (env.compress(env.reset(key)), env.observe(env.reset(key))), jax.random.key(0)
     )
     assert seen.obs.shape == (env.spec.num_agents, env.spec.obs_dim)
     assert seen.state.shape == (env.spec.state_dim,)
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
-    assert size(packed) == 27 * sum(armies) < size(seen) / 4
+    assert size(compressed) == 27 * sum(armies) < size(seen) / 4
 
 
 def test_reset_and_step_give_the_same_types() -> None:

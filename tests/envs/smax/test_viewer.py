@@ -1,4 +1,4 @@
-"""Pictures of battles: who is where, how healthy, and whom it attacked."""
+"""Pictures of battles: positions, health and attacks of the units."""
 
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from wqmix_jax.config import load_group
-from wqmix_jax.envs.base import Moment
-from wqmix_jax.envs.smax.task import SMAX
+from wqmix_jax.envs.smax import SMAX
 from wqmix_jax.envs.smax.viewer import SMAXViewer
 from wqmix_jax.options import build
+from wqmix_jax.types import Moment
 
 ALLY, ENEMY = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
 
@@ -26,7 +26,7 @@ def env() -> SMAX:
 
 @pytest.fixture(scope="module")
 def start(env: SMAX) -> Any:
-    """Two columns face to face, so near that everyone can attack."""
+    """Returns two columns face to face, so near that every unit can attack."""
     state = env.reset(jax.random.key(0))
     positions = [[x, y] for x in (15.5, 16.5) for y in (10.0, 13.0, 16.0, 19.0, 22.0)]
     return changed(state, unit_positions=jnp.array(positions, jnp.float32))
@@ -34,7 +34,7 @@ def start(env: SMAX) -> Any:
 
 @pytest.fixture(scope="module")
 def fought(env: SMAX, start: Any) -> Any:
-    """The state after a step in which each ally attacked the enemy opposite."""
+    """Returns the state after a step in which each ally attacked the enemy opposite."""
     return jax.jit(env.step)(start, jnp.arange(5, 10, dtype=jnp.int32), jax.random.key(1))[0]
 
 
@@ -83,7 +83,7 @@ def test_a_picture_fills_bodies_up_to_their_health(env: SMAX, start: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    ("dead", "step", "told"),
+    ("dead", "step", "title"),
     [
         ([], 7, "allies 5 of 5   enemies 5 of 5"),
         ([5, 6, 7, 8, 9], 7, "allies 5 of 5   enemies 0 of 5   won"),
@@ -92,10 +92,10 @@ def test_a_picture_fills_bodies_up_to_their_health(env: SMAX, start: Any) -> Non
         ([9], 100, "allies 5 of 5   enemies 4 of 5   time is up"),
     ],
 )
-def test_the_title_says_where_the_battle_stands(env: SMAX, start: Any, dead: list[int], step: int, told: str) -> None:
+def test_the_title_names_the_state_of_the_battle(env: SMAX, start: Any, dead: list[int], step: int, title: str) -> None:
     viewer = SMAXViewer(env)
     state = changed(start, step=jnp.int32(step), unit_alive=jnp.array([index not in dead for index in range(10)]))
-    assert viewer._title(state, viewer.units(state)) == f"2s3z   step {step} of 100   {told}"
+    assert viewer._title(state, viewer.units(state)) == f"2s3z   step {step} of 100   {title}"
 
 
 def test_an_animation_is_saved_and_its_view_stays(env: SMAX, start: Any, fought: Any, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""SMAC, SMACv2 and SMAClite as simulators of the host protocol; `wqmix_jax.envs.host.simulator` documents it.
+"""SMAC, SMACv2 and SMAClite as simulators; `wqmix_jax.envs.host.simulator` documents their protocol.
 
-Loaded by a worker, in the interpreter that has the game: Python 3.7 or newer, and nothing of this package.
+A worker loads this file in the interpreter that has the game: Python 3.7 or newer, without this package.
 """
 
 import copy
@@ -17,7 +17,7 @@ METRICS = ["win_rate", "dead_allies", "dead_enemies"]
 
 
 class SetupError(Exception):
-    """Something is not installed; the message is a whole sentence."""
+    """Something is not installed; the message is a complete sentence."""
 
 
 class SMAC:
@@ -31,8 +31,8 @@ class SMAC:
         """Makes the environment and looks for the game and the map; the game itself starts with the first reset.
 
         Args:
-            seed: of the game, which has no other.
-            **options: those of ``StarCraft2Env``.
+            seed: the only seed that the game gets.
+            **options: arguments of ``StarCraft2Env``.
         """
         self.check_package()
         self.env = self.make(seed=seed, **options)
@@ -41,7 +41,7 @@ class SMAC:
         self.won = self.dead_allies = self.dead_enemies = 0
 
     def check_package(self):
-        """Refuses where the package is absent, or another one has its name."""
+        """Refuses if the package is absent, or another package has its name."""
         name, python = self.package, sys.executable
         advice = f"pip install git+{self.repository} 'protobuf<3.21'; env.worker_python=PYTHON names another Python"
         try:
@@ -60,7 +60,7 @@ class SMAC:
             raise SetupError(f"{needs} ({one_line(error)})") from error
 
     def make(self, **options):
-        """The environment itself."""
+        """Makes the ``StarCraft2Env``."""
         maps = importlib.import_module("smac.env.starcraft2.maps.smac_maps")
         refuse_unknown(options["map_name"], maps.get_smac_map_registry())
         client = importlib.import_module("smac.env").StarCraft2Env
@@ -74,11 +74,11 @@ class SMAC:
         return self.env
 
     def versions(self):
-        """Of the package and of the game; numbers of different games are not comparable."""
+        """Returns the versions of package and game; numbers of different games are not comparable."""
         return dict({self.package: version_of(self.package)}, **self.game)
 
     def info(self):
-        """The sizes."""
+        """Returns the sizes."""
         sizes = self.env.get_env_info()
         return {
             "num_agents": sizes["n_agents"],
@@ -100,11 +100,11 @@ class SMAC:
         self.won = self.dead_allies = self.dead_enemies = 0
 
     def count_first_battle(self):
-        """Counts a first battle that was left before its end, after which the client would launch a second game."""
+        """Counts a first battle that was left before its end: otherwise the client would launch a second game."""
         self.client._episode_count = max(self.client._episode_count, 1)
 
     def scale_rewards(self):
-        """Scales rewards by this battle's own enemies, as the client means to do.
+        """Scales rewards by this battle's enemies, as the client intends to.
 
         The client adds up the enemies' health at each look at the map until its first battle has ended. So its scale
         depends on how quickly the game created the first units and, where units are drawn (SMACv2), on which battle a
@@ -115,7 +115,7 @@ class SMAC:
         client.max_reward = client.n_enemies * client.reward_death_value + client.reward_win + points
 
     def step(self, joint_action):
-        """The reward, and how the battle ended: at its time limit only with ``continuing_episode``, as in PyMARL."""
+        """Plays one step; a time limit counts as truncation only with ``continuing_episode``, as in PyMARL."""
         reward, terminated, info = self.env.step(joint_action)
         self.refuse_restart()
         if terminated and not info:
@@ -126,12 +126,12 @@ class SMAC:
         return reward, terminated and not truncated, truncated
 
     def observe(self):
-        """What the agents see, the state, and what each may do."""
+        """Returns the agents' observations, the state, and the available actions."""
         avail_actions = [self.env.get_avail_agent_actions(agent) for agent in range(self.env.n_agents)]
         return self.env.get_obs(), self.env.get_state(), avail_actions
 
     def metrics(self):
-        """Whether the battle was won, and how many died."""
+        """Returns whether the battle was won, and how many units died."""
         return dict(zip(METRICS, (self.won, self.dead_allies, self.dead_enemies)))
 
     def close(self):
@@ -139,7 +139,7 @@ class SMAC:
         self.env.close()
 
     def refuse_restart(self):
-        """A game that was restarted in silence leaves stale units and another scale of rewards."""
+        """Raises after a silent restart of the game, which leaves stale units and another scale of rewards."""
         if self.env.force_restarts:
             raise RuntimeError("StarCraft II crashed, and SMAC restarted it")
 
@@ -152,12 +152,12 @@ class SMACv2(SMAC):
     maps_archive = "https://github.com/oxwhirl/smacv2/releases/download/maps/SMAC_Maps.zip"
 
     def __init__(self, seed, **options):
-        """Makes the environment, as `SMAC` does, and keeps its distributions as they are before the first draw."""
+        """Makes the environment, as `SMAC` does, and copies its distributions before the first draw."""
         super().__init__(seed, **options)
         self.undrawn = copy.deepcopy(self.env.env_key_to_distribution_map)
 
     def make(self, **options):
-        """The environment with its distributions of teams and positions."""
+        """Makes the environment with its distributions of teams and positions."""
         maps = importlib.import_module("smacv2.env.starcraft2.maps.smac_maps")
         refuse_unknown(options["map_name"], maps.get_smac_map_registry())
         wrapper = importlib.import_module("smacv2.env.starcraft2.wrapper")
@@ -199,7 +199,7 @@ class SMAClite:
     advice = "pip install -U git+https://github.com/uoe-agents/smaclite.git"
 
     def check_packages(self):
-        """Gymnasium, once SMAClite has registered its maps there."""
+        """Returns gymnasium after SMAClite has registered its maps there."""
         try:
             gymnasium = importlib.import_module("gymnasium")
             importlib.import_module("smaclite")
@@ -213,11 +213,11 @@ class SMAClite:
         return gymnasium
 
     def versions(self):
-        """Of the package."""
+        """Returns the version of the package."""
         return {"smaclite": version_of("smaclite")}
 
     def info(self):
-        """The sizes; SMAClite itself knows no time limit."""
+        """Returns the sizes; SMAClite itself has no time limit."""
         return {
             "num_agents": self.env.n_agents,
             "num_actions": self.env.n_actions,
@@ -237,18 +237,18 @@ class SMAClite:
         self.won = False
 
     def step(self, joint_action):
-        """The reward, and whether a side is dead."""
+        """Plays one step, which terminates the battle when a side is dead."""
         self.obs, reward, terminated, truncated, info = self.env.step(joint_action)
-        # Older versions don't report it; all of them reward a win where no enemy is left, even if no ally is.
+        # Older versions don't report it; all versions reward a win if no enemy is left, even if no ally is left either.
         self.won = info.get("battle_won", not self.env.enemies)
         return reward, terminated, truncated
 
     def observe(self):
-        """What the agents see, the state, and what each may do."""
+        """Returns the agents' observations, the state, and the available actions."""
         return self.obs, self.env.get_state(), self.env.get_avail_actions()
 
     def metrics(self):
-        """Whether the battle was won, as SMAClite counts it, and how many died: units leave its dicts when they do."""
+        """Returns whether SMAClite counts the battle as won, and how many units died: dead ones leave its dicts."""
         dead = self.env.n_agents - len(self.env.agents), self.env.n_enemies - len(self.env.enemies)
         return dict(zip(METRICS, (self.won, *dead)))
 
@@ -264,10 +264,10 @@ def refuse_unknown(name, names):
 
 
 def refuse_unknown_options(options, client, *taken):
-    """Refuses options that the constructor of ``client`` doesn't name: it may ignore them without a word.
+    """Refuses options that the constructor of ``client`` doesn't name: it may ignore them silently.
 
     Args:
-        options: what is passed to it, by name.
+        options: the arguments, by name.
         client: the class.
         taken: names of arguments that are no options.
     """
@@ -283,14 +283,14 @@ def refuse_unknown_options(options, client, *taken):
 def refuse_heuristic(options):
     """Refuses the client's own player, whose actions would be recorded as the agents'."""
     if options.get("heuristic_ai"):
-        raise SetupError("env.options={heuristic_ai: true} is not allowed: it replaces the agents' actions by its own")
+        raise SetupError("env.options={heuristic_ai: true} is not allowed: it replaces the agents' actions")
 
 
 def find_game(map_name, game_version, maps_archive):
-    """The version of the installed game, found without starting it.
+    """Returns the version of the installed game, found without starting it.
 
     Raises:
-        SetupError: where the game, its executable or the map's file is missing.
+        SetupError: if the game, its executable or the map's file is missing.
     """
     maps, run_configs = importlib.import_module("pysc2.maps"), importlib.import_module("pysc2.run_configs")
     advice = "install it and set SC2PATH to its folder"
@@ -312,14 +312,14 @@ def find_game(map_name, game_version, maps_archive):
 
 
 def describe(config):
-    """``4.6.2 (build 69232)``, or the build alone where pysc2 doesn't know which version it is."""
+    """Returns ``4.6.2 (build 69232)``, or the build alone if pysc2 doesn't know the version."""
     game_version = getattr(config.version, "game_version", None)
     build = build_of(config)
     return f"{game_version} (build {build})" if game_version not in (None, "latest") else f"build {build}"
 
 
 def build_of(config):
-    """The number of the build that plays; the newest where pysc2 doesn't name one."""
+    """Returns the number of the build that plays; the newest if pysc2 doesn't name one."""
     version, folder = config.version, os.path.join(config.data_dir, "Versions")
     build = getattr(version, "build_version", None)
     if build and getattr(version, "game_version", None) != "latest":
@@ -329,7 +329,7 @@ def build_of(config):
 
 
 def executable(config):
-    """The game's program, where pysc2 looks for it."""
+    """Returns the path where pysc2 looks for the game's program."""
     name = getattr(config, "_exec_name", "SC2_x64")
     return os.path.join(config.data_dir, "Versions", f"Base{build_of(config) or 0:05}", name)
 
@@ -343,12 +343,12 @@ def refuse_executable(path, advice):
 
 
 def reseed(distributions, sequence):
-    """Gives every generator inside SMACv2's distributions a stream of its own: they are born with random ones."""
+    """Seeds every generator inside SMACv2's distributions differently: they are created with random seeds."""
     held = list(distributions.values())
     for found, child in zip(held, sequence.spawn(len(held))):
         if hasattr(found, "rng"):
             found.rng = np.random.default_rng(child)
-        if hasattr(found, "index") and hasattr(found, "teams"):  # which walks through a list of teams
+        if hasattr(found, "index") and hasattr(found, "teams"):  # it goes through a list of teams in order
             found.index = int(np.random.default_rng(child).integers(len(found.teams)))
         if hasattr(found, "__dict__"):
             parts = {name: part for name, part in vars(found).items() if hasattr(part, "generate")}
@@ -356,13 +356,13 @@ def reseed(distributions, sequence):
 
 
 def version_of(package):
-    """As installed."""
+    """Returns the installed version of a package."""
     try:
         return importlib.import_module("importlib.metadata").version(package)
-    except ImportError:  # Python 3.7 has no such module; or the package was only put on the path
+    except ImportError:  # Python 3.7 lacks the module; or the package is on the path but not installed
         return "unknown"
 
 
 def one_line(error):
-    """An error's text."""
+    """Returns an error's text in one line."""
     return " ".join(str(error).split())

@@ -1,7 +1,9 @@
 """A simulator outside of JAX as an environment: one ordered host callback per step for the whole batch.
 
-Worker processes play; `HostState` holds what they last sent, so that observing stays a pure function. A simulator is
-any class that fulfils `wqmix_jax.envs.host.simulator.Simulator`.
+Worker processes play; `HostState` holds the data that they sent last, so that observing stays a pure function. A
+simulator is any class that fulfils `wqmix_jax.envs.host.simulator.Simulator`.
+
+In shapes, ``F`` is the number of rows of a batch, seeds times environments, and ``M`` that of metrics.
 """
 
 import abc
@@ -24,7 +26,7 @@ from jax.experimental import io_callback
 from jax.sharding import Sharding, SingleDeviceSharding
 from pydantic import Field
 
-from wqmix_jax.envs.base import Environment, EnvState, Host
+from wqmix_jax.envs.base import Environment, EnvState, External
 from wqmix_jax.envs.host.pool import Program, WorkerError, ask
 from wqmix_jax.envs.host.supervisor import Limits, Returned, Supervisor
 from wqmix_jax.errors import ConfigError
@@ -37,13 +39,14 @@ _SIZES = EnvSpec._fields
 
 
 class HostState(NamedTuple):
-    """What the host last sent of an episode.
+    """The data that a worker sent last.
 
     Attributes:
         seen: the observation.
-        metrics: ``[M]`` float32, what the simulator measures.
+        metrics: ``[M]`` float32, the simulator's metrics.
         ended: bool, whether the episode is over; its worker waits for the next.
-        failed: bool, whether it was cut because a worker failed: then the rest is of the last step that happened.
+        failed: bool, whether the episode was cut because a worker failed; then the other fields are those of the last
+            step before the failure.
     """
 
     seen: Observation
@@ -54,16 +57,16 @@ class HostState(NamedTuple):
 
 @options
 class BridgedEnvironment(Environment):
-    """What all simulators outside of JAX share; a subclass says which one the workers play.
+    """The base of all simulators outside of JAX; a subclass names the one that the workers play.
 
     Attributes:
         worker_python: the interpreter that runs the workers; the one that trains when absent.
-        eval_envs: games per seed that play the evaluation episodes, in turns. They are apart from those of training,
-            so that evaluation never changes training.
+        eval_envs: games per seed that play the evaluation episodes, in turns. They are not those of training, so that
+            evaluation never changes training.
         launch_timeout: seconds for a worker's first reset, which starts its game.
         reset_timeout: seconds for any other reset.
         step_timeout: seconds for a step.
-        max_restarts: workers that may be replaced within ``restart_window`` seconds; after that the run ends.
+        max_restarts: workers that may be replaced within ``restart_window`` seconds; one more ends the run.
         restart_window: seconds.
     """
 
@@ -79,15 +82,15 @@ class BridgedEnvironment(Environment):
 
     @pydantic.model_validator(mode="after")
     def _answers(self) -> Self:
-        """Refuses what can't be played, before anything is compiled."""
+        """Refuses a simulator that doesn't answer or doesn't fit, before anything is compiled."""
         python = self.program.python
         if shutil.which(python) is None:
             raise ValueError(f"worker_python={python} is not allowed: it is not an interpreter that can be run")
-        of = "" if self.worker_python is None else f" with worker_python={python}"
+        interpreter = "" if self.worker_python is None else f" with worker_python={python}"
         try:
             answer = self._answer
         except WorkerError as error:
-            raise ValueError(f"{type(self).__name__} can't be used{of}: {error}") from None
+            raise ValueError(f"{type(self).__name__} can't be used{interpreter}: {error}") from None
         wrong = _misfit(answer)
         if wrong:
             raise ValueError(f"{type(self).__name__} can't be used: {wrong}")
@@ -96,11 +99,11 @@ class BridgedEnvironment(Environment):
     @property
     @abc.abstractmethod
     def played(self) -> tuple[str, dict[str, Any]]:
-        """The simulator, as `Program` names it, and what it is constructed with beside its seed."""
+        """The simulator, as `Program` names it, and the arguments of its constructor except its seed."""
 
     @property
     def program(self) -> Program:
-        """What a worker runs."""
+        """The program of each worker."""
         return Program(self.worker_python or sys.executable, *self.played)
 
     @functools.cached_property
@@ -109,11 +112,11 @@ class BridgedEnvironment(Environment):
 
     @property
     def info(self) -> dict[str, Any]:
-        """What the simulator says of its sizes."""
+        """The simulator's sizes."""
         return self._answer["info"]
 
     @property
-    def host(self) -> "Workers":
+    def external(self) -> "Workers":
         """The worker processes."""
         return self._workers
 
@@ -135,59 +138,72 @@ class BridgedEnvironment(Environment):
         return self.info.get("metrics", [])
 
     def reset(self, key: PRNGKey) -> HostState:
-        """An episode of a batch of one."""
+        """Begins the episode of a batch of one."""
         return jax.tree.map(lambda leaf: leaf[0], self.reset_batch(key[None]))
 
     def step(self, env_state: HostState, joint_action: Array, key: PRNGKey) -> tuple[EnvState, StepOutcome]:
-        """A step of a batch of one."""
+        """Plays a step of a batch of one."""
         batch = jax.tree.map(lambda leaf: leaf[None], (env_state, joint_action, key))
         return jax.tree.map(lambda leaf: leaf[0], self.step_batch(*batch))
 
     def reset_batch(self, keys: PRNGKey) -> HostState:
-        """An episode in every row; the simulator draws it from a seed that comes from the row's key."""
+        """Begins an episode in every row; the simulator gets a seed that is drawn with the row's key."""
+        # 31 bits, so that a seed is a non-negative int32.
         seeds = jax.vmap(lambda key: jax.random.bits(key, (), jnp.uint32) >> 1)(keys)
-        serve = functools.partial(self.host.supervisor.reset, self._role)
+        serve = functools.partial(self.external.supervisor.reset, self._role)
         return self._call(serve, seeds)[0]
 
     def step_batch(self, env_state: HostState, joint_action: Array, keys: PRNGKey) -> tuple[EnvState, StepOutcome]:
-        """A step of every row whose episode goes on; a row that fails keeps the state it was in."""
+        """Plays a step of every row whose episode isn't over; a row that fails keeps its state."""
+        # Rows run in lockstep: one whose episode is over gets negative actions, which no worker is asked to play.
         idle = env_state.ended | env_state.failed
         asked = jax.vmap(jnp.where)(idle, jnp.full_like(joint_action, -1), joint_action)
-        serve = functools.partial(self.host.supervisor.step, self._role)
+        serve = functools.partial(self.external.supervisor.step, self._role)
         following, outcome = self._call(serve, asked.astype(jnp.int32))
+        # The callback returns all rows. Those that are idle or failed keep their state, and their outcome is zero.
         stays = idle | following.failed
         kept = jax.tree.map(functools.partial(jax.vmap(jnp.where), stays), env_state, following)
         kept = kept._replace(failed=env_state.failed | following.failed)
         return kept, jax.tree.map(lambda leaf: jnp.where(stays, jnp.zeros_like(leaf), leaf), outcome)
 
     def observe(self, env_state: HostState) -> Observation:
-        """What the host sent."""
+        """Returns the observation that the worker sent."""
         return env_state.seen
 
     def failed(self, env_state: HostState) -> Array:
-        """Whether a worker failed in this episode."""
+        """Returns True if a worker failed in this episode."""
         return env_state.failed
 
     def metrics(self, env_state: HostState) -> dict[str, Array]:
-        """What the simulator measures."""
+        """Returns the simulator's metrics."""
         return {name: env_state.metrics[index] for index, name in enumerate(self._metrics)}
 
     def for_evaluation(self) -> Self:
-        """The same environment, played by the games of evaluation."""
+        """Returns the same environment, played by the games of evaluation."""
         twin = copy.copy(self)
         vars(twin).update(_workers=self._workers, _role="evaluation")
         return twin
 
     def episodes_at_once(self, num_episodes: int) -> int:
-        """As few as make no more turns than ``eval_envs`` games need."""
+        """Returns the smallest number that needs no more turns than ``eval_envs`` games do."""
         turns = -(-num_episodes // self.eval_envs)
         return -(-num_episodes // turns)
 
     def _call(self, serve: Callable[[Any], Returned], argument: Array) -> tuple[HostState, StepOutcome]:
-        """The one host callback; its argument and what it sends have the batch first."""
-        supervisor, num_rows = self.host.supervisor, argument.shape[0]
+        """Calls the host, the one place where the compiled program does so.
+
+        Args:
+            serve: the method of the supervisor that serves the call.
+            argument: ``[F, ..]``, its argument.
+
+        Returns:
+            The state and the outcome that the host returned, leaves ``[F, ..]``.
+        """
+        supervisor, num_rows = self.external.supervisor, argument.shape[0]
         kinds = ((np.float32, supervisor.floats), (np.bool_, supervisor.flags))
         shapes = [(num_rows * sum(math.prod(shape) for shape in held.values()), dtype) for dtype, held in kinds]
+        # Ordered: calls have side effects, so none may be dropped, repeated or exchanged. A call returns one flat array
+        # for each dtype, because each array that a callback returns costs as much as a worker's step.
         flat = io_callback(
             serve, tuple(jax.ShapeDtypeStruct((n,), dtype) for n, dtype in shapes), argument, ordered=True
         )
@@ -201,7 +217,7 @@ class BridgedEnvironment(Environment):
         return HostState(seen, sent["metrics"], outcome.terminated | outcome.truncated, sent["failed"]), outcome
 
 
-class Workers(Host):
+class Workers(External):
     """The worker processes of a bridged environment.
 
     Attributes:
@@ -213,9 +229,13 @@ class Workers(Host):
         self._eval_envs, self._versions = eval_envs, versions
 
     def sharding(self) -> Sharding:
-        """The first device: the order of the calls is only kept on one."""
+        """Returns the first device: ordered callbacks are ordered only within one device.
+
+        Raises:
+            ConfigError: if JAX_PLATFORMS excludes the CPU, or the device's runtime has no host callbacks.
+        """
         device = jax.local_devices()[0]
-        chosen = jax.config.values["jax_platforms"]
+        chosen = jax.config.values["jax_platforms"]  # jax runs callbacks on its CPU backend, so there must be one
         if chosen and "cpu" not in chosen.split(","):
             raise ConfigError(f"JAX_PLATFORMS={chosen} is not allowed with this environment: write {chosen},cpu")
         try:
@@ -227,22 +247,23 @@ class Workers(Host):
         return SingleDeviceSharding(device)
 
     def lines(self, num_seeds: int, num_envs: int) -> Iterator[str]:
-        """How many games there will be, of which version, and on how many devices."""
+        """Yields the number of games, their versions, and the number of devices."""
         versions = ", ".join(f"{name} {version}" for name, version in self._versions.items())
         games = f"{num_seeds * num_envs} to train and {num_seeds * self._eval_envs} to evaluate"
         yield f"worker processes: {games}{versions and f' ({versions})'}"
         yield "the workers are called in a fixed order, so one device trains all seeds"
 
     def versions(self) -> dict[str, str]:
-        """What the simulator says of its versions."""
+        """Returns the versions that the simulator reports."""
         return self._versions
 
     @contextlib.contextmanager
     def running(self, seeds: Sequence[int]) -> Iterator[None]:
-        """See `Host.running`: afterwards all workers have ended, however the run did.
+        """See `External.running`; afterwards all workers have ended, however the run ended.
 
         Raises:
-            RunError: what ended the games, unless the run has ended by an exception anyway; or ``KeyboardInterrupt``.
+            RunError: the error that ended the games, unless the run raised an exception itself.
+            KeyboardInterrupt: if Ctrl-C ended them.
         """
         supervisor = self.supervisor
         supervisor.seeds, supervisor.supervised, supervisor.restarts = tuple(seeds), True, 0
@@ -259,25 +280,25 @@ class Workers(Host):
         finally:
             supervisor.stop()
             with contextlib.suppress(Exception):
-                jax.effects_barrier()  # a program that still runs comes to its end first
+                jax.effects_barrier()  # waits for a program that still runs
             supervisor.supervised, supervisor.seeds = False, ()
             supervisor.close()
 
     def failure(self) -> BaseException | None:
-        """See `Host.failure`."""
+        """See `External.failure`."""
         return self.supervisor.failure
 
     def facts(self) -> dict[str, Any]:
-        """How many workers were replaced."""
+        """Returns the number of workers that were replaced."""
         return {"worker_restarts": self.supervisor.restarts}
 
 
 @options
 class HostEnvironment(BridgedEnvironment):
-    """A user's own simulator.
+    """A custom simulator.
 
     Attributes:
-        simulator: ``FILE.py:CLASS``, found where Python finds modules, or ``module:CLASS``.
+        simulator: ``FILE.py:CLASS``, with the file where Python finds modules, or ``module:CLASS``.
         options: arguments of its constructor.
     """
 
@@ -324,7 +345,7 @@ def _call_host() -> Array:
 
 
 def simulator_file(simulator: str) -> Path | None:
-    """The whole path in ``FILE.py:CLASS``, looked for where Python looks for modules; None for ``module:CLASS``."""
+    """Returns the absolute path in ``FILE.py:CLASS``, searched like Python's modules; None for ``module:CLASS``."""
     where = simulator.rpartition(":")[0]
     if not where.endswith(".py"):
         return None
@@ -336,7 +357,7 @@ _answers: dict[tuple[str, ...], dict[str, Any]] = {}
 
 
 def _ask(program: Program, timeout: float) -> Mapping[str, Any]:
-    """`pool.ask`, once for each program and environment of processes."""
+    """Returns `pool.ask`, called once for each program and values of the variables that change its answer."""
     place = (repr(program), os.environ.get("PYTHONPATH", ""), os.environ.get("SC2PATH", ""))
     if place not in _answers:
         _answers[place] = ask(program, timeout)

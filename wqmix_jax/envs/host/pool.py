@@ -1,7 +1,7 @@
-"""Worker processes that step simulators side by side: shared memory for the data, a byte on a socket per command.
+"""Worker processes that step simulators in parallel: shared memory for the data, one byte on a socket per command.
 
-Nothing here knows JAX, nor does a worker (``worker.py``). The memory has no name and a worker ends with its socket, so
-nothing needs to be found and removed after a crash; what hangs is killed by a reaper that outlives this process.
+Neither this module nor a worker (``worker.py``) uses JAX. The memory has no name and a worker ends with its socket, so
+nothing is left to remove after a crash; workers that hang are killed by a reaper that outlives this process.
 """
 
 import contextlib
@@ -27,7 +27,9 @@ from wqmix_jax.envs.host import worker
 
 PROGRAM = Path(worker.__file__)
 SECONDS_TO_CLOSE = 5.0
+"""The time that workers have to end by themselves."""
 LOG_BYTES = 1 << 20
+"""The size at which a worker's stderr is truncated."""
 
 REAPER = """
 import os, signal, sys
@@ -40,16 +42,16 @@ for group in groups:
     except OSError:
         pass
 """
-"""Kills the groups that are still on its list when its input ends, which it does however the parent dies."""
+"""A program that kills the process groups on its list when its input ends, which happens however the parent dies."""
 
 
 class Program(NamedTuple):
-    """What a worker runs.
+    """The program that a worker runs.
 
     Attributes:
         python: the interpreter.
         simulator: ``FILE.py:NAME`` or ``module:NAME`` of a `wqmix_jax.envs.host.simulator.Simulator`.
-        options: of its constructor, as JSON can tell them.
+        options: the arguments of its constructor, as JSON can hold them.
     """
 
     python: str
@@ -58,14 +60,15 @@ class Program(NamedTuple):
 
 
 class WorkerError(RuntimeError):
-    """A worker failed; the message says how."""
+    """A worker failed; the message describes the failure."""
 
 
 def ask(program: Program, timeout: float) -> dict[str, Any]:
-    """What a simulator says of itself, its ``info`` and ``versions``, from a worker that ends again.
+    """Returns a simulator's ``info`` and ``versions``, from a worker that is started for this question alone.
 
     Raises:
-        WorkerError: where it can't be made, ends before it has answered, or takes longer than ``timeout`` seconds.
+        WorkerError: if the simulator can't be made, ends before it has answered, or takes longer than ``timeout``
+            seconds.
     """
     asked = Worker(program, {"seed": 0, "memory": None, "layout": [], "row": 0, "metrics": []})
     try:
@@ -84,10 +87,10 @@ def ask(program: Program, timeout: float) -> dict[str, Any]:
 
 
 class Interrupt:
-    """Ctrl-C, seen from any thread.
+    """Notices Ctrl-C in any thread.
 
-    Python's own handler runs in the main thread alone, which waits inside a compiled program: only the C handler's byte
-    in a pipe (`signal.set_wakeup_fd`) arrives at once.
+    Python's signal handlers run only in the main thread, which waits inside a compiled program. The byte that the C
+    handler writes to a pipe (`signal.set_wakeup_fd`) arrives immediately.
     """
 
     def __init__(self) -> None:
@@ -99,7 +102,10 @@ class Interrupt:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Watches for it, where this is the main thread and nobody else does (`wqmix_jax.runs.signals.StopSignals`)."""
+        """Watches for Ctrl-C inside this context, in the main thread.
+
+        Does nothing where something else watches already, as `wqmix_jax.runs.signals.StopSignals` does.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -112,30 +118,34 @@ class Interrupt:
             signal.set_wakeup_fd(before, warn_on_full_buffer=False)
 
     def trigger(self) -> None:
-        """Makes it happen."""
+        """Interrupts whoever waits, as Ctrl-C does."""
         self._happened = True
         with contextlib.suppress(BlockingIOError):
             os.write(self._write, bytes([signal.SIGINT]))
 
     def happened(self) -> bool:
-        """Whether it has happened, since this was made, as far as `read` has seen."""
+        """Returns True if an interrupt has arrived that `read` or `trigger` has noticed."""
         return self._happened
 
     def read(self) -> None:
-        """Looks which signals have come."""
+        """Reads the signals that have arrived."""
         with contextlib.suppress(BlockingIOError):
             self._happened |= signal.SIGINT in os.read(self._read, 4096)
 
     def fileno(self) -> int:
-        """Readable when a signal has come."""
+        """Returns a file descriptor that is readable when a signal has arrived."""
         return self._read
 
 
 class Worker:
-    """One process in a group of its own, with the socket to it and what it writes to stderr."""
+    """One process in its own process group, with the socket to it and the file of its stderr."""
 
     def __init__(self, program: Program, described: Mapping[str, Any]) -> None:
-        """Starts it; it makes its simulator at once and waits.
+        """Starts the process, which makes its simulator and waits for commands.
+
+        Args:
+            program: what the process runs.
+            described: the row, the seed, and the layout of the shared memory; see ``worker.py``.
 
         Raises:
             WorkerError: if the interpreter can't be started.
@@ -162,23 +172,23 @@ class Worker:
         self.fresh = True
 
     def send(self, command: bytes) -> None:
-        """Sends a command; that the worker is dead shows when it doesn't answer."""
+        """Sends a command; a dead worker is noticed later, when it doesn't answer."""
         with contextlib.suppress(OSError):
             self.channel.sendall(command)
 
     def receive(self) -> str | None:
-        """The cause of a failure, None where the command was carried out."""
+        """Receives the answer to a command: None if it was carried out, otherwise the cause of the failure."""
         try:
             status = self.channel.recv(1)
-        except OSError:  # as of a worker that ended before it had read its command
+        except OSError:  # the worker ended before it read its command, say
             return self.death()
         if status == worker.FAILED:
             return self.receive_text() or self.death()
         return None if status == worker.DONE else self.death()
 
     def receive_text(self) -> str | None:
-        """The text that follows a status; None where the worker ended before it was complete."""
-        self.channel.settimeout(SECONDS_TO_CLOSE)  # an answer that has begun comes at once
+        """Receives the text that follows a status; None if the worker ended before the text was complete."""
+        self.channel.settimeout(SECONDS_TO_CLOSE)  # the rest of an answer that has begun arrives soon
         with contextlib.suppress(OSError), self.channel.makefile("rb") as stream:
             length = int.from_bytes(stream.read(4), "little")
             text = stream.read(length)
@@ -187,22 +197,22 @@ class Worker:
         return None
 
     def trim_log(self) -> None:
-        """Forgets what was written to stderr once it is much."""
+        """Empties the file of stderr once it is longer than `LOG_BYTES`."""
         if os.fstat(self._log.fileno()).st_size > LOG_BYTES:
             os.ftruncate(self._log.fileno(), 0)
 
     def hang_up(self) -> None:
-        """Tells it to close its simulator and end."""
+        """Closes the connection, so that the worker closes its simulator and ends."""
         with contextlib.suppress(OSError):
             self.channel.shutdown(socket.SHUT_WR)
 
     def end(self, deadline: float) -> None:
-        """Kills its whole group, once it has ended by itself or at the deadline (`time.monotonic`)."""
+        """Kills the whole process group once the worker has ended, at the latest at the deadline (`time.monotonic`)."""
         with contextlib.suppress(OSError, WorkerError):
             while _readable(self.channel, deadline - time.monotonic()):
                 if not self.channel.recv(4096):
                     break
-        # Before `wait`: until then the process, even a dead one, keeps the group's number from being used again.
+        # Before `wait`: until then the process, even a dead one, reserves its number, which no other group can get.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -210,7 +220,7 @@ class Worker:
         self._log.close()
 
     def death(self) -> str:
-        """Describes how the process ended, with the last line that it wrote."""
+        """Describes how the process ended, with the last line of its stderr."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=SECONDS_TO_CLOSE)
         code = self.process.returncode
@@ -224,19 +234,20 @@ class Worker:
 
 
 class Pool:
-    """As many workers as rows, each with its row of the arrays.
+    """One worker for each row of the arrays.
 
     Attributes:
-        arrays: by name, ``[rows, ..]``, in memory that the workers write to.
+        arrays: ``[rows, ..]`` by name, in memory that the workers write to.
     """
 
     def __init__(self, program: Program, fields: Mapping[str, tuple[Any, tuple[int, ...]]], metrics: list[str]) -> None:
         """Makes the memory; `start` makes the workers.
 
         Args:
-            program: what they run.
-            fields: dtype and shape of each array, its first axis the rows; the widest dtypes come first.
-            metrics: what the simulator measures.
+            program: what the workers run.
+            fields: dtype and shape of each array, whose first axis is the rows; the widest dtypes come first, so that
+                every array is aligned.
+            metrics: names of the simulator's metrics.
         """
         self._program, self._metrics = program, metrics
         self._layout, num_bytes = _layout(fields)
@@ -255,7 +266,7 @@ class Pool:
         self._workers: dict[int, Worker] = {}
 
     def flat(self, names: Sequence[str]) -> np.ndarray:
-        """Arrays of one dtype that lie one after another, as one."""
+        """Returns arrays of one dtype that are stored one after another as one flat array."""
         first = self.arrays[names[0]]
         size = sum(self.arrays[name].size for name in names)
         offset = next(offset for name, _, _, offset in self._layout if name == names[0])
@@ -265,7 +276,7 @@ class Pool:
         return row in self._workers
 
     def start(self, row: int, seed: int) -> None:
-        """Starts the worker of a row, in the place of the one that is there."""
+        """Starts the worker of a row, after ending the row's present worker."""
         self.kill(row)
         described = {
             "seed": seed,
@@ -275,29 +286,29 @@ class Pool:
             "metrics": self._metrics,
         }
         self._workers[row] = Worker(self._program, described)
-        self._tell_reaper("+", self._workers[row])
+        self._notify_reaper("+", self._workers[row])
 
     def kill(self, row: int) -> None:
-        """Ends the worker of a row, with all that it has started."""
+        """Ends the worker of a row with all processes that it has started."""
         if row in self._workers:
             ended = self._workers.pop(row)
             ended.end(deadline=0.0)
-            self._tell_reaper("-", ended)
+            self._notify_reaper("-", ended)
 
     def command(
         self, command: bytes, rows: Iterable[int], *, timeout: float, launch_timeout: float, interrupt: "Interrupt"
     ) -> dict[int, str]:
-        """Has the workers of ``rows`` carry out a command, all at once, and waits for them.
+        """Lets the workers of ``rows`` carry out a command in parallel, and waits for them.
 
         Args:
             command: ``worker.RESET`` or ``worker.STEP``.
-            rows: whose workers.
+            rows: rows whose workers carry it out.
             timeout: seconds.
-            launch_timeout: seconds where a worker carries out its first command.
-            interrupt: once it has happened, nobody is waited for any longer.
+            launch_timeout: seconds for the first command of a worker, which starts its game.
+            interrupt: ends the waiting when it happens.
 
         Returns:
-            By row, the causes of what failed.
+            The cause of each failure, by row.
         """
         waiting = {row: self._workers[row] for row in rows}
         for asked in waiting.values():
@@ -305,8 +316,8 @@ class Pool:
         started, causes = time.monotonic(), {}
         deadlines = {row: launch_timeout if asked.fresh else timeout for row, asked in waiting.items()}
         poller = select.poll()
-        row_of = {asked.channel.fileno(): row for row, asked in waiting.items()}
-        for fd in (*row_of, interrupt.fileno()):
+        row_by_fd = {asked.channel.fileno(): row for row, asked in waiting.items()}
+        for fd in (*row_by_fd, interrupt.fileno()):
             poller.register(fd, select.POLLIN)
         while waiting:
             left = started + min(deadlines[row] for row in waiting) - time.monotonic()
@@ -315,7 +326,7 @@ class Pool:
                 interrupt.read()
             if interrupt.happened():
                 return causes | dict.fromkeys(waiting, "interrupted")
-            for row in [row_of[fd] for fd in ready if fd in row_of]:
+            for row in [row_by_fd[fd] for fd in ready if fd in row_by_fd]:
                 fd = waiting[row].channel.fileno()
                 poller.unregister(fd)
                 asked = waiting.pop(row)
@@ -335,7 +346,8 @@ class Pool:
             held.trim_log()
 
     def close(self) -> None:
-        """Ends all workers, those first that have still to end their games, and leaves nothing behind."""
+        """Ends all workers and frees the memory."""
+        # All workers are asked to end their games before the first is waited for, so that they do it in parallel.
         for held in self._workers.values():
             held.hang_up()
         deadline = time.monotonic() + SECONDS_TO_CLOSE
@@ -350,23 +362,25 @@ class Pool:
         os.close(self._memory)
 
     def pids(self) -> Collection[int]:
-        """Of the workers, in the order of their rows."""
+        """Returns the process numbers of the workers, in the order of their rows."""
         return [self._workers[row].process.pid for row in sorted(self._workers)]
 
-    def _tell_reaper(self, sign: str, of: Worker) -> None:
+    def _notify_reaper(self, sign: str, member: Worker) -> None:
+        """Adds ("+") or removes ("-") a worker's process group on the reaper's list."""
         with contextlib.suppress(OSError):
-            os.write(self._reaper.stdin.fileno(), f"{sign}{of.process.pid}\n".encode())  # type: ignore[union-attr]
+            os.write(self._reaper.stdin.fileno(), f"{sign}{member.process.pid}\n".encode())  # type: ignore[union-attr]
 
 
 def _readable(channel: socket.socket, timeout: float) -> bool:
-    """Waits for at most ``timeout`` seconds until something arrives; `select.select` takes no descriptor above 1023."""
+    """Waits for at most ``timeout`` seconds until something arrives; returns True if it has."""
+    # `poll` and not `select`, which accepts no descriptor above 1023.
     poller = select.poll()
     poller.register(channel, select.POLLIN)
     return bool(poller.poll(max(0.0, timeout) * 1000))
 
 
 def _layout(fields: Mapping[str, tuple[Any, tuple[int, ...]]]) -> tuple[list[tuple[str, str, list[int], int]], int]:
-    """Where each array lies in the memory, as JSON can tell it, and how long that is."""
+    """Returns name, dtype, shape and offset of each array, as JSON can hold them, and the size of the memory."""
     placed, end = [], 0
     for name, (dtype, shape) in fields.items():
         placed.append((name, np.dtype(dtype).str, list(shape), end))
@@ -375,7 +389,7 @@ def _layout(fields: Mapping[str, tuple[Any, tuple[int, ...]]]) -> tuple[list[tup
 
 
 def _unnamed_memory(num_bytes: int) -> int:
-    """The descriptor of memory that is gone with the last process that has it; no file can be left behind."""
+    """Returns the descriptor of memory that vanishes with the last process that holds it and leaves no file behind."""
     if hasattr(os, "memfd_create"):
         memory = os.memfd_create("wqmix_jax")
     else:

@@ -1,4 +1,4 @@
-"""SMAC, SMACv2 and SMAClite as environments; the workers' side of them is ``adapters.py``."""
+"""SMAC, SMACv2 and SMAClite as environments; ``adapters.py`` is their part in the workers."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,9 +18,9 @@ class SMAC(BridgedEnvironment):
 
     Attributes:
         map: the battle.
-        difficulty: of the game's own AI.
-        game_version: as ``StarCraft2Env`` takes it; the newest that is installed when absent.
-        continuing_episode: whether an episode at the time limit was only cut; otherwise it counts as terminated.
+        difficulty: the level of the game's built-in AI.
+        game_version: the ``game_version`` of ``StarCraft2Env``; the newest installed one when absent.
+        continuing_episode: whether an episode at the time limit counts as truncated; otherwise it counts as terminated.
         options: further arguments of ``StarCraft2Env``.
     """
 
@@ -38,19 +38,19 @@ class SMAC(BridgedEnvironment):
     @pydantic.field_validator("difficulty", mode="before")
     @classmethod
     def _digit(cls, difficulty: Any) -> Any:
-        """The command line reads ``7`` as a number."""
+        """Accepts the number 7 for ``7``: the command line reads it so."""
         return str(difficulty) if type(difficulty) is int else difficulty
 
     @pydantic.field_validator("game_version", mode="before")
     @classmethod
     def _three_parts(cls, game_version: Any) -> Any:
-        """Refuses a version that was read as a number: 4.10 became 4.1."""
+        """Refuses a version that was read as a number, where 4.10 became 4.1."""
         if isinstance(game_version, int | float):
             raise ValueError("a number is no version: write all three parts, as in 4.10.0")
         return game_version
 
     def _options(self, extra: dict[str, Any]) -> dict[str, Any]:
-        """All arguments of ``StarCraft2Env`` but its seed."""
+        """Returns all arguments of ``StarCraft2Env`` except its seed."""
         named = {
             "map_name": self.map,
             "difficulty": self.difficulty,
@@ -62,15 +62,15 @@ class SMAC(BridgedEnvironment):
 
 @options
 class SMACv2(SMAC):
-    """SMACv2 (Ellis et al. 2023): SMAC with teams and start positions drawn anew in every battle.
+    """SMACv2 (Ellis et al. 2023): SMAC with teams and start positions drawn for every battle.
 
     Attributes:
-        num_units: allies.
-        num_enemies: enemies.
-        unit_types: what teams consist of.
-        unit_weights: how likely each of them is.
-        exception_unit_types: of which no team may consist alone.
-        surrounded: how likely the allies begin in the middle of the enemies.
+        num_units: number of allies.
+        num_enemies: number of enemies.
+        unit_types: the types that teams are drawn from.
+        unit_weights: the probability of each type.
+        exception_unit_types: types of which no team may consist exclusively.
+        surrounded: the probability that the allies begin in the middle of the enemies.
     """
 
     num_units: PositiveInt
@@ -122,8 +122,8 @@ def _adapter(name: str) -> str:
 
 
 def _joined(named: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """Refuses an option that has a key of its own."""
+    """Joins named and further arguments; refuses further ones that repeat a named one."""
     taken = sorted((named.keys() | {"seed"}) & extra.keys())
     if taken:
-        raise ValueError(f"options={{{taken[0]}: ..}} is not allowed: it has a key of its own")
+        raise ValueError(f"options={{{taken[0]}: ..}} is not allowed: it has its own key")
     return {**named, **extra}

@@ -1,8 +1,8 @@
-"""The program of one worker: a simulator in a process of its own, which obeys one-byte commands.
+"""The program of one worker: a simulator in a separate process, which obeys one-byte commands.
 
-It is run by its path, by whatever interpreter has the simulator: Python 3.7 or newer with numpy. So it imports nothing
-else, of this package neither. Arrays lie in memory that it shares with its parent; over the socket go commands and
-answers alone. It ends when the socket does.
+It is run by its path, by the interpreter that has the simulator: Python 3.7 or newer with numpy. So it imports nothing
+else, not even this package. Arrays are in memory that it shares with its parent; the socket transports commands and
+answers only. It ends when the parent closes the socket.
 """
 
 import contextlib
@@ -41,20 +41,20 @@ def main():
             answer(channel, DONE, obey(command, simulator, arrays, described["metrics"], steps))
     except Exception as error:
         with contextlib.suppress(OSError):  # the parent may be gone
-            answer(channel, FAILED, told(error))
+            answer(channel, FAILED, described_error(error))
     finally:
         getattr(simulator, "close", lambda: None)()
 
 
 def make(described):
-    """The simulator; whatever it draws from the global generators is seeded too."""
+    """Makes the simulator; the global generators, from which some simulators draw, are seeded, too."""
     np.random.seed(described["seed"])  # noqa: NPY002
     random.seed(described["seed"])
     return load(described["simulator"])(seed=described["seed"], **described["options"])
 
 
 def load(target):
-    """The class that ``FILE.py:NAME`` or ``module:NAME`` names."""
+    """Imports the class that ``FILE.py:NAME`` or ``module:NAME`` names."""
     where, _, name = target.rpartition(":")
     if not where.endswith(".py"):
         return getattr(importlib.import_module(where), name)
@@ -68,7 +68,7 @@ def load(target):
 
 
 def share(described):
-    """This worker's row of each array in the shared memory."""
+    """Returns this worker's row of each array in the shared memory, by name."""
     if described["memory"] is None:
         return {}
     memory = mmap.mmap(described["memory"], 0)
@@ -76,19 +76,19 @@ def share(described):
     for name, dtype, shape, offset in described["layout"]:
         flat = np.frombuffer(memory, dtype, int(np.prod(shape)), offset)
         row = described["row"]
-        arrays[name] = flat.reshape(shape)[row : row + 1].reshape(shape[1:])  # a number, too, stays an array
+        arrays[name] = flat.reshape(shape)[row : row + 1].reshape(shape[1:])  # a view, also of a single number
     return arrays
 
 
 def obey(command, simulator, arrays, metrics, steps):
-    """Carries out one command, after which the episode has ``steps`` steps; returns what goes back over the socket."""
+    """Carries out one command, after which the episode has ``steps`` steps; returns the answer's text."""
     if command == INFO:
         versions = simulator.versions() if hasattr(simulator, "versions") else {}
         return json.dumps({"info": simulator.info(), "versions": versions}, default=plain)
     if command == RESET:
         simulator.reset(int(arrays["seed"]))
     else:
-        # Plain integers, in plain lists: some simulators take nothing else.
+        # Plain integers in plain lists: some simulators accept nothing else.
         reward, terminated, truncated = simulator.step(arrays["joint_action"].tolist())
         put(arrays, "reward", reward)
         put(arrays, "terminated", terminated)
@@ -105,7 +105,7 @@ def obey(command, simulator, arrays, metrics, steps):
 
 
 def plain(value):
-    """NumPy's numbers and arrays as JSON can hold them.
+    """Converts numbers and arrays of numpy to what JSON can hold.
 
     Raises:
         TypeError: for anything else.
@@ -120,7 +120,7 @@ def plain(value):
 
 
 def put(arrays, name, value):
-    """Writes a value of just the right shape; a bool is anything but zero."""
+    """Writes a value of exactly the right shape; any number but zero is True in an array of bools."""
     target = arrays[name]
     found = fitting(name, value, target.shape)
     if found.dtype.kind not in "biuf":
@@ -133,10 +133,10 @@ def put(arrays, name, value):
 
 
 def fitting(name, value, shape):
-    """A value as an array of ``shape``.
+    """Returns the value as an array of ``shape``.
 
     Raises:
-        ValueError: if it has another shape; the first agent whose row is to blame is named.
+        ValueError: if it has another shape; the message names the first agent whose row is wrong.
     """
     try:
         found = np.asarray(value)
@@ -148,7 +148,7 @@ def fitting(name, value, shape):
 
 
 def misfit(name, value, shape):
-    """The error of a value that lacks ``shape``."""
+    """Describes a value whose shape is not ``shape``."""
     try:
         shapes = [shape_of(row) for row in value] if name in BY_AGENT else []
     except TypeError:  # it has no rows at all
@@ -160,7 +160,7 @@ def misfit(name, value, shape):
 
 
 def shape_of(value):
-    """Its shape as an array, if it has one."""
+    """Returns the shape of the value as an array, "ragged" if it has none."""
     try:
         return np.asarray(value).shape
     except ValueError:
@@ -168,14 +168,14 @@ def shape_of(value):
 
 
 def refuse_idle(avail_actions, steps):
-    """Refuses an agent that has no available action although the episode goes on."""
+    """Refuses an agent that has no available action although the episode isn't over."""
     idle = np.flatnonzero(~avail_actions.any(axis=-1))
     if len(idle):
         raise ValueError(f"agent {idle[0]} has no available action after {steps} steps of the episode")
 
 
-def told(error):
-    """One line: what went wrong, and where."""
+def described_error(error):
+    """Describes an error and the line that raised it, in one line."""
     where, trace = "", error.__traceback__
     while trace is not None:
         where = f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}"
@@ -187,7 +187,7 @@ def told(error):
 
 
 def answer(channel, status, text):
-    """A status byte, alone where all is well and nothing is to be told."""
+    """Sends a status byte, followed by the text's length and the text if there is a text or a failure."""
     data = text.encode()
     channel.sendall(status + struct.pack("<I", len(data)) + data if data or status == FAILED else status)
 

@@ -24,10 +24,10 @@ from wqmix_jax.types import Array, PRNGKey
 
 @chex.dataclass
 class State:
-    """What jumanji carries from step to step.
+    """The state that jumanji carries from step to step.
 
     Attributes:
-        env_state: where everything stands.
+        env_state: the task's state.
         key: ``[2]`` uint32, the bits of the threefry key that the next step splits.
     """
 
@@ -36,13 +36,13 @@ class State:
 
 
 class Observation(NamedTuple):
-    """What jumanji's agents see, under the names that its multi-agent users know.
+    """The observation, under the names of jumanji's multi-agent environments.
 
     Attributes:
         agents_view: ``[N, O]`` float32, each agent's window.
         action_mask: ``[N, 6]`` bool, True where an action is allowed.
         global_state: ``[D]`` float32, the whole grid, for centralised training only.
-        step_count: int32 scalar, steps played.
+        step_count: int32 scalar, the number of steps played.
     """
 
     agents_view: Array
@@ -54,8 +54,8 @@ class Observation(NamedTuple):
 class PredatorPreyJumanji(Environment[State, specs.MultiDiscreteArray, Observation]):
     """The paper's predator-prey task in jumanji's interface; see `PredatorPrey` for its rules.
 
-    The reward is the team's, one float32 scalar. The discount is 0 where the task ended and 1 elsewhere, at the time
-    limit too. ``timestep.extras`` holds what `PredatorPrey.metrics` does.
+    The reward is that of the team, one float32 scalar. The discount is 0 where the task ended and 1 elsewhere, also at
+    the time limit. ``timestep.extras`` holds `PredatorPrey.metrics`.
     """
 
     def __init__(self, *, viewer: Viewer[State] | None = None, **overrides: Any) -> None:
@@ -73,7 +73,7 @@ class PredatorPreyJumanji(Environment[State, specs.MultiDiscreteArray, Observati
         return f"PredatorPreyJumanji({self.task})"
 
     def reset(self, key: PRNGKey) -> tuple[State, TimeStep[Observation]]:
-        """Everyone on a random cell of their own."""
+        """Places every agent and prey on a different random cell."""
         reset_key, next_key = jax.random.split(key)
         env_state = self.task.reset(reset_key)
         timestep = restart(self._observation(env_state), extras=self.task.metrics(env_state), dtype=jnp.float32)
@@ -83,6 +83,7 @@ class PredatorPreyJumanji(Environment[State, specs.MultiDiscreteArray, Observati
         """Plays ``action`` (``[N]`` int32)."""
         step_key, next_key = jax.random.split(jax.random.wrap_key_data(state.key, impl="threefry2x32"))
         env_state, outcome = self.task.step(state.env_state, jnp.asarray(action), step_key)
+        # `switch` picks one of jumanji's three constructors: a step in the middle, a terminated and a truncated one.
         kinds = [functools.partial(kind, dtype=jnp.float32) for kind in (transition, termination, truncation)]
         timestep = jax.lax.switch(
             outcome.terminated.astype(jnp.int32) + 2 * outcome.truncated.astype(jnp.int32),
@@ -109,26 +110,26 @@ class PredatorPreyJumanji(Environment[State, specs.MultiDiscreteArray, Observati
 
     @cached_property
     def action_spec(self) -> specs.MultiDiscreteArray:
-        """One of six actions for each agent."""
+        """The specification of a joint action: one of six actions for each agent."""
         num_values = jnp.full(self.task.num_agents, self.task.spec.num_actions, jnp.int32)
         return specs.MultiDiscreteArray(num_values, jnp.int32, "action")
 
     @cached_property
     def reward_spec(self) -> specs.Array:
-        """One number for the whole team."""
+        """The specification of the team's reward, one number."""
         return specs.Array((), jnp.float32, "reward")
 
     @cached_property
     def discount_spec(self) -> specs.BoundedArray:
-        """0 or 1."""
+        """The specification of the discount, 0 or 1."""
         return specs.BoundedArray((), jnp.float32, 0.0, 1.0, "discount")
 
     def render(self, state: State) -> NDArray | None:
-        """Draws ``state``; an RGB array ``[height, width, 4]`` unless the viewer shows a window."""
+        """Draws ``state``; returns an RGBA array ``[height, width, 4]`` unless the viewer shows a window."""
         return self._viewer.render(state)
 
     def animate(self, states: Sequence[State], interval: int = 200, save_path: str | None = None) -> FuncAnimation:
-        """An animation of consecutive ``states``, ``interval`` milliseconds apart, saved to ``save_path`` if given."""
+        """Animates consecutive ``states``, ``interval`` milliseconds apart; saved to ``save_path`` if given."""
         return self._viewer.animate(states, interval, save_path)
 
     def close(self) -> None:

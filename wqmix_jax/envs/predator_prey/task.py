@@ -1,11 +1,14 @@
 """The paper's predator-prey task as pure functions (appendix B.1 of Rashid et al. 2020; Böhmer et al. 2020).
 
 The rules are those of ``src/envs/stag_hunt.py`` in the authors' released code: predators move one by one in a random
-order, then each prey, in a random order too, is caught or flees. A step's randomness is an explicit `Noise`, so a
+order; then each prey, also in a random order, is caught or flees. A step's randomness is an explicit `Noise`, so a
 recorded step can be replayed exactly. Positions are ``(row, column)``; row 0 is the top.
+
+In shapes, ``N`` is the number of agents, ``P`` the number of prey, ``r`` the `obs_radius`, and ``H`` and ``W`` are the
+rows and columns of the grid. A cell's index counts the cells row by row.
 """
 
-from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
+from typing import Annotated, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,24 +18,22 @@ from wqmix_jax.envs.base import Environment
 from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, StepOutcome
 
-if TYPE_CHECKING:
-    from wqmix_jax.envs.predator_prey.viewer import PredatorPreyViewer
-
 RIGHT, DOWN, LEFT, UP, STAY, CATCH = range(6)
 NUM_ACTIONS = 6
 NUM_CHANNELS = 3
 """Features of one cell: agents, stags, hares."""
 WORD_BITS = 32
+"""Bits of the words in which `_ones_at` collects features."""
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 
 
 class EnvState(NamedTuple):
-    """Where everything stands.
+    """The positions and who is still in the game.
 
     Attributes:
-        agents_pos: ``[N, 2]`` int32 (row, column); of a removed agent the cell that it left.
-        prey_pos: ``[P, 2]`` int32, stags first, then hares; of a dead prey the cell where it was caught.
+        agents_pos: ``[N, 2]`` int32 (row, column); for a removed agent the cell that it left.
+        prey_pos: ``[P, 2]`` int32, stags first, then hares; for a dead prey the cell where it was caught.
         prey_alive: ``[P]`` bool.
         agents_active: ``[N]`` bool, False once frozen.
         steps: int32 scalar, steps played.
@@ -49,8 +50,8 @@ class Noise(NamedTuple):
     """All randomness of one step.
 
     Attributes:
-        agent_order: ``[N]`` int32 permutation, who moves first.
-        prey_order: ``[P]`` int32 permutation.
+        agent_order: ``[N]`` int32, the agents in the order in which they move.
+        prey_order: ``[P]`` int32, the prey in the order of their turns.
         prey_uniform: ``[P]`` float32 in [0, 1): prey ``p`` takes ``possible[floor(u[p] * len(possible))]`` of its free
             cells in the order right, down, left, up.
     """
@@ -60,12 +61,12 @@ class Noise(NamedTuple):
     prey_uniform: Array
 
 
-class Packed(NamedTuple):
-    """One step as it lies in the replay.
+class CompressedState(NamedTuple):
+    """One step in the replay.
 
     Attributes:
-        cells: ``[N + P]``, the index of each agent's and prey's cell in the narrowest unsigned type.
-        flags: uint8, one bit for each agent active and each prey alive.
+        cells: ``[N + P]``, the index of each agent's and prey's cell in the narrowest unsigned dtype.
+        flags: ``[ceil((N + P) / 8)]`` uint8, one bit each: is this agent active, is this prey alive.
     """
 
     cells: Array
@@ -74,23 +75,23 @@ class Packed(NamedTuple):
 
 @options
 class PredatorPrey(Environment):
-    """Predators that must gather around their prey: a catch by too few is punished.
+    """Predators that must gather around their prey: a catch by too few agents is punished.
 
     Attributes:
         world_shape: rows and columns of the grid, in cells.
         toroidal: whether agents step over the edge to the other side, and `catch` is available across it. A catch
-            itself never reaches across, nor does a view.
+            itself never reaches across the edge, nor does a view.
         num_agents: predators.
         num_stags: prey that need `stag_catchers`.
         num_hares: prey that need `hare_catchers`.
         obs_radius: how many cells an agent sees to each side; 2 is a window of 5 x 5 cells.
-        punishment: reward, at most 0, for each prey and step with a catcher beside it but too few of them.
+        punishment: reward, at most 0, for each prey and step with an adjacent catcher but too few of them.
         stag_catchers: agents that must catch a stag in the same step.
         hare_catchers: agents that must catch a hare in the same step.
         reward_stag: team reward for a caught stag.
         reward_hare: team reward for a caught hare.
-        capture_freezes: whether the catchers of a caught prey act no more for the rest of the episode.
-        remove_frozen: whether they also leave the grid, and so no longer stand in the way.
+        capture_freezes: whether the catchers of a caught prey no longer act in the rest of the episode.
+        remove_frozen: whether they also leave the grid, and so no longer block cells.
         episode_limit: steps after which an episode is cut.
     """
 
@@ -108,6 +109,8 @@ class PredatorPrey(Environment):
     capture_freezes: bool
     remove_frozen: bool
     episode_limit: Annotated[int, Field(gt=0, lt=2**31)]
+
+    viewer_class: ClassVar[str | None] = "wqmix_jax.envs.predator_prey.viewer:PredatorPreyViewer"
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -145,7 +148,7 @@ class PredatorPrey(Environment):
         )
 
     def reset(self, key: PRNGKey) -> EnvState:
-        """Everyone on a cell of their own, all placements equally likely."""
+        """Places every agent and prey on a different cell, all placements equally likely."""
         rows, columns = self.world_shape
         cells = jax.random.permutation(key, jnp.arange(rows * columns, dtype=jnp.int32))
         positions = self._position(cells[: self.num_agents + self.num_prey])
@@ -158,11 +161,11 @@ class PredatorPrey(Environment):
         )
 
     def step(self, env_state: EnvState, joint_action: Array, key: PRNGKey) -> tuple[EnvState, StepOutcome]:
-        """One step with fresh noise. Any action is taken: one that can't be done does nothing."""
+        """Plays one step with fresh noise. All actions are accepted: one that isn't possible does nothing."""
         return self.transition(env_state, joint_action, self.sample_noise(key))
 
     def sample_noise(self, key: PRNGKey) -> Noise:
-        """Draws what `transition` needs: both orders uniform over permutations."""
+        """Draws the noise of one `transition`; both orders are uniform over permutations."""
         agent_key, prey_key, move_key = jax.random.split(key, 3)
         return Noise(
             agent_order=_random_order(agent_key, self.num_agents),
@@ -171,7 +174,7 @@ class PredatorPrey(Environment):
         )
 
     def transition(self, env_state: EnvState, joint_action: Array, noise: Noise) -> tuple[EnvState, StepOutcome]:
-        """The step itself, without randomness: agents move, then each prey is caught or flees.
+        """Plays one step without randomness: agents move, then each prey is caught or flees.
 
         Args:
             env_state: see `EnvState`.
@@ -189,18 +192,19 @@ class PredatorPrey(Environment):
         return next_state, StepOutcome(reward=reward, terminated=ended & ~truncated, truncated=truncated)
 
     def miscaptures(self, env_state: EnvState, joint_action: Array, key: PRNGKey) -> Array:
-        """``[P]`` bool: the prey for which a `step` with the same arguments is punished."""
+        """Returns ``[P]`` bool, True for the prey for which a `step` with the same arguments is punished."""
         noise = self.sample_noise(key)
         moved = self._move_agents(env_state, joint_action, noise.agent_order)
         _, _, missed = self._hunt(moved, joint_action == CATCH, noise)
-        return jnp.zeros_like(missed).at[noise.prey_order].set(missed)
+        return jnp.zeros_like(missed).at[noise.prey_order].set(missed)  # `missed` is in the order of turns
 
     def observe(self, env_state: EnvState) -> Observation:
-        """Local windows, the whole grid and the allowed actions of ``env_state``.
+        """Returns local windows, the whole grid and the allowed actions of ``env_state``.
 
         Returns:
-            obs ``[N, (2r+1)^2 * 3]``, centred on the agent, itself included, zeros outside the grid, frozen agents
-            hidden; state ``[H * W * 3]``; avail_actions ``[N, 6]``. Both features row by row, channels last.
+            obs ``[N, (2r+1)^2 * 3]``, the window centred on each agent; the agent itself is shown, frozen agents are
+            hidden, cells outside the grid are zeros. state ``[H * W * 3]``; avail_actions ``[N, 6]``. The features of
+            both are ordered by rows, then columns, then channels.
         """
         return Observation(
             obs=self._local_views(env_state),
@@ -209,67 +213,81 @@ class PredatorPrey(Environment):
         )
 
     def metrics(self, env_state: EnvState) -> dict[str, Array]:
-        """``captures``: prey caught in the episode."""
+        """Returns ``captures``, the number of prey caught in the episode."""
         return {"captures": (~env_state.prey_alive).sum(dtype=jnp.float32)}
 
-    def viewer(self) -> "PredatorPreyViewer":
-        """Draws the grid."""
-        from wqmix_jax.envs.predator_prey.viewer import PredatorPreyViewer  # loads matplotlib, only needed here
-
-        return PredatorPreyViewer(self)
-
-    def pack(self, env_state: EnvState) -> Packed:
-        """Cell indices and flags, 18 bytes in the paper's task; `observe` needs nothing else."""
+    def compress(self, env_state: EnvState) -> CompressedState:
+        """Returns cell indices and flags, 18 bytes in the paper's task; `observe` reads nothing else."""
         rows, columns = self.world_shape
         narrowest = next(d for d in (jnp.uint8, jnp.uint16, jnp.uint32) if rows * columns - 1 <= jnp.iinfo(d).max)
         positions = jnp.concatenate([env_state.agents_pos, env_state.prey_pos])
         flags = jnp.concatenate([env_state.agents_active, env_state.prey_alive])
-        return Packed(cells=self._cell(positions).astype(narrowest), flags=jnp.packbits(flags))
+        return CompressedState(cells=self._cell(positions).astype(narrowest), flags=jnp.packbits(flags))
 
-    def unpack(self, packed: Packed) -> Observation:
-        """The `Observation` of the packed state, recomputed."""
-        positions = self._position(packed.cells.astype(jnp.int32))
-        flags = jnp.unpackbits(packed.flags, count=self.num_agents + self.num_prey).astype(bool)
+    def decompress(self, compressed: CompressedState) -> Observation:
+        """Recomputes the `Observation` of the compressed state."""
+        positions = self._position(compressed.cells.astype(jnp.int32))
+        flags = jnp.unpackbits(compressed.flags, count=self.num_agents + self.num_prey).astype(bool)
         return self.observe(
             EnvState(
                 agents_pos=positions[: self.num_agents],
                 prey_pos=positions[self.num_agents :],
                 prey_alive=flags[self.num_agents :],
                 agents_active=flags[: self.num_agents],
-                steps=jnp.zeros((), jnp.int32),
+                steps=jnp.zeros((), jnp.int32),  # no observation shows the number of steps
             )
         )
 
     def _move_agents(self, env_state: EnvState, joint_action: Array, order: Array) -> EnvState:
-        """Moves one agent after the other; a move is cancelled if someone stands there when its turn comes."""
+        """Moves one agent after another; a move is cancelled if its goal is taken when the agent's turn comes.
+
+        Args:
+            env_state: see `EnvState`.
+            joint_action: ``[N]`` integers.
+            order: ``[N]`` int32, see `Noise`.
+        """
         start = env_state.agents_pos
-        # A sum over the four moves rather than a look-up: any other number, out of range too, moves nobody.
+        # A sum over the four moves rather than a look-up: any other number, even one out of range, moves no agent.
         chosen_move = joint_action[:, None] == jnp.array([RIGHT, DOWN, LEFT, UP], joint_action.dtype)[None]
         offset = jnp.where(chosen_move[:, :, None], _moves()[None], 0).sum(1, dtype=jnp.int32)
         goal = self._inside(start + offset)
-        # Everyone moves once, so whether a goal is taken depends on nothing but who has moved before.
+        # Each agent moves once, so whether a goal is taken depends only on who has moved before. Both answers for each
+        # pair are computed in advance, [N, N]: is agent j on i's goal if j is still at its start, or at its own goal?
+        # Only the choice between the two is left for the sequential scan, whose state is one bit for each agent.
         on_grid = self._on_grid(env_state.agents_active)[None]
         taken_if_stayed = _same_cell(goal, start) & on_grid
         taken_if_moved = _same_cell(goal, goal) & on_grid
+        # Standing still is a "move" onto the agent's own cell, which it takes itself: it changes nothing.
         prey_there = (_same_cell(goal, env_state.prey_pos) & env_state.prey_alive[None]).any(1)
         may_move = env_state.agents_active & ~prey_there
 
         def turn(has_moved: Array, agent: Array) -> tuple[Array, None]:
             taken = jnp.where(has_moved, taken_if_moved[agent], taken_if_stayed[agent]).any()
             moves = may_move[agent] & ~taken
-            return has_moved | (moves & (_index(self.num_agents) == agent)), None
+            return has_moved | (moves & (_index(self.num_agents) == agent)), None  # one-hot: cheaper than a scatter
 
         has_moved, _ = jax.lax.scan(turn, jnp.zeros(self.num_agents, bool), order)
         return env_state._replace(agents_pos=jnp.where(has_moved[:, None], goal, start))
 
     def _hunt(self, env_state: EnvState, is_catching: Array, noise: Noise) -> tuple[EnvState, Array, Array]:
-        """Lets one prey after the other be caught or flee, each fully before the next.
+        """Lets one prey after another be caught or flee, each fully before the next.
 
-        Returns the state, the reward, and for each prey in its turn whether a catch failed, ``[P]`` bool.
+        A prey with enough adjacent catchers dies and pays its reward; with some but too few it costs `punishment`. A
+        prey that lives then flees to a random free neighbouring cell. Catchers that are frozen by one capture are
+        not counted for a later prey, and where frozen agents leave the grid, their cells are free for it.
+
+        Args:
+            env_state: the state after the agents' moves.
+            is_catching: ``[N]`` bool, who plays `CATCH`.
+            noise: see `Noise`.
+
+        Returns:
+            The state, the reward (float32 scalar), and ``[P]`` bool in the order of turns, True where a catch failed.
         """
         agents, prey = env_state.agents_pos, env_state.prey_pos
-        catcher_beside = _adjacent(prey, agents) & is_catching[None]  # [P, N]
-        # At a wall the goal is the prey's own cell, which it takes itself: no prey rests unless it is shut in.
+        # Agents no longer move, so everything that depends on their positions is computed in advance for all prey.
+        adjacent_catcher = _adjacent(prey, agents) & is_catching[None]  # [P, N]
+        # At a wall the goal is the prey's own cell, which counts as taken by itself: a prey stays only if shut in.
         goal_cells = self._cell(self._inside(prey[:, None] + _moves()[None]))  # [P, 4]
         agent_there = goal_cells[:, :, None] == self._cell(agents)[None, None]  # [P, 4, N]
         is_stag = _index(self.num_prey) < self.num_stags
@@ -280,14 +298,16 @@ class PredatorPrey(Environment):
             carry: tuple[Array, Array, Array], prey_index: Array
         ) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
             cells, alive, active = carry
-            me = _index(self.num_prey) == prey_index
-            catchers = catcher_beside[prey_index] & active
+            me = _index(self.num_prey) == prey_index  # one-hot, so that updates are selections and not scatters
+            catchers = adjacent_catcher[prey_index] & active  # without those frozen earlier in this step
             count = catchers.sum(dtype=jnp.int32)
             caught = alive[prey_index] & (count >= needed[prey_index])
             missed = alive[prey_index] & (count > 0) & ~caught
             alive = alive & ~(me & caught)
             if self.capture_freezes:
                 active = active & ~(catchers & caught)
+            # The flight: a cell is free if neither an agent on the grid nor a living prey is there. A dead prey gets a
+            # choice, too, but doesn't take it.
             cell = goal_cells[prey_index]
             agent_blocks = (agent_there[prey_index] & self._on_grid(active)[None]).any(-1)
             prey_blocks = ((cell[:, None] == cells[None]) & alive[None]).any(-1)
@@ -303,18 +323,19 @@ class PredatorPrey(Environment):
         return hunted, rewards.sum(dtype=jnp.float32), missed
 
     def _local_views(self, env_state: EnvState) -> Array:
-        """``[N, (2r+1)^2 * 3]`` float32: the window around each agent."""
+        """Returns the window around each agent, ``[N, (2r+1)^2 * 3]`` float32."""
         width = 2 * self.obs_radius + 1
+        # No window is cut out of the grid: each of the N + P others is placed in each window by its offset.
         everyone = jnp.concatenate([env_state.agents_pos, env_state.prey_pos])
         visible = jnp.concatenate([env_state.agents_active, env_state.prey_alive])
         in_window = everyone[None] - env_state.agents_pos[:, None] + self.obs_radius  # [N, N + P, 2]
         seen = ((in_window >= 0) & (in_window < width)).all(-1) & visible[None]
-        seen &= self._on_grid(env_state.agents_active)[:, None]
+        seen &= self._on_grid(env_state.agents_active)[:, None]  # an agent that has left the grid sees nothing
         feature = (in_window[..., 0] * width + in_window[..., 1]) * NUM_CHANNELS + self._channels()[None]
         return _ones_at(jnp.where(seen, feature, -1), width * width * NUM_CHANNELS)
 
     def _global_view(self, env_state: EnvState) -> Array:
-        """``[H * W * 3]`` float32: everyone on the grid."""
+        """Returns the whole grid, ``[H * W * 3]`` float32."""
         rows, columns = self.world_shape
         cells = self._cell(jnp.concatenate([env_state.agents_pos, env_state.prey_pos]))
         visible = jnp.concatenate([self._on_grid(env_state.agents_active), env_state.prey_alive])
@@ -322,10 +343,13 @@ class PredatorPrey(Environment):
         return _ones_at(jnp.where(visible, feature, -1), rows * columns * NUM_CHANNELS)
 
     def _avail_actions(self, env_state: EnvState) -> Array:
-        """``[N, 6]`` bool: stay, moves that end on the grid, taken or not, and catch beside a living prey."""
+        """Returns ``[N, 6]`` bool: moves that end on the grid, even on a taken cell; stay; catch next to a living prey.
+
+        A frozen agent can only stay.
+        """
         start = env_state.agents_pos
         goals = start[:, None] + _moves()[None]
-        can_move = (self._inside(goals) == goals).all(-1) | self.toroidal
+        can_move = (self._inside(goals) == goals).all(-1) | self.toroidal  # `_inside` changes what is outside the grid
         apart = jnp.abs(start[:, None] - env_state.prey_pos[None])
         if self.toroidal:
             apart = jnp.minimum(apart, jnp.array(self.world_shape, jnp.int32)[None, None] - apart)
@@ -335,19 +359,20 @@ class PredatorPrey(Environment):
         return jnp.where(env_state.agents_active[:, None], avail, (_index(NUM_ACTIONS) == STAY)[None])
 
     def _channels(self) -> Array:
-        """``[N + P]`` int32: which feature of a cell shows each agent and prey."""
+        """Returns ``[N + P]`` int32, the feature of a cell that shows each agent and prey."""
         return jnp.array([0] * self.num_agents + [1] * self.num_stags + [2] * self.num_hares, jnp.int32)
 
     def _on_grid(self, agents_active: Array) -> Array:
+        """Returns ``[N]`` bool, True for agents on the grid: frozen ones leave it only with `remove_frozen`."""
         return agents_active if self.remove_frozen else jnp.ones_like(agents_active)
 
     def _inside(self, positions: Array) -> Array:
-        """Positions up to one step outside the grid, wrapped or clipped back onto it."""
+        """Wraps or clips positions up to one step outside the grid back onto it."""
         shape = jnp.array(self.world_shape, jnp.int32)[(None,) * (positions.ndim - 1)]
         return positions % shape if self.toroidal else jnp.clip(positions, 0, shape - 1)
 
     def _cell(self, positions: Array) -> Array:
-        """``[..]`` int32 indices, row by row, of positions ``[.., 2]``."""
+        """Returns the indices of cells, ``[..]`` int32, row by row, from positions ``[.., 2]``."""
         return positions[..., 0] * self.world_shape[1] + positions[..., 1]
 
     def _position(self, cells: Array) -> Array:
@@ -360,30 +385,31 @@ def _index(size: int) -> Array:
 
 
 def _moves() -> Array:
-    """``[4, 2]`` int32: what `RIGHT`, `DOWN`, `LEFT` and `UP` add to a position."""
+    """Returns ``[4, 2]`` int32, the offsets that `RIGHT`, `DOWN`, `LEFT` and `UP` add to a position."""
     return jnp.array([(0, 1), (1, 0), (0, -1), (-1, 0)], jnp.int32)
 
 
 def _random_order(key: PRNGKey, size: int) -> Array:
-    """A uniform permutation: the ranks of random words. Cheaper than a sort in a batch of few entities."""
+    """Draws a uniform permutation as the ranks of random words: cheaper than a sort in a batch of few entities."""
     word = jax.random.bits(key, (size,), jnp.uint32)
     index = _index(size)
+    # Equal words are ranked by index, so that the ranks are a permutation in any case.
     ahead = (word[None] < word[:, None]) | ((word[None] == word[:, None]) & (index[None] < index[:, None]))
     return ahead.sum(1, dtype=jnp.int32)
 
 
 def _same_cell(positions: Array, others: Array) -> Array:
-    """``[I, J]`` bool for ``[I, 2]`` and ``[J, 2]``."""
+    """Returns ``[I, J]`` bool for positions ``[I, 2]`` and ``[J, 2]``."""
     return (positions[:, None] == others[None]).all(-1)
 
 
 def _adjacent(positions: Array, others: Array) -> Array:
-    """``[I, J]`` bool: a Manhattan distance of one cell, never across the edge."""
+    """Returns ``[I, J]`` bool: True at a Manhattan distance of one cell, which never reaches across the edge."""
     return jnp.abs(positions[:, None] - others[None]).sum(-1) == 1
 
 
 def _choose(cells: Array, possible: Array, uniform: Array) -> Array:
-    """The ``floor(uniform * n)``-th of the ``n`` possible among ``cells`` (``[M]``); -1 if none is."""
+    """Returns the ``floor(uniform * n)``-th of the ``n`` possible cells among ``cells`` (``[M]``); -1 if none is."""
     index = _index(len(cells))
     earlier = (possible[None] & (index[None] < index[:, None])).sum(1, dtype=jnp.int32)
     wanted = jnp.floor(uniform * possible.sum(dtype=jnp.float32)).astype(jnp.int32)
@@ -391,12 +417,13 @@ def _choose(cells: Array, possible: Array, uniform: Array) -> Array:
 
 
 def _ones_at(features: Array, size: int) -> Array:
-    """``[.., size]`` float32, 1 at each of ``features`` (``[.., J]``); -1 is nowhere.
+    """Returns ``[.., size]`` float32 with ones at ``features`` (``[.., J]``); -1 is nowhere.
 
-    Collects the ones as bits of words first: comparing every feature with every place takes a replayed batch as long as
-    a sixth of its learner step.
+    The ones are collected as bits of words first. Comparing every feature with every place instead would take a sixth
+    of a learner step for a replayed batch.
     """
     word, bit = jnp.divmod(features, WORD_BITS)  # -1 is in word -1
+    # [.., J, words]: each feature as a bit in its word; then the words of all J features are joined.
     index = _index(-(-size // WORD_BITS)).reshape((1,) * features.ndim + (-1,))
     ones = jnp.where(word[..., None] == index, jnp.uint32(1) << bit.astype(jnp.uint32)[..., None], jnp.uint32(0))
     words = jax.lax.reduce(ones, jnp.uint32(0), jax.lax.bitwise_or, (features.ndim - 1,))

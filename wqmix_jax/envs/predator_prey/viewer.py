@@ -1,7 +1,7 @@
 """Draws predator-prey states with matplotlib."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -10,21 +10,18 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
-from wqmix_jax.envs.base import Moment
 from wqmix_jax.envs.predator_prey.task import EnvState, PredatorPrey
 from wqmix_jax.envs.viewer import StateViewer
+from wqmix_jax.types import Moment
 
-if TYPE_CHECKING:
-    from wqmix_jax.envs.predator_prey.jumanji import State
-
-# Okabe and Ito's colours, told apart with any colour vision; each kind has a shape of its own too.
+# Okabe and Ito's colours, which can be distinguished with any colour vision; each kind also has a different shape.
 _STYLES: dict[str, dict[str, Any]] = {
     "agent": {"marker": "o", "markerfacecolor": "#0072B2", "markeredgecolor": "#0072B2"},
     "frozen agent": {"marker": "o", "markerfacecolor": "white", "markeredgecolor": "#0072B2"},
     "stag": {"marker": "s", "markerfacecolor": "#E69F00", "markeredgecolor": "#E69F00"},
     "hare": {"marker": "^", "markerfacecolor": "#009E73", "markeredgecolor": "#009E73"},
 }
-# What came of a prey in a step, on the cell where that was; a shape and a sign beside the colour.
+# The result of a step for a prey, drawn on the cell where the prey was; shape and sign repeat what the colour says.
 _EVENTS: dict[str, dict[str, Any]] = {
     "capture": {"marker": "*", "markerfacecolor": "#F0E442", "markeredgecolor": "black"},
     "miscapture": {"marker": "X", "markerfacecolor": "#D55E00", "markeredgecolor": "black"},
@@ -33,10 +30,17 @@ _FIGURE_SIZE = 6.0  # inches, along the grid's longer side
 _MARKER_SHARE = 0.62  # of a cell's side
 
 
-class PredatorPreyViewer(StateViewer["State | Moment"]):
+class Drawable(Protocol):
+    """A `Moment`, or a state of jumanji's interface (`wqmix_jax.envs.predator_prey.jumanji.State`)."""
+
+    @property
+    def env_state(self) -> EnvState: ...  # noqa: D102
+
+
+class PredatorPreyViewer(StateViewer[Drawable]):
     """Agents as numbered discs (hollow once frozen), stags as squares and hares as triangles.
 
-    A film shows captures (a star) and miscaptures (a cross) with what they paid, on the cells where the prey stood, and
+    A film shows captures (a star) and miscaptures (a cross) with their rewards on the cells where the prey was, and
     agents that have left the grid as faint rings on the cells that they left.
     """
 
@@ -54,7 +58,7 @@ class PredatorPreyViewer(StateViewer["State | Moment"]):
         size = (max(columns * self._cell_inches, 4.5) + 0.6, rows * self._cell_inches + 1.2)
         super().__init__(name, render_mode, size)
 
-    def _draw(self, ax: Axes, state: "State | Moment") -> None:
+    def _draw(self, ax: Axes, state: Drawable) -> None:
         env_state = state.env_state
         self._draw_grid(ax)
         for kind, label, (row, column) in self._entities(env_state):
@@ -71,7 +75,7 @@ class PredatorPreyViewer(StateViewer["State | Moment"]):
         )
 
     def _draw_moment(self, ax: Axes, moment: Moment) -> None:
-        self._draw(ax, moment)  # its `env_state` is all that is read
+        self._draw(ax, moment)
         size = self._cell_inches * 72
         if self._task.remove_frozen:
             gone = ~np.asarray(moment.env_state.agents_active)
@@ -86,7 +90,7 @@ class PredatorPreyViewer(StateViewer["State | Moment"]):
         self._draw_event_legend(ax)
 
     def _draw_event_legend(self, ax: Axes) -> None:
-        """A second row below that of who is on the grid."""
+        """Adds a second row to the legend, below the kinds of entities."""
         shown: dict[str, dict[str, Any]] = dict(_EVENTS)
         if self._task.remove_frozen:
             shown["frozen, off the grid"] = {"marker": "o", "markerfacecolor": "none", "markeredgecolor": "#99C7E0"}
@@ -100,7 +104,7 @@ class PredatorPreyViewer(StateViewer["State | Moment"]):
             ax.add_artist(first)
 
     def _events(self, moment: Moment) -> Iterator[tuple[str, float, NDArray]]:
-        """Kind, reward and place of what the step brought each prey that was caught or missed."""
+        """Yields kind, reward and position for each prey that was caught, or missed, in the step."""
         before = moment.before
         if before is None:
             return
@@ -128,7 +132,7 @@ class PredatorPreyViewer(StateViewer["State | Moment"]):
         ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=len(handles), frameon=False)
 
     def _entities(self, env_state: EnvState) -> Iterator[tuple[str, str, NDArray]]:
-        """Kind, label and position of everyone on the grid."""
+        """Yields kind, label and position of every agent and prey on the grid."""
         agents_pos, prey_pos, prey_alive, agents_active, _ = map(np.asarray, env_state)
         for index, (position, active) in enumerate(zip(agents_pos, agents_active, strict=True)):
             if active or not self._task.remove_frozen:

@@ -1,7 +1,9 @@
-"""SMAX, StarCraft-like battles on the device (Rutherford et al. 2024, JaxMARL), behind our protocol.
+"""SMAX, StarCraft-like battles on the device (Rutherford et al. 2024, JaxMARL), as an environment of this package.
 
-The game is JaxMARL's own, against its heuristic enemy. It is not StarCraft II: maps are flat, and numbers from the two
-are not comparable. JaxMARL is an optional extra, imported when the environment is first used.
+The game is that of JaxMARL, against its heuristic enemy. It is not StarCraft II: maps are flat, and the numbers of both
+games are not comparable. JaxMARL is an optional extra, imported when the environment is first used.
+
+In shapes, ``N`` is the number of allies (the agents) and ``U`` that of all units, allies first.
 """
 
 import contextlib
@@ -10,7 +12,7 @@ import importlib.util
 import io
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,30 +20,28 @@ import numpy as np
 import pydantic
 from pydantic import Field
 
-from wqmix_jax.envs.base import Environment, EnvState, GameOfPackage, Host, without_weak_types
+from wqmix_jax.envs.base import Environment, EnvState, External, ExternalPackage, without_weak_types
 from wqmix_jax.errors import install_extra
 from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, PyTree, StepOutcome
 
-if TYPE_CHECKING:
-    from wqmix_jax.envs.smax.viewer import SMAXViewer
-
 NATIVE_MAX_RETURN = 2.0
-"""Half for the enemies' lost health, half for the battle won."""
+"""SMAX's return of a won battle: half for the enemies' lost health, half for the victory."""
 
 ZEALOT, ZERGLING = 3, 4
+"""SMAX's numbers of these types."""
 
 
 class Units(NamedTuple):
-    """What of a battle is observed, of all ``U`` units, allies first; this is what the replay stores.
+    """The part of a battle's state from which observations are computed, and which the replay stores.
 
     Attributes:
-        position: ``[U, 2]`` float32.
+        position: ``[U, 2]`` float32, on the map.
         health: ``[U]`` float32.
-        cooldown: ``[U]`` float32, seconds until a unit can shoot again.
-        movement: ``[U, 2]`` float32, the direction of its last step.
-        attack: ``[U]`` uint8, its last attack action, 0 for none.
-        kind: ``[U]`` uint8, its type.
+        cooldown: ``[U]`` float32, seconds until the unit can shoot again.
+        movement: ``[U, 2]`` float32, the direction of the unit's last step.
+        attack: ``[U]`` uint8, the unit's last attack action, 0 for none.
+        kind: ``[U]`` uint8, the unit's type.
         alive: ``[U]`` bool.
     """
 
@@ -56,15 +56,15 @@ class Units(NamedTuple):
 
 @options
 class SMAX(Environment):
-    """One of SMAC's battles, fought by allies that learn against JaxMARL's heuristic enemy.
+    """One of SMAC's battles, fought by learning allies against JaxMARL's heuristic enemy.
 
     Attributes:
         map: SMAC's name of the battle; ``corridor`` has SMAC's units but not its choke point.
         episode_limit: steps.
-        max_return: what a won battle is worth in all: 2 as SMAX has it, 20 as SMAC's rewards are scaled.
-        see_enemy_actions: whether an observation shows what enemies in sight did last.
+        max_return: the return of a won battle: 2 is SMAX's scale, 20 that of SMAC.
+        see_enemy_actions: whether an observation shows the last actions of enemies in sight.
         walls_cause_death: whether a unit that touches the edge of the map dies.
-        attack_mode: which of the enemies in range the heuristic shoots at.
+        attack_mode: which of the units in range the heuristic shoots at.
     """
 
     map: str
@@ -73,6 +73,8 @@ class SMAX(Environment):
     see_enemy_actions: bool
     walls_cause_death: bool
     attack_mode: Literal["closest", "random"]
+
+    viewer_class: ClassVar[str | None] = "wqmix_jax.envs.smax.viewer:SMAXViewer"
 
     @pydantic.model_validator(mode="after")
     def _is_there(self) -> Self:
@@ -99,12 +101,12 @@ class SMAX(Environment):
         )
 
     def reset(self, key: PRNGKey) -> EnvState:
-        """Both armies on their sides of the map, with noise on their positions."""
+        """Places both armies on their sides of the map, with noise on their positions."""
         with jax.numpy_rank_promotion("allow"):
             return without_weak_types(self.game.reset(key)[1])
 
     def step(self, env_state: EnvState, joint_action: Array, key: PRNGKey) -> tuple[EnvState, StepOutcome]:
-        """JaxMARL's ``step_env``, which unlike its ``step`` never resets."""
+        """Plays JaxMARL's ``step_env``, which unlike its ``step`` never resets."""
         actions = {agent: joint_action[index] for index, agent in enumerate(self.game.agents)}
         with jax.numpy_rank_promotion("allow"):
             _, env_state, rewards, _, _ = self.game.step_env(key, env_state, actions)
@@ -118,11 +120,12 @@ class SMAX(Environment):
         )
 
     def observe(self, env_state: EnvState) -> Observation:
-        """Each ally's list of the units in its sight, and all units as the state."""
-        return self.unpack(self.pack(env_state))
+        """Returns each ally's list of the units in its sight, and all units as the state."""
+        # One formula for both, so that an observation from the replay can't differ from that of play.
+        return self.decompress(self.compress(env_state))
 
     def metrics(self, env_state: EnvState) -> dict[str, Array]:
-        """Whether the battle was won (all enemies dead and an ally alive), and how many died."""
+        """Returns ``win_rate``, 1 if all enemies are dead and an ally is alive, and how many of each side died."""
         allies, enemies = self._alive(env_state)
         return {
             "win_rate": (allies.any() & ~enemies.any()).astype(jnp.float32),
@@ -131,18 +134,12 @@ class SMAX(Environment):
         }
 
     @property
-    def host(self) -> Host:
-        """JaxMARL's version, which the rules of the battles depend on."""
-        return GameOfPackage("jaxmarl")
+    def external(self) -> External:
+        """The version of JaxMARL, on which the rules of the battles depend."""
+        return ExternalPackage("jaxmarl")
 
-    def viewer(self) -> "SMAXViewer":
-        """Draws the battle."""
-        from wqmix_jax.envs.smax.viewer import SMAXViewer  # loads matplotlib, only needed here
-
-        return SMAXViewer(self)
-
-    def pack(self, env_state: EnvState) -> Units:
-        """The units: far less than what each ally sees of them."""
+    def compress(self, env_state: EnvState) -> Units:
+        """Returns the units, which are far fewer bytes than each ally's view of them."""
         state = env_state.state
         return Units(
             position=state.unit_positions,
@@ -154,13 +151,22 @@ class SMAX(Environment):
             alive=state.unit_alive,
         )
 
-    def unpack(self, packed: PyTree) -> Observation:
-        """JaxMARL's features of the units, for all at once: on a CPU twice as fast as its own, pair by pair."""
-        game, units = self.game, packed
+    def decompress(self, compressed: PyTree) -> Observation:
+        """Computes JaxMARL's features (``get_obs`` and ``get_world_state`` of its ``SMAX``) for all allies together.
+
+        JaxMARL computes them pair by pair, which takes twice as long on a CPU.
+
+        Returns:
+            obs ``[N, obs_dim]``: the other units in their order, then the ally itself. state ``[state_dim]``: the own
+            features of all units, their teams and their types. avail_actions ``[N, A]``: moves, stop, then one attack
+            for each enemy.
+        """
+        game, units = self.game, compressed
         distance = jnp.linalg.norm(_offsets(game, units), axis=-1)
         kind, alive = units.kind.astype(jnp.int32), units.alive[: game.num_allies, None]
         in_range = distance < game.unit_type_attack_ranges[kind][: game.num_allies, None]
         can_attack = (alive & units.alive[None] & in_range)[:, game.num_allies :]
+        # The dead can only stop, which every unit can.
         can_move = jnp.repeat(alive, game.num_movement_actions - 1, axis=1)
         return Observation(
             obs=_features_in_sight(game, units, distance, see_enemy_actions=self.see_enemy_actions),
@@ -180,18 +186,19 @@ class SMAX(Environment):
 
 
 def _offsets(game: Any, units: Units) -> Array:
-    """From each ally to each unit, ``[N, U, 2]``."""
+    """Returns the vectors from each ally to each unit, ``[N, U, 2]``."""
     return units.position[None] - units.position[: game.num_allies, None]
 
 
 def _features_in_sight(game: Any, units: Units, distance: Array, *, see_enemy_actions: bool) -> Array:
-    """What each ally sees of the others, in their order, and of itself: ``[N, obs_dim]``."""
+    """Returns each ally's features of the other units, in their order, then of itself: ``[N, obs_dim]``."""
     num_allies, num_units = game.num_allies, len(units.kind)
     kind, is_ally = units.kind.astype(jnp.int32), np.arange(num_units) < num_allies
     sight = game.unit_type_sight_ranges[kind][:num_allies, None]
+    # The features of a unit that look the same to every ally, [U, 4 + types]: last move, last attack, weapon, type.
     last_attack = np.where(is_ally, game.num_ally_actions - 1, game.num_enemy_actions - 1)
     actions = jnp.concatenate([units.movement, (units.attack / last_attack)[:, None]], axis=1)
-    told = jnp.concatenate(
+    shared = jnp.concatenate(
         [
             jnp.where((is_ally | see_enemy_actions)[:, None], actions, 0.0),
             _loaded(game, units)[:, None],
@@ -204,12 +211,14 @@ def _features_in_sight(game: Any, units: Units, distance: Array, *, see_enemy_ac
         [
             health,
             _offsets(game, units) / sight[..., None],
-            jnp.broadcast_to(told[None], (num_allies, *told.shape)),
+            jnp.broadcast_to(shared[None], (num_allies, *shared.shape)),
         ],
         axis=2,
     )
+    # Zeros for units out of sight and dead units, and in all rows of a dead ally.
     visible = (distance < sight) & units.alive[:num_allies, None] & units.alive[None]
     features = jnp.where(visible[..., None], features, 0.0)
+    # Row i holds the U - 1 others: units before i are at their index, those after it one place earlier.
     before_itself = (np.arange(num_units - 1)[None] < np.arange(num_allies)[:, None])[..., None]
     others = jnp.where(before_itself, features[:, :-1], features[:, 1:])
     map_size = np.array([game.map_width, game.map_height], np.float32)
@@ -218,29 +227,30 @@ def _features_in_sight(game: Any, units: Units, distance: Array, *, see_enemy_ac
 
 
 def _own_features(game: Any, units: Units, position: Array, cooldown: Array) -> Array:
-    """Health, position, cooldown and type of each unit, zero for the dead: ``[U, 4 + types]``."""
+    """Returns health, position, cooldown and type of each unit, zeros for the dead: ``[U, 4 + types]``."""
     kinds = jax.nn.one_hot(units.kind.astype(jnp.int32), len(game.unit_type_names))
     features = jnp.concatenate([_health_share(game, units)[:, None], position, cooldown[:, None], kinds], axis=1)
     return jnp.where(units.alive[:, None], features, 0.0)
 
 
 def _health_share(game: Any, units: Units) -> Array:
+    """Returns the share of health that is left, ``[U]``."""
     return units.health / game.unit_type_health[units.kind.astype(jnp.int32)]
 
 
 def _loaded(game: Any, units: Units) -> Array:
-    """The share of a weapon's cooldown that is still to come, ``[U]``."""
+    """Returns the remaining share of each weapon's cooldown, ``[U]``."""
     return jnp.clip(units.cooldown / game.unit_type_weapon_cooldowns[units.kind.astype(jnp.int32)], 0.0, 1.0)
 
 
 def map_names() -> list[str]:
-    """SMAC's battles that are here."""
+    """Returns the names of SMAC's battles that can be played."""
     return [*_library().MAP_NAME_TO_SCENARIO, "corridor"]
 
 
 @functools.cache
 def _library() -> Any:
-    """JaxMARL's module of the game, imported in silence; its maps are arrays, which a trace must not make."""
+    """Imports JaxMARL's module of the game, in silence and outside of any trace: its maps are arrays."""
     with _silence(), jax.ensure_compile_time_eval():
         from jaxmarl.environments.smax import smax_env
     return smax_env
@@ -248,7 +258,7 @@ def _library() -> Any:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """JaxMARL prints what it has not found, and one of its modules puts the original streams in the place of others."""
+    """Hides JaxMARL's messages about missing packages; one of its modules replaces the standard streams, too."""
     kept = sys.stdout, sys.stderr, sys.__stdout__
     sys.stdout = sys.__stdout__ = io.StringIO()  # type: ignore[misc]
     try:
@@ -259,9 +269,9 @@ def _silence() -> Iterator[None]:
 
 @functools.cache
 def _game(name: str, max_steps: int, see_enemy_actions: bool, walls_cause_death: bool, attack_mode: str) -> Any:
-    """One object per set of options: JaxMARL's jitted methods are cached by it.
+    """Returns one object per set of options: jax caches JaxMARL's jitted methods by their object.
 
-    It holds arrays and outlives the caller, so its arrays are concrete even where a function is being traced.
+    The object outlives the caller and holds arrays, so these must be concrete even while a function is being traced.
     """
     with jax.ensure_compile_time_eval():
         from jaxmarl.environments.smax import HeuristicEnemySMAX
@@ -276,7 +286,7 @@ def _game(name: str, max_steps: int, see_enemy_actions: bool, walls_cause_death:
 
 
 def _scenario(name: str) -> Any:
-    library = _library()
+    library = _library()  # has all of SMAC's battles but corridor
     if name != "corridor":
         return library.MAP_NAME_TO_SCENARIO[name]
     kinds = jnp.array([ZEALOT] * 6 + [ZERGLING] * 24, jnp.uint8)

@@ -11,18 +11,19 @@ from matplotlib.patches import Circle, Rectangle
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
-from wqmix_jax.envs.base import EnvState, Moment
+from wqmix_jax.envs.base import EnvState
 from wqmix_jax.envs.smax.task import SMAX
 from wqmix_jax.envs.viewer import StateViewer
+from wqmix_jax.types import Moment
 
-# Of Okabe and Ito's colours, told apart with any colour vision; each team has a shape of its own too.
+# Two of Okabe and Ito's colours, which can be distinguished with any colour vision; each team also has its shape.
 _COLOURS = {"ally": "#0072B2", "enemy": "#D55E00"}
 _MARKERS = {"ally": "o", "enemy": "s"}
 _TEAMS = ("allies", "enemies")
-_SQUARE_SHARE = 0.86  # of a disc's width, for about the same area: bodies touch, but do not overlap
+_SQUARE_SHARE = 0.86  # a square's width over a disc's, for about the same area: bodies touch, but do not overlap
 _FIGURE_SIZE = (8.0, 6.0)  # inches
-_VIEW_SIZE = np.array([18.0, 12.0])  # the least of the map that is shown, in the axes' own proportions
-_MARGIN = 1.5  # of the map, around all units
+_VIEW_SIZE = np.array([18.0, 12.0])  # the smallest part of the map that is shown, in the proportions of the axes
+_MARGIN = 1.5  # in the map's units of length, around all units
 
 
 class Unit(NamedTuple):
@@ -31,11 +32,11 @@ class Unit(NamedTuple):
     Attributes:
         team: ``ally`` or ``enemy``.
         kind: SMAX's name of its type.
-        letter: SMAX's shorthand for it.
+        letter: SMAX's shorthand for the type.
         position: ``[2]``, on the map.
-        radius: on the map.
+        radius: in the map's units of length.
         health: the share that is left, 0 when dead.
-        target: the index of the unit that it attacked in its last step, None for none and for the dead.
+        target: the index of the unit that it attacked in its last step; None if it attacked none or is dead.
     """
 
     team: str
@@ -48,7 +49,7 @@ class Unit(NamedTuple):
 
 
 class SMAXViewer(StateViewer[EnvState]):
-    """Allies as discs and enemies as squares, filled up to their health, with arrows to whom they attacked.
+    """Draws allies as discs and enemies as squares, filled up to their health, with arrows to the units they attacked.
 
     States are those of `SMAX.reset` and `SMAX.step`, unbatched.
     """
@@ -57,7 +58,7 @@ class SMAXViewer(StateViewer[EnvState]):
         """Sets the figure up.
 
         Args:
-            env: whose states are drawn.
+            env: the environment of the states.
             name: the figure's name.
             render_mode: ``rgb_array`` to return arrays, ``human`` to show a window.
         """
@@ -80,7 +81,7 @@ class SMAXViewer(StateViewer[EnvState]):
         super().film(moments, save_path, interval)
 
     def units(self, env_state: EnvState) -> list[Unit]:
-        """All units, allies first."""
+        """Returns all units, allies first."""
         game, state = self._env.game, env_state.state
         kinds, targets = np.asarray(state.unit_types), self._targets(env_state)
         full = np.asarray(game.unit_type_health)[kinds]
@@ -101,7 +102,10 @@ class SMAXViewer(StateViewer[EnvState]):
         ]
 
     def _targets(self, env_state: EnvState) -> list[int | None]:
-        """Whom each unit attacked: allies count the enemies from the first, enemies the allies from the last."""
+        """Returns the index of the unit that each unit attacked, None for none.
+
+        In SMAX's actions, allies count the enemies from the first, and enemies count the allies from the last.
+        """
         game, state = self._env.game, env_state.state
         orders = np.asarray(state.prev_attack_actions) - game.num_movement_actions
         is_ally = np.arange(len(orders)) < game.num_allies
@@ -115,7 +119,7 @@ class SMAXViewer(StateViewer[EnvState]):
         low, high = positions.min(0) - _MARGIN, positions.max(0) + _MARGIN
         size = _VIEW_SIZE * max(1.0, ((high - low) / _VIEW_SIZE).max())
         self._low, self._high = (low + high - size) / 2, (low + high + size) / 2
-        self._points = _FIGURE_SIZE[0] * 72 * 0.93 / size[0]  # of one unit of length of the map
+        self._points = _FIGURE_SIZE[0] * 72 * 0.93 / size[0]  # typographic points in one unit of length of the map
 
     def _draw(self, ax: Axes, state: EnvState) -> None:
         units = self.units(state)
@@ -133,7 +137,7 @@ class SMAXViewer(StateViewer[EnvState]):
         self._draw_legend(ax)
 
     def _draw_unit(self, ax: Axes, unit: Unit) -> None:
-        """The body is filled from its foot up to the share of health that is left."""
+        """Draws the body, filled from below up to the share of health that is left."""
         colour, (x, y), radius = _COLOURS[unit.team], unit.position, unit.radius
         size = 2 * radius * self._points
         if not unit.health:
@@ -152,12 +156,12 @@ class SMAXViewer(StateViewer[EnvState]):
 
     def _draw_attack(self, ax: Axes, attacker: Unit, target: Unit) -> None:
         style = {"arrowstyle": "-|>", "color": _COLOURS[attacker.team], "linewidth": 1.5}
-        style |= {"connectionstyle": "arc3,rad=0.1"}  # two that attack each other get an arc each
+        style |= {"connectionstyle": "arc3,rad=0.1"}  # curved, so that two units that attack each other get two arrows
         style |= {"shrinkA": attacker.radius * self._points * 0.7, "shrinkB": target.radius * self._points * 0.7}
         ax.annotate("", tuple(target.position), tuple(attacker.position), arrowprops=style, zorder=6)
 
     def _title(self, env_state: EnvState, units: Sequence[Unit]) -> str:
-        """Where the battle stands, and from its end on how it ended."""
+        """Returns the step and the living units, and once the battle is over its result."""
         teams = {team: [unit.health > 0 for unit in units if unit.team == team] for team in _COLOURS}
         allies, enemies, step = any(teams["ally"]), any(teams["enemy"]), int(env_state.state.step)
         parts = [self._env.map, f"step {step} of {self._env.episode_limit}"]

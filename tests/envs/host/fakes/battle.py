@@ -12,7 +12,7 @@ Unit = collections.namedtuple("Unit", "health_max shield_max")
 
 
 class Battle:
-    """Units in a row shoot at one another; who is shot loses a point, and chance decides whom the enemies choose."""
+    """Units in a row shoot at one another; a unit that is shot loses a point; enemies draw their targets."""
 
     def __init__(self, n_agents, n_enemies, seed):
         self.n_agents, self.n_enemies = n_agents, n_enemies
@@ -53,7 +53,7 @@ class Battle:
         return moves + [int(health > 0) for health in self.enemies]
 
     def fight(self, actions, *, at_once=False, kill=KILL):
-        """One step; returns the points that the enemies lost, and those for the dead. Who dies may still shoot."""
+        """Plays one step and returns the points that the enemies lost and those for the dead; the dying still shoot."""
         for agent, action in enumerate(actions):
             assert self.get_avail_agent_actions(agent)[action] == 1, f"Agent {agent} cannot perform action {action}"
             assert action != 0 or self.allies[agent] == 0, "No-op only available for dead agents."
@@ -73,7 +73,7 @@ class StarCraft2Client:
     """Behaviour that `StarCraft2Env` of SMAC and SMACv2 share: when it launches, how it ends, and how it hides a crash.
 
     Its quirks are those of the real one: the first battle that ends, not the first reset, is the last to launch a game
-    and to add to the scale of the rewards, and each look at the map adds once more.
+    and to add to the scale of the rewards, and each look at the map adds to it again.
     """
 
     def prepare(self, n_agents, n_enemies, episode_limit, seed, continuing_episode, death_value, win, scale_rate, slow):
@@ -102,7 +102,7 @@ class StarCraft2Client:
         self.force_restarts += 1
 
     def _crashes(self, during, count):
-        """As ``FAKE_SC2_CRASH=step:2:FOLDER`` asks: once, at the second step of all."""
+        """Returns True once where ``FAKE_SC2_CRASH`` asks for it: ``step:2:FOLDER`` at the second step of all."""
         when, number, folder = os.environ.get("FAKE_SC2_CRASH", "never:0:").split(":")
         if when != during or count != int(number):
             return False
@@ -120,7 +120,7 @@ class StarCraft2Client:
             self._battle.begin()
         self._resets += 1
         if self._crashes("reset", self._resets):
-            self.full_restart()  # and goes on with stale units
+            self.full_restart()  # and continues with stale units
 
     def step(self, actions):
         actions = [int(action) for action in actions]

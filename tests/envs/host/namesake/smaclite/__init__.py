@@ -1,1 +1,1 @@
-"""SMAClite of the time before gymnasium: it registers its maps with gym, where nobody looks."""
+"""SMAClite of the time before gymnasium: it registers its maps with gym, which the adapter doesn't read."""

@@ -1,4 +1,4 @@
-"""SMACv2's wrapper, whose distributions have generators of their own, and whose reset returns nothing."""
+"""SMACv2's wrapper, whose distributions have separate generators, and whose reset returns nothing."""
 
 from random import choice, shuffle
 
@@ -9,7 +9,7 @@ from smacv2.env.starcraft2.maps import smac_maps
 
 
 class Positions:
-    """With parts that draw, too, as SurroundedAndReflectPositionDistribution has."""
+    """A distribution whose parts draw, too, like SurroundedAndReflectPositionDistribution."""
 
     class Uniform:
         def __init__(self, n_units):
@@ -40,7 +40,7 @@ class Teams:
 
 
 class Fixed:
-    """One of a list, or one after another; it shuffles what the list holds."""
+    """Draws one entry of a list, or one after another; it shuffles the entries."""
 
     def __init__(self, config):
         self.teams, self.test_mode, self.index = config["items"], config["test_mode"], 0
