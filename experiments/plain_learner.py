@@ -1,7 +1,8 @@
 """OW-QMIX's learner call in plain JAX, as a stopwatch's counterpart: flax's GRU cell in its own scan, autodiff, optax.
 
-It does the work of `wqmix_jax.training.learner.learner_step` for ``+algo=ow_qmix`` on a batch that is already
-decoded, on one device, with the layers that flax brings, whose initial values and biases differ.
+It does the work of a learner step, a gradient and `wqmix_jax.training.learner.apply_gradients`, for ``+algo=ow_qmix``
+on a batch that is already decoded, on one device, with the layers that flax brings, whose initial values and biases
+differ.
 """
 
 from collections.abc import Callable
