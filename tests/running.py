@@ -49,20 +49,20 @@ def shared_programs() -> Iterator[None]:
     """Runs of the same options share one trainer and its compiled programs: tracing takes most of a small run."""
     trainers, compiled = {}, {}
 
-    def make(config: RunConfig, *, sharding: Any, learner_groups: int = 1, real: Any = session.make_trainer) -> Any:
+    def make(config: RunConfig, *, sharding: Any, real: Any = session.make_trainer) -> Any:
         files = {"run_dir": None, "resume": None, "checkpoint": None, "logger": None, "sweep": None}
         options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | files
-        key = repr((options, sharding, learner_groups))
+        key = repr((options, sharding))
         if key not in trainers:
-            trainers[key] = real(config, sharding=sharding, learner_groups=learner_groups)
+            trainers[key] = real(config, sharding=sharding)
         return trainers[key]
 
     def compile_once(
-        trainer: Any, members: Any, regroup: Any, *, fresh: bool, real: Any = session.compile_within_memory
+        config: Any, trainer: Any, members: Any, *, fresh: bool, real: Any = session.compile_within_memory
     ) -> Any:
         del fresh
         if id(trainer) not in compiled:
-            compiled[id(trainer)] = real(trainer, members, regroup)
+            compiled[id(trainer)] = real(config, trainer, members)
         return compiled[id(trainer)]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -27,8 +27,8 @@ from wqmix_jax.interop.pymarl import save_checkpoint
 from wqmix_jax.options import build, options
 from wqmix_jax.runs.saved_policies import Policy, save_policy
 from wqmix_jax.train import load_values
-from wqmix_jax.training.evaluator import Figures
 from wqmix_jax.training.members import Member, make_members
+from wqmix_jax.training.rollout import Figures
 
 HUNT = ("env=predator_prey", "env.world_shape=[1,2]", "env.num_agents=1", "env.num_stags=0", "env.num_hares=1")
 SHORT = "env.episode_limit=7"

@@ -42,10 +42,9 @@ INSIDE = {
         ("wqmix",),
     ),
     "training": (
-        ("compile_cache", "devices", "learner", "members", "row_packing"),
+        ("compile_cache", "devices", "learner", "members", "rollout", "row_packing"),
         ("replay",),
-        ("batch_gradients", "rollout"),
-        ("evaluator",),
+        ("batch_gradients",),
         ("compiled_loop",),
         ("host_loop",),
     ),

@@ -74,12 +74,9 @@ def train_seeds(
     sharding = train_sharding(config, len(members))  # claims the cores before the check may start JAX's backend
     check_environment(config.env)
 
-    def grouped(learner_groups: int) -> Trainer:
-        return make_trainer(config, sharding=sharding, learner_groups=learner_groups)
-
     with make_optional_display(config.total_env_steps, shown=progress) as display:
         display.note("compiling")
-        trainer, compilation, _ = compile_within_memory(grouped(1), members, grouped)
+        trainer, compilation, _ = compile_within_memory(config, make_trainer(config, sharding=sharding), members)
         display.note(str(compilation))
         return _trained(config, trainer, members, callback, display)
 

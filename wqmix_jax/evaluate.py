@@ -44,7 +44,7 @@ from wqmix_jax.runs.trust import Named
 from wqmix_jax.train import INHERITS_ITSELF, tell_replaced, users_first
 from wqmix_jax.training.compile_cache import cache_faults_in_one_line, use_compilation_cache
 from wqmix_jax.training.devices import refuse_missing_backend, share_gpu
-from wqmix_jax.training.evaluator import Figures, greedy_episodes
+from wqmix_jax.training.rollout import Figures, greedy_episodes
 from wqmix_jax.types import PRNGKey, PyTree
 
 _HELP = """\

@@ -1,7 +1,7 @@
-"""The structures that cross module borders, and the axis legend.
+"""The structures that several modules share, and the axis legend.
 
 Axes: ``S`` seeds, ``B`` batch of episodes, ``T`` time steps, ``N`` agents, ``A`` actions, ``O`` observation features,
-``D`` state features. ``..`` stands for any leading batch axes.
+``D`` state features. ``..`` means any leading batch axes.
 """
 
 from typing import Any, NamedTuple
@@ -32,10 +32,10 @@ class EnvSpec(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """What is seen before an action is taken.
+    """The observation before an action is taken.
 
     Attributes:
-        obs: ``[.., N, O]`` float32, what each agent sees.
+        obs: ``[.., N, O]`` float32, each agent's local observation.
         state: ``[.., D]`` float32, the global state, for centralised training only.
         avail_actions: ``[.., N, A]`` bool, True where an action is allowed.
     """
@@ -46,7 +46,7 @@ class Observation(NamedTuple):
 
 
 class StepOutcome(NamedTuple):
-    """What one environment step returns beside the next state.
+    """The results of one environment step in addition to the next state.
 
     Attributes:
         reward: ``[..]`` float32, shared by all agents.
@@ -80,8 +80,8 @@ class Moment(NamedTuple):
 class Episode(NamedTuple):
     """Padded whole episodes; everything past an episode's end is zero.
 
-    A row holds one episode, or several, one after another. Each has a place more than it has steps, for what is seen
-    after the last of them, so that a masked step lies between two episodes.
+    A row holds one episode, or several, one after another. Each has one place more than it has steps, for the
+    observation after its last step, so that there is a masked step between two episodes.
 
     Attributes:
         obs: ``[.., T+1, N, O]`` float32.
@@ -92,7 +92,7 @@ class Episode(NamedTuple):
         discount: ``[.., T]`` float32, 0 where the task terminated, 1 elsewhere (an end by the time limit included).
         mask: ``[.., T]`` float32, 1 for a real step.
         starts: ``[.., T+1]`` bool, where an episode begins; None where each row is one episode.
-        num_places: scalar int32, after how many places every row is empty; None where that isn't known.
+        num_places: scalar int32, the number of places after which every row is empty; None if unknown.
     """
 
     obs: Array
@@ -104,3 +104,21 @@ class Episode(NamedTuple):
     mask: Array
     starts: Array | None = None
     num_places: Array | None = None
+
+
+class StoredEpisode(NamedTuple):
+    """An episode as a rollout records it and the replay stores it, in an environment's compact form.
+
+    Attributes:
+        steps: the compact environment states, leaves ``[.., T+1, ..]``; zero past the end.
+        joint_action: ``[.., T, N]`` in the narrowest unsigned integer.
+        reward: ``[.., T]`` float32.
+        length: ``[..]`` int32, the number of real steps.
+        terminated: ``[..]`` bool, whether the task ended after the last of them.
+    """
+
+    steps: PyTree
+    joint_action: Array
+    reward: Array
+    length: Array
+    terminated: Array

@@ -36,9 +36,8 @@ from wqmix_jax.errors import ConfigError, refuse
 from wqmix_jax.records.run_dir import versions
 from wqmix_jax.runs.memory import memory_plan
 from wqmix_jax.train import names
-from wqmix_jax.training.compiled_loop import Trainer, TrainState, train_sharding
+from wqmix_jax.training.compiled_loop import Trainer, TrainState, compile_trainer, train_sharding
 from wqmix_jax.training.devices import claim_cores
-from wqmix_jax.training.host_loop import compile_trainer
 from wqmix_jax.training.members import make_members
 from wqmix_jax.training.replay import make_replay
 from wqmix_jax.training.rollout import rollout

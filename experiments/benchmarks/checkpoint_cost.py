@@ -25,8 +25,8 @@ from wqmix_jax.cli.command import command
 from wqmix_jax.cli.parser import OneLineParser, count
 from wqmix_jax.runs.checkpoints import Checkpoints, Origin
 from wqmix_jax.runs.saved_policies import no_policy
-from wqmix_jax.training.compiled_loop import make_trainer
-from wqmix_jax.training.host_loop import Loop, abstract_state
+from wqmix_jax.training.compiled_loop import abstract_state, make_trainer
+from wqmix_jax.training.host_loop import Loop
 from wqmix_jax.training.members import make_members
 
 STATUS = Path("/proc/self/status")

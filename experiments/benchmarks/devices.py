@@ -15,9 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from wqmix_jax import load_config
 from wqmix_jax.cli.command import command
-from wqmix_jax.training.compiled_loop import make_trainer
+from wqmix_jax.training.compiled_loop import compile_trainer, make_trainer
 from wqmix_jax.training.devices import SEED_AXIS
-from wqmix_jax.training.host_loop import advance, begin, compile_trainer, is_finished
+from wqmix_jax.training.host_loop import advance, begin, is_finished
 from wqmix_jax.training.members import make_members
 
 NUM_SEEDS = 8

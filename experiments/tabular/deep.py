@@ -15,10 +15,11 @@ import numpy as np
 from experiments.tabular.games import FOLDER, NUM_ACTIONS, NUM_AGENTS, Share, random_games, write
 from wqmix_jax import load_config
 from wqmix_jax.algos.base import Context, hyperparams
-from wqmix_jax.algos.q_learning import gather_actions, greedy_actions
+from wqmix_jax.algos.q_learning import gather_actions
 from wqmix_jax.cli.command import command
 from wqmix_jax.cli.parser import OneLineParser, count, out_file
-from wqmix_jax.training.learner import init_learner, learner_step
+from wqmix_jax.ops.action_selection import greedy_actions
+from wqmix_jax.training.learner import apply_gradients, init_learner
 from wqmix_jax.types import Array, EnvSpec, Episode, PyTree
 
 ALPHAS = (0.5, 0.1, 0.01)
@@ -67,7 +68,9 @@ def train(name: str, games: np.ndarray, alphas: tuple[float, ...], num_steps: in
         learner, batch = init_learner(algo.init(key, SPEC)), every_joint_action(payoff)
 
         def step(learner: Any, _: None) -> tuple[Any, None]:
-            return learner_step(algo, learner, batch, hp, _context(), key)[0], None
+            gradient = jax.grad(algo.loss, has_aux=True)
+            grads, _ = gradient(learner.params, learner.target, batch, hp, _context(), algo.sample_noise(key, batch))
+            return apply_gradients(learner, grads, hp)[0], None
 
         learner, _ = jax.lax.scan(step, learner, length=num_steps)
         return _learnt(algo, learner.params, batch)

@@ -79,7 +79,7 @@ def noise_of(algo: ActorCritic) -> Any:
 
 @functools.cache
 def gradients(algo: ActorCritic) -> dict[str, PyTree]:
-    """Of the loss and of each of its parts, in all parameters."""
+    """Returns the gradients of the loss and of each of its parts, in all parameters."""
 
     def part(params: PyTree, noise: Any, name: str) -> jax.Array:
         return loss_of(algo, params, noise)[1].metrics[name]
@@ -206,7 +206,7 @@ def test_recorded_draws_are_followed_and_fresh_ones_follow_the_key() -> None:
 
 
 def played(algo: ActorCritic, epsilon: float, num: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
-    """How often each agent plays each action in one situation, and its logits there; action 2 is barred to agent 0."""
+    """Returns each agent's frequencies of actions in one situation, and its logits there; agent 0 may not play 2."""
     params, _ = nets(algo)
     one = AgentInputs(
         obs=jax.random.normal(KEY, (2, 4)),

@@ -20,16 +20,16 @@ from wqmix_jax.algos.iql import IQL
 from wqmix_jax.config import RunConfig
 from wqmix_jax.envs.matrix_game import MatrixGame
 from wqmix_jax.train import names
-from wqmix_jax.training.learner import gradients, init_learner
-from wqmix_jax.training.replay import StoredEpisode, make_replay
-from wqmix_jax.types import EnvSpec, Episode, PyTree
+from wqmix_jax.training.learner import init_learner
+from wqmix_jax.training.replay import make_replay
+from wqmix_jax.types import EnvSpec, Episode, PyTree, StoredEpisode
 
 ALGORITHMS = names("algo").split(", ")
 RUN_FAST = ("iql", "qplex", "qtran")
 LEARN_FAST = ("iql", "ow_qmix")
 SHARE_FAST = ("cw_qmix",)
 IDLE_FAST = ("qplex",)
-"""Those of the fast tests: nearly all the time goes into compiling each algorithm anew."""
+"""Returns the algorithms of the fast tests: nearly all the time goes into compiling each of them."""
 
 PREDATOR_PREY = (
     "env=predator_prey",
@@ -77,7 +77,7 @@ def test_learns_the_values_of_a_one_step_game(algo: str) -> None:
     state, records = train_seeds(config, [0])
     assert last_return(records) == 4.0
     got, known = known_values(config, jax.tree.map(lambda leaf: leaf[0], state.learner.params))
-    np.testing.assert_allclose(got, known, atol=0.4)  # less than half of what tells two payoffs apart
+    np.testing.assert_allclose(got, known, atol=0.4)  # less than half of the difference of two payoffs
 
 
 @pytest.mark.parametrize("algo", all_but_slow(LEARN_FAST))
@@ -106,7 +106,13 @@ def test_a_batchs_gradient_is_the_mean_of_its_parts_by_their_steps(algo: str) ->
     learner = init_learner(config.algo.init(keys[4], spec))
     ctx = Context(jnp.float32(0.5), jnp.int32(0), jnp.int32(0))
     noise = config.algo.sample_noise(keys[5], batch)
-    call = jax.jit(lambda batch, noise: gradients(config.algo, learner, batch, hyperparams(config.algo), ctx, noise))
+    gradient, hp = jax.grad(config.algo.loss, has_aux=True), hyperparams(config.algo)
+
+    @jax.jit
+    def call(batch: Episode, noise: Any) -> Any:
+        grads, aux = gradient(learner.params, learner.target, batch, hp, ctx, noise)
+        return grads, aux.metrics
+
     first, second = (
         call(*jax.tree.map(lambda x: x[:2], (batch, noise))),
         call(*jax.tree.map(lambda x: x[2:], (batch, noise))),
@@ -119,7 +125,7 @@ def test_a_batchs_gradient_is_the_mean_of_its_parts_by_their_steps(algo: str) ->
 @pytest.mark.parametrize("algo", ALGORITHMS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_no_parameters_make_an_agent_play_what_is_unavailable(algo: str, value: float) -> None:
-    """A seed that has failed goes on playing beside the others, and some simulators end at an unavailable action."""
+    """A seed that has failed continues to play with the others, and some simulators end at an unavailable action."""
     made = build_small(algo)
     obs = jnp.linspace(-1, 1, 5 * 2 * 3).reshape(5, 2, 3)
     avail = jnp.arange(4)[None, None, :] == jnp.array([[3, 1], [2, 2], [1, 3], [3, 3], [0, 1]])[..., None]
@@ -136,16 +142,17 @@ def test_no_parameters_make_an_agent_play_what_is_unavailable(algo: str, value: 
 
 @pytest.mark.parametrize("algo", all_but_slow(IDLE_FAST))
 def test_an_agent_without_an_available_action_is_harmless(algo: str) -> None:
-    """Its loss and gradients stay as large as where nobody leaves; the largest reward is 5."""
+    """Its loss and gradients stay as large as where no agent leaves; the largest reward is 5."""
     made, sizes = build_small(algo), []
     ctx = Context(jnp.float32(0.5), jnp.int32(0), jnp.int32(0))
     learner = init_learner(made.init(jax.random.key(1), Clock(episode_limit=5, ends_from=9).spec))
-    call = jax.jit(lambda batch, noise: gradients(made, learner, batch, hyperparams(made), ctx, noise))
+    gradient = jax.jit(jax.grad(made.loss, has_aux=True))
     for env in (Leaver(episode_limit=5, ends_from=9), Clock(episode_limit=5, ends_from=9)):
         batch = replayed(env)
-        grads, metrics = call(batch, made.sample_noise(jax.random.key(2), batch))
+        noise = made.sample_noise(jax.random.key(2), batch)
+        grads, aux = gradient(learner.params, learner.target, batch, hyperparams(made), ctx, noise)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
-        sizes.append((abs(float(metrics["loss"])), float(optax.tree.norm(grads))))
+        sizes.append((abs(float(aux.metrics["loss"])), float(optax.tree.norm(grads))))
     np.testing.assert_array_less(sizes[0], 3 * np.array(sizes[1]) + 1)
 
 
@@ -192,7 +199,7 @@ def last_return(records: list[dict[str, Any]]) -> float:
 
 
 def known_values(config: RunConfig, params: PyTree) -> tuple[Any, Any]:
-    """What the algorithm's best estimate says of every joint action of the one-step game, and what is right."""
+    """Returns the algorithm's best estimate of every joint action of the one-step game, and the true values."""
     env, algo = config.env, config.algo
     seen = env.observe(env.reset(jax.random.key(0)))
     both = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (4, 2, *leaf.shape)), seen)

@@ -1,4 +1,4 @@
-"""What the algorithms learn: the matrix game that QMIX was built to fail at, at full width and ten seeds."""
+"""The algorithms learn the matrix game that QMIX was built to fail at, at full width and ten seeds."""
 
 import pytest
 

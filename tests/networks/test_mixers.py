@@ -142,7 +142,7 @@ def test_qplex_by_hand():
 
 @given(st.integers(0, 2**31 - 1))
 def test_qplexs_greedy_joint_action_is_each_agents_own(seed):
-    """Of all joint actions of three agents and actions; and there Q_tot is the sum of the transformed utilities."""
+    """The greedy joint action is the best of all 27, and its Q_tot is the sum of the transformed utilities."""
     keys = jax.random.split(jax.random.key(seed), 3)
     mixer = QPLEXMixer(hypernet_dim=4, attention_dim=5, num_heads=2)
     joint_actions = jnp.stack(jnp.meshgrid(*[jnp.arange(3)] * 3, indexing="ij"), -1).reshape(-1, 3)

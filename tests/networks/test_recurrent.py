@@ -41,7 +41,7 @@ def plain_unroll(encoder, weights, carry, inputs, starts=None):
 
 
 def test_one_step_is_torchs_cell():
-    """Against the torch package itself, both biases told apart inside the new gate."""
+    """Compares with the torch package itself; both biases differ inside the new gate."""
     torch = pytest.importorskip("torch")
     weights, carry, inputs = weights_and_inputs(1)
     cell = torch.nn.GRUCell(4, 5)
@@ -84,11 +84,11 @@ def test_only_the_first_steps_are_taken(num_steps, starts):
 
     @jax.jit
     def first(num_steps):
-        def of(*args):
+        def value(*args):
             hiddens = encoded_unroll(*args, starts, num_steps)
             return (hiddens * target).sum(), hiddens
 
-        return jax.grad(of, argnums=(0, 1, 2, 3), has_aux=True)(*args)
+        return jax.grad(value, argnums=(0, 1, 2, 3), has_aux=True)(*args)
 
     def shorter(encoder, weights, carry, inputs):
         cut = None if starts is None else starts[:num_steps]

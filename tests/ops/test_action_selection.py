@@ -4,14 +4,14 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wqmix_jax.ops.action_selection import epsilon_greedy, linear_epsilon, masked_argmax, with_idle_action
+from wqmix_jax.ops.action_selection import epsilon_greedy, greedy_actions, linear_epsilon, with_idle_action
 
 AVAIL = jnp.array([[True, False, True, True], [False, True, False, False]])
 
 
-def test_masked_argmax_passes_over_better_unavailable_actions():
+def test_greedy_actions_passes_over_better_unavailable_actions():
     qs = jnp.array([[1.0, 9.0, 3.0, 3.0], [9.0, -9.0, 9.0, 9.0]])
-    np.testing.assert_array_equal(masked_argmax(qs, AVAIL), [2, 1])  # the first of equals
+    np.testing.assert_array_equal(greedy_actions(qs, AVAIL), [2, 1])  # the first of equals
 
 
 @given(st.integers(0, 2**31 - 1), st.floats(0, 1, width=32))
@@ -28,7 +28,7 @@ ANY_VALUE = st.sampled_from([np.nan, np.inf, -np.inf]) | st.floats(width=32)
 @given(st.lists(ANY_VALUE, min_size=8, max_size=8), st.floats(0, 1, width=32), st.integers(0, 2**31 - 1))
 def test_no_value_makes_an_unavailable_action_the_best(values, epsilon, seed):
     qs = jnp.array(values, jnp.float32).reshape(2, 4)
-    for actions in (masked_argmax(qs, AVAIL), epsilon_greedy(jax.random.key(seed), qs, AVAIL, jnp.float32(epsilon))):
+    for actions in (greedy_actions(qs, AVAIL), epsilon_greedy(jax.random.key(seed), qs, AVAIL, jnp.float32(epsilon))):
         assert np.take_along_axis(np.array(AVAIL), np.array(actions)[:, None], axis=-1).all()
 
 
@@ -37,7 +37,7 @@ def test_an_agent_without_an_action_gets_the_first_and_the_others_keep_theirs():
     expected = np.array([AVAIL, [[True, False, False, False], AVAIL[1]]])
     np.testing.assert_array_equal(with_idle_action(avail), expected)
     np.testing.assert_array_equal(with_idle_action(np.array(avail)), expected)  # as `GreedyPolicy.act` may be given it
-    np.testing.assert_array_equal(masked_argmax(jnp.ones((2, 2, 4)), jnp.zeros((2, 2, 4), bool)), np.zeros((2, 2)))
+    np.testing.assert_array_equal(greedy_actions(jnp.ones((2, 2, 4)), jnp.zeros((2, 2, 4), bool)), np.zeros((2, 2)))
 
 
 def test_epsilon_is_the_chance_of_a_uniform_available_action_for_each_agent_alone():

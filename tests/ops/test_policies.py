@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from wqmix_jax.ops.action_selection import draw, epsilon_floor, straight_through
 
 LOGITS = jnp.log(jnp.array([0.5, 0.25, 0.125, 0.125]))
-"""Their softmax is what stands in the logarithm."""
+"""Their softmax is the argument of the logarithm."""
 
 
 def test_the_floor_is_over_all_actions_and_the_mask_comes_after_it():

@@ -68,7 +68,7 @@ def test_settings_that_change_numbers_are_named(monkeypatch: pytest.MonkeyPatch)
         assert numeric_settings() == f"jax_enable_x64=True, {before}"
 
 
-def test_a_resume_under_other_settings_is_told(
+def test_a_resume_under_other_settings_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The finished run isn't compiled again."""
@@ -78,5 +78,7 @@ def test_a_resume_under_other_settings_is_told(
     was = numeric_settings()
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_max_isa=AVX2")
     assert main(f"resume={tmp_path / 'run'}") == 0
-    told = f"warning: configuration of jax is {was}, --xla_cpu_max_isa=AVX2, and was {was} when the checkpoint was made"
-    assert f"{told}; the numbers will not be equal to the last bit\n" in capfd.readouterr().err
+    message = (
+        f"warning: configuration of jax is {was}, --xla_cpu_max_isa=AVX2, and was {was} when the checkpoint was made"
+    )
+    assert f"{message}; the numbers will not be equal to the last bit\n" in capfd.readouterr().err

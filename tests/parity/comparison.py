@@ -12,12 +12,12 @@ class Tolerance(NamedTuple):
     Attributes:
         absolute: of the error itself.
         relative: of the error over the recorded entry.
-        of_largest: of the error over the recorded tensor's largest magnitude.
+        relative_to_largest: of the error over the recorded tensor's largest magnitude.
     """
 
     absolute: float = 0.0
     relative: float = 0.0
-    of_largest: float = 0.0
+    relative_to_largest: float = 0.0
 
 
 EXACT = Tolerance()
@@ -25,7 +25,7 @@ EXACT = Tolerance()
 
 @dataclass
 class Report:
-    """What was compared in one case file, in one precision.
+    """The result of comparing one case file in one precision.
 
     Attributes:
         compared: names of recorded tensors, ``GROUP/NAME``.
@@ -75,27 +75,27 @@ class Report:
         if not passed.all():
             first = tuple(np.argwhere(~passed)[0].tolist())
             self.failures.append(
-                f"{name}: {(~passed).sum()} of {passed.size} entries differ, by up to {_told(largest)}; the first, "
+                f"{name}: {(~passed).sum()} of {passed.size} entries differ, by up to {_format(largest)}; the first, "
                 f"{list(first)}, is {got[first]}, recorded is {recorded[first]}"
             )
 
     def errors(self) -> str:
         """The largest errors of all."""
-        return f"largest error {_told(self.worst)}{', DIFFERS' if self.failures else ''}"
+        return f"largest error {_format(self.worst)}{', DIFFERS' if self.failures else ''}"
 
     def contents(self) -> str:
-        """What was compared and what was not."""
+        """Lists the arrays that were compared and those that were not."""
         groups: dict[str, list[str]] = {}
         for name in self.compared:
             group, _, rest = name.partition("/")
             groups.setdefault(group, []).append(rest)
-        told = []
+        parts = []
         for group, names in groups.items():
-            of_nets = all("/" in name for name in names)
-            told.append(f"{group} ({f'{len(names)} tensors' if of_nets else ', '.join(names)})")
-        told += [f"absent: {', '.join(self.absent)}"] if self.absent else []
-        told += [f"recorded, but no value of ours: {', '.join(self.other)}"] if self.other else []
-        return "; ".join(told)
+            are_nets = all("/" in name for name in names)
+            parts.append(f"{group} ({f'{len(names)} tensors' if are_nets else ', '.join(names)})")
+        parts += [f"absent: {', '.join(self.absent)}"] if self.absent else []
+        parts += [f"recorded, but no value of ours: {', '.join(self.other)}"] if self.other else []
+        return "; ".join(parts)
 
 
 def _ratio(error: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
@@ -103,8 +103,8 @@ def _ratio(error: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
         return np.where(error == 0, 0.0, error / magnitude)
 
 
-def _told(errors: Tolerance) -> str:
+def _format(errors: Tolerance) -> str:
     return (
         f"{errors.absolute:.1e} absolute, {errors.relative:.1e} relative, "
-        f"{errors.of_largest:.1e} of the tensor's largest magnitude"
+        f"{errors.relative_to_largest:.1e} of the tensor's largest magnitude"
     )

@@ -1,4 +1,4 @@
-"""Runs the case files in processes of their own, and prints at the end what was compared."""
+"""Runs the case files in separate processes, and prints at the end what was compared."""
 
 import multiprocessing
 import os
@@ -22,7 +22,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def ran(request: pytest.FixtureRequest) -> Iterator[Callable[[Path, str], Report]]:
-    """The report of a case file. All that are selected start at once: nearly all the time goes into compiling them."""
+    """Returns a case file's report. All selected files start together: most of the time goes into compiling them."""
     here = [item for item in request.session.items if Path(__file__).parent in item.path.parents]
     selected = [item.callspec.params for item in here if hasattr(item, "callspec")]
     recordings = [params["recording"] for params in selected if "recording" in params]

@@ -26,7 +26,7 @@ def compare(arrays: Arrays, config: Mapping[str, Any]) -> Report:
         _state(arrays, "step/pre_"), arrays["step/actions"].astype(np.int32), _noise(arrays)
     )
     recorded = _state(arrays, "step/post_")
-    on_grid = recorded.agents_active | (not env.remove_frozen)  # what has left the grid stands nowhere
+    on_grid = recorded.agents_active | (not env.remove_frozen)  # what has left the grid has no place
     for field, where in (
         ("agents_pos", on_grid),
         ("prey_pos", recorded.prey_alive),

@@ -42,7 +42,7 @@ class CaseFile(NamedTuple):
 
 
 def set_up_worker() -> None:
-    """A process of its own is as strict as the tests are."""
+    """Makes a separate process as strict as the tests are."""
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
@@ -61,7 +61,7 @@ def load(path: Path) -> CaseFile:
 
 
 def is_environment(path: Path) -> bool:
-    """Whether it is one; a file that is neither that nor a learner's can't be run."""
+    """Returns True for an environment's file; one that is neither that nor a learner's can't be run."""
     return path.name.startswith("env_")
 
 
@@ -71,7 +71,7 @@ def precisions(path: Path) -> tuple[str, ...]:
 
 
 def learner_case(path: Path, config: Mapping[str, Any]) -> str:
-    """The case in a file's name; where a tag looks like the end of a case (``qmix_w_0``), ``config_json`` tells."""
+    """Returns the case in a file's name; if a tag looks like a case's end (``qmix_w_0``), ``config_json`` decides."""
     kind, _, rest = path.stem.partition("_")
     if kind != "learner":
         raise CannotRun("its name starts with neither env_ nor learner_")

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import typing
 from collections.abc import Callable, Mapping, Sequence, Set
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +18,7 @@ from wqmix_jax.algos.base import Algorithm, Context, Hyperparams, hyperparams
 from wqmix_jax.algos.q_learning import UNAVAILABLE
 from wqmix_jax.interop import pymarl
 from wqmix_jax.options import CONFIG_DIR
-from wqmix_jax.training.learner import LearnerState, init_learner, learner_step
+from wqmix_jax.training.learner import LearnerState, apply_gradients, init_learner
 from wqmix_jax.types import EnvSpec, Episode, PyTree
 
 Arrays = Mapping[str, np.ndarray]
@@ -31,7 +30,7 @@ NUM_STEPS = 5
 
 
 class Case(NamedTuple):
-    """How a case of the recordings is called here.
+    """The names here of a case of the recordings.
 
     Attributes:
         algo: the yaml in ``configs/algo``.
@@ -140,13 +139,13 @@ class CannotRun(Exception):
 
 
 class Run(NamedTuple):
-    """What came of a case.
+    """The results of a case.
 
     Attributes:
         batch: the recorded episodes.
         values: the loss's intermediate values before the first step.
         utilities: of each net of agents, online and target: ``[B, T+1, N, A]``, by PyMARL's name of the net.
-        target_utilities: likewise.
+        target_utilities: the same of the target nets.
         grads: before clipping, at the first step.
         params: after each step.
         target: after all steps.
@@ -218,12 +217,12 @@ def run(case: str, arrays: Arrays, config: Mapping[str, Any], precision: str, st
 
 def compile_step(algo: Algorithm) -> Step:
     """The learner's step, and what it went through: gradients, intermediate values, utilities."""
-    loss, key = jax.jit(algo.loss), jax.random.key(0)
+    loss = jax.jit(algo.loss)
 
     def step(learner: LearnerState, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree) -> tuple[Any, ...]:
-        recorded = SimpleNamespace(loss=loss, sample_noise=lambda key, batch: noise)
-        stepped, metrics = learner_step(recorded, learner, batch, hp, ctx, key)
         grads, aux = jax.grad(loss, has_aux=True)(learner.params, learner.target, batch, hp, ctx, noise)
+        stepped, grad_norm = apply_gradients(learner, grads, hp)
+        metrics = aux.metrics | {"grad_norm": grad_norm}
         if "objectives" in aux.values:
             metrics |= {"last_objective": aux.values["objectives"][-1]}
         utilities = [
@@ -248,7 +247,7 @@ def build_algorithm(case: str, config: Mapping[str, Any]) -> Algorithm:
 
 
 def compare_run(ran: Run, arrays: Arrays, config: Mapping[str, Any], precision: str) -> Report:
-    """Compares what came of a case with what was recorded."""
+    """Compares the results of a case with the recording."""
     if not _group(arrays, "expected"):
         raise CannotRun("there are no expected/ values in it")
     report, idle = Report(), _idle_nets(arrays, config, ran.target)
@@ -276,7 +275,7 @@ def _compare_values(report: Report, ran: Run, arrays: Arrays, precision: str) ->
 
 
 def _compare_losses(report: Report, ran: Run, arrays: Arrays, precision: str) -> None:
-    """Compares the scalars; an actor's loss may pass zero, so what rounding may do is told by all five steps."""
+    """Compares the scalars; an actor's loss may pass zero, so all five steps decide how far rounding may go."""
     for theirs, ours in LOSSES.items():
         for name, steps in ((f"expected/{theirs}", 0), (f"trace/{theirs}", slice(None))):
             if name in arrays:
@@ -335,7 +334,7 @@ def _batch(arrays: Arrays, dtype: str) -> Episode:
 
 
 def _noise(recorded: Arrays, batch: Episode, dtype: str) -> PyTree:
-    """What a step's loss drew, as the algorithm's `sample_noise` would give it."""
+    """Returns the random numbers of a step's loss, as the algorithm's `sample_noise` would."""
     if "gumbel" in recorded:
         return recorded["gumbel"].astype(dtype)
     if "sampled_actions" in recorded:
@@ -352,7 +351,7 @@ def _shapes(algo: Algorithm, config: Mapping[str, Any]) -> PyTree:
 
 
 def _idle_nets(arrays: Arrays, config: Mapping[str, Any], ours: PyTree) -> set[str]:
-    """The recorded nets without a counterpart that the authors' loss reaches in no tensor: a mixer beside a critic."""
+    """Returns recorded nets without a counterpart that the authors' loss reaches in no tensor: a critic's mixer."""
     unreached = set(config.get("params_without_grad", ()))
     nets: dict[str, set[str]] = {}
     for name in _group(arrays, "params"):
@@ -515,7 +514,7 @@ def _logit_values(logits: np.ndarray, avail: np.ndarray) -> dict[str, np.ndarray
 
 
 def _policy_step_values(ran: Run) -> dict[str, np.ndarray]:
-    """What MASAC drew at each step."""
+    """Returns the draws of MASAC at each step."""
     values, drawn = ran.values, ran.values["drawn"]
     return {
         "central_sampled_action_qvals_agents": _taken(ran.utilities["central_agent"], drawn)[:, :-1, :, None],

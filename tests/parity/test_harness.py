@@ -97,7 +97,7 @@ def test_a_number_stored_in_float32_is_compared_to_its_precision(central: Ran) -
     assert seen.startswith(name)
 
 
-def test_what_a_file_does_not_hold_is_told(central: Ran) -> None:
+def test_what_a_file_does_not_hold_is_reported(central: Ran) -> None:
     thinned = {name: array for name, array in central.file.arrays.items() if not name.startswith("after1/")}
     report = central.compare(thinned)
     assert report.failures == []
@@ -204,7 +204,7 @@ def test_an_empty_folder_and_none_at_all_fail(tmp_path: Path, monkeypatch: pytes
 
 
 def test_another_folder(tmp_path: Path) -> None:
-    """A folder of other names is run file by file, each is told about, and what can't be run fails."""
+    """A folder of other names is run file by file, each is reported, and what can't be run fails."""
     shutil.copy(GOLDEN / "env_limit_public.npz", tmp_path / "env_some_word.npz")
     shutil.copy(GOLDEN / "learner_vdn_public_1.npz", tmp_path / "learner_vdn_w_7.npz")
     shutil.copy(GOLDEN / "learner_vdn_public_1.npz", tmp_path / "learner_dqn_word_0.npz")
@@ -272,7 +272,7 @@ def _perturbed(array: np.ndarray, mask: np.ndarray) -> np.ndarray:
     weight = np.abs(changed.astype(np.float64)) + 1.0
     if changed.ndim >= 3 and changed.shape[:1] == mask.shape[:1]:
         weight[:, 1:] = 0  # the first step of an episode is always real
-        weight[weight > 1e6] = 0  # what stands for an unavailable action
+        weight[weight > 1e6] = 0  # the mark of an unavailable action
     largest = np.unravel_index(weight.argmax(), changed.shape)
     if changed.dtype == bool:
         changed[largest] ^= True

@@ -1,4 +1,4 @@
-"""What a run takes is told before it trains, and what doesn't fit at once learns in groups or is refused."""
+"""A run prints the memory it needs before it trains; seeds that don't fit learn in groups or are refused."""
 
 import re
 from types import SimpleNamespace
@@ -19,25 +19,24 @@ from wqmix_jax.runs.memory import (
     memory_plan,
     refuse_small_memory,
 )
-from wqmix_jax.training.compiled_loop import make_trainer
+from wqmix_jax.training.compiled_loop import Compilation, abstract_state, make_trainer
 from wqmix_jax.training.devices import seed_sharding
-from wqmix_jax.training.host_loop import Compilation, abstract_state
 from wqmix_jax.training.members import make_members
 
 CONFIG = tiny_run(tiny_wqmix(hidden_dim=16, batch_size=4, buffer_size=512), Clock(episode_limit=64, ends_from=64))
 MEMBERS = make_members(CONFIG.algo, range(4), {})
 
 
-def grouped(learner_groups):
-    return make_trainer(CONFIG, learner_groups=learner_groups)
+def grouped(memory_groups):
+    return make_trainer(CONFIG, memory_groups=memory_groups)
 
 
 @pytest.fixture(scope="module")
 def programs():
-    """The compiled trainer with all seeds at once, with two and with one at a time."""
+    """Returns the compiled trainer with all seeds together, with two and with one at a time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "memory_limit", lambda _: None)
-        return {groups: compile_within_memory(grouped(groups), MEMBERS, grouped)[0] for groups in (1, 2, 4)}
+        return {groups: compile_within_memory(CONFIG, grouped(groups), MEMBERS)[0] for groups in (1, 2, 4)}
 
 
 def test_the_plan_is_the_programs_own_and_nothing_copies_the_replay(programs):
@@ -49,7 +48,7 @@ def test_the_plan_is_the_programs_own_and_nothing_copies_the_replay(programs):
     assert replays < plan.state
     assert memory_plan(programs[4], MEMBERS).temporaries < replays / 2
     assert programs[1].train.memory_analysis().alias_size_in_bytes == plan.state - num_iterations
-    assert str(plan._replace(limit=10**9)).endswith("; 1,000.0 MB are there")
+    assert str(plan._replace(limit=10**9)).endswith("; 1,000.0 MB available")
 
 
 def test_the_plan_has_room_for_a_checkpoint(programs):
@@ -80,15 +79,15 @@ def test_as_few_groups_as_fit(programs, shortage, monkeypatch):
     limit = {"none": whole, "some": whole - 1, "most": least, "too much": least - 1}[shortage]
     monkeypatch.setattr(memory, "memory_limit", lambda _: limit)
     monkeypatch.setattr(
-        memory, "compile_trainer", lambda trainer, *_, **__: (programs[trainer.learner_groups], Compilation(0.0, True))
+        memory, "compile_trainer", lambda trainer, *_, **__: (programs[trainer.memory_groups], Compilation(0.0, True))
     )
     if shortage == "too much":
-        with pytest.raises(RunError, match=r"too little memory, .* MB are there"):
-            compile_within_memory(grouped(1), MEMBERS, grouped)
+        with pytest.raises(RunError, match=r"too little memory, .* MB available"):
+            compile_within_memory(CONFIG, grouped(1), MEMBERS)
         return
-    trainer, _, lines = compile_within_memory(grouped(1), MEMBERS, grouped)
+    trainer, _, lines = compile_within_memory(CONFIG, grouped(1), MEMBERS)
     expected = {"none": (1, []), "some": (2, ["2 seeds"]), "most": (4, ["1 seed"])}[shortage]
-    assert (trainer.learner_groups, re.findall(r"they learn (.*) at a time", " ".join(lines))) == expected
+    assert (trainer.memory_groups, re.findall(r"they learn (.*) at a time", " ".join(lines))) == expected
 
 
 def test_states_that_can_never_fit_are_refused_before_anything_compiles(monkeypatch):
@@ -97,7 +96,7 @@ def test_states_that_can_never_fit_are_refused_before_anything_compiles(monkeypa
     monkeypatch.setattr(memory, "memory_limit", lambda _: size)
     refuse_small_memory(trainer, MEMBERS)
     monkeypatch.setattr(memory, "memory_limit", lambda _: size - 1)
-    with pytest.raises(ConfigError, match=r"training 4 seeds at once is not allowed: .* MB are there"):
+    with pytest.raises(ConfigError, match=r"training 4 seeds in one run is not allowed: .* MB is available"):
         refuse_small_memory(trainer, MEMBERS)
 
 
@@ -128,7 +127,7 @@ def test_the_limit_is_what_the_machine_and_the_control_group_have_left(tmp_path,
     (group / "memory.max").write_text("max\n")
     assert memory_limit(trainer) == 10000 + 5
     (group / "memory.max").write_text("9000\n")
-    assert memory_limit(trainer) == 10000 + 5, "its use isn't told"
+    assert memory_limit(trainer) == 10000 + 5, "its use is unknown"
     for folder, limit in ((group, 9000), (group.parent, 8000)):
         (folder / "memory.max").write_text(f"{limit}\n")
         (folder / "memory.current").write_text("6000\n")
@@ -138,14 +137,14 @@ def test_the_limit_is_what_the_machine_and_the_control_group_have_left(tmp_path,
     assert memory_limit(trainer) == 3000 + 5, "what is cached makes way"
 
 
-def test_a_run_tells_it_and_one_that_is_too_large_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+def test_a_run_prints_it_and_one_that_is_too_large_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     assert main(*TINY, f"run_dir={tmp_path / 'fits'}", "total_env_steps=1") == 0
     assert re.search(r"^memory: [\d.,]+ MB per seed, [\d.,]+ MB in all \(", capsys.readouterr().out, re.MULTILINE)
     monkeypatch.setattr(memory, "memory_limit", lambda _: 1000)
     assert main(*TINY, f"run_dir={tmp_path / 'large'}") == 2
     refused = capsys.readouterr().err.strip().splitlines()
     assert len(refused) == 1
-    assert "training 2 seeds at once is not allowed" in refused[0]
+    assert "training 2 seeds in one run is not allowed" in refused[0]
     assert not (tmp_path / "large").exists()
 
 
@@ -154,17 +153,17 @@ FULL = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4294967296 by
 
 @pytest.mark.parametrize("message", [FULL, "INTERNAL: Failed to create cuDNN handle", "CUBLAS_STATUS_ALLOC_FAILED"])
 @pytest.mark.parametrize(("platform", "preallocate"), [("gpu", None), ("gpu", "false"), ("cpu", None)])
-def test_a_full_device_is_told_in_one_line(message, platform, preallocate, monkeypatch):
+def test_a_full_device_is_reported_in_one_line(message, platform, preallocate, monkeypatch):
     monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
     if preallocate is not None:
         monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", preallocate)
     monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(platform=platform)])
     with pytest.raises(RunError) as caught, memory_faults_in_one_line():
         raise jax.errors.JaxRuntimeError(message)
-    told = str(caught.value)
-    assert told.startswith(f"out of memory ({message.splitlines()[0]}); fewer seeds may do")
-    hint = "XLA_PYTHON_CLIENT_PREALLOCATE=false for each process lets them share it"
-    assert (hint in told) == (platform == "gpu" and preallocate is None)
+    reported = str(caught.value)
+    assert reported.startswith(f"out of memory ({message.splitlines()[0]}); train fewer seeds")
+    hint = "set XLA_PYTHON_CLIENT_PREALLOCATE=false for each process to share it"
+    assert (hint in reported) == (platform == "gpu" and preallocate is None)
 
 
 def test_other_errors_of_jax_stay_as_they_are():

@@ -33,7 +33,7 @@ UNSET = "import os; os.environ.pop('JAX_COMPILATION_CACHE_DIR', None)"
 
 @pytest.fixture
 def unset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """JAX's cache as it is where nobody has configured it, and every program slow enough to be kept."""
+    """Resets JAX's cache to its defaults, and makes every program slow enough to be kept."""
     before = {name: getattr(jax.config, name) for name in NAMES}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     monkeypatch.setitem(compile_cache._SETTINGS, "jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -49,7 +49,7 @@ def unset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 
 def is_known(number: float, options: dict[str, str | bool] | None = None) -> bool:
-    """Whether a small program is read from the cache."""
+    """Returns True if a small program is read from the cache."""
     return compile_program(jax.jit(lambda x: x * number + 1).lower(SHAPE), options)[1]
 
 
@@ -193,8 +193,8 @@ def test_a_cache_that_fails_later_costs_one_line_each_time(
 
 @pytest.mark.usefixtures("unset")
 def test_other_warnings_stay_as_they_are() -> None:
-    with pytest.raises(UserWarning, match="of a user's own"), compile_cache.cache_faults_in_one_line():
-        warnings.warn("of a user's own", stacklevel=1)
+    with pytest.raises(UserWarning, match="from a user"), compile_cache.cache_faults_in_one_line():
+        warnings.warn("from a user", stacklevel=1)
 
 
 def test_two_processes_write_at_once(tmp_path: Path) -> None:
@@ -224,14 +224,14 @@ print(sum(known))
 def test_a_run_says_when_its_programs_come_from_the_cache(tmp_path: Path) -> None:
     (tmp_path / "user").mkdir()
     first = f"{UNSET}; os.environ['XDG_CACHE_HOME'] = {str(tmp_path / 'user')!r}"
-    told, numbers = [], []
+    notes, numbers = [], []
     for name, option in (("cold", ()), ("warm", ()), ("off", ("compilation_cache=false",))):
         done = process(*TINY, *option, f"run_dir={tmp_path / name}", first=first)
         assert (done.returncode, "warning" in done.stderr) == (0, False), done.stderr
-        told += re.findall(r"^compiled in [\d.]+ s(.*)$", done.stdout, re.MULTILINE)
+        notes += re.findall(r"^compiled in [\d.]+ s(.*)$", done.stdout, re.MULTILINE)
         metrics = (tmp_path / name / "metrics.jsonl").read_text()
         numbers.append(re.sub(r'"steps_per_second": [^}]*', "", metrics))
-    assert told == ["", ", from cache", ""]
+    assert notes == ["", ", from cache", ""]
     assert numbers == [numbers[0]] * 3
 
 

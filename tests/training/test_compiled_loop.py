@@ -1,7 +1,6 @@
 """The loop as a whole, on small nets: what it counts, when it learns, and that company and chunks change nothing."""
 
 import functools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +9,14 @@ import pytest
 
 from tests.environments import TINY, Clock, tiny_maddpg, tiny_masac, tiny_run, tiny_wqmix
 from tests.training.test_replay import plain_episode, stacked
+from wqmix_jax.algos.wqmix import WQMIX
 from wqmix_jax.options import build
 from wqmix_jax.training import batch_gradients
-from wqmix_jax.training.batch_gradients import _num_groups, _static_lengths
+from wqmix_jax.training.batch_gradients import _static_lengths, make_batching, num_groups
 from wqmix_jax.training.compiled_loop import make_trainer, train_sharding
 from wqmix_jax.training.devices import seed_sharding
-from wqmix_jax.training.learner import gradients
 from wqmix_jax.training.replay import make_replay
-from wqmix_jax.training.row_packing import pack
+from wqmix_jax.training.row_packing import first_fit_rows
 
 ENV = Clock(episode_limit=4, ends_from=1)
 LONG = Clock(episode_limit=32, ends_from=1)  # long enough for batches to be cut or packed
@@ -72,7 +71,7 @@ def test_a_loss_sees_the_epsilon_of_the_episodes_just_played():
 
 
 def test_epsilon_stays_within_an_episode():
-    """The agents tell in their actions whether epsilon still has its first value: all through episode 0, then never."""
+    """Actions show whether epsilon still has its first value: all through episode 0, then never."""
     env = Clock(episode_limit=4, ends_from=4)
     algo = build("algo", {"_target_": "tests.environments.EpsilonTeller", **TINY})
     state, _ = trained(tiny_run(algo, env), [0], 2)
@@ -209,11 +208,11 @@ def test_a_finished_seed_costs_no_learner_call(monkeypatch):
     """Its batch is empty, so no tile of rows is learned from for its sake."""
     seen = []
 
-    def told(lengths, limit):
+    def spied(lengths, episode_limit):
         jax.debug.callback(lambda lengths: seen.append(np.array(lengths)), lengths)
-        return pack(lengths, limit)
+        return first_fit_rows(lengths, episode_limit)
 
-    monkeypatch.setattr(batch_gradients, "pack", told)
+    monkeypatch.setattr(batch_gradients, "first_fit_rows", spied)
     trainer = make_trainer(tiny_run(tiny_wqmix(), LONG, total_env_steps=10_000))
     state = trainer.init([0, 1])
     for done in (0, 0, 0, 0, 10_000):
@@ -304,11 +303,11 @@ def learned_from_lengths(algo, batches):
     """A learner step of two seeds on episodes of these lengths, half of which the task ended."""
     config = tiny_run(algo, LONG)
     episodes = [
-        stacked([plain_episode(LONG, jax.random.key(length), length, length % 2 == 0)[0] for length in of])
-        for of in LENGTHS
+        stacked([plain_episode(LONG, jax.random.key(length), length, length % 2 == 0)[0] for length in lengths])
+        for lengths in LENGTHS
     ]
     replay = make_replay(config.env, buffer_size=5, batch_size=5)
-    rows = [replay.add(replay.init(), of_seed, jnp.bool_(True)).experience for of_seed in episodes]
+    rows = [replay.add(replay.init(), stored, jnp.bool_(True)).experience for stored in episodes]
     trainer = make_trainer(config, batches=batches)
     state = trainer.init([0, 1])
     state = state._replace(replay=state.replay.replace(experience=jnp.stack(rows), is_full=~state.replay.is_full))
@@ -335,23 +334,25 @@ def test_short_episodes_that_share_rows_teach_what_they_teach_apart(algo, monkey
 
 
 def test_a_tile_is_unrolled_as_far_as_its_fullest_row(monkeypatch):
-    """Of any seed, what is seen after an episode's last step included."""
-    seen = []
+    """The fullest row of all seeds, with the place after an episode's last step."""
+    seen, loss = [], WQMIX.loss
 
-    def spied(algo, learner, batch, *args):
+    @functools.wraps(loss)
+    def spied(algo, params, target, batch, *args):
         is_filled = batch.state[..., -1] == 1  # a constant of the environment; padding is zero
-        jax.debug.callback(lambda *of: seen.append(jax.tree.map(np.asarray, of)), batch.num_places, is_filled)
-        return gradients(algo, learner, batch, *args)
+        if batch.num_places is not None:  # as in the loop
+            jax.debug.callback(lambda *args: seen.append(jax.tree.map(np.asarray, args)), batch.num_places, is_filled)
+        return loss(algo, params, target, batch, *args)
 
     monkeypatch.setattr(batch_gradients, "LARGE_TILE", 8)
     monkeypatch.setattr(batch_gradients, "SMALL_TILE", 4)
-    monkeypatch.setattr(batch_gradients, "gradients", spied)
+    monkeypatch.setattr(WQMIX, "loss", spied)
     jax.block_until_ready(learned_from_lengths(tiny_wqmix(**FIVE), "packed"))
     jax.effects_barrier()
     for size in (4, 2):
-        of_both_seeds = [(int(num_places), filled) for num_places, filled in seen if len(filled) == size]
-        [num_places] = {num_places for num_places, _ in of_both_seeds}
-        assert num_places == max(filled.any(0).sum() for _, filled in of_both_seeds) < 33
+        both_seeds = [(int(num_places), filled) for num_places, filled in seen if len(filled) == size]
+        [num_places] = {num_places for num_places, _ in both_seeds}
+        assert num_places == max(filled.any(0).sum() for _, filled in both_seeds) < 33
 
 
 @pytest.mark.parametrize(
@@ -365,7 +366,12 @@ def test_a_tile_is_unrolled_as_far_as_its_fullest_row(monkeypatch):
 )
 def test_rows_are_shared_on_a_cpu_where_the_loss_is_marked_and_episodes_are_long(algo, env, expected, monkeypatch):
     packed = []
-    monkeypatch.setattr(batch_gradients, "pack", lambda *args: packed.append(args) or pack(*args))
+
+    def spied(lengths, episode_limit):
+        packed.append(lengths)
+        return first_fit_rows(lengths, episode_limit)
+
+    monkeypatch.setattr(batch_gradients, "first_fit_rows", spied)
     trainer = make_trainer(tiny_run(algo, env))
     jax.eval_shape(trainer.learn, jax.eval_shape(trainer.init, jnp.zeros(1, jnp.uint32)))
     assert bool(packed) == expected
@@ -378,7 +384,7 @@ def test_an_unmarked_loss_is_not_packed():
 
 
 def test_a_batch_without_a_step_teaches_nothing():
-    """Where every episode failed at its first step; MADDPG's parameters stay finite too."""
+    """Every episode failed at its first step; MADDPG's parameters stay finite too."""
     config = tiny_run(tiny_maddpg(**FIVE), LONG)
     trainer = make_trainer(config, batches="cut")
     state = trainer.init([0])
@@ -388,15 +394,18 @@ def test_a_batch_without_a_step_teaches_nothing():
 
 
 @pytest.mark.parametrize(
-    ("cache_bytes", "asked_for", "expected"),
+    ("cache_bytes", "memory_groups", "expected"),
     [(None, 1, 1), (None, 3, 3), (10**9, 1, 1), (10**9, 2, 2), (1, 1, 6), ("three batches", 1, 2), ("five", 1, 2)],
 )
-def test_seeds_learn_in_groups_that_a_cpus_cache_holds(cache_bytes, asked_for, expected):
-    env = Clock(episode_limit=8, ends_from=8)
+def test_seeds_learn_in_groups_that_a_cpus_cache_holds(cache_bytes, memory_groups, expected, monkeypatch):
+    env, algo = Clock(episode_limit=8, ends_from=8), tiny_wqmix(batch_size=2)
     replay = make_replay(env, buffer_size=4, batch_size=2)
-    rows = jnp.zeros((6, 2, replay.row_bytes), jnp.uint8)
-    batch = jax.eval_shape(lambda row: replay.decode(row, 8), rows[0])
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    batch = jax.eval_shape(lambda row: replay.decode(row, 8), jnp.zeros((2, replay.row_bytes), jnp.uint8))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
     cache_bytes = {"three batches": 3 * size, "five": 6 * size - 1}.get(cache_bytes, cache_bytes)
-    how = SimpleNamespace(replay=replay, episode_limit=8, groups=asked_for, cache_bytes=cache_bytes)
-    assert _num_groups(how, rows) == expected
+    if cache_bytes is not None:
+        monkeypatch.setattr(batch_gradients, "CPU_CACHE_BYTES", cache_bytes)
+    batching = make_batching(env, algo, replay, sharding, memory_groups=memory_groups)
+    batching = batching if cache_bytes else batching._replace(cache_seeds=None)  # as on a GPU
+    assert num_groups(batching, 6) == expected

@@ -1,4 +1,4 @@
-"""When the host loop evaluates and what its lines say, on a trainer whose every record is known."""
+"""The host loop evaluates when it should and writes correct lines, on a trainer whose every record is known."""
 
 import math
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ WARM_UP = 2
 
 
 class Hyperparams(NamedTuple):
-    """What a sweep can set."""
+    """The option that a sweep can set."""
 
     alpha: np.ndarray
 
@@ -226,7 +226,7 @@ def test_chunks_start_with_one_iteration_and_take_a_few_seconds(learning: float,
 def test_a_chunk_ends_before_the_first_iteration_that_learns(
     num_envs: int, stored: int, expected: tuple[int, int]
 ) -> None:
-    """Which stores the tenth episode."""
+    """The first iteration that learns stores the tenth episode."""
     trainer = known_trainer(chunk_iterations=10, eval_iterations=10, total_env_steps=1000)
     loop, _ = begin(trainer, [Member(5), Member(6)])
     counters = loop.state.counters._replace(episodes=np.full(2, stored, np.int32))

@@ -34,7 +34,7 @@ def test_all_seeds_train_with_every_combination() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sweep", "told"),
+    ("sweep", "message"),
     [
         ("sweep.alpha=[0.1,2]", "algo.alpha=2 is not allowed: input should be less than or equal to 1"),
         ("sweep.alhpa=[0.1]", "algo.alhpa is unknown: did you mean algo.alpha?"),
@@ -43,8 +43,8 @@ def test_all_seeds_train_with_every_combination() -> None:
         ("sweep.alpha=0.1", "sweep.alpha=0.1 is not allowed: input should be a valid list"),
     ],
 )
-def test_values_are_checked_like_the_options(sweep: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_values_are_checked_like_the_options(sweep: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         load_config("+algo=ow_qmix", sweep)
 
 
@@ -57,7 +57,7 @@ def test_what_would_need_another_program_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("chosen", "told"),
+    ("chosen", "message"),
     [
         (
             ("+algo=qmix_qstar", "sweep.alpha=[0.1,0.5]"),
@@ -67,11 +67,11 @@ def test_what_would_need_another_program_is_refused() -> None:
         (("+algo=vdn", "sweep.td_lambda=[0.1,0.5]"), "sweep.td_lambda is not allowed: with algo.returns=one_step it"),
     ],
 )
-def test_what_would_change_nothing_is_refused(chosen: tuple[str, ...], told: str) -> None:
+def test_what_would_change_nothing_is_refused(chosen: tuple[str, ...], message: str) -> None:
     config = load_config(*chosen)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         make_members(config.algo, [0], config.sweep)
-    other = load_config(*chosen, "algo.returns=td_lambda") if "td_lambda" in told else load_config("+algo=ow_qmix")
+    other = load_config(*chosen, "algo.returns=td_lambda") if "td_lambda" in message else load_config("+algo=ow_qmix")
     assert len(make_members(other.algo, [0], config.sweep)) == 2
 
 
@@ -88,8 +88,8 @@ def test_a_member_that_fails_is_frozen_and_spoils_no_other(tmp_path: Path, capfd
     for failure in summary["failed"]:
         assert 1 <= failure["learner_steps"] <= 3
         assert failure["env_steps"] < 13
-        told = f"not finite (seed {failure['seed']}, algo.lr {1e38:,}, env_steps {failure['env_steps']},"
-        assert told in err
+        warning = f"not finite (seed {failure['seed']}, algo.lr {1e38:,}, env_steps {failure['env_steps']},"
+        assert warning in err
     assert set(summary["final"]) == {"3-lr0.0005", "4-lr0.0005", "3-lr1e+38", "4-lr1e+38"}
 
     np.testing.assert_array_equal(last_checkpoint(sweep)["state.hp.lr"], np.float32([5e-4, 5e-4, 1e38, 1e38]))

@@ -6,9 +6,9 @@ import pytest
 from tests.environments import Clock
 from wqmix_jax.config import load_group
 from wqmix_jax.options import build
-from wqmix_jax.training.replay import StoredEpisode, make_replay
-from wqmix_jax.training.row_packing import pack
-from wqmix_jax.types import Episode
+from wqmix_jax.training.replay import make_replay
+from wqmix_jax.training.row_packing import first_fit_rows
+from wqmix_jax.types import Episode, StoredEpisode
 
 
 def predator_prey(**changes):
@@ -16,7 +16,7 @@ def predator_prey(**changes):
 
 
 def plain_episode(env, key, length, terminated):
-    """A random walk twice: packed as the replay takes it, and as the plain float32 arrays that it stands for."""
+    """Returns a random walk twice: compact as the replay takes it, and as plain float32 arrays."""
     limit, (num_agents, num_actions) = env.spec.episode_limit, env.spec[:2]
     action_keys, step_keys = jax.random.split(key, (2, limit))
     actions = jax.vmap(lambda k: jax.random.randint(k, (num_agents,), 0, num_actions))(action_keys)
@@ -54,7 +54,7 @@ def stacked(trees):
 
 @pytest.mark.parametrize("env", [predator_prey(episode_limit=12), Clock(episode_limit=12, ends_from=3)])
 def test_samples_are_bit_identical_to_a_plain_float32_replay(env):
-    """Episodes are told apart by their first reward and state; 5 are stored where 4 fit, so the first is gone."""
+    """Their states distinguish episodes; 5 are stored where 4 fit, so the first is gone."""
     replay = make_replay(env, buffer_size=4, batch_size=4)
     ends = [(12, False), (12, True), (1, True), (7, False), (9, True)]
     pairs = [plain_episode(env, jax.random.key(i), length, ended) for i, (length, ended) in enumerate(ends)]
@@ -93,10 +93,10 @@ def test_a_packed_batch_has_what_the_whole_one_has_at_each_place(env):
     pairs = [plain_episode(env, jax.random.key(i), *end) for i, end in enumerate(ends)]
     state = replay.add(replay.init(), stacked([stored for stored, _ in pairs]), jnp.bool_(True))
     rows = state.experience[0]
-    slots, num_rows = pack(replay.lengths(rows), 12)
+    layout, num_rows = first_fit_rows(replay.lengths(rows), 12)
     assert int(num_rows) == 2
-    whole, packed = replay.decode(rows, 12), jax.jit(replay.decode_packed)(rows, slots)
-    np.testing.assert_array_equal(packed.starts, slots.filled & (slots.step == 0))
+    whole, packed = replay.decode(rows, 12), jax.jit(replay.decode_packed)(rows, layout)
+    np.testing.assert_array_equal(packed.starts, layout.filled & (layout.step == 0))
     assert int(packed.starts.sum()) == 4
     assert int(packed.mask.sum()) == 12 + 2 + 1 + 6
     assert int((1 - packed.discount).sum()) == 2
@@ -104,13 +104,13 @@ def test_a_packed_batch_has_what_the_whole_one_has_at_each_place(env):
         plain, ours = np.array(getattr(whole, name)), np.array(getattr(packed, name))
         nothing = np.full(plain.shape[2:], name == "discount", plain.dtype)
         for row, place in np.ndindex(ours.shape[:2]):
-            episode, step = int(slots.episode[row, place]), int(slots.step[row, place])
-            is_real = slots.filled[row, place] and step < plain.shape[1]
+            episode, step = int(layout.episode[row, place]), int(layout.step[row, place])
+            is_real = layout.filled[row, place] and step < plain.shape[1]
             np.testing.assert_array_equal(ours[row, place], plain[episode, step] if is_real else nothing)
 
 
 def test_nothing_changes_where_nothing_is_kept():
-    """A finished seed's replay stays as it is, to the bit, while the others go on; also where the rows wrap around."""
+    """A finished seed's replay stays as it is, to the bit, while others continue; also where the rows wrap around."""
     env = Clock(episode_limit=3, ends_from=3)
     replay = make_replay(env, buffer_size=3, batch_size=2)
     episodes = stacked([plain_episode(env, jax.random.key(i), 3, False)[0] for i in range(2)])

@@ -1,4 +1,4 @@
-"""What MADDPG and MASAC share: recurrent decentralised actors, and one central critic built as Q* is (appendix B)."""
+"""The base of MADDPG and MASAC: recurrent decentralised actors, and one central critic built like Q* (appendix B)."""
 
 import flax.linen as nn
 import jax
@@ -29,7 +29,7 @@ class ActorCritic(QLearner):
         return FeedForwardQStar(self.q_star_dim)
 
     def init(self, key: PRNGKey, env_spec: EnvSpec) -> PyTree:
-        """Actors and critic."""
+        """Draws the parameters of actors and critic."""
         actor_key, agent_key, mixer_key = jax.random.split(key, 3)
         return super().init(actor_key, env_spec) | {
             "q_star_agent": init_agent(agent_key, self.hidden_dim, env_spec),
@@ -37,16 +37,16 @@ class ActorCritic(QLearner):
         }
 
     def critic_values(self, mixer_params: PyTree, critic_qs: Array, joint_action: Array, state: Array) -> Array:
-        """The critic's value of joint actions: ``[B, T, N, A]``, ``[B, T, N]``, ``[B, T, D]`` -> ``[B, T]``."""
+        """Returns the critic's value of joint actions: ``[B, T, N, A]``, ``[B, T, N]``, ``[B, T, D]`` -> ``[B, T]``."""
         return apply_net(self.q_star_net, mixer_params, gather_actions(critic_qs, joint_action), state)
 
     def deviations(self, mixer_params: PyTree, critic_qs: Array, joint_action: Array, state: Array) -> Array:
-        """The critic's values when one agent alone plays another action: as `critic_values` -> ``[B, T, N, A]``."""
+        """Returns the critic's values if one agent alone deviates: as `critic_values` -> ``[B, T, N, A]``."""
 
         def at_one_time(step: tuple[Array, Array, Array]) -> Array:
             return apply_net(self.q_star_net, mixer_params, *step, method="deviations")
 
-        # One time step after another: N * A values per state in wide layers would fill the memory rather than a cache.
-        chosen_qs = gather_actions(critic_qs, joint_action)
+        # One time step after another: N * A values per state in wide layers would exceed every cache.
+        chosen_qs = gather_actions(critic_qs, joint_action)  # [B, T, N]
         by_time = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), (critic_qs, chosen_qs, state))
         return jax.lax.map(at_one_time, by_time).swapaxes(0, 1)

@@ -1,6 +1,6 @@
 """The contract of an algorithm: options, and pure functions of parameters.
 
-A new algorithm is one subclass of `Algorithm` (or of a family that exists) in one file and one yaml in
+A new algorithm is one subclass of `Algorithm` (or of an existing family) in one file and one yaml in
 ``configs/algo``. The learner owns what every algorithm needs once: the optimiser, the target copies, schedules and
 counters.
 """
@@ -31,7 +31,7 @@ Hyperparams = Any
 
 
 class AgentInputs(NamedTuple):
-    """What the agents may see when they act.
+    """The observations of agents when they act.
 
     Attributes:
         obs: ``[.., N, O]`` float32.
@@ -45,7 +45,7 @@ class AgentInputs(NamedTuple):
 
 
 class Context(NamedTuple):
-    """Where training stands.
+    """The progress of training.
 
     Attributes:
         epsilon: scalar, the exploration of this episode; 0 in evaluation.
@@ -59,11 +59,11 @@ class Context(NamedTuple):
 
 
 class Aux(NamedTuple):
-    """What a loss returns beside its value.
+    """The results of a loss in addition to its value.
 
     Attributes:
         metrics: scalars for the log.
-        values: the intermediate arrays, by their names in the glossary; compiled away where nobody reads them.
+        values: the intermediate arrays, by their names in the glossary; compiled away if unused.
     """
 
     metrics: dict[str, Array]
@@ -112,7 +112,7 @@ class Algorithm(abc.ABC):
         return self
 
     def without_effect(self) -> dict[str, str]:
-        """Options that nothing depends on, each with the value of another that makes it so; none by default."""
+        """Returns options without an effect, each with the value of another that makes it so; none by default."""
         return {}
 
     @abc.abstractmethod
@@ -121,20 +121,20 @@ class Algorithm(abc.ABC):
 
     @abc.abstractmethod
     def initial_carry(self, batch_shape: tuple[int, ...]) -> PyTree:
-        """The recurrent state at the start of an episode, for ``batch_shape = (.., N)``."""
+        """Returns the recurrent state at the start of an episode, for ``batch_shape = (.., N)``."""
 
     @abc.abstractmethod
     def act(
         self, params: PyTree, carry: PyTree, inputs: AgentInputs, hp: Hyperparams, ctx: Context, key: PRNGKey
     ) -> tuple[Array, PyTree]:
-        """Chooses the joint action ``[.., N]`` int32 from local inputs alone, and moves the recurrent state on."""
+        """Chooses the joint action ``[.., N]`` int32 from local inputs alone, and updates the recurrent state."""
 
     def acting_params(self, params: PyTree) -> PyTree:
-        """The part of the parameters that `act` reads, which is all that playing needs; everything by default."""
+        """Returns the parameters that `act` reads, all that playing needs; everything by default."""
         return params
 
     def sample_noise(self, key: PRNGKey, batch: Episode) -> PyTree:
-        """Everything random that `loss` uses, leaves ``[B, T, ..]`` or ``[B, T+1, ..]``; nothing by default.
+        """Draws all random numbers that `loss` uses, leaves ``[B, T, ..]`` or ``[B, T+1, ..]``; nothing by default.
 
         Only shapes and dtypes may be read of ``batch``: noise is drawn for whole episodes, cut or packed as they are.
         """
@@ -145,7 +145,7 @@ class Algorithm(abc.ABC):
     def loss(
         self, params: PyTree, target: PyTree, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree
     ) -> tuple[Array, Aux]:
-        """The scalar loss of ``batch`` (rows of episodes, ``[B, T, ..]``), summed over everything that is trained."""
+        """Returns the scalar loss of ``batch`` (rows of episodes, ``[B, T, ..]``), the sum over all trained parts."""
 
 
 Loss = TypeVar("Loss", bound=Callable[..., tuple[Array, Aux]])
@@ -154,24 +154,28 @@ Loss = TypeVar("Loss", bound=Callable[..., tuple[Array, Aux]])
 def mean_over_steps(loss: Loss) -> Loss:
     """Marks an `Algorithm.loss` that is a mean over the batch's real steps, all its metrics too.
 
-    Its gradient on a batch is then that on the batch's parts, averaged by their steps, so that devices may share a
-    batch, and short episodes a row of it: what such a loss carries from step to step has to begin anew where
-    `Episode.starts` says so, as `QLearner.unroll` does, and may end after `Episode.num_places`, a scalar without the
-    axis of rows.
-    The mark is the function's own: a subclass with a loss of another kind has none. What overrides a part of a marked
-    loss (an `unroll`, targets that look several steps ahead) keeps to this too, or the loss is overridden, unmarked.
+    Its gradient on a batch is then the average of the gradients on parts of the batch, weighted by their steps. So
+    devices may share a batch, and short episodes a row. Such a loss must restart its recurrent state where
+    `Episode.starts` is true, as `QLearner.unroll` does, and may stop after `Episode.num_places`, a scalar without the
+    axis of rows. An override of a part of a marked loss (an `unroll`, targets that look several steps ahead) must keep
+    to this too; otherwise override the loss, unmarked.
     """
+    # A mark on the function and not an attribute of the class: a subclass that overrides the loss loses the mark, and
+    # learns slowly but correctly until its author marks the new one. An inherited attribute could be silently wrong.
     vars(loss)["is_mean_over_steps"] = True
     return loss
 
 
 def is_mean_over_steps(algo: Algorithm) -> bool:
-    """Whether the algorithm's loss is marked by `mean_over_steps`."""
+    """Returns True if the algorithm's loss is marked by `mean_over_steps`."""
     return getattr(type(algo).loss, "is_mean_over_steps", False)
 
 
 def hyperparams(algo: Algorithm) -> Hyperparams:
-    """The options marked `TRACED`, as a NamedTuple of Python scalars (a pytree)."""
+    """Returns the options marked `TRACED`, as a NamedTuple of Python scalars (a pytree)."""
+    # Losses read ``hp.lr``, a traced scalar, and never ``self.lr``, a constant of the program: one compiled program
+    # then runs all values of a sweep, and members of one call may differ in them.
+    # The mark is in the annotation (`Fraction`, `PositiveFloat`), so a new option can't be traced by accident.
     hints = typing.get_type_hints(type(algo), include_extras=True)
     names = tuple(
         field.name for field in dataclasses.fields(algo) if TRACED in getattr(hints[field.name], "__metadata__", ())
@@ -181,5 +185,5 @@ def hyperparams(algo: Algorithm) -> Hyperparams:
 
 @functools.cache
 def _hyperparams_type(names: tuple[str, ...]) -> type:
-    """One type per set of names, so that two runs' values are the same kind of pytree."""
+    """Returns one type per set of names, so that two runs' values are the same kind of pytree."""
     return collections.namedtuple("Hyperparams", names)

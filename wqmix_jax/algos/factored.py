@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from wqmix_jax.algos.base import Aux, Context, Hyperparams, mean_over_steps
-from wqmix_jax.algos.q_learning import TDLearner, greedy_actions, seen_after, seen_before
+from wqmix_jax.algos.q_learning import TDLearner, seen_after, seen_before
 from wqmix_jax.networks.functional import apply_net, init_net
+from wqmix_jax.ops.action_selection import greedy_actions
 from wqmix_jax.ops.td import masked_mean, masked_mean_square
 from wqmix_jax.options import options
 from wqmix_jax.types import Array, EnvSpec, Episode, Observation, PRNGKey, PyTree
@@ -25,16 +26,16 @@ class FactoredQLearner(TDLearner):
 
     @abc.abstractmethod
     def mixer_inputs(self, agent_qs: Array, joint_action: Array, seen: Observation) -> tuple[Array, ...]:
-        """What the mixer is given.
+        """Returns the inputs of the mixer.
 
         Args:
             agent_qs: ``[.., N, A]``.
-            joint_action: ``[.., N]``, whose value is asked for.
-            seen: leaves ``[.., ..]``, what was seen when the utilities were.
+            joint_action: ``[.., N]``, the joint action whose value is computed.
+            seen: leaves ``[.., ..]``, the observations of the same steps.
         """
 
     def init(self, key: PRNGKey, env_spec: EnvSpec) -> PyTree:
-        """Agent and mixer."""
+        """Draws the parameters of agent and mixer."""
         agent_key, mixer_key = jax.random.split(key)
         num_agents, num_actions = env_spec.num_agents, env_spec.num_actions
         seen = Observation(
@@ -44,26 +45,29 @@ class FactoredQLearner(TDLearner):
         )
         agent_qs, joint_action = jnp.zeros((1, num_agents, num_actions)), jnp.zeros((1, num_agents), jnp.int32)
         mixer = init_net(self.mixer_net, mixer_key, *self.mixer_inputs(agent_qs, joint_action, seen))
+        # A mixer without parameters, VDN's, is an empty tree.
         return super().init(agent_key, env_spec) | {"mixer": mixer}
 
     def mix(
         self, mixer_params: PyTree, agent_qs: Array, joint_action: Array, seen: Observation
     ) -> tuple[Array, dict[str, Array]]:
-        """Q_tot of a joint action, ``[..]``, and what it is made of, by name; arguments as in `mixer_inputs`."""
+        """Returns Q_tot of a joint action, ``[..]``, and its terms by name; arguments as in `mixer_inputs`."""
         return apply_net(self.mixer_net, mixer_params, *self.mixer_inputs(agent_qs, joint_action, seen)), {}
 
     @mean_over_steps
     def loss(
         self, params: PyTree, target: PyTree, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree
     ) -> tuple[Array, Aux]:
-        """Mean square TD error of Q_tot."""
+        """Returns the mean square TD error of Q_tot."""
         del ctx, noise
         agent_qs = self.unroll(params["agent"], batch)
         greedy = greedy_actions(agent_qs, batch.avail_actions)
         q_tot, parts = self.mix(params["mixer"], agent_qs[:, :-1], batch.joint_action, seen_before(batch))
+        # Double Q-learning: the online agents choose the next joint action, the target nets say its value.
         target_qs = self.unroll(target["agent"], batch)[:, 1:]
         next_actions = self.next_actions(greedy, batch)
         next_q, next_parts = self.mix(target["mixer"], target_qs, next_actions, seen_after(batch))
+        # [B, T], as are Q_tot and the mask.
         y = self.td_targets(batch, hp, next_q)
         loss = masked_mean_square(q_tot - y, batch.mask)
         metrics = {

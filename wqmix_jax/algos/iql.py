@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from wqmix_jax.algos.base import Aux, Context, Hyperparams, PositiveFraction, mean_over_steps
-from wqmix_jax.algos.q_learning import TDLearner, gather_actions, greedy_actions
+from wqmix_jax.algos.q_learning import TDLearner, gather_actions
 from wqmix_jax.ops import weighting
+from wqmix_jax.ops.action_selection import greedy_actions
 from wqmix_jax.ops.td import masked_mean, masked_mean_square
 from wqmix_jax.options import options
 from wqmix_jax.types import Array, Episode, PyTree
@@ -35,13 +36,14 @@ class IQL(TDLearner):
     def loss(
         self, params: PyTree, target: PyTree, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree
     ) -> tuple[Array, Aux]:
-        """Mean square TD error over steps and agents, weighted if asked for."""
+        """Returns the mean square TD error over steps and agents, weighted unless ``weighting`` is uniform."""
         del ctx, noise
         agent_qs = self.unroll(params["agent"], batch)
         chosen_qs = gather_actions(agent_qs[:, :-1], batch.joint_action)
         next_actions = self.next_actions(greedy_actions(agent_qs, batch.avail_actions), batch)
         next_qs = gather_actions(self.unroll(target["agent"], batch)[:, 1:], next_actions)
         y = self.td_targets(batch, hp, next_qs)
+        # Every agent counts: the mask of steps, repeated per agent, [B, T, N].
         mask = jnp.broadcast_to(batch.mask[..., None], chosen_qs.shape)
         td_error = chosen_qs - y
         metrics = {"chosen_q_mean": masked_mean(chosen_qs, mask), "td_target_mean": masked_mean(y, mask)}

@@ -9,8 +9,7 @@ from jax.scipy.special import entr
 
 from wqmix_jax.algos.actor_critic import ActorCritic
 from wqmix_jax.algos.base import Aux, Context, Hyperparams, PositiveFloat, mean_over_steps
-from wqmix_jax.algos.q_learning import greedy_actions
-from wqmix_jax.ops.action_selection import straight_through
+from wqmix_jax.ops.action_selection import greedy_actions, straight_through
 from wqmix_jax.ops.td import masked_mean, masked_mean_square, td_target
 from wqmix_jax.options import options
 from wqmix_jax.types import Array, Episode, PRNGKey, PyTree
@@ -21,20 +20,20 @@ class MADDPG(ActorCritic):
     """The actors' outputs are logits; they act on them epsilon-greedily, and greedily in evaluation.
 
     Attributes:
-        gumbel_temperature: of the softmax whose gradient stands for the draw's.
+        gumbel_temperature: temperature of the softmax whose gradient replaces that of the draw.
     """
 
     gumbel_temperature: PositiveFloat
 
     def sample_noise(self, key: PRNGKey, batch: Episode) -> Array:
-        """Standard Gumbel noise of the actors' draws, ``[B, T, N, A]``."""
+        """Draws standard Gumbel noise for the actors' draws, ``[B, T, N, A]``."""
         return jax.random.gumbel(key, batch.avail_actions[:, :-1].shape)
 
     @mean_over_steps
     def loss(
         self, params: PyTree, target: PyTree, batch: Episode, hp: Hyperparams, ctx: Context, noise: Array
     ) -> tuple[Array, Aux]:
-        """The critic's mean square TD error minus what the actors' draws are worth to the target critic.
+        """Returns the critic's mean square TD error minus the target critic's value of the actors' draws.
 
         The target bootstraps from the online actors' greedy joint action.
         """
@@ -47,6 +46,7 @@ class MADDPG(ActorCritic):
         critic_qs = self.unroll(params["q_star_agent"], batch)
         q_star = self.critic_values(params["q_star_mixer"], critic_qs[:, :-1], batch.joint_action, batch.state[:, :-1])
         q_star_loss = masked_mean_square(q_star - y, batch.mask)
+        # [B, T, N, A]: the worth of each action of each agent, when the others play greedily.
         worth = self.deviations(target["q_star_mixer"], target_qs[:, :-1], greedy[:, :-1], batch.state[:, :-1])
         objectives = self._objectives(logits[:, :-1], worth, batch, hp, noise)
         actor_loss = -objectives.sum()
@@ -63,10 +63,11 @@ class MADDPG(ActorCritic):
         return loss, Aux(metrics, values | {"objectives": objectives})
 
     def _objectives(self, logits: Array, worth: Array, batch: Episode, hp: Hyperparams, noise: Array) -> Array:
-        """What each agent's draw is worth while the others stay greedy, the mean over real steps: ``[N]``.
+        """Returns the value of each agent's draw if the others stay greedy, the mean over real steps: ``[N]``.
 
-        Unavailable actions can be drawn, and are then worth nothing: the authors multiply by the availability.
+        Unavailable actions can be drawn, and then have value 0: the authors multiply by the availability.
         """
+        # [B, T, N, A] one-hot, through which the gradient reaches the logits; `worth` is a constant.
         drawn = straight_through(logits, noise, hp.gumbel_temperature)
         allowed = jnp.where(batch.avail_actions[:, :-1], jax.lax.stop_gradient(worth), 0)
         value = (drawn * allowed).sum(-1)
@@ -74,5 +75,5 @@ class MADDPG(ActorCritic):
 
 
 def _logit_entropy(logits: Array, avail_actions: Array) -> Array:
-    """-sum p log p of the logits' softmax over available actions and agents, not renormalised: ``[B, T]``."""
+    """Returns -sum p log p of the logits' softmax over available actions and agents, not renormalised: ``[B, T]``."""
     return jnp.where(avail_actions, entr(jax.nn.softmax(logits)), 0).sum((-2, -1))

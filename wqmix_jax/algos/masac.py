@@ -14,13 +14,13 @@ from pydantic import Field
 from wqmix_jax.algos.actor_critic import ActorCritic
 from wqmix_jax.algos.base import TRACED, AgentInputs, Aux, Context, Hyperparams, mean_over_steps
 from wqmix_jax.algos.q_learning import gather_actions
-from wqmix_jax.ops.action_selection import draw, epsilon_floor, masked_argmax
+from wqmix_jax.ops.action_selection import draw, epsilon_floor, greedy_actions
 from wqmix_jax.ops.td import masked_mean, masked_mean_square, td_target
 from wqmix_jax.options import options
 from wqmix_jax.types import Array, Episode, PRNGKey, PyTree
 
 Floor = Annotated[float, Field(gt=0, le=1), TRACED]
-"""Never 0, which is how evaluation is told."""
+"""Must be positive: epsilon = 0 marks evaluation."""
 
 
 class Noise(NamedTuple):
@@ -52,16 +52,17 @@ class MASAC(ActorCritic):
     def act(
         self, params: PyTree, carry: Array, inputs: AgentInputs, hp: Hyperparams, ctx: Context, key: PRNGKey
     ) -> tuple[Array, Array]:
-        """A draw from the policy; in evaluation, as the authors do, the likeliest available action without a floor."""
+        """Draws from the policy; in evaluation takes the likeliest available action, as the authors do."""
         carry, logits = self.step(params["agent"], carry, inputs)
         policy = epsilon_floor(logits, inputs.avail_actions, ctx.epsilon)
-        # Masked again: the policy of a seed whose parameters are nan is nan everywhere, at unavailable actions too.
+        # The argmax of log-probabilities plus Gumbel noise is a draw. It is masked again: the policy of a seed whose
+        # parameters are nan is nan everywhere, at unavailable actions too.
         perturbed = jnp.log(policy) + jax.random.gumbel(key, policy.shape, policy.dtype)
-        drawn = masked_argmax(perturbed, inputs.avail_actions)
-        return jnp.where(ctx.epsilon > 0, drawn, masked_argmax(logits, inputs.avail_actions)), carry
+        drawn = greedy_actions(perturbed, inputs.avail_actions)
+        return jnp.where(ctx.epsilon > 0, drawn, greedy_actions(logits, inputs.avail_actions)), carry
 
     def sample_noise(self, key: PRNGKey, batch: Episode) -> Noise:
-        """Gumbel noise of both policies' draws."""
+        """Draws Gumbel noise for the draws of both policies."""
         online_key, target_key = jax.random.split(key)
         shape = batch.avail_actions.shape
         return Noise(jax.random.gumbel(online_key, shape), jax.random.gumbel(target_key, shape))
@@ -70,18 +71,20 @@ class MASAC(ActorCritic):
     def loss(
         self, params: PyTree, target: PyTree, batch: Episode, hp: Hyperparams, ctx: Context, noise: Noise
     ) -> tuple[Array, Aux]:
-        """The critic's mean square error against the soft target, plus the actors' divergence from its exponential.
+        """Returns the critic's mean square error, plus the actors' divergence from the critic's exponential.
 
-        The target's policy keeps the first floor: in the authors' code its copy of the schedule is never moved on.
+        The target's policy keeps the first floor: in the authors' code its copy of the schedule never advances.
         """
         policy = epsilon_floor(self.unroll(params["agent"], batch), batch.avail_actions, ctx.epsilon)
         target_policy = epsilon_floor(self.unroll(target["agent"], batch), batch.avail_actions, hp.epsilon_start)
         drawn, target_drawn = draw(policy, noise.online), draw(target_policy, noise.target)
+        # The soft value: the target critic's, of a drawn joint action, minus alpha_ent times its log-probability.
         target_qs = self.unroll(target["q_star_agent"], batch)
         next_q = self.critic_values(target["q_star_mixer"], target_qs[:, 1:], target_drawn[:, 1:], batch.state[:, 1:])
         target_log_probs = jnp.log(gather_actions(target_policy, target_drawn)).sum(-1)
         next_value = next_q - hp.alpha_ent * target_log_probs[:, 1:]
         y = jax.lax.stop_gradient(td_target(batch.reward, batch.discount, hp.gamma, next_value))
+        # The critic learns the value of the joint action taken; the actors, that of the one just drawn from them.
         critic_qs, state = self.unroll(params["q_star_agent"], batch)[:, :-1], batch.state[:, :-1]
         q_star, drawn_q = (
             self.critic_values(params["q_star_mixer"], critic_qs, joint_action, state)
@@ -105,7 +108,7 @@ class MASAC(ActorCritic):
 
 
 def _divergence(log_probs: Array, drawn_q: Array, mask: Array, alpha_ent: Array) -> Array:
-    """What falls as each policy nears exp(Q / alpha_ent), up to a constant: the mean over real steps and agents.
+    """Returns a loss that falls as each policy nears exp(Q / alpha_ent): the mean over real steps and agents.
 
     Its gradient is the score function's, from one draw of all agents: that of sum_u pi(u) (alpha_ent log pi(u) - Q).
 
@@ -115,5 +118,6 @@ def _divergence(log_probs: Array, drawn_q: Array, mask: Array, alpha_ent: Array)
         mask: ``[B, T]``.
         alpha_ent: scalar.
     """
+    # The critic's value is common to the agents: each gets the same return and its own log-probability.
     cost = jax.lax.stop_gradient(alpha_ent * (log_probs + 1) - drawn_q[..., None])
     return masked_mean(log_probs * cost, jnp.broadcast_to(mask[..., None], log_probs.shape))

@@ -1,4 +1,4 @@
-"""What all algorithms with a recurrent utility network share: unrolling it, acting with it, reading values off it."""
+"""The base of all algorithms with a recurrent utility network: unroll it, act with it, read values from it."""
 
 from typing import Literal
 
@@ -9,13 +9,10 @@ import jax.numpy as jnp
 from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, Fraction, Hyperparams
 from wqmix_jax.networks.agent import RecurrentAgent, agent_inputs
 from wqmix_jax.networks.functional import apply_net, init_net
-from wqmix_jax.ops.action_selection import epsilon_greedy, masked_argmax
+from wqmix_jax.ops.action_selection import epsilon_greedy
 from wqmix_jax.ops.td import lambda_return, td_target
 from wqmix_jax.options import options
 from wqmix_jax.types import Array, EnvSpec, Episode, Observation, PRNGKey, PyTree
-
-UNAVAILABLE = -9999999.0
-"""The value that stands where an action is unavailable before a maximum is taken (as in the authors' code)."""
 
 
 @options
@@ -23,43 +20,46 @@ class QLearner(Algorithm):
     """Parameters ``{"agent": ..}``; acts epsilon-greedily on the utilities."""
 
     def init(self, key: PRNGKey, env_spec: EnvSpec) -> PyTree:
-        """The agent's parameters; families with more nets add to this."""
+        """Draws the agent's parameters; families with more nets add to this."""
         return {"agent": init_agent(key, self.hidden_dim, env_spec)}
 
     def acting_params(self, params: PyTree) -> PyTree:
-        """The agent alone."""
+        """Returns the agent alone."""
         return {"agent": params["agent"]}
 
     def initial_carry(self, batch_shape: tuple[int, ...]) -> Array:
-        """Zeros, ``[.., N, H]``."""
+        """Returns zeros, ``[.., N, H]``."""
         return jnp.zeros((*batch_shape, self.hidden_dim))
 
     def act(
         self, params: PyTree, carry: Array, inputs: AgentInputs, hp: Hyperparams, ctx: Context, key: PRNGKey
     ) -> tuple[Array, Array]:
-        """Epsilon-greedy over the available actions; see `Algorithm.act`."""
+        """Acts epsilon-greedily among the available actions; see `Algorithm.act`."""
         del hp
         carry, agent_qs = self.step(params["agent"], carry, inputs)
         return epsilon_greedy(key, agent_qs, inputs.avail_actions, ctx.epsilon), carry
 
     def step(self, agent_params: PyTree, carry: Array, inputs: AgentInputs) -> tuple[Array, Array]:
-        """The recurrent state after one step and the utilities at it, ``[.., N, H]`` and ``[.., N, A]``."""
+        """Returns the recurrent state after one step, ``[.., N, H]``, and the utilities, ``[.., N, A]``."""
         num_actions = inputs.avail_actions.shape[-1]
+        # The unrolled net on a sequence of one step: the same arithmetic as in `unroll`.
         features = agent_inputs(inputs.obs, inputs.last_action, num_actions)
         agent = RecurrentAgent(self.hidden_dim, num_actions)
         carry, agent_qs = apply_net(agent, agent_params, carry, features[None])
         return carry, agent_qs[0]
 
     def unroll(self, agent_params: PyTree, batch: Episode) -> Array:
-        """Utilities of whole episodes from a fresh recurrent state: ``[B, T+1, N, A]``."""
+        """Returns the utilities of whole episodes from a fresh recurrent state: ``[B, T+1, N, A]``."""
         return self.unroll_hidden(agent_params, batch)[1]
 
     def unroll_hidden(self, agent_params: PyTree, batch: Episode) -> tuple[Array, Array]:
-        """Hidden states ``[B, T+1, N, H]``, after each observation, and utilities ``[B, T+1, N, A]``.
+        """Returns hidden states ``[B, T+1, N, H]``, after each observation, and utilities ``[B, T+1, N, A]``.
 
-        What they are past the batch's ``num_places`` means nothing.
+        Past the batch's ``num_places`` they have no meaning.
         """
+        # Time comes first inside, ``[T+1, B, N, ..]``, as the scan over time needs it.
         num_actions = batch.avail_actions.shape[-1]
+        # The last action before the first step of an episode is -1, which `agent_inputs` encodes as zeros.
         first = jnp.full_like(batch.joint_action[:, :1], -1)
         last_action = jnp.concatenate([first, batch.joint_action], axis=1)
         starts = batch.starts
@@ -93,7 +93,7 @@ class TDLearner(QLearner):
         return super().without_effect() | unused
 
     def next_actions(self, greedy: Array, batch: Episode) -> Array:
-        """The joint actions after each step whose values the targets bootstrap from, ``[B, T, N]``.
+        """Returns the joint actions after each step from whose values targets bootstrap, ``[B, T, N]``.
 
         Args:
             greedy: ``[B, T+1, N]``, the online agents' greedy actions. After an episode's last step nothing was taken,
@@ -106,7 +106,7 @@ class TDLearner(QLearner):
         return jnp.where(_is_followed(batch)[..., None] > 0, taken, greedy[:, 1:])
 
     def td_targets(self, batch: Episode, hp: Hyperparams, next_value: Array) -> Array:
-        """y, a constant to the gradient.
+        """Returns y, a constant to the gradient.
 
         Args:
             batch: the episodes.
@@ -114,26 +114,28 @@ class TDLearner(QLearner):
             next_value: ``[B, T]`` or, one for each agent, ``[B, T, N]``: the target nets' value of `next_actions`.
         """
         if self.returns == "one_step":
+            # Reward and discount are shared; values may be one per agent, [B, T, N].
             per_agent = (1,) * (next_value.ndim - batch.reward.ndim)
             reward, discount = (array.reshape(*array.shape, *per_agent) for array in (batch.reward, batch.discount))
             return jax.lax.stop_gradient(td_target(reward, discount, hp.gamma, next_value))
+        # Lambda is 0 at an episode's last step: no return passes from one episode of a row to another.
         each_row = jax.vmap(lambda_return, in_axes=(0, 0, None, 0, 0))
         weights = hp.td_lambda * _is_followed(batch)
         return jax.lax.stop_gradient(each_row(batch.reward, batch.discount, hp.gamma, next_value, weights))
 
 
 def _is_followed(batch: Episode) -> Array:
-    """1 where a real step comes next, ``[B, T]``."""
+    """Returns 1 where a real step comes next, ``[B, T]``."""
     return jnp.pad(batch.mask[:, 1:], ((0, 0), (0, 1)))
 
 
 def seen_before(batch: Episode) -> Observation:
-    """What was seen before each step, leaves ``[B, T, ..]``."""
+    """Returns the observations before each step, leaves ``[B, T, ..]``."""
     return Observation(batch.obs[:, :-1], batch.state[:, :-1], batch.avail_actions[:, :-1])
 
 
 def seen_after(batch: Episode) -> Observation:
-    """What was seen after each step, leaves ``[B, T, ..]``."""
+    """Returns the observations after each step, leaves ``[B, T, ..]``."""
     return Observation(batch.obs[:, 1:], batch.state[:, 1:], batch.avail_actions[:, 1:])
 
 
@@ -151,17 +153,7 @@ def init_central(net: nn.Module, key: PRNGKey, env_spec: EnvSpec) -> PyTree:
 
 
 def gather_actions(agent_qs: Array, joint_action: Array) -> Array:
-    """The utilities of the given actions: ``[.., N, A]``, ``[.., N]`` -> ``[.., N]``."""
+    """Returns the utilities of the given actions: ``[.., N, A]``, ``[.., N]`` -> ``[.., N]``."""
     # A masked sum, since a gather's gradient is a scatter, which is slow on every backend.
     taken = joint_action[..., None] == jnp.arange(agent_qs.shape[-1]).reshape((1,) * joint_action.ndim + (-1,))
     return jnp.where(taken, agent_qs, 0).sum(-1)
-
-
-def greedy_actions(agent_qs: Array, avail_actions: Array) -> Array:
-    """Each agent's best available action, ``[.., N]``, a constant to the gradient; see `masked_argmax`."""
-    return masked_argmax(jax.lax.stop_gradient(agent_qs), avail_actions)
-
-
-def greedy_values(agent_qs: Array, avail_actions: Array) -> Array:
-    """The utility of each agent's best available action, ``[.., N]``, a constant to the gradient."""
-    return jax.lax.stop_gradient(jnp.where(avail_actions, agent_qs, UNAVAILABLE)).max(-1)

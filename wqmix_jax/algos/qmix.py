@@ -17,8 +17,8 @@ class QMIX(FactoredQLearner):
     """Q_tot never falls in a utility, so that each agent's greedy action is part of the greedy joint action.
 
     Attributes:
-        mixer: how the chosen utilities become Q_tot: ``qmix``, ``vdn`` or ``qatten``, whose agents are told apart by
-            observation and id.
+        mixer: how the chosen utilities become Q_tot: ``qmix``, ``vdn`` or ``qatten``, whose keys are the
+            agents' observations and ids.
         mixer_embed_dim: width of QMIX's mixing network, or of Qatten's queries and keys.
         hypernet_dim: hidden width of the hypernetworks.
         num_heads: Qatten's heads.
@@ -41,6 +41,6 @@ class QMIX(FactoredQLearner):
                 return QattenMixer(self.mixer_embed_dim, self.hypernet_dim, self.num_heads)
 
     def mixer_inputs(self, agent_qs: Array, joint_action: Array, seen: Observation) -> tuple[Array, ...]:
-        """The chosen utilities and the state; see `FactoredQLearner.mixer_inputs`."""
+        """Returns the chosen utilities and the state; see `FactoredQLearner.mixer_inputs`."""
         inputs = (gather_actions(agent_qs, joint_action), seen.state)
         return (*inputs, with_ids(seen.obs)) if self.mixer == "qatten" else inputs

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from pydantic import Field
 
 from wqmix_jax.algos.base import TRACED, Aux, Context, Hyperparams, mean_over_steps
-from wqmix_jax.algos.q_learning import TDLearner, gather_actions, greedy_actions, seen_after, seen_before
+from wqmix_jax.algos.q_learning import TDLearner, gather_actions, seen_after, seen_before
 from wqmix_jax.networks.functional import apply_net, init_net
 from wqmix_jax.networks.qtran import JointValue, QTRANJoint
 from wqmix_jax.ops import weighting
+from wqmix_jax.ops.action_selection import greedy_actions
 from wqmix_jax.ops.td import masked_mean, masked_mean_square
 from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, Episode, Observation, PRNGKey, PyTree
@@ -45,7 +46,7 @@ class QTRAN(TDLearner):
         return QTRANJoint(self.mixer_embed_dim, self.mixer_layers)
 
     def init(self, key: PRNGKey, env_spec: EnvSpec) -> PyTree:
-        """Agent and joint network."""
+        """Draws the parameters of agent and joint network."""
         agent_key, joint_key = jax.random.split(key)
         hidden = jnp.zeros((env_spec.num_agents, self.hidden_dim))
         actions, state = jnp.zeros((env_spec.num_agents, env_spec.num_actions)), jnp.zeros(env_spec.state_dim)
@@ -56,7 +57,7 @@ class QTRAN(TDLearner):
     def loss(
         self, params: PyTree, target: PyTree, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree
     ) -> tuple[Array, Aux]:
-        """The TD loss of Q* plus the weighted losses of Q_tot at the greedy and at the taken joint action.
+        """Returns the TD loss of Q* plus the weighted losses of Q_tot at the greedy and at the taken joint action.
 
         The gradient reaches the agents through their hidden states, too; to Q_tot's losses Q* is a constant.
         """
@@ -70,6 +71,8 @@ class QTRAN(TDLearner):
         following = self.joint_value(target["mixer"], target_hidden[:, 1:], self.next_actions(greedy, batch), after)
         y = self.td_targets(batch, hp, following.q)
 
+        # Q_tot is the sum of utilities plus V(s), and learns from Q*, a constant here, at two joint actions. If the one
+        # taken is overestimated, `optimistic` with alpha = 0 leaves it alone.
         chosen_qs = gather_actions(agent_qs[:, :-1], batch.joint_action)
         greedy_qs = gather_actions(agent_qs[:, :-1], greedy[:, :-1])
         td_error = taken.q - y
@@ -82,6 +85,7 @@ class QTRAN(TDLearner):
         }
         loss = losses["td_loss"] + hp.lambda_opt * losses["opt_loss"] + hp.lambda_nopt * losses["nopt_loss"]
 
+        # Only for the log: the weights of eq. 11 that these two losses amount to.
         is_greedy = (batch.joint_action == greedy[:, :-1]).all(-1)
         values = {"agent_qs": agent_qs, "greedy_actions": greedy, "hidden": hidden, "target_hidden": target_hidden}
         values |= {"chosen_qs": chosen_qs, "greedy_qs": greedy_qs, "q_tot": chosen_qs.sum(-1) + taken.v}
@@ -94,6 +98,6 @@ class QTRAN(TDLearner):
         return loss, Aux({"loss": loss} | losses | means, values)
 
     def joint_value(self, joint_params: PyTree, hidden: Array, joint_action: Array, seen: Observation) -> JointValue:
-        """What the joint network says of ``joint_action`` ``[.., N]`` at the hidden states ``[.., N, H]``."""
+        """Returns the joint network's values of ``joint_action`` ``[.., N]`` at the hidden states ``[.., N, H]``."""
         actions = jax.nn.one_hot(joint_action, seen.avail_actions.shape[-1], dtype=hidden.dtype)
         return apply_net(self.joint_net, joint_params, hidden, actions, seen.state)

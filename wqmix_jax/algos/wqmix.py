@@ -1,4 +1,4 @@
-"""Weighted QMIX: a weighting of the joint actions and an unrestricted central estimate Q*, each a part of its own.
+"""Weighted QMIX: a weighting of the joint actions and an unrestricted central estimate Q*, independent of each other.
 
 OW- and CW-QMIX have both; the paper's ablations (appendix C) leave one out. ``src/learners/max_q_learner.py`` and,
 without Q*, ``src/learners/w_q_learner.py`` of the authors' code.
@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from wqmix_jax.algos.base import Aux, Context, Hyperparams, PositiveFraction, mean_over_steps
-from wqmix_jax.algos.q_learning import gather_actions, greedy_actions, init_agent, init_central, seen_after, seen_before
+from wqmix_jax.algos.q_learning import gather_actions, init_agent, init_central, seen_after, seen_before
 from wqmix_jax.algos.qmix import QMIX
 from wqmix_jax.networks.functional import apply_net
 from wqmix_jax.networks.q_star import AttentionQStar, FeedForwardQStar
 from wqmix_jax.ops import weighting
+from wqmix_jax.ops.action_selection import greedy_actions
 from wqmix_jax.ops.td import masked_mean, masked_mean_square
 from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, Episode, Observation, PRNGKey, PyTree
@@ -63,7 +64,7 @@ class WQMIX(QMIX):
         return super().without_effect() | unused
 
     def init(self, key: PRNGKey, env_spec: EnvSpec) -> PyTree:
-        """QMIX's nets, then Q*'s."""
+        """Draws the parameters of QMIX's nets and of Q*'s."""
         qmix_key, agent_key, mixer_key = jax.random.split(key, 3)
         params = super().init(qmix_key, env_spec)
         if self.q_star == "none":
@@ -77,13 +78,14 @@ class WQMIX(QMIX):
     def loss(
         self, params: PyTree, target: PyTree, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree
     ) -> tuple[Array, Aux]:
-        """The weighted loss of Q_tot (eq. 8) plus, with a Q*, its own unweighted loss (eq. 9)."""
+        """Returns the weighted loss of Q_tot (eq. 8) plus, with a Q*, its own unweighted loss (eq. 9)."""
         del ctx, noise
         agent_qs = self.unroll(params["agent"], batch)
         greedy = greedy_actions(agent_qs, batch.avail_actions)
         q_tot, _ = self.mix(params["mixer"], agent_qs[:, :-1], batch.joint_action, seen_before(batch))
         bootstrap = self._bootstrap(target, batch, greedy)
         y = self.td_targets(batch, hp, bootstrap.next)
+        # The paper's td_error is Q_tot - y: negative where Q_tot underestimates.
         weights = self._weights(q_tot - y, y, greedy, bootstrap, batch, hp)
         qmix_loss = masked_mean_square(q_tot - y, batch.mask, weights)
         metrics = {
@@ -101,6 +103,8 @@ class WQMIX(QMIX):
         }
         if self.q_star == "none":
             return qmix_loss, Aux(metrics, values)
+        # Q* learns the same target, unweighted, from separate agents with separate parameters: no gradient of this loss
+        # reaches the utilities, and none of the weighted loss reaches Q*.
         central_qs = self.unroll(params["q_star_agent"], batch)
         q_star = self.central_estimate(params, central_qs[:, :-1], batch.joint_action, seen_before(batch))
         q_star_loss = masked_mean_square(q_star - y, batch.mask)
@@ -109,17 +113,23 @@ class WQMIX(QMIX):
         return loss, Aux(metrics, values | {"q_star": q_star})
 
     def central_estimate(self, params: PyTree, agent_qs: Array, joint_action: Array, seen: Observation) -> Array:
-        """Q*(s, u), or Q_tot where there is no Q*, ``[..]``; arguments as in `FactoredQLearner.mixer_inputs`."""
+        """Returns Q*(s, u), or Q_tot if there is no Q*, ``[..]``; arguments as in `FactoredQLearner.mixer_inputs`."""
         if self.q_star == "none":
             return self.mix(params["mixer"], agent_qs, joint_action, seen)[0]
         chosen_qs = gather_actions(agent_qs, joint_action)
         return apply_net(self.q_star_net, params["q_star_mixer"], chosen_qs, seen.state)
 
     def _bootstrap(self, target: PyTree, batch: Episode, greedy: Array) -> Bootstrap:
-        """The target estimate at the online agents' greedy actions, or after a step at those taken.
+        """Returns the target nets' central estimate, at the greedy actions and at those to bootstrap from.
 
         With a Q* the target copies of the agent and the mixer never enter the loss.
         """
+        # With q_star="none", an ablation of appendix C, the central estimate is the target Q_tot itself: then this is
+        # QMIX's double-Q target, and CW compares with Q_tot. The greedy actions are always those of the online agents.
+        #
+        # ``now`` is needed at the first T steps and ``next`` at the last T. One call at all T+1 gives both where both
+        # are of greedy actions. SARSA(lambda) bootstraps from the actions taken, and needs a second call for ``next``;
+        # ``now`` stays at the greedy actions, which is what eq. 10 compares y with.
         agent_qs = self.unroll(target["agent" if self.q_star == "none" else "q_star_agent"], batch)
         seen = Observation(batch.obs, batch.state, batch.avail_actions)
         estimate = jax.lax.stop_gradient(self.central_estimate(target, agent_qs, greedy, seen))
@@ -137,5 +147,6 @@ class WQMIX(QMIX):
             return jnp.ones_like(y)
         if self.weighting == "optimistic":
             return jax.lax.stop_gradient(weighting.optimistic(td_error, hp.alpha))
+        # A joint action is greedy if every agent took its greedy action: [B, T, N] -> [B, T].
         is_greedy = (batch.joint_action == greedy[:, :-1]).all(-1)
         return weighting.central(is_greedy, y, bootstrap.now, hp.alpha)

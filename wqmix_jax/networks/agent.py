@@ -11,7 +11,7 @@ from wqmix_jax.types import Array
 
 
 def agent_inputs(obs: Array, last_action: Array, num_actions: int) -> Array:
-    """Local observation, one-hot last action and one-hot agent id, side by side.
+    """Concatenates local observation, one-hot last action and one-hot agent id.
 
     Args:
         obs: ``[.., N, O]``.
@@ -27,7 +27,8 @@ def agent_inputs(obs: Array, last_action: Array, num_actions: int) -> Array:
 
 
 def with_ids(features: Array) -> Array:
-    """Each agent's one-hot id beside its features: ``[.., N, F]`` -> ``[.., N, F + N]``."""
+    """Appends each agent's one-hot id to its features: ``[.., N, F]`` -> ``[.., N, F + N]``."""
+    # An id lets agents with shared weights behave differently.
     num_agents = features.shape[-2]
     ids = jnp.broadcast_to(jnp.eye(num_agents, dtype=features.dtype), (*features.shape[:-1], num_agents))
     return jnp.concatenate([features, ids], axis=-1)
@@ -67,6 +68,7 @@ class RecurrentAgent(nn.Module):
         ``num_steps`` it is zero.
         """
         encoder, gru = self.encoder.weights(inputs.shape[-1]), self.gru(self.hidden_dim)
+        # Any batch axes become one of rows, [T, R, I]: the GRU works on matrices.
         rows = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
         starts = None if starts is None else starts.reshape(len(rows), -1)
         hiddens = encoded_unroll(encoder, gru, carry.reshape(-1, self.hidden_dim), rows, starts, num_steps)

@@ -1,4 +1,4 @@
-"""Linear layers and their company, initialised and differentiated as torch does."""
+"""Linear layers and MLPs with PyTorch's initialisation and gradients."""
 
 import itertools
 from typing import NamedTuple
@@ -17,20 +17,20 @@ def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
 
 
 def magnitude(inputs: Array) -> Array:
-    """The absolute value, whose slope at zero is 0 as in torch; that of `jnp.abs` is 1."""
+    """Returns the absolute value, whose slope at zero is 0 as in torch; that of `jnp.abs` is 1."""
     return inputs * jnp.sign(inputs)
 
 
 def product(inputs: Array, kernel: Array) -> Array:
-    """``inputs @ kernel``, both in the dtype of the kernel, summed and given in that of the inputs."""
+    """Returns ``inputs @ kernel``, both in the kernel's dtype, summed and returned in that of the inputs."""
     return jnp.matmul(inputs.astype(kernel.dtype), kernel, preferred_element_type=inputs.dtype)
 
 
 @jax.custom_vjp
 def _product_side_by_side(kernel: Array, *inputs: Array) -> Array:
-    """The `product` of the inputs in one row, whose gradient by each of them is a product of its own.
+    """Returns the `product` of the concatenated inputs, whose gradient by each of them is a separate product.
 
-    Autodiff would compute that by all of them even where most are data, a state say.
+    Autodiff would compute the gradient by all of them in one product, even if most are data, for example a state.
     """
     return product(jnp.concatenate(inputs, axis=-1), kernel)
 
@@ -40,6 +40,8 @@ def _forward(kernel: Array, *inputs: Array) -> tuple[Array, tuple[Array, ...]]:
 
 
 def _backward(residuals: tuple[Array, ...], d_outputs: Array) -> tuple[Array, ...]:
+    # The kernel's gradient is one product over all rows; each input's is a product with its rows of the kernel, and XLA
+    # removes those of inputs that need no gradient.
     kernel, *inputs = residuals
     rows = jnp.concatenate(inputs, axis=-1).reshape(-1, len(kernel))
     d_kernel = product(d_outputs.reshape(len(rows), -1).T, rows.astype(kernel.dtype)).T
@@ -64,14 +66,14 @@ class Linear(nn.Module):
 
     @nn.compact
     def weights(self, num_inputs: int) -> LinearWeights:
-        """For inputs of this width."""
+        """Returns the weights for inputs of this width."""
         init = torch_uniform(num_inputs)
         return LinearWeights(
             self.param("kernel", init, (num_inputs, self.features)), self.param("bias", init, (self.features,))
         )
 
     def __call__(self, *inputs: Array) -> Array:
-        """Applies the layer to ``[.., F_1]``, ``[.., F_2]``, .. side by side."""
+        """Applies the layer to ``[.., F_1]``, ``[.., F_2]``, .. concatenated."""
         kernel, bias = self.weights(sum(part.shape[-1] for part in inputs))
         outputs = product(*inputs, kernel) if len(inputs) == 1 else _product_side_by_side(kernel, *inputs)
         return outputs + bias.reshape((1,) * (outputs.ndim - 1) + (-1,))

@@ -34,11 +34,13 @@ class QMIXMixer(nn.Module):
         """``[.., N]``, ``[.., D]`` -> ``[..]``, non-decreasing in every utility."""
         chex.assert_equal_shape_prefix([chosen_qs, state], chosen_qs.ndim - 1)
         num_agents = chosen_qs.shape[-1]
+        # Hypernetworks make the weights of the state; their absolute values keep the mix monotonic.
         w_1 = TwoLayer(self.hypernet_dim, num_agents * self.embed_dim, name="hyper_w_1")(state)
         w_1 = magnitude(w_1).reshape(*state.shape[:-1], num_agents, self.embed_dim)
         b_1 = Linear(self.embed_dim, name="hyper_b_1")(state)
         w_final = magnitude(TwoLayer(self.hypernet_dim, self.embed_dim, name="hyper_w_final")(state))
         v = TwoLayer(self.embed_dim, 1, name="v")(state)
+        # [.., N] x [.., N, E] -> [.., E]
         hidden = nn.elu(jnp.einsum("...n,...ne->...e", chosen_qs, w_1) + b_1)
         return (hidden * w_final).sum(-1) + v[..., 0]
 
@@ -67,6 +69,7 @@ class QattenMixer(nn.Module):
         query = TwoLayer(self.hypernet_dim, self.num_heads * self.embed_dim, name="query")(state)
         keys = Linear(self.num_heads * self.embed_dim, name="key")(features)
         query, keys = query.reshape(*state.shape[:-1], *heads), keys.reshape(*features.shape[:-1], *heads)
+        # Each head attends to the agents, [.., K, N]; its value is a weighted mean of the utilities, [.., K].
         logits = jnp.einsum("...he,...nhe->...hn", query, keys) / self.embed_dim**0.5
         head_qs = (jax.nn.softmax(logits) * chosen_qs[..., None, :]).sum(-1)
         weights = magnitude(TwoLayer(self.hypernet_dim, self.num_heads, name="head")(state))

@@ -43,6 +43,7 @@ class FeedForwardQStar(nn.Module):
         """
         num_agents = chosen_qs.shape[-1]
         first = self._first_layer(chosen_qs, state)
+        # [.., N, A, 1] x [N, 1, hidden]: what another utility of one agent changes in the first layer.
         kernel = self.net_0.variables["params"]["kernel"][-num_agents:]  # the rows of the utilities
         change = (agent_qs - chosen_qs[..., None])[..., None] * kernel.reshape(
             (1,) * (agent_qs.ndim - 2) + (num_agents, 1, -1)
@@ -79,6 +80,7 @@ class AttentionQStar(nn.Module):
         chex.assert_equal_shape_prefix([chosen_qs, state], chosen_qs.ndim - 1)
         num_agents = chosen_qs.shape[-1]
         logits = TwoLayer(self.hypernet_dim, num_agents * self.hidden_dim, name="attention")(state)
+        # Over agents, one distribution per head: [.., N, K].
         attention = jax.nn.softmax(logits.reshape(*state.shape[:-1], num_agents, self.hidden_dim), axis=-2)
         hidden = (chosen_qs[..., None] * attention).sum(-2)
         for layer in range(2):

@@ -87,8 +87,10 @@ class QPLEXMixer(nn.Module):
         chex.assert_equal_shape([chosen_qs, greedy_qs])
         chex.assert_equal_shape_prefix([chosen_qs, state], chosen_qs.ndim - 1)
         num_agents = chosen_qs.shape[-1]
+        # Utilities are scaled and shifted by the state, with positive scales, so that each agent's order stays.
         w = magnitude(TwoLayer(self.hypernet_dim, num_agents, name="hyper_w_final")(state)) + TINY
         b = TwoLayer(self.hypernet_dim, num_agents, name="v")(state)
         weights = AdvantageWeights(self.attention_dim, self.num_heads, name="si_weight")(state, actions)
+        # At most 0, and 0 for greedy actions; positive weights keep it so, and the greedy joint action the best.
         advantages = jax.lax.stop_gradient((w * chosen_qs + b) - (w * greedy_qs + b))
         return Duel(value=(w * chosen_qs + b).sum(-1), advantage=(advantages * (weights - 1)).sum(-1))

@@ -11,7 +11,7 @@ from wqmix_jax.types import Array
 
 
 class JointValue(NamedTuple):
-    """What the joint network says of a joint action.
+    """The joint network's values of a joint action.
 
     Attributes:
         q: ``[..]``, Q(s, u), unrestricted.
@@ -42,6 +42,7 @@ class QTRANJoint(nn.Module):
         chex.assert_equal_shape_prefix([hidden, state], state.ndim - 1)
         features = (self.hidden_dim,) * self.num_layers + (1,)
         pairs = jnp.concatenate([hidden, actions], axis=-1)
+        # The sum over agents makes Q independent of their number and order.
         encoding = TwoLayer(pairs.shape[-1], pairs.shape[-1], name="action_encoding")(pairs).sum(-2)
         q = MLP(features, name="q")(jnp.concatenate([state, encoding], axis=-1))
         v = MLP(features, name="v")(state)

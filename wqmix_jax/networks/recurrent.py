@@ -29,7 +29,7 @@ class GRUWeights(NamedTuple):
 
 
 class _Gates(NamedTuple):
-    """What a step computes on its way, each ``[R, H]``; ``hidden_new`` is what the new gate has of the hidden state."""
+    """The intermediate values of a step, each ``[R, H]``; ``hidden_new`` is the hidden state's term in the new gate."""
 
     reset: Array
     update: Array
@@ -38,7 +38,7 @@ class _Gates(NamedTuple):
 
 
 def gru_step(weights: GRUWeights, carry: Array, inputs: Array) -> Array:
-    """One step of torch's GRUCell: ``[R, H]``, ``[R, F]`` -> ``[R, H]``."""
+    """Takes one step of torch's GRUCell: ``[R, H]``, ``[R, F]`` -> ``[R, H]``."""
     return _next_hidden(_gates(weights, carry, inputs), carry)
 
 
@@ -51,7 +51,7 @@ def encoded_unroll(
     starts: Array | None = None,
     num_steps: Array | None = None,
 ) -> Array:
-    """All hidden states of a sequence: ``[R, H]``, ``[T, R, I]`` -> ``[T, R, H]``.
+    """Returns all hidden states of a sequence: ``[R, H]``, ``[T, R, I]`` -> ``[T, R, H]``.
 
     Where ``starts`` ``[T, R]`` is true, the hidden state before the step is ``carry`` again. With ``num_steps``, a
     scalar, only so many steps are taken: the hidden states of the others are zero and have no gradient.
@@ -77,13 +77,14 @@ def _scan(
     *,
     reverse: bool = False,
 ) -> tuple[Any, PyTree]:
-    """`jax.lax.scan`, or one over the first ``num_steps`` alone, where what comes out of the others is zero.
+    """Scans like `jax.lax.scan`, or over the first ``num_steps`` alone, where the outputs of the others are zero.
 
-    Their number may be traced, since nothing is differentiated here.
+    ``num_steps`` may be traced, since nothing is differentiated here.
     """
     if num_steps is None:
         return jax.lax.scan(step, carry, xs, reverse=reverse)
 
+    # A loop of dynamic length, which autodiff couldn't reverse; outputs are written into arrays of full length.
     def at(index: Array) -> PyTree:
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), xs)
 
@@ -101,7 +102,7 @@ def _scan(
 
 
 def _restarted(hidden: Array, carry: Array, start: Array | None) -> Array:
-    """The hidden state before a step: ``carry`` where the rows ``start``, all ``[R, ..]``."""
+    """Returns the hidden state before a step: ``carry`` where the rows ``start``, all ``[R, ..]``."""
     return hidden if start is None else jnp.where(start[:, None], carry, hidden)
 
 
@@ -110,6 +111,8 @@ def _encode(encoder: LinearWeights, inputs: Array) -> Array:
 
 
 def _gates(weights: GRUWeights, carry: Array, inputs: Array) -> _Gates:
+    # The three gates' products are one, [R, F] x [F, 3H]. The reset gate scales the hidden state's term of the new gate
+    # after its bias is added, as in torch; hence two bias vectors.
     from_inputs = product(inputs, weights.input_kernel) + weights.input_bias[None, :]
     from_hidden = product(carry, weights.hidden_kernel) + weights.hidden_bias[None, :]
     input_reset, input_update, input_new = jnp.split(from_inputs, 3, axis=-1)
@@ -124,7 +127,7 @@ def _next_hidden(gates: _Gates, hidden: Array) -> Array:
 
 
 class _Residuals(NamedTuple):
-    """What the backward pass reads; ``encoded``, ``hiddens`` and the gates are those of every step."""
+    """The inputs of the backward pass; ``encoded``, ``hiddens`` and the gates are those of every step."""
 
     encoder: LinearWeights
     weights: GRUWeights
@@ -159,6 +162,14 @@ def _unroll_forward(
 def _unroll_backward(
     residuals: _Residuals, d_hiddens: Array
 ) -> tuple[LinearWeights, GRUWeights, Array, Array, None, None]:
+    """Backpropagates through time: ``[T, R, H]`` -> the gradients by all differentiable arguments.
+
+    ``d_before`` ``[R, H]`` is the gradient by the hidden state before the step that comes next, in reverse time.
+    """
+    # One loop from the last step to the first. Each step turns the gradient by its hidden state into those by the gates
+    # before their nonlinearities (``d_from_inputs``, ``d_from_hidden``, ``[R, 3H]``), by its input and by the hidden
+    # state before it, and adds its terms of the weights' gradients while its activations are in the cache. Hidden
+    # states before a step are read from ``hiddens``, shifted by one, and not stored a second time.
     encoder, weights, carry, inputs, starts, num_steps, encoded, hiddens, gates = residuals
     narrow = weights.hidden_kernel.dtype
     # Transposed once: within the loop XLA would do it at every step.
@@ -170,15 +181,17 @@ def _unroll_backward(
         before = jax.lax.dynamic_index_in_dim(hiddens, jnp.maximum(index - 1, 0), keepdims=False)
         before = _restarted(jnp.where(index > 0, before, carry), carry, start)
         d_hidden = d_before + d_hidden
+        # From h = (1 - update) new + update before and new = tanh(.. + reset hidden_new), with sigmoid' = s (1 - s).
         d_new = d_hidden * (1 - update) * (1 - new * new)
         d_update = d_hidden * (before - new) * update * (1 - update)
         d_reset = d_new * hidden_new * reset * (1 - reset)
         d_hidden_new = d_new * reset
         d_from_inputs = jnp.concatenate([d_reset, d_update, d_new], axis=-1)
         d_from_hidden = jnp.concatenate([d_reset, d_update, d_hidden_new], axis=-1)
+        # The two products differ in the new gate alone, where the reset gate scales the hidden state's term.
         d_encoded = jnp.where(features > 0, product(d_from_inputs, input_kernel), 0)
         d_input_bias = d_from_inputs.sum(0)
-        of_step = (
+        d_step = (
             LinearWeights(product(x.T, d_encoded.astype(narrow)), d_encoded.sum(0)),
             GRUWeights(
                 product(features.T, d_from_inputs.astype(narrow)),
@@ -188,10 +201,10 @@ def _unroll_backward(
             ),
         )
         d_before = d_hidden * update + product(d_from_hidden, hidden_kernel)
-        if start is not None:
+        if start is not None:  # the step began an episode: its gradient is by ``carry``, not by the step before
             d_carry += jnp.where(start[:, None], d_before, 0)
             d_before = jnp.where(start[:, None], 0, d_before)
-        return (d_carry, d_before, jax.tree.map(jnp.add, d_weights, of_step)), product(d_encoded, encoder_kernel)
+        return (d_carry, d_before, jax.tree.map(jnp.add, d_weights, d_step)), product(d_encoded, encoder_kernel)
 
     both = (encoder, weights)
     none = jnp.zeros_like(carry)
@@ -212,7 +225,7 @@ class GRU(nn.Module):
 
     @nn.compact
     def __call__(self, num_features: int) -> GRUWeights:
-        """For inputs of this width."""
+        """Returns the weights for inputs of this width."""
         init, gates = torch_uniform(self.hidden_dim), 3 * self.hidden_dim
         return GRUWeights(
             self.param("input_kernel", init, (num_features, gates)),

@@ -1,19 +1,29 @@
-"""Greedy and epsilon-greedy choice among available actions, and the schedule of epsilon."""
+"""Choices among available actions: greedy, epsilon-greedy and drawn from a policy; and the schedule of epsilon."""
 
 import jax
 import jax.numpy as jnp
 
 from wqmix_jax.types import Array, PRNGKey
 
+UNAVAILABLE = -9999999.0
+"""Replaces the values of unavailable actions before a maximum is taken, as in the authors' code."""
 
-def masked_argmax(agent_qs: Array, avail_actions: Array) -> Array:
-    """Each agent's best available action: ``[.., N, A]``, ``[.., N, A]`` bool -> ``[.., N]`` int32, first on ties.
 
-    The action is available whatever the values are, nan and infinities included; 0 where no action is available.
+def greedy_actions(agent_qs: Array, avail_actions: Array) -> Array:
+    """Returns each agent's best available action: two ``[.., N, A]`` -> ``[.., N]`` int32, the first of equals.
+
+    The action is available whatever the values are, nan and infinities included; 0 where no action is available. A
+    constant to the gradient.
     """
+    agent_qs = jax.lax.stop_gradient(agent_qs)
     # An available -inf must beat an unavailable action; a nan passes through `maximum` and wins the argmax.
     available_qs = jnp.maximum(agent_qs, jnp.finfo(jnp.result_type(agent_qs, float)).min)
     return jnp.argmax(jnp.where(avail_actions, available_qs, -jnp.inf), axis=-1).astype(jnp.int32)
+
+
+def greedy_values(agent_qs: Array, avail_actions: Array) -> Array:
+    """Returns the utility of each agent's best available action, ``[.., N]``, a constant to the gradient."""
+    return jax.lax.stop_gradient(jnp.where(avail_actions, agent_qs, UNAVAILABLE)).max(-1)
 
 
 def with_idle_action(avail_actions: Array) -> Array:
@@ -27,24 +37,25 @@ def with_idle_action(avail_actions: Array) -> Array:
 
 
 def epsilon_greedy(key: PRNGKey, agent_qs: Array, avail_actions: Array, epsilon: Array) -> Array:
-    """Each agent on its own explores uniformly over its available actions with probability ``epsilon`` (scalar).
+    """Explores, each agent independently, uniformly over available actions with probability ``epsilon`` (scalar).
 
-    Shapes as `masked_argmax`.
+    Shapes as `greedy_actions`.
     """
+    # Both are drawn for every agent, and one is selected: the numbers drawn don't depend on epsilon.
     explore_key, action_key = jax.random.split(key)
     explore = jax.random.uniform(explore_key, agent_qs.shape[:-1]) < epsilon
     random_action = jax.random.categorical(action_key, jnp.where(avail_actions, 0.0, -jnp.inf), axis=-1)
-    return jnp.where(explore, random_action.astype(jnp.int32), masked_argmax(agent_qs, avail_actions))
+    return jnp.where(explore, random_action.astype(jnp.int32), greedy_actions(agent_qs, avail_actions))
 
 
 def linear_epsilon(env_steps: Array, start: Array, finish: Array, anneal_steps: Array) -> Array:
-    """Linear from ``start`` to ``finish`` over the first ``anneal_steps`` environment steps, constant afterwards."""
+    """Anneals linearly from ``start`` to ``finish`` over the first ``anneal_steps`` steps; constant afterwards."""
     progress = jnp.minimum(env_steps / anneal_steps, 1.0)
     return start + (finish - start) * progress
 
 
 def epsilon_floor(logits: Array, avail_actions: Array, epsilon: Array) -> Array:
-    """(1 - epsilon) softmax(logits) + epsilon / A over all ``A`` actions, then restricted to the available ones.
+    """Returns (1 - epsilon) softmax(logits) + epsilon / A over all ``A`` actions, restricted to the available ones.
 
     The floor of COMA (Foerster et al., arXiv 1705.08926), which appendix B of the paper takes over. As in the authors'
     code, softmax and floor know nothing of availability; masking and renormalising come after them.
@@ -65,7 +76,7 @@ def epsilon_floor(logits: Array, avail_actions: Array, epsilon: Array) -> Array:
 
 
 def draw(policy: Array, gumbel: Array) -> Array:
-    """An action of each policy: ``[.., A]`` probabilities, ``[.., A]`` standard Gumbel noise -> ``[..]`` int32.
+    """Draws an action of each policy: ``[.., A]`` probabilities, ``[.., A]`` standard Gumbel noise -> ``[..]`` int32.
 
     An action of probability 0 is never drawn.
     """
@@ -73,7 +84,7 @@ def draw(policy: Array, gumbel: Array) -> Array:
 
 
 def straight_through(logits: Array, gumbel: Array, temperature: Array) -> Array:
-    """A drawn action as a one-hot vector whose gradient is that of the Gumbel-softmax (arXiv 1611.01144).
+    """Draws an action, one-hot ``[.., A]``, whose gradient is that of the Gumbel-softmax (arXiv 1611.01144).
 
     Args:
         logits: ``[.., A]``.
@@ -82,5 +93,6 @@ def straight_through(logits: Array, gumbel: Array, temperature: Array) -> Array:
     """
     perturbed = logits + gumbel
     soft = jax.nn.softmax(perturbed / temperature)
+    # Forward `hard`, backward `soft`: their difference is a constant.
     hard = jax.nn.one_hot(perturbed.argmax(-1), perturbed.shape[-1], dtype=soft.dtype)
     return soft + jax.lax.stop_gradient(hard - soft)

@@ -1,4 +1,4 @@
-"""Temporal-difference targets and masked losses, as tiny functions."""
+"""Temporal-difference targets and masked losses."""
 
 import chex
 import jax
@@ -8,7 +8,7 @@ from wqmix_jax.types import Array
 
 
 def td_target(reward: Array, discount: Array, gamma: Array, next_value: Array) -> Array:
-    """y = r + gamma * discount * V(s'), the target of eq. 6 of the paper (arXiv 2006.10800).
+    """Returns y = r + gamma * discount * V(s'), the target of eq. 6 of the paper (arXiv 2006.10800).
 
     All arguments broadcast; ``discount`` is 0 where the task terminated and 1 elsewhere.
     """
@@ -16,7 +16,7 @@ def td_target(reward: Array, discount: Array, gamma: Array, next_value: Array) -
 
 
 def lambda_return(reward: Array, discount: Array, gamma: Array, next_value: Array, td_lambda: Array) -> Array:
-    """y_t = r_t + gamma * discount_t * ((1 - lambda_t) * V_t+1 + lambda_t * y_t+1) of one row, from its end.
+    """Returns y_t = r_t + gamma * discount_t * ((1 - lambda_t) * V_t+1 + lambda_t * y_t+1) of one row.
 
     With the greedy joint actions' values it is TD(lambda), Peng's Q(lambda); with those of the actions taken,
     SARSA(lambda) without importance weights, as in SMIX(lambda) (Wen et al., arXiv 1911.04094).
@@ -27,7 +27,7 @@ def lambda_return(reward: Array, discount: Array, gamma: Array, next_value: Arra
         gamma: scalar.
         next_value: ``[T, ..]``, V of the state after each step.
         td_lambda: ``[T]``, 0 at each episode's last step: there the target is `td_target`, which bootstraps past a time
-            limit, and nothing comes in from what lies behind it, padding or another episode.
+            limit, and nothing comes in from the places after it, padding or another episode.
 
     Returns:
         ``[T, ..]``.
@@ -36,6 +36,7 @@ def lambda_return(reward: Array, discount: Array, gamma: Array, next_value: Arra
 
     def backwards(later: Array, step: tuple[Array, ...]) -> tuple[Array, Array]:
         r, d, value, weight = step
+        # A mix of values one step ahead in the place of V(s'): the recursion is a one-step target of it.
         y = td_target(r, d, gamma, (1 - weight) * value + weight * later)
         return y, y
 
@@ -44,16 +45,17 @@ def lambda_return(reward: Array, discount: Array, gamma: Array, next_value: Arra
 
 
 def masked_mean_square(error: Array, mask: Array, weights: Array | None = None) -> Array:
-    """sum(w * (error * mask)^2) / sum(mask), a scalar; ``weights`` default to 1 (eq. 8 of the paper)."""
+    """Returns sum(w * (error * mask)^2) / sum(mask), a scalar; ``weights`` default to 1 (eq. 8 of the paper)."""
+    # As in the authors' code, the mask multiplies the error before it is squared.
     squares = jnp.square(error * mask)
     return (squares if weights is None else weights * squares).sum() / _count(mask)
 
 
 def masked_mean(value: Array, mask: Array) -> Array:
-    """The mean of ``value`` over the entries where ``mask`` is 1, a scalar."""
+    """Returns the mean of ``value`` over the entries where ``mask`` is 1, a scalar."""
     return (value * mask).sum() / _count(mask)
 
 
 def _count(mask: Array) -> Array:
-    """How many entries are 1; at least 1, for a batch of episodes that failed at their first step."""
+    """Counts the entries that are 1; at least 1, for a batch of episodes that failed at their first step."""
     return jnp.maximum(mask.sum(), 1.0)

@@ -6,7 +6,7 @@ from wqmix_jax.types import Array
 
 
 def optimistic(td_error: Array, alpha: Array) -> Array:
-    """Optimistic weighting (OW), eq. 5: 1 where Q_tot underestimates its target, alpha elsewhere.
+    """Returns the optimistic weights (OW), eq. 5: 1 where Q_tot underestimates its target, alpha elsewhere.
 
     Args:
         td_error: ``Q_tot - y``, any shape.
@@ -16,10 +16,10 @@ def optimistic(td_error: Array, alpha: Array) -> Array:
 
 
 def central(is_greedy: Array, td_target: Array, greedy_value: Array, alpha: Array) -> Array:
-    """Centrally-weighted (CW), eq. 10: 1 where the joint action is greedy or better than the greedy one, else alpha.
+    """Returns the central weights (CW), eq. 10: 1 where the joint action is greedy or better than that, else alpha.
 
     Args:
-        is_greedy: bool, every agent took the argmax of its own utility.
+        is_greedy: bool, every agent took the argmax of its utility.
         td_target: ``y``, same shape.
         greedy_value: the central estimate of the greedy joint action, same shape; the comparison is strict.
         alpha: scalar in (0, 1].
@@ -28,11 +28,11 @@ def central(is_greedy: Array, td_target: Array, greedy_value: Array, alpha: Arra
 
 
 def qtran(is_greedy: Array, td_error: Array, lambda_opt: Array, lambda_nopt: Array) -> Array:
-    """What QTRAN weighs joint actions with, seen as a Weighted QMIX: eq. 11.
+    """Returns the weights of QTRAN, seen as a Weighted QMIX: eq. 11.
 
     Args:
-        is_greedy: bool, every agent took the argmax of its own utility.
-        td_error: ``Q_tot - Q*``, same shape: what is overestimated and not greedy gets no weight at all.
+        is_greedy: bool, every agent took the argmax of its utility.
+        td_error: ``Q_tot - Q*``, same shape: a joint action that is overestimated and not greedy gets no weight.
         lambda_opt: scalar, the weight of greedy joint actions.
         lambda_nopt: scalar, the weight of the others.
     """

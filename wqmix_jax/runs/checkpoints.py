@@ -49,11 +49,9 @@ from wqmix_jax.runs.checkpoint_pieces import (
     piece_shape,
 )
 from wqmix_jax.runs.saved_policies import Policy, flat
-from wqmix_jax.training.compiled_loop import Trainer, TrainRecord, TrainState
+from wqmix_jax.training.compiled_loop import Trainer, TrainRecord, TrainState, abstract_interval, abstract_state
 from wqmix_jax.training.host_loop import (
     Loop,
-    abstract_interval,
-    abstract_state,
     env_steps,
     join,
     num_pending,

@@ -1,26 +1,26 @@
-"""What a run takes of the memory, read off its compiled programs before anything is allocated.
+"""The memory that a run needs, read from its compiled programs before anything is allocated.
 
-Where the backward passes of all seeds at once would not fit, the seeds learn in groups, one after the other.
+If the backward passes of all seeds don't fit simultaneously, the seeds learn in groups, one after another.
 """
 
 import contextlib
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
+from wqmix_jax.config import RunConfig
 from wqmix_jax.errors import ConfigError, RunError
 from wqmix_jax.runs.checkpoint_pieces import buffer_bytes
-from wqmix_jax.training.compiled_loop import Trainer
-from wqmix_jax.training.host_loop import Compilation, abstract_state, compile_trainer
+from wqmix_jax.training.compiled_loop import Compilation, Trainer, abstract_state, compile_trainer, make_trainer
 from wqmix_jax.training.members import Member
 
 MAX_REASON = 200
-"""Characters of JAX's message."""
+"""Characters of JAX's message that are shown."""
 
 _NO_MEMORY = re.compile(
     r"RESOURCE_EXHAUSTED|out of memory|ALLOC_FAILED|failed to (create|allocate).*(handle|memory)", re.IGNORECASE
@@ -31,14 +31,14 @@ PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 class MemoryPlan(NamedTuple):
-    """What the programs take of one memory: that of the machine for a CPU, of one device otherwise.
+    """The bytes that programs need in one memory: the machine's for a CPU, one device's otherwise.
 
     Attributes:
-        members: how many trainings share it.
-        state: bytes of their train states, the replays among them.
-        temporaries: bytes of what the programs compute on their way, and of their records.
-        checkpoint: bytes that writing or reading a checkpoint takes at most, in addition to the states.
-        limit: bytes that are there for it; None where nobody tells.
+        members: the number of trainings that share it.
+        state: their train states, replays included.
+        temporaries: intermediate arrays of the programs, and their records.
+        checkpoint: the most that writing or reading a checkpoint takes in addition to the states.
+        limit: the available bytes; None if unknown.
     """
 
     members: int
@@ -49,66 +49,68 @@ class MemoryPlan(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Bytes in all."""
+        """The sum."""
         return self.state + self.temporaries + self.checkpoint
 
     @property
     def fits(self) -> bool:
-        """Whether that is there."""
+        """True if the sum is available, or if that is unknown."""
         return self.limit is None or self.total <= self.limit
 
     def __str__(self) -> str:
-        parts = f"{_megabytes(self.state)} of states and replays, {_megabytes(self.temporaries)} of temporaries"
+        parts = f"{_megabytes(self.state)} of states and replay buffers, {_megabytes(self.temporaries)} of temporaries"
         parts += f", {_megabytes(self.checkpoint)} for checkpoints" if self.checkpoint else ""
-        there = "" if self.limit is None else f"; {_megabytes(self.limit)} are there"
+        there = "" if self.limit is None else f"; {_megabytes(self.limit)} available"
         each = _megabytes(self.total / self.members)
         return f"memory: {each} per seed, {_megabytes(self.total)} in all ({parts}){there}"
 
 
 def refuse_small_memory(trainer: Trainer, members: Sequence[Member]) -> None:
-    """Says before anything compiles that not even the train states would fit.
+    """Refuses seeds whose train states alone would not fit, before anything compiles.
 
     Raises:
         ConfigError: if so.
     """
     num_bytes, limit = _state_bytes(trainer, members), memory_limit(trainer)
     if limit is not None and num_bytes > limit:
-        told = f"their states and replays take {_megabytes(num_bytes)}, and {_megabytes(limit)} are there"
-        raise ConfigError(f"training {len(members)} seeds at once is not allowed: {told}")
+        needed, available = _megabytes(num_bytes), _megabytes(limit)
+        reason = f"their states and replay buffers need {needed}, but only {available} is available"
+        raise ConfigError(f"training {len(members)} seeds in one run is not allowed: {reason}")
 
 
 def compile_within_memory(
-    trainer: Trainer, members: Sequence[Member], regroup: Callable[[int], Trainer], *, fresh: bool = True
+    config: RunConfig, trainer: Trainer, members: Sequence[Member], *, fresh: bool = True
 ) -> tuple[Trainer, Compilation, list[str]]:
-    """`compile_trainer`, in as few groups of seeds as fit into the memory.
+    """Compiles a trainer, in as few groups of seeds as fit into the memory.
 
     Args:
+        config: the options of ``trainer``, from which it is made again with more `Trainer.memory_groups`.
         trainer: the trainer.
         members: as many as will train.
-        regroup: the same trainer with another `Trainer.learner_groups`.
         fresh: see `compile_trainer`.
 
     Returns:
-        The compiled trainer, how it was compiled, and lines that say what it takes.
+        The compiled trainer, facts about its compilation, and lines that say how much memory it needs.
 
     Raises:
-        RunError: where the seeds don't fit one by one either.
+        RunError: if the seeds don't fit one by one either.
     """
     trainer, compilation = compile_trainer(trainer, members, fresh=fresh)
     plan = memory_plan(trainer, members)
-    for groups in _numbers_of_groups(plan, _seeds_per_device(trainer, members)):
-        trainer, more = compile_trainer(regroup(groups), members, fresh=fresh)
+    for groups in _memory_groups(plan, _seeds_per_device(trainer, members)):
+        trainer = make_trainer(config, sharding=trainer.sharding, memory_groups=groups)
+        trainer, more = compile_trainer(trainer, members, fresh=fresh)
         plan, compilation = memory_plan(trainer, members), compilation + more
         if plan.fits:
             break
     if not plan.fits:
-        raise RunError(f"too little memory, fewer seeds may do: {plan}")
+        raise RunError(f"too little memory, train fewer seeds: {plan}")
     return trainer, compilation, list(_lines(trainer, members, plan))
 
 
 @contextlib.contextmanager
 def memory_faults_in_one_line() -> Iterator[None]:
-    """Turns JAX's errors of a device's memory into one line that says what to do.
+    """Turns JAX's errors about a full memory into one line that says what to do.
 
     Raises:
         RunError: if there is one.
@@ -122,20 +124,20 @@ def memory_faults_in_one_line() -> Iterator[None]:
 
 
 def _out_of_memory(message: str, device: Any) -> str:
-    """Several processes share a GPU where one is evaluated while another trains, or a sweep runs side by side."""
-    told = f"out of memory ({message.splitlines()[0][:MAX_REASON]}); fewer seeds may do"
+    """Returns the one line; several processes may share a GPU, for example an evaluation while another run trains."""
+    reason = f"out of memory ({message.splitlines()[0][:MAX_REASON]}); train fewer seeds"
     preallocates = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower() not in ("false", "0")
     if device.platform not in ("gpu", "cuda", "rocm") or not preallocates:
-        return told
+        return reason
     cause = "or another process uses the GPU, of which JAX takes 75% when it starts"
-    return f"{told}, {cause}: XLA_PYTHON_CLIENT_PREALLOCATE=false for each process lets them share it"
+    return f"{reason}, {cause}: set XLA_PYTHON_CLIENT_PREALLOCATE=false for each process to share it"
 
 
 def memory_plan(trainer: Trainer, members: Sequence[Member]) -> MemoryPlan:
-    """What a compiled trainer's programs say of themselves."""
+    """Sums up the memory analyses of a compiled trainer's programs."""
     programs: Any = (trainer.train, trainer.evaluate)  # compiled
     train, evaluate = (program.memory_analysis() for program in programs)
-    beside_state = max(
+    temporaries = max(
         train.temp_size_in_bytes + train.output_size_in_bytes - train.alias_size_in_bytes,
         evaluate.temp_size_in_bytes + evaluate.output_size_in_bytes,
     )
@@ -146,16 +148,17 @@ def memory_plan(trainer: Trainer, members: Sequence[Member]) -> MemoryPlan:
     return MemoryPlan(
         members=num_members,
         state=state,
-        temporaries=sharing * beside_state,
+        temporaries=sharing * temporaries,
         checkpoint=buffer_bytes(state) if on_host else 0,
         limit=memory_limit(trainer),
     )
 
 
 def memory_limit(trainer: Trainer) -> int | None:
-    """Bytes for arrays in the memory that a device of the trainer uses, those that lie there now included.
+    """Returns the bytes for arrays in the memory of a device of the trainer, including arrays that are there now.
 
-    A CPU's is what Linux has left for everyone, for this process (``ulimit -v``) and for its control group (version 2).
+    On a CPU, the least that Linux has left for everyone, for this process (``ulimit -v``) and for its control group
+    (version 2).
     """
     device = _device(trainer)
     if device.platform != "cpu":
@@ -165,7 +168,7 @@ def memory_limit(trainer: Trainer) -> int | None:
 
 
 def host_memory_left() -> int | None:
-    """Bytes that this process can still allocate on the host; None if unknown."""
+    """Returns the bytes that this process can still allocate on the host; None if unknown."""
     left = [size for size in (_machine_left(), _process_left(), _control_group_left()) if size is not None]
     return min(left, default=None)
 
@@ -183,7 +186,7 @@ def _process_left() -> int | None:
 
 
 def _control_group_left() -> int | None:
-    """The least of the process's own group and those that it is in; the files that Linux caches make way."""
+    """Returns the least that is left in the process's group and its parents; cached files count as free."""
     path = next((line[3:] for line in _lines_of(PROC / "self/cgroup") if line.startswith("0::")), "/")
     group, left = CGROUP / path.lstrip("/"), []
     for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(CGROUP))):
@@ -199,8 +202,8 @@ def _lines_of(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
 
 
-def _numbers_of_groups(plan: MemoryPlan, num_seeds: int) -> Iterator[int]:
-    """What to try where the seeds don't fit at once: what should do, as their temporaries shrink, then one by one."""
+def _memory_groups(plan: MemoryPlan, num_seeds: int) -> Iterator[int]:
+    """Yields the numbers of groups to try if the seeds don't fit in one: the least that should do, then one by one."""
     if plan.fits or num_seeds == 1:
         return
     divisors = [number for number in range(2, num_seeds + 1) if num_seeds % number == 0]
@@ -210,21 +213,21 @@ def _numbers_of_groups(plan: MemoryPlan, num_seeds: int) -> Iterator[int]:
 
 def _lines(trainer: Trainer, members: Sequence[Member], plan: MemoryPlan) -> Iterator[str]:
     yield str(plan)
-    if trainer.learner_groups > 1:
-        size = _seeds_per_device(trainer, members) // trainer.learner_groups
+    if trainer.memory_groups > 1:
+        size = _seeds_per_device(trainer, members) // trainer.memory_groups
         seeds = "1 seed" if size == 1 else f"{size} seeds"
-        yield f"memory: not all seeds fit at once: on each device they learn {seeds} at a time"
+        yield f"memory: not all seeds fit simultaneously: on each device they learn {seeds} at a time"
 
 
 def _state_bytes(trainer: Trainer, members: Sequence[Member]) -> int:
-    """Of the train states in one memory; devices that share a batch hold a copy each."""
+    """Returns the bytes of the train states in one memory; devices that share a batch hold a copy each."""
     leaves = jax.tree.leaves(abstract_state(trainer, members))
     per_device = (math.prod(trainer.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
     return _devices_per_memory(trainer) * sum(per_device)
 
 
 def _devices_per_memory(trainer: Trainer) -> int:
-    """Those of a CPU all use the machine's."""
+    """Counts the devices that use one memory: all devices of a CPU use the machine's."""
     return len(trainer.sharding.device_set) if _device(trainer).platform == "cpu" else 1
 
 

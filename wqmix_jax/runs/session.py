@@ -50,13 +50,11 @@ from wqmix_jax.runs.signals import StopSignals
 from wqmix_jax.runs.startup import checkpoint_lines, device_lines, how_to_go_on, plan_lines, refuse_full_disk
 from wqmix_jax.runs.trust import Named, open_config
 from wqmix_jax.training.compile_cache import use_compilation_cache
-from wqmix_jax.training.compiled_loop import Trainer, make_trainer, train_sharding
+from wqmix_jax.training.compiled_loop import Compilation, Trainer, abstract_state, make_trainer, train_sharding
 from wqmix_jax.training.devices import claim_cores, refuse_missing_backend
 from wqmix_jax.training.host_loop import (
-    Compilation,
     Line,
     Loop,
-    abstract_state,
     advance,
     begin,
     env_steps,
@@ -311,13 +309,10 @@ class _Session:
         self._compile(fresh=restored is None)
         return begin(self.trainer, self.members) if restored is None else (restored.loop, [])
 
-    def _regrouped(self, learner_groups: int) -> Trainer:
-        return make_trainer(self.config, sharding=self.trainer.sharding, learner_groups=learner_groups)
-
     def _compile(self, *, fresh: bool) -> None:
         print("compiling", flush=True)
         self.trainer, self.compilation, lines = compile_within_memory(
-            self.trainer, self.members, self._regrouped, fresh=fresh
+            self.config, self.trainer, self.members, fresh=fresh
         )
         for line in (str(self.compilation), *lines):
             print(line, flush=True)

@@ -1,77 +1,113 @@
-"""Every seed's gradient on a batch of its replay, without the padding that can be left out."""
+"""Each seed's gradient on a batch of its replay, without the padding that can be left out.
+
+Words for a batch and its parts, from large to small:
+
+- batch: the ``B`` episodes that one seed samples for a learner step;
+- group: the seeds that learn simultaneously on a device; the groups of a device take turns (`num_groups`);
+- part: the share of each batch that a device learns from, where several devices share it;
+- tile: some rows of all packed batches of a group, learned from together;
+- row: an episode, or several one after another (`row_packing`), ``T+1`` places long;
+- place: a time step of a row.
+"""
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, Sharding
 
-from wqmix_jax.algos.base import Algorithm, Context, Hyperparams, is_mean_over_steps
+from wqmix_jax.algos.base import Algorithm, Context, Hyperparams, hyperparams, is_mean_over_steps
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.training.devices import BATCH_AXIS
-from wqmix_jax.training.learner import LearnerState, gradients
+from wqmix_jax.training.learner import LearnerState
 from wqmix_jax.training.replay import Replay
-from wqmix_jax.training.row_packing import Slots, pack
-from wqmix_jax.types import Array, PRNGKey, PyTree
+from wqmix_jax.training.row_packing import RowLayout, first_fit_rows
+from wqmix_jax.types import Array, Episode, PRNGKey, PyTree
 
 MAX_LENGTHS, MIN_LENGTH = 4, 16
 """A batch is cut to the shortest of a few static lengths that holds its longest episode. Each costs compile time."""
 
 LARGE_TILE, SMALL_TILE = 64, 16
-"""On a CPU, where a learner step costs what it computes, short episodes share rows, and the rows are learned from in
-tiles, as many as there are. These are rows times agents: of OW-QMIX on predator-prey tiles larger than the large one
-cost no less per row; small ones cost more, but leave less of the last one empty."""
+"""Sizes of tiles in rows times agents, for a CPU, where a learner step costs what it computes. Measured with OW-QMIX on
+predator-prey: larger tiles than the large one cost no less per row; small ones cost more, but leave fewer empty rows in
+the last tile."""
 
 Batches = Literal["whole", "cut", "packed"]
 
 CPU_CACHE_BYTES = 4 * 2**20
 """On a CPU, seeds learn together while their decoded batches are no larger: eight seeds of predator-prey that learn one
-after the other take three quarters of the time that they take at once, and an eighth of its temporaries."""
+after the other take three quarters of the time that they take together, and an eighth of the temporaries."""
 
 
 class Batching(NamedTuple):
-    """How batches are learned from, see `make_batching`.
+    """Choices of how batches are learned from, made by `make_batching`.
 
     Attributes:
-        algo: whose loss is minimised.
-        replay: what decodes a batch.
-        episode_limit: ``T``.
-        lengths: those that a batch may be cut to, ascending.
-        tiles: rows of a large and of a small tile where batches are packed.
-        parts: how many devices share a batch.
-        groups: in at least how many groups the seeds of a device learn, one after the other.
-        cache_bytes: that a group's decoded batches may take, more than one seed's; None where it doesn't matter.
+        algo: the algorithm whose loss is minimised.
+        replay: decodes a batch.
+        whole: shapes and dtypes of a decoded batch, ``[B, T(+1), ..]``.
+        metric_names: the names of the loss's metrics.
+        lengths: the numbers of steps that a batch may be cut to, ascending; the last is ``T``.
+        tiles: rows of a large and of a small tile where batches are packed; None where they are cut.
+        num_parts: how many devices share a batch.
+        memory_groups: the least number of groups, so that the temporaries fit into the memory; see `num_groups`.
+        cache_seeds: the most seeds of a group whose decoded batches fit into a CPU's caches; None elsewhere.
     """
 
     algo: Algorithm
     replay: Replay
-    episode_limit: int
+    whole: Episode
+    metric_names: tuple[str, ...]
     lengths: list[int]
     tiles: tuple[int, int] | None
-    parts: int
-    groups: int
-    cache_bytes: int | None
+    num_parts: int
+    memory_groups: int
+    cache_seeds: int | None
+
+
+class Seeds(NamedTuple):
+    """The input of one learner step of several seeds, leaves ``[S, ..]``.
+
+    Attributes:
+        learner: their learners.
+        rows: ``[S, B, row_bytes]`` uint8, the sampled episodes as the replay stores them.
+        lengths: ``[S, B]`` int32, the steps of each episode; all 0 for a seed that doesn't learn.
+        noise: ``[S, B, T(+1), ..]``, the random numbers of the loss.
+        hp: the traced options.
+        ctx: the progress of training.
+    """
+
+    learner: LearnerState
+    rows: Array
+    lengths: Array
+    noise: PyTree
+    hp: Hyperparams
+    ctx: Context
 
 
 def make_batching(
-    env: Environment, algo: Algorithm, replay: Replay, sharding: Sharding, *, groups: int, batches: Batches | None
+    env: Environment,
+    algo: Algorithm,
+    replay: Replay,
+    sharding: Sharding,
+    *,
+    memory_groups: int = 1,
+    batches: Batches | None = None,
 ) -> Batching:
-    """What becomes of padding on these devices.
+    """Chooses how padded steps are skipped and how many seeds learn simultaneously on these devices.
 
     Args:
-        env: whose episodes are learned from.
-        algo: whose loss is minimised.
-        replay: what decodes a batch.
+        env: the environment of the episodes.
+        algo: the algorithm whose loss is minimised.
+        replay: decodes a batch.
         sharding: the devices; those along the batch axis share a batch.
-        groups: in at least how many equal groups the seeds of a device learn, one after the other, so that only one
-            group's intermediate arrays are there at a time. On a CPU they are as small as `CPU_CACHE_BYTES` asks for.
-        batches: ``packed`` into few rows, see `LARGE_TILE`, needs a loss that is marked by `mean_over_steps`, and is
-            the default with one on a CPU, unless even the longest episodes are too short to be cut. ``cut`` to one of a
-            few lengths, see `MAX_LENGTHS`, is the default elsewhere, where a loop costs by its length. Both save time,
-            and tie a seed's rounding to the seeds beside it; ``whole`` batches are for comparison.
+        memory_groups: the least number of groups, see `num_groups`.
+        batches: ``packed`` into few rows needs a loss that is marked by `mean_over_steps`, and is the default with one
+            on a CPU, unless even the longest episodes are too short to be cut. ``cut`` to one of a few lengths, see
+            `MAX_LENGTHS`, is the default elsewhere, where a loop costs by its length. Both save time, and make the
+            rounding of a seed's numbers depend on the other seeds; ``whole`` batches are for tests and benchmarks.
 
     Raises:
         ValueError: ``batches`` are to be packed for a loss that isn't marked.
@@ -84,16 +120,20 @@ def make_batching(
         raise ValueError(
             f"batches={batches} is not allowed: the loss of {type(algo).__name__} isn't marked `mean_over_steps`"
         )
-    parts = sharding.mesh.shape[BATCH_AXIS] if isinstance(sharding, NamedSharding) else 1
+    num_parts = sharding.mesh.shape[BATCH_AXIS] if isinstance(sharding, NamedSharding) else 1
+    rows = jax.ShapeDtypeStruct((algo.batch_size, replay.row_bytes), jnp.uint8)
+    whole = jax.eval_shape(functools.partial(replay.decode, num_steps=limit), rows)
+    part_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(whole)) // num_parts
     return Batching(
         algo=algo,
         replay=replay,
-        episode_limit=limit,
+        whole=whole,
+        metric_names=_metric_names(env, algo, whole),
         lengths=[limit] if batches == "whole" else lengths,
-        tiles=_tiles(env.spec.num_agents, algo.batch_size // parts) if batches == "packed" else None,
-        parts=parts,
-        groups=groups,
-        cache_bytes=CPU_CACHE_BYTES if on_cpu else None,
+        tiles=_tiles(env.spec.num_agents, algo.batch_size // num_parts) if batches == "packed" else None,
+        num_parts=num_parts,
+        memory_groups=memory_groups,
+        cache_seeds=max(1, CPU_CACHE_BYTES // part_bytes) if on_cpu else None,
     )
 
 
@@ -106,162 +146,178 @@ def batch_gradients(
     ctx: Context,
     ready: Array,
 ) -> tuple[PyTree, dict[str, Array]]:
-    """Each seed's gradient on its batch, and the loss's metrics.
+    """Computes each seed's gradient on its batch, and the loss's metrics (float32).
 
-    How much padding is left out is the same for all seeds of a group, since its branches are real ones.
+    How much padding is skipped is the same for all seeds of a group, so that it is a real branch and not a select.
+
+    Where devices share a batch, all of them hold it undecoded and know all lengths. Each learns from one part and
+    returns its terms of the mean over the batch: the means over its own steps, times their share of all steps.
 
     Args:
         batching: see `make_batching`.
         learner: leaves ``[S, ..]``.
-        rows: ``[S, B, row_bytes]``, what the replay gave.
-        keys: ``[S]``, for what a loss draws.
+        rows: ``[S, B, row_bytes]``, sampled from the replay.
+        keys: ``[S]``, for the loss's random numbers.
         hp: leaves ``[S]``.
         ctx: leaves ``[S]``.
-        ready: ``[S]`` bool. Nobody wants what the others learn: their batch counts as empty, and so as short as can be.
+        ready: ``[S]`` bool. The batch of a seed that is not ready counts as empty, so that it takes the least time; its
+            gradient is to be discarded.
     """
-    whole = jax.eval_shape(lambda row: batching.replay.decode(row, batching.episode_limit), rows[0])
-    shapes = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), whole)
-    noise = jax.vmap(lambda key: batching.algo.sample_noise(key, shapes))(keys)
+    # Noise is drawn for whole episodes, from their shapes alone, before any of them is decoded: then the random numbers
+    # of an episode's step are the same however the batch is cut, packed, grouped or shared afterwards. `sample_noise`
+    # takes an `Episode`, so it gets one of zeros, which the compiler removes.
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), batching.whole)
+    noise = jax.vmap(lambda key: batching.algo.sample_noise(key, zeros))(keys)
     lengths = jnp.where(ready[:, None], jax.vmap(batching.replay.lengths)(rows), 0)
-    if batching.tiles is None:
-        lengths, rows, noise = _own_part(batching, (lengths, rows, noise))
-    seeds = (lengths, learner, rows, noise, hp, ctx)
-    num_groups = _num_groups(batching, rows[:, : batching.algo.batch_size // batching.parts])
-    if batching.tiles is None:
-        means = _in_groups(functools.partial(_cut_gradients, batching), num_groups, seeds)
-        return _averaged(batching, means, lengths.sum(-1))
-    terms = _in_groups(functools.partial(_packed_gradients, batching, batching.tiles), num_groups, seeds)
-    return terms if batching.parts == 1 else jax.lax.psum(terms, BATCH_AXIS)
+    seeds = Seeds(learner, rows, lengths, noise, hp, ctx)
+    gradients = functools.partial(_cut_gradients if batching.tiles is None else _packed_gradients, batching)
+    groups = num_groups(batching, len(rows))
+    if groups == 1:
+        terms = gradients(seeds)
+    else:  # [S, ..] -> [groups, S / groups, ..], one group after another, and back
+        grouped = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, *leaf.shape[1:]), seeds)
+        terms = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), jax.lax.map(gradients, grouped))
+    return terms if batching.num_parts == 1 else jax.lax.psum(terms, BATCH_AXIS)
 
 
-def _cut_gradients(batching: Batching, lengths: Array, *seeds: PyTree) -> tuple[PyTree, dict[str, Array]]:
-    """On the batches cut to the shortest static length that holds their longest episode."""
-    limit = batching.episode_limit
+def num_groups(batching: Batching, num_seeds: int) -> int:
+    """Returns the number of equal groups in which the ``num_seeds`` seeds of a device learn, one after another.
 
-    def on_first(num_steps: int) -> Callable[..., tuple[PyTree, dict[str, Array]]]:
-        def one_seed(
-            learner: LearnerState, rows: Array, noise: PyTree, hp: Hyperparams, ctx: Context
-        ) -> tuple[PyTree, dict[str, Array]]:
-            noise = jax.tree.map(lambda leaf: leaf[:, : leaf.shape[1] - limit + num_steps], noise)
-            return gradients(batching.algo, learner, batching.replay.decode(rows, num_steps), hp, ctx, noise)
-
-        return jax.vmap(one_seed)
-
-    choice = (lengths.max() > jnp.asarray(batching.lengths[:-1], jnp.int32)).sum()
-    return jax.lax.switch(choice, [on_first(length) for length in batching.lengths], *seeds)
-
-
-def _packed_gradients(
-    batching: Batching, tiles: tuple[int, int], lengths: Array, *seeds: PyTree
-) -> tuple[PyTree, dict[str, Array]]:
-    """On the batches packed into few rows: the mean over one tile of rows after the other, by their real steps.
-
-    Devices that share a batch take its rows in turn, and what is returned are their terms of the mean.
+    The least divisor of ``num_seeds`` that is enough for two reasons: at least ``memory_groups``, because the
+    intermediate arrays of one group exist at a time (`wqmix_jax.runs.memory` raises it until they fit), and at least
+    ``cache_groups``, because small groups are faster on a CPU (`CPU_CACHE_BYTES`).
     """
-    limit, (large, small) = batching.episode_limit, tiles
-    slots, num_rows = _own_rows(batching, *jax.vmap(lambda of_seed: pack(of_seed, limit))(lengths))
-    # Tiles may reach past the last row.
-    slots = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, large), (0, 0))), slots)
-    num_steps = jnp.maximum(lengths.sum(-1), 1)
+    cache_groups = 1 if batching.cache_seeds is None else math.ceil(num_seeds / batching.cache_seeds)
+    least = max(batching.memory_groups, cache_groups)
+    return next(number for number in range(least, num_seeds + 1) if num_seeds % number == 0)
 
-    def of_tile(
-        num_places: Array,
-        slots: Slots,
-        all_steps: Array,
-        learner: LearnerState,
-        rows: Array,
-        noise: PyTree,
-        hp: Hyperparams,
-        ctx: Context,
-    ) -> tuple[PyTree, dict[str, Array]]:
-        batch = batching.replay.decode_packed(rows, slots)._replace(num_places=num_places)
-        noise = jax.tree.map(
-            lambda leaf: leaf[slots.episode[:, : leaf.shape[1]], slots.step[:, : leaf.shape[1]]], noise
-        )
-        share = batch.mask.sum() / all_steps
-        means = gradients(batching.algo, learner, batch, hp, ctx, noise)
-        # A seed that has no step in this tile may have no mean either.
-        return jax.tree.map(lambda mean: jnp.where(share > 0, share * mean, 0), means)
 
-    def tile_means(first: Array, size: int) -> tuple[PyTree, dict[str, Array]]:
-        tile = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, size, axis=1), slots)
+def _cut_gradients(batching: Batching, seeds: Seeds) -> tuple[PyTree, dict[str, Array]]:
+    """Learns from the batches cut to the shortest static length that holds their longest episode."""
+    limit = batching.lengths[-1]
+    rows, lengths, noise = _own_episodes(batching, (seeds.rows, seeds.lengths, seeds.noise))
+
+    def on_first(num_steps: int, rows: Array, noise: PyTree) -> tuple[PyTree, dict[str, Array]]:
+        batch = jax.vmap(functools.partial(batching.replay.decode, num_steps=num_steps))(rows)
+        # [S, B, T(+1), ..]: noise of a leaf with T+1 steps keeps one more than that of a leaf with T.
+        noise = jax.tree.map(lambda leaf: leaf[:, :, : leaf.shape[2] - limit + num_steps], noise)
+        gradient = jax.vmap(jax.grad(batching.algo.loss, has_aux=True))
+        grads, aux = gradient(seeds.learner.params, seeds.learner.target, batch, seeds.hp, seeds.ctx, noise)
+        return grads, {name: metric.astype(jnp.float32) for name, metric in aux.metrics.items()}
+
+    # One compiled copy of the loss per length. The longest episode of any seed chooses: a branch can't depend on the
+    # seed, since under `vmap` all copies would run.
+    choice = (lengths.max() > jnp.asarray(batching.lengths[:-1], jnp.int32)).sum()
+    branches = [functools.partial(on_first, length) for length in batching.lengths]
+    means = jax.lax.switch(choice, branches, rows, noise)
+    if batching.num_parts == 1:
+        return means
+    share = lengths.sum(-1) / jnp.maximum(seeds.lengths.sum(-1), 1)
+    return jax.tree.map(functools.partial(jax.vmap(jnp.multiply), share), means)
+
+
+def _packed_gradients(batching: Batching, seeds: Seeds) -> tuple[PyTree, dict[str, Array]]:
+    """Learns from the batches packed into few rows, one tile of rows after another.
+
+    A mean over steps is the sum of the tiles' means, each times the tile's share of the steps. The number of tiles is
+    that of the fullest batch, a dynamic length, so that short episodes save their part of the work; the sizes of tiles
+    are static. Rows are decoded inside the loop: only one tile's observations exist at a time.
+    """
+    assert batching.tiles is not None
+    limit, (large, small) = batching.lengths[-1], batching.tiles
+    pack = jax.vmap(functools.partial(first_fit_rows, episode_limit=limit))
+    layout, num_rows = _own_rows(batching, *pack(seeds.lengths))  # [S, R, T+1] and [S], R = B / parts
+    # The last tile may reach past the last row.
+    layout = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, large), (0, 0))), layout)
+    num_steps = jnp.maximum(seeds.lengths.sum(-1), 1)
+    # All seeds' losses in one call; the number of places to unroll is common to them.
+    axes = (0, 0, Episode(*[0] * 8, num_places=None), 0, 0, 0)  # type: ignore[arg-type]
+    gradient = jax.vmap(jax.grad(batching.algo.loss, has_aux=True), in_axes=axes)
+
+    def add_tile(size: int, so_far: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
+        first, sums = so_far
+        tile = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, size, axis=1), layout)
         num_places = jnp.where(tile.filled.any((0, 1)), jnp.arange(1, limit + 2), 0).max()
-        return jax.vmap(functools.partial(of_tile, num_places))(tile, num_steps, *seeds)
+        batch = jax.vmap(batching.replay.decode_packed)(seeds.rows, tile)._replace(num_places=num_places)
+        noise = jax.vmap(_noise_at)(seeds.noise, tile)
+        grads, aux = gradient(seeds.learner.params, seeds.learner.target, batch, seeds.hp, seeds.ctx, noise)
+        terms = jax.vmap(_times_share)(batch.mask.sum((1, 2)) / num_steps, (grads, aux.metrics))
+        return first + size, jax.tree.map(jnp.add, sums, terms)
 
-    def add_tiles(size: int, while_left: int, so_far: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
-        def add(so_far: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
-            first, sums = so_far
-            return first + size, jax.tree.map(jnp.add, sums, tile_means(first, size))
+    def is_left(least: int, so_far: tuple[Array, PyTree]) -> Array:
+        return num_rows.max() - so_far[0] >= least
 
-        return jax.lax.while_loop(lambda so_far: num_rows.max() - so_far[0] >= while_left, add, so_far)
-
-    shapes = jax.eval_shape(lambda: tile_means(jnp.int32(0), small))
-    nothing = jnp.int32(0), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    metrics = dict.fromkeys(batching.metric_names, jnp.zeros(len(seeds.rows), jnp.float32))
+    so_far = jnp.int32(0), (jax.tree.map(jnp.zeros_like, seeds.learner.params), metrics)
     # A large tile is taken where small ones would cover about as many rows.
-    so_far = add_tiles(large, large - small + 1, nothing)
-    return (add_tiles(small, 1, so_far) if small < large else so_far)[1]
+    for size, least in [(large, large - small + 1)] + [(small, 1)] * (small < large):
+        so_far = jax.lax.while_loop(functools.partial(is_left, least), functools.partial(add_tile, size), so_far)
+    return so_far[1]
 
 
-def _num_groups(batching: Batching, rows: Array) -> int:
-    """In how many groups the seeds of ``rows`` ``[S, B, ..]`` learn, a divisor of ``S``."""
-    num_seeds, wanted = rows.shape[0], batching.groups
-    if batching.cache_bytes is not None:
-        batch = jax.eval_shape(lambda row: batching.replay.decode(row, batching.episode_limit), rows[0])
-        num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
-        at_once = max(1, min(num_seeds, batching.cache_bytes // num_bytes))
-        wanted = max(wanted, math.ceil(num_seeds / at_once))
-    return next(number for number in range(wanted, num_seeds + 1) if num_seeds % number == 0)
+def _noise_at(noise: PyTree, layout: RowLayout) -> PyTree:
+    """Returns the noise of each place: ``[B, T(+1), ..]`` and a layout ``[R, T+1]`` -> ``[R, T(+1), ..]``."""
+
+    def at(leaf: Array) -> Array:
+        num_steps = leaf.shape[1]
+        return leaf[layout.episode[:, :num_steps], layout.step[:, :num_steps]]
+
+    return jax.tree.map(at, noise)
 
 
-def _in_groups(function: Callable[..., PyTree], num_groups: int, args: tuple[PyTree, ...]) -> PyTree:
-    """``function(*args)`` for leaves ``[S, ..]``, a part of the seeds after the other."""
-    if num_groups == 1:
-        return function(*args)
-    grouped = jax.tree.map(lambda leaf: leaf.reshape(num_groups, -1, *leaf.shape[1:]), args)
-    results = jax.lax.map(lambda group: function(*group), grouped)
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), results)
+def _times_share(share: Array, means: PyTree) -> PyTree:
+    """Returns ``share * means``; zero where a seed has no step in the tile, and so perhaps no finite mean."""
+    return jax.tree.map(lambda mean: jnp.where(share > 0, share * mean, 0), means)
 
 
-def _own_part(batching: Batching, batch: PyTree) -> PyTree:
-    """This device's episodes, where several share a batch: leaves ``[S, B, ..]`` to ``[S, B / parts, ..]``."""
-    if batching.parts == 1:
+def _own_episodes(batching: Batching, batch: PyTree) -> PyTree:
+    """Returns this device's episodes of batches to be cut, in a row: ``[S, B, ..]`` -> ``[S, B / parts, ..]``."""
+    if batching.num_parts == 1:
         return batch
-    size = batching.algo.batch_size // batching.parts
+    size = batching.algo.batch_size // batching.num_parts
     start = jax.lax.axis_index(BATCH_AXIS) * size
     return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size, axis=1), batch)
 
 
-def _own_rows(batching: Batching, slots: Slots, num_rows: Array) -> tuple[Slots, Array]:
-    """This device's rows, where several share a batch: leaves ``[S, B, ..]`` to ``[S, B / parts, ..]``.
+def _own_rows(batching: Batching, layout: RowLayout, num_rows: Array) -> tuple[RowLayout, Array]:
+    """Returns this device's part of packed batches, and how many of its rows aren't empty.
 
-    And how many of them aren't empty, ``[S]``, of ``num_rows`` in all.
+    The fullest rows come first, so they are dealt out in turn: ``[S, B, T+1]`` -> ``[S, B / parts, T+1]``. Of
+    ``num_rows`` ``[S]`` rows in all, a device has as many as the others or one less.
     """
-    if batching.parts == 1:
-        return slots, num_rows
+    if batching.num_parts == 1:
+        return layout, num_rows
     device = jax.lax.axis_index(BATCH_AXIS)
 
     def in_turn(leaf: Array) -> Array:
-        dealt = leaf.reshape(leaf.shape[0], -1, batching.parts, *leaf.shape[2:])
+        dealt = leaf.reshape(leaf.shape[0], -1, batching.num_parts, *leaf.shape[2:])
         return jax.lax.dynamic_index_in_dim(dealt, device, axis=2, keepdims=False)
 
-    return jax.tree.map(in_turn, slots), (num_rows - device + batching.parts - 1) // batching.parts
+    return jax.tree.map(in_turn, layout), (num_rows - device + batching.num_parts - 1) // batching.num_parts
 
 
-def _averaged(batching: Batching, means: PyTree, num_steps: Array) -> PyTree:
-    """The means over whole batches, leaves ``[S, ..]``, of means over parts that have ``num_steps`` ``[S]`` each."""
-    if batching.parts == 1:
-        return means
-    share = num_steps / jnp.maximum(jax.lax.psum(num_steps, BATCH_AXIS), 1)
-    return jax.lax.psum(jax.tree.map(functools.partial(jax.vmap(jnp.multiply), share), means), BATCH_AXIS)
+def _metric_names(env: Environment, algo: Algorithm, whole: Episode) -> tuple[str, ...]:
+    """Returns the names of the loss's metrics: the loop needs them for zeros where nothing was learned.
+
+    The loss is traced on shapes, which costs less than a trace of the loop in each place that needs them.
+    """
+
+    def metrics(batch: Episode) -> dict[str, Array]:
+        key = jax.random.key(0, impl="threefry2x32")
+        params, hp = algo.init(key, env.spec), jax.tree.map(jnp.asarray, hyperparams(algo))
+        ctx = Context(epsilon=jnp.float32(0), env_steps=jnp.int32(0), learner_steps=jnp.int32(0))
+        return algo.loss(params, params, batch, hp, ctx, algo.sample_noise(key, batch))[1].metrics
+
+    return tuple(jax.eval_shape(metrics, whole))
 
 
 def _tiles(num_agents: int, batch_size: int) -> tuple[int, int]:
-    """Rows of a large and of a small tile."""
+    """Returns the rows of a large and of a small tile."""
     large, small = (min(max(1, size // num_agents), batch_size) for size in (LARGE_TILE, SMALL_TILE))
     return large, small
 
 
 def _static_lengths(episode_limit: int) -> list[int]:
-    """Ascending, evenly spaced; the last is the limit itself."""
+    """Returns the lengths to which a batch may be cut: ascending, evenly spaced; the last is the limit itself."""
     num_lengths = max(1, min(MAX_LENGTHS, episode_limit // MIN_LENGTH))
     return [-(-episode_limit * part // num_lengths) for part in range(1, num_lengths + 1)]

@@ -160,8 +160,8 @@ def _is_usable(folder: Path, *, own: bool) -> bool:
 
 def _warn(folder: Any, reason: str) -> None:
     hint = "compilation_cache=FOLDER chooses another folder, compilation_cache=false none"
-    told = f"warning: the compilation cache {folder} can't be used: {' '.join(reason.split())}; {hint}"
-    print(told, file=sys.stderr, flush=True)
+    reason = " ".join(reason.split())
+    print(f"warning: the compilation cache {folder} can't be used: {reason}; {hint}", file=sys.stderr, flush=True)
 
 
 def _count_hits() -> int:

@@ -1,11 +1,13 @@
-"""The compiled training loop: one scan over iterations whose state carries the seed axis inside.
+"""The compiled training loop: one loop over iterations whose state carries the seed axis ``S`` inside.
 
-`make_trainer` binds a run's options into pure, jitted functions. Everything that decides a branch is a scalar over all
-seeds, so "has learning started" and "how much of this batch is padding" are real branches, not selects.
+`make_trainer` binds a run's options into pure, jitted functions, and `compile_trainer` compiles them. Everything that
+decides a branch is a scalar over all seeds, so "has learning started" and "how much of this batch is padding" are real
+branches, not selects; a `vmap` over whole runs would turn each of them into a select that computes both sides.
 """
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,29 +17,29 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jax.typing import ArrayLike
 
-from wqmix_jax.algos.base import Algorithm, Context, Hyperparams, hyperparams, is_mean_over_steps
+from wqmix_jax.algos.base import Context, Hyperparams, hyperparams, is_mean_over_steps
 from wqmix_jax.config import RunConfig
-from wqmix_jax.envs.base import Environment
 from wqmix_jax.networks.functional import compute_in
 from wqmix_jax.ops.action_selection import linear_epsilon
 from wqmix_jax.ops.randomness import pinned_draws
 from wqmix_jax.training.batch_gradients import Batches, Batching, batch_gradients, make_batching
+from wqmix_jax.training.compile_cache import compile_program
 from wqmix_jax.training.devices import seed_sharding
-from wqmix_jax.training.evaluator import evaluate
 from wqmix_jax.training.learner import LearnerState, apply_gradients, copy_targets, init_learner
+from wqmix_jax.training.members import Member
 from wqmix_jax.training.replay import Replay, ReplayState, make_replay
-from wqmix_jax.training.rollout import rollout
+from wqmix_jax.training.rollout import greedy_episodes, mean_metrics, rollout
 from wqmix_jax.types import Array, PRNGKey, PyTree
 
 
 class Keys(NamedTuple):
-    """One key per purpose; each use folds in a counter, so nothing drawn depends on how a run was cut into chunks.
+    """One key per purpose; each use folds in a counter, so no random number depends on how a run was cut into chunks.
 
     Attributes:
         init: parameters.
         rollout: training episodes, by the count of episodes.
         sample: which episodes are replayed, by the count of learner steps.
-        loss: what a loss draws, by the count of learner steps.
+        loss: the random numbers of a loss, by the count of learner steps.
         evaluation: evaluation episodes, by the count of episodes.
     """
 
@@ -49,7 +51,7 @@ class Keys(NamedTuple):
 
 
 class Counters(NamedTuple):
-    """What has happened to one seed, int32.
+    """The progress of one seed, int32.
 
     Attributes:
         env_steps: environment steps of training.
@@ -63,7 +65,7 @@ class Counters(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """Everything that training needs to go on; every leaf has a leading seed axis ``S``.
+    """Everything that training needs to continue; every leaf has a leading seed axis ``S``.
 
     Attributes:
         learner: parameters, targets and optimiser.
@@ -71,9 +73,9 @@ class TrainState(NamedTuple):
         counters: see `Counters`.
         keys: see `Keys`.
         hp: the traced hyperparameters.
-        total_env_steps: int32, where a seed stops: from then on nothing of it changes.
-        failed: bool, whether a loss or parameter was not finite: nothing changes from then on either, so the counters
-            tell when that was.
+        total_env_steps: int32, the environment steps after which a seed stops: from then on its state stays as it is.
+        failed: bool, whether a loss or parameter was not finite: from then on its state stays as it is too, so that
+            the counters show when that was.
     """
 
     learner: LearnerState
@@ -96,7 +98,7 @@ class TrainRecord(NamedTuple):
         episode_return: their mean undiscounted return, without the episodes that a failure of the environment cut;
             nan where it cut all of them.
         episode_length: their mean length, over the same episodes.
-        losses: scalars of the learner steps, their mean; zero where there were none.
+        losses: the metrics of the learner steps, their mean; zero where there were none.
     """
 
     counters: Counters
@@ -112,8 +114,8 @@ class EvalRecord(NamedTuple):
     """One evaluation of every seed, leaves ``[S]``.
 
     Attributes:
-        counters: when it was made.
-        metrics: see `wqmix_jax.training.evaluator.evaluate`.
+        counters: those of the evaluated state.
+        metrics: see `wqmix_jax.training.rollout.mean_metrics`.
     """
 
     counters: Counters
@@ -121,27 +123,28 @@ class EvalRecord(NamedTuple):
 
 
 class Trainer(NamedTuple):
-    """A run as functions.
+    """A run as functions, jitted by `make_trainer`; `compile_trainer` replaces the first three by compiled ones.
 
     Attributes:
-        init: ``seeds -> TrainState``, for a sequence of non-negative integers.
+        init_program: ``seeds -> TrainState``, for a uint32 array ``[S]``.
         train: ``(TrainState, num_iterations) -> (TrainState, TrainRecord)``, at most `chunk_iterations` iterations,
             ``num_iterations`` int32 and traced, so that one program runs any number of them; records ``[K, S]`` with
             ``K = chunk_iterations``, zeros from row ``num_iterations`` on; the state's buffers are donated.
-        evaluate: ``TrainState -> EvalRecord``; draws from keys of its own.
-        learn: ``TrainState -> (LearnerState, losses)``, one learner step of every seed on a batch of its replay, apart
-            from the loop: what a benchmark times.
+        evaluate: ``TrainState -> EvalRecord``; draws from separate keys.
+        learn: ``TrainState -> (LearnerState, losses)``, the learner steps of one iteration, for every seed, without the
+            rest of the iteration: benchmarks measure it.
         chunk_iterations: the most iterations of one `train`, and those of a `train_chunk`.
         eval_iterations: iterations between two evaluations, a multiple of `chunk_iterations`.
         replay_bytes: bytes of replay per seed.
-        sharding: where the leaves of a `TrainState` lie.
-        learner_groups: in how many groups a device's seeds learn, one after the other; see `make_batching`.
-        batch_size: stored episodes from which on a seed learns.
+        sharding: the devices of the leaves of a `TrainState`.
+        memory_groups: the least number of groups in which a device's seeds learn, one after another; see
+            `wqmix_jax.training.batch_gradients.num_groups`.
+        batch_size: the number of stored episodes from which on a seed learns.
         num_envs: episodes of one iteration and seed.
-        failure: what ended the environment, see `wqmix_jax.envs.base.External.failure`.
+        failure: returns the error that ended the environment, see `wqmix_jax.envs.base.External.failure`.
     """
 
-    init: Callable[[Sequence[int]], TrainState]
+    init_program: Callable[[Array], TrainState]
     train: Callable[[TrainState, ArrayLike], tuple[TrainState, TrainRecord]]
     evaluate: Callable[[TrainState], EvalRecord]
     learn: Callable[[TrainState], tuple[LearnerState, dict[str, Array]]]
@@ -149,46 +152,65 @@ class Trainer(NamedTuple):
     eval_iterations: int
     replay_bytes: int
     sharding: Sharding
-    learner_groups: int = 1
+    memory_groups: int = 1
     batch_size: int = 1
     num_envs: int = 1
     failure: Callable[[], BaseException | None] = lambda: None
+
+    def init(self, seeds: Sequence[int]) -> TrainState:
+        """Draws the first state of each seed, a non-negative integer; leaves ``[S, ..]``."""
+        return self.init_program(jnp.asarray(seeds, jnp.uint32))
 
     def train_chunk(self, state: TrainState) -> tuple[TrainState, TrainRecord]:
         """Runs `chunk_iterations` iterations; records ``[chunk_iterations, S]``. Donates the buffers of ``state``."""
         return self.train(state, np.int32(self.chunk_iterations))
 
 
-class _Parts(NamedTuple):
-    """What the loop's functions close over."""
+class Compilation(NamedTuple):
+    """Facts about the compilation of a trainer's programs.
 
-    env: Environment
-    algo: Algorithm
+    Attributes:
+        seconds: tracing included.
+        from_cache: whether the programs that train and evaluate were read from the persistent compilation cache.
+    """
+
+    seconds: float
+    from_cache: bool
+
+    def __add__(self, other: "Compilation") -> "Compilation":  # type: ignore[override]
+        return Compilation(self.seconds + other.seconds, self.from_cache and other.from_cache)
+
+    def __str__(self) -> str:
+        return f"compiled in {self.seconds:.1f} s{', from cache' if self.from_cache else ''}"
+
+
+class _Run(NamedTuple):
+    """The static parts of the loop's functions."""
+
+    config: RunConfig
     replay: Replay
     batching: Batching
-    num_envs: int
-    updates_per_iteration: int
 
 
 def train_sharding(config: RunConfig, num_seeds: int) -> Sharding:
-    """The devices that train ``num_seeds``; see `seed_sharding`, and `External.sharding` for what may forbid that."""
+    """Returns the devices that train ``num_seeds``; see `seed_sharding`, and `External.sharding` for its restrictions."""
     batch_size = config.algo.batch_size if is_mean_over_steps(config.algo) else 1
     return config.env.external.sharding() or seed_sharding(num_seeds, batch_size=batch_size)
 
 
 def make_trainer(
-    config: RunConfig, *, sharding: Sharding | None = None, learner_groups: int = 1, batches: Batches | None = None
+    config: RunConfig, *, sharding: Sharding | None = None, memory_groups: int = 1, batches: Batches | None = None
 ) -> Trainer:
-    """Binds a run's options; nothing is compiled before the returned functions are called.
+    """Binds a run's options and jits its functions; nothing is compiled before one of them is called.
 
     Args:
         config: the options.
-        sharding: over which devices the seeds are spread, see `train_sharding`; each runs a loop of its own, whose
-            branches go by its own seeds. Devices that share seeds all do the same, but learn from parts of a batch. The
-            first device alone when absent.
-        learner_groups: in at least how many equal groups the seeds of a device take their learner steps, see
-            `make_batching`.
-        batches: what becomes of a batch's padding, see `make_batching`.
+        sharding: the devices over which the seeds are spread, see `train_sharding`; each runs its own loop, whose
+            branches depend on its own seeds alone. Devices that share seeds all play the same episodes, but learn from
+            parts of a batch. The first device alone if absent.
+        memory_groups: the least number of equal groups in which the seeds of a device take their learner steps, see
+            `wqmix_jax.training.batch_gradients.num_groups`.
+        batches: how padded steps are skipped, see `make_batching`.
 
     Raises:
         ValueError: ``batches`` are to be packed for a loss that isn't marked.
@@ -196,132 +218,166 @@ def make_trainer(
     sharding = SingleDeviceSharding(jax.local_devices()[0]) if sharding is None else sharding
     env, algo = config.env, config.algo
     replay = make_replay(env, buffer_size=algo.buffer_size, batch_size=algo.batch_size)
-    batching = make_batching(env, algo, replay, sharding, groups=learner_groups, batches=batches)
-    parts = _Parts(env, algo, replay, batching, config.num_envs, config.updates_per_iteration)
+    batching = make_batching(env, algo, replay, sharding, memory_groups=memory_groups, batches=batches)
+    run = _Run(config, replay, batching)
+    # The interval is in environment steps of full episodes. A chunk divides it, so that evaluations are between chunks.
     eval_iterations = max(1, config.eval_interval // (config.num_envs * env.spec.episode_limit))
     chunk_iterations = max(k for k in range(1, config.chunk_iterations + 1) if eval_iterations % k == 0)
-
-    def init(seeds: Array) -> TrainState:
-        with pinned_draws():
-            return _init(parts, hyperparams(algo), config.total_env_steps, seeds)
-
-    def train(state: TrainState, num_iterations: Array) -> tuple[TrainState, TrainRecord]:
-        with _numerics(config):
-            return _iterations(functools.partial(_iteration, parts), state, num_iterations, most=chunk_iterations)
-
-    def learn(state: TrainState) -> tuple[LearnerState, dict[str, Array]]:
-        with _numerics(config):
-            ready = jnp.ones(state.failed.shape, bool)
-            return _update(parts, state, state.learner, _context(state), state.counters.episodes, ready)
-
-    def evaluation(state: TrainState) -> EvalRecord:
-        with _numerics(config):
-            return _evaluate(parts, state, config.eval_episodes)
-
-    jitted_init = jax.jit(_spread(init, sharding), out_shardings=sharding)
+    train = functools.partial(_train, run, chunk_iterations)
     return Trainer(
-        init=lambda seeds: jitted_init(jnp.asarray(seeds, jnp.uint32)),
-        train=jax.jit(_spread_training(train, sharding), donate_argnums=0),
-        evaluate=jax.jit(_spread(evaluation, sharding)),
-        learn=jax.jit(_spread(learn, sharding)),
+        init_program=jax.jit(_spread(functools.partial(_init, run), sharding), out_shardings=sharding),
+        train=jax.jit(_spread(train, sharding, has_records=True), donate_argnums=0),
+        evaluate=jax.jit(_spread(functools.partial(_play_greedily, run), sharding)),
+        learn=jax.jit(_spread(functools.partial(_learn_alone, run), sharding)),
         chunk_iterations=chunk_iterations,
         eval_iterations=eval_iterations,
         replay_bytes=replay.num_bytes,
         sharding=sharding,
-        learner_groups=learner_groups,
+        memory_groups=memory_groups,
         batch_size=algo.batch_size,
         num_envs=config.num_envs,
         failure=env.external.failure,
     )
 
 
+def compile_trainer(trainer: Trainer, members: Sequence[Member], *, fresh: bool = True) -> tuple[Trainer, Compilation]:
+    """Compiles a trainer's functions ahead of their first call.
+
+    Args:
+        trainer: a trainer of `make_trainer`.
+        members: as many as will train.
+        fresh: whether `Trainer.init` is compiled too; a resumed run doesn't need it.
+
+    Returns:
+        The trainer with its functions compiled for this number of members, and facts about the compilation.
+    """
+    started = time.perf_counter()
+    jitted: Any = trainer
+    state = abstract_state(trainer, members)
+    lowered = [jitted.train.lower(state, jax.ShapeDtypeStruct((), jnp.int32)), jitted.evaluate.lower(state)]
+    programs, from_cache = zip(*map(compile_program, lowered), strict=True)
+    compiled = trainer._replace(train=programs[0], evaluate=programs[1])
+    if fresh:
+        seeds = jnp.asarray([member.seed for member in members], jnp.uint32)
+        init, _ = compile_program(jitted.init_program.lower(seeds), _once_options())
+        compiled = compiled._replace(init_program=init)
+    return compiled, Compilation(time.perf_counter() - started, all(from_cache))
+
+
+def _once_options() -> dict[str, str | bool]:
+    """Returns options for a program that runs once: on a CPU, optimising its draws takes far longer than they do."""
+    if jax.default_backend() != "cpu":
+        return {}
+    return {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
+
+
+def abstract_state(trainer: Trainer, members: Sequence[Member]) -> TrainState:
+    """Returns the shapes, dtypes and devices of the train state."""
+    state = jax.eval_shape(trainer.init_program, jax.ShapeDtypeStruct((len(members),), jnp.uint32))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=trainer.sharding), state)
+
+
+def abstract_interval(trainer: Trainer, members: Sequence[Member]) -> TrainRecord:
+    """Returns the shapes and dtypes of the records of one evaluation interval, leaves ``[eval_iterations, S]``."""
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    _, record = jax.eval_shape(trainer.train, abstract_state(trainer, members), count)
+    length = trainer.eval_iterations
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((length, *leaf.shape[1:]), leaf.dtype), record)
+
+
 @contextlib.contextmanager
 def _numerics(config: RunConfig) -> Iterator[None]:
+    """Sets what numbers depend on while a function is traced, so that no setting of the caller changes them."""
     with pinned_draws(), jax.default_matmul_precision(config.matmul_precision), compute_in(config.compute_dtype):
         yield
 
 
-def _spread(function: Callable[..., Any], sharding: Sharding) -> Callable[..., Any]:
-    """``function`` of leaves ``[S, ..]``, run by each device on its own seeds."""
+def _spread(function: Callable[..., Any], sharding: Sharding, *, has_records: bool = False) -> Callable[..., Any]:
+    """Lets each device run ``function``, of leaves ``[S, ..]``, on its own seeds.
+
+    With ``has_records``, for `Trainer.train`: every device does as many iterations, and the records ``[K, S]``, the
+    second result, have the seed axis second.
+    """
     if not isinstance(sharding, NamedSharding):
         return function
-    return _shard_map(function, sharding.mesh, sharding.spec, sharding.spec)
-
-
-def _spread_training(function: Callable[..., Any], sharding: Sharding) -> Callable[..., Any]:
-    """The same for `Trainer.train`: every device does as many iterations, and records have the seed axis second."""
-    if not isinstance(sharding, NamedSharding):
-        return function
-    of_records = PartitionSpec(None, *sharding.spec)
-    return _shard_map(function, sharding.mesh, (sharding.spec, PartitionSpec()), (sharding.spec, of_records))
-
-
-def _shard_map(function: Callable[..., Any], mesh: Any, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    in_specs = out_specs = sharding.spec
+    if has_records:
+        in_specs, out_specs = (sharding.spec, PartitionSpec()), (sharding.spec, PartitionSpec(None, *sharding.spec))
     # Devices along the batch axis hold equal copies because they do equal work, which the check can't know.
-    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return jax.shard_map(function, mesh=sharding.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def _iterations(
-    iteration: Callable[[TrainState], tuple[TrainState, TrainRecord]],
-    state: TrainState,
-    num_iterations: Array,
-    *,
-    most: int,
-) -> tuple[TrainState, TrainRecord]:
-    """A scan whose length is traced, at most ``most``: records ``[most, S]``, zeros from ``num_iterations`` on."""
-    _, record = jax.eval_shape(iteration, state)
-    records = jax.tree.map(lambda leaf: jnp.zeros((most, *leaf.shape), leaf.dtype), record)
+def _init(run: _Run, seeds: Array) -> TrainState:
+    algo, total_env_steps = run.config.algo, run.config.total_env_steps
 
-    def one(index: Array, carry: tuple[TrainState, TrainRecord]) -> tuple[TrainState, TrainRecord]:
-        state, records = carry
-        state, record = iteration(state)
-        return state, jax.tree.map(functools.partial(_set_row, index=index), records, record)
-
-    return jax.lax.fori_loop(0, jnp.minimum(num_iterations, most), one, (state, records))
-
-
-def _set_row(rows: Array, row: Array, *, index: Array) -> Array:
-    return jax.lax.dynamic_update_index_in_dim(rows, row, index, axis=0)
-
-
-def _init(parts: _Parts, hp: Hyperparams, total_env_steps: int, seeds: Array) -> TrainState:
     def one_seed(seed: Array) -> TrainState:
         keys = Keys(*jax.random.split(jax.random.key(seed, impl="threefry2x32"), len(Keys._fields)))
         zero = jnp.int32(0)
         return TrainState(
-            learner=init_learner(parts.algo.init(keys.init, parts.env.spec)),
-            replay=parts.replay.init(),
+            learner=init_learner(algo.init(keys.init, run.config.env.spec)),
+            replay=run.replay.init(),
             counters=Counters(zero, zero, zero),
             keys=keys,
-            hp=jax.tree.map(jnp.asarray, hp),
+            hp=jax.tree.map(jnp.asarray, hyperparams(algo)),
             total_env_steps=jnp.int32(total_env_steps),
             failed=jnp.bool_(False),
         )
 
-    return jax.vmap(one_seed)(seeds)
+    with pinned_draws():
+        return jax.vmap(one_seed)(seeds)
 
 
-def _iteration(parts: _Parts, state: TrainState) -> tuple[TrainState, TrainRecord]:
+def _train(run: _Run, most: int, state: TrainState, num_iterations: Array) -> tuple[TrainState, TrainRecord]:
+    """Runs ``num_iterations`` iterations, a traced number of at most ``most``; see `Trainer.train`.
+
+    A loop of traced length instead of a scan: one program runs chunks of all lengths.
+    """
+    with _numerics(run.config):
+        carry = state, _no_records(run, len(state.failed), most)
+        return jax.lax.fori_loop(0, jnp.minimum(num_iterations, most), functools.partial(_iteration, run), carry)
+
+
+def _no_records(run: _Run, num_seeds: int, num_iterations: int) -> TrainRecord:
+    """Returns records of zeros, leaves ``[num_iterations, S]``, whose rows the iterations fill."""
+    counts, numbers, flags = (jnp.zeros((num_iterations, num_seeds), dtype) for dtype in (jnp.int32, jnp.float32, bool))
+    return TrainRecord(
+        counters=Counters(counts, counts, counts),
+        active=flags,
+        updates=counts,
+        epsilon=numbers,
+        episode_return=numbers,
+        episode_length=numbers,
+        losses=dict.fromkeys(_loss_names(run), numbers),
+    )
+
+
+def _iteration(run: _Run, index: Array, carry: tuple[TrainState, TrainRecord]) -> tuple[TrainState, TrainRecord]:
     """Plays one episode per environment, stores it, and learns once enough episodes are stored.
 
     A seed that has reached its total or has failed keeps its state to the bit, whatever the others still do; so does
     one that could play nothing.
+
+    Returns:
+        The state after it, and the records ``[K, S]`` with row ``index`` filled.
     """
-    counters = state.counters
-    ctx = _context(state)
+    state, records = carry
+    config, counters, ctx = run.config, state.counters, _context(state)
     keys = _fold_in(state.keys.rollout, counters.episodes)
-    played = rollout(parts.env, parts.algo, state.learner.params, state.hp, ctx, keys, num_envs=parts.num_envs)
+    played = rollout(config.env, config.algo, state.learner.params, state.hp, ctx, keys, num_envs=config.num_envs)
     trains = (counters.env_steps < state.total_env_steps) & ~state.failed
     active = trains & (played.episodes.length > 0).any(-1)
-    replay = jax.vmap(parts.replay.add)(state.replay, played.episodes, active)
+    replay = jax.vmap(run.replay.add)(state.replay, played.episodes, active)
+    # Inactive seeds have played too, with the others, but nothing of that is counted or stored.
     played_counters = counters._replace(
         env_steps=counters.env_steps + jnp.where(active, played.episodes.length.sum(-1), 0),
-        episodes=counters.episodes + jnp.where(active, parts.num_envs, 0),
+        episodes=counters.episodes + jnp.where(active, config.num_envs, 0),
     )
-    ready = active & (played_counters.episodes >= parts.algo.batch_size)
+    ready = active & (played_counters.episodes >= config.algo.batch_size)
     state = state._replace(replay=replay, counters=played_counters)
-    learner, losses = _learn_if_any(parts, state, ready, counters.episodes, ctx.epsilon)
-    updates = jnp.where(ready, parts.updates_per_iteration, 0)
+    # A loss sees the epsilon of the episodes that were just played, as in PyMARL, where acting alone updates it.
+    learn = functools.partial(_learn, run, ready=ready, epsilon=ctx.epsilon, episodes_before=counters.episodes)
+    learner, losses = jax.lax.cond(ready.any(), learn, functools.partial(_skip_learning, run), state)
+    updates = jnp.where(ready, config.updates_per_iteration, 0)
     counters = played_counters._replace(learner_steps=played_counters.learner_steps + updates)
     record = TrainRecord(
         counters=counters,
@@ -332,66 +388,77 @@ def _iteration(parts: _Parts, state: TrainState) -> tuple[TrainState, TrainRecor
         episode_length=_mean_where(played.whole, played.episodes.length),
         losses=losses,
     )
+    # A seed fails at the first learner step after which a number isn't finite, and keeps its parameters of then.
     failed = state.failed | (ready & ~_is_finite((learner.params, losses.get("loss", ()))))
-    return state._replace(learner=learner, counters=counters, failed=failed), record
+    set_row = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
+    records = jax.tree.map(set_row, records, record)
+    return state._replace(learner=learner, counters=counters, failed=failed), records
 
 
 def _mean_where(whole: Array, values: Array) -> Array:
-    """The mean over whole episodes: ``[S, E]`` bool, ``[S, E]`` -> ``[S]`` float32, nan where none is whole."""
+    """Returns the mean over whole episodes: two ``[S, E]`` -> ``[S]`` float32, nan where none is whole."""
     values = values.astype(jnp.float32)
     # The plain mean where all are whole, as nearly always: a sum divided by a count may round differently.
     return jnp.where(whole.all(-1), values.mean(-1), values.mean(-1, where=whole))
 
 
 def _is_finite(tree: PyTree) -> Array:
-    """Whether every number of a seed is finite: leaves ``[S, ..]`` -> ``[S]``."""
+    """Returns True for seeds all of whose numbers are finite: leaves ``[S, ..]`` -> ``[S]``."""
     finite = [jnp.isfinite(leaf).all(tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(tree)]
     return jnp.stack(finite).all(0)
 
 
-def _learn_if_any(
-    parts: _Parts, state: TrainState, ready: Array, episodes_before: Array, epsilon: Array
+def _learn(
+    run: _Run, state: TrainState, *, ready: Array, epsilon: Array, episodes_before: Array
 ) -> tuple[LearnerState, dict[str, Array]]:
-    """The learner steps of one iteration where any seed is ready; the others' learners stay as they are.
+    """Takes the learner steps of one iteration; the learners of seeds that aren't ``ready`` ``[S]`` stay as they are.
 
-    A loss sees the epsilon of the episodes that were just played, as in PyMARL, where it moves on when an agent acts.
+    Each step samples a batch per seed, follows the gradient of its loss, and copies the targets when that is due.
+
+    Returns:
+        The learners, leaves ``[S, ..]``, and the metrics' means over the steps, ``[S]`` float32, 0 for the others.
     """
+    # All seeds compute, ready or not: under `vmap` a branch per seed would compute both sides anyway. Batches of seeds
+    # that aren't ready count as empty, which makes them cheap where rows are packed. The select at the end, outside of
+    # the steps, is over learners alone, which are small compared with a batch.
 
-    def learn(state: TrainState) -> tuple[LearnerState, dict[str, Array]]:
-        def update(learner: LearnerState, index: Array) -> tuple[LearnerState, dict[str, Array]]:
-            learner_steps = state.counters.learner_steps + index
-            ctx = Context(epsilon, state.counters.env_steps, learner_steps)
-            return _update(parts, state, learner, ctx, episodes_before, ready)
+    def update(learner: LearnerState, index: Array) -> tuple[LearnerState, dict[str, Array]]:
+        ctx = Context(epsilon, state.counters.env_steps, state.counters.learner_steps + index)
+        rows = jax.vmap(run.replay.sample)(state.replay, _fold_in(state.keys.sample, ctx.learner_steps))
+        loss_keys = _fold_in(state.keys.loss, ctx.learner_steps)
+        grads, metrics = batch_gradients(run.batching, learner, rows, loss_keys, state.hp, ctx, ready)
+        learner, grad_norm = jax.vmap(apply_gradients)(learner, grads, state.hp)
+        return copy_targets(learner, state.hp, episodes_before), metrics | {"grad_norm": grad_norm}
 
-        learner, losses = jax.lax.scan(update, state.learner, jnp.arange(parts.updates_per_iteration))
-        learner = jax.tree.map(functools.partial(jax.vmap(jnp.where), ready), learner, state.learner)
-        return learner, jax.tree.map(lambda loss: jnp.where(ready, loss.mean(0), 0.0), losses)
-
-    _, losses = jax.eval_shape(learn, state)
-
-    def skip(state: TrainState) -> tuple[LearnerState, dict[str, Array]]:
-        return state.learner, jax.tree.map(lambda loss: jnp.zeros(loss.shape, loss.dtype), losses)
-
-    return jax.lax.cond(ready.any(), learn, skip, state)
+    learner, losses = jax.lax.scan(update, state.learner, jnp.arange(run.config.updates_per_iteration))
+    learner = jax.tree.map(functools.partial(jax.vmap(jnp.where), ready), learner, state.learner)
+    return learner, jax.tree.map(lambda loss: jnp.where(ready, loss.mean(0), 0.0), losses)
 
 
-def _update(
-    parts: _Parts, state: TrainState, learner: LearnerState, ctx: Context, episodes_before: Array, ready: Array
-) -> tuple[LearnerState, dict[str, Array]]:
-    """Samples a batch per seed, takes one learner step on it, and copies targets when due."""
-    rows = jax.vmap(parts.replay.sample)(state.replay, _fold_in(state.keys.sample, ctx.learner_steps))
-    loss_keys = _fold_in(state.keys.loss, ctx.learner_steps)
-    grads, metrics = batch_gradients(parts.batching, learner, rows, loss_keys, state.hp, ctx, ready)
-    learner, grad_norm = jax.vmap(apply_gradients)(learner, grads, state.hp)
-    return copy_targets(learner, state.hp, episodes_before), metrics | {"grad_norm": grad_norm}
+def _skip_learning(run: _Run, state: TrainState) -> tuple[LearnerState, dict[str, Array]]:
+    """Returns the results of `_learn` where no seed is ready."""
+    return state.learner, dict.fromkeys(_loss_names(run), jnp.zeros(state.failed.shape, jnp.float32))
 
 
-def _evaluate(parts: _Parts, state: TrainState, num_episodes: int) -> EvalRecord:
-    keys = _fold_in(state.keys.evaluation, state.counters.episodes)
-    metrics = evaluate(
-        parts.env, parts.algo, state.learner.params, state.hp, _context(state), keys, num_episodes=num_episodes
-    )
-    return EvalRecord(state.counters, metrics)
+def _loss_names(run: _Run) -> tuple[str, ...]:
+    return (*run.batching.metric_names, "grad_norm")
+
+
+def _learn_alone(run: _Run, state: TrainState) -> tuple[LearnerState, dict[str, Array]]:
+    with _numerics(run.config):
+        ready, epsilon = jnp.ones(state.failed.shape, bool), _context(state).epsilon
+        return _learn(run, state, ready=ready, epsilon=epsilon, episodes_before=state.counters.episodes)
+
+
+def _play_greedily(run: _Run, state: TrainState) -> EvalRecord:
+    """Evaluates the online parameters; see `Trainer.evaluate`."""
+    config, params = run.config, state.learner.params
+    with _numerics(config):
+        keys, ctx = _fold_in(state.keys.evaluation, state.counters.episodes), _context(state)
+        figures = greedy_episodes(
+            config.env, config.algo, params, state.hp, ctx, keys, num_episodes=config.eval_episodes
+        )
+        return EvalRecord(state.counters, mean_metrics(figures))
 
 
 def _context(state: TrainState) -> Context:

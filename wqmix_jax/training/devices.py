@@ -1,7 +1,7 @@
-"""Which devices train: seeds never need to talk, so they are spread over the devices in equal parts.
+"""The devices that train: seeds never exchange anything, so they are spread over the devices in equal parts.
 
-A CPU has a device per core, since XLA runs the body of a loop on one core. Where cores are left, those that share a
-seed learn from a part of each batch.
+A CPU has a device per core, since XLA runs the body of a loop on one core. If there are more cores than seeds, several
+cores share a seed, and each learns from a part of its batches.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from wqmix_jax.errors import ConfigError
 
 SEED_AXIS, BATCH_AXIS = "seeds", "batch"
-"""The mesh axes: the leading axis ``S`` of a train state is spread over the first and lies whole along the second."""
+"""The mesh axes: the leading axis ``S`` of a train state is spread over the first and is whole along the second."""
 
 _GPU_MEMORY = {
     "XLA_PYTHON_CLIENT_PREALLOCATE",
@@ -37,6 +37,8 @@ def seed_sharding(num_seeds: int, *, batch_size: int = 1) -> Sharding:
     """
     claim_cores()
     devices = jax.local_devices()
+    # As many devices as possible, and as few as possible of them per seed: sharing a batch costs a sum over devices in
+    # every learner step, spreading seeds costs nothing.
     most = batch_size // MIN_PART if devices[0].platform == "cpu" else 1
     seed_parts, batch_parts = max(
         (

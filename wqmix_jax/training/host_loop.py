@@ -1,7 +1,7 @@
 """The host loop between compiled chunks: it evaluates, and turns records into the lines of ``metrics.jsonl``.
 
-`begin` and `advance` are the whole mechanism, for the command line and for `wqmix_jax.train_seeds` alike. Numbers are
-taken over the iterations of a whole evaluation interval, so chunk sizes never change them.
+`begin` and `advance` are the whole mechanism, for the command line and for `wqmix_jax.train_seeds` alike. Lines are
+means over the iterations of a whole evaluation interval, so chunk sizes never change them.
 """
 
 import math
@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
 from wqmix_jax.algos.base import Hyperparams
-from wqmix_jax.training.compile_cache import compile_program
 from wqmix_jax.training.compiled_loop import Counters, EvalRecord, Trainer, TrainRecord, TrainState
 from wqmix_jax.training.members import Member
 
@@ -32,16 +30,16 @@ AIMED_SECONDS = 7.0
 
 
 class Loop(NamedTuple):
-    """Where a run stands between two chunks.
+    """The state of a run between two chunks.
 
     Attributes:
         state: the train state; the next `advance` donates its buffers.
-        members: who trains, in the order of the state's leading axis ``S``.
+        members: the trainings, in the order of the state's leading axis ``S``.
         pending: the chunks since the last evaluation, numpy leaves ``[K, S]``.
         evaluated_at: ``[S]`` environment steps at the last evaluation.
         seconds: wall-clock seconds of training since then.
-        iteration_seconds: of an iteration in the last chunk; None where the next one may take longer: at the start of a
-            process, and when learning begins.
+        iteration_seconds: seconds per iteration of the last chunk; None where the next one may take longer: at the
+            start of a process, and when learning begins.
     """
 
     state: TrainState
@@ -52,92 +50,21 @@ class Loop(NamedTuple):
     iteration_seconds: float | None = None
 
 
-class Compilation(NamedTuple):
-    """Facts about the compilation of a trainer's programs.
-
-    Attributes:
-        seconds: tracing included.
-        from_cache: whether those that train and evaluate were read from the persistent compilation cache.
-    """
-
-    seconds: float
-    from_cache: bool
-
-    def __add__(self, other: "Compilation") -> "Compilation":  # type: ignore[override]
-        return Compilation(self.seconds + other.seconds, self.from_cache and other.from_cache)
-
-    def __str__(self) -> str:
-        return f"compiled in {self.seconds:.1f} s{', from cache' if self.from_cache else ''}"
-
-
-def compile_trainer(trainer: Trainer, members: Sequence[Member], *, fresh: bool = True) -> tuple[Trainer, Compilation]:
-    """Compiles a trainer's functions ahead of their first call.
-
-    Args:
-        trainer: the trainer.
-        members: as many as will train.
-        fresh: whether `Trainer.init` is compiled too; a resumed run doesn't need it.
-
-    Returns:
-        The trainer with its functions compiled for this number of members, and how that went.
-    """
-    started = time.perf_counter()
-    state = abstract_state(trainer, members)
-    train = jax.jit(trainer.train, donate_argnums=0).lower(state, jax.ShapeDtypeStruct((), jnp.int32))
-    lowered = [train, jax.jit(trainer.evaluate).lower(state)]
-    programs, from_cache = zip(*map(compile_program, lowered), strict=True)
-    compiled = trainer._replace(train=programs[0], evaluate=programs[1])
-    if fresh:
-        init, _ = compile_program(jax.jit(trainer.init).lower(_as_array(_seeds(members))), _once_options())
-        compiled = compiled._replace(init=lambda seeds: init(_as_array(seeds)))
-    return compiled, Compilation(time.perf_counter() - started, all(from_cache))
-
-
-def _once_options() -> dict[str, str | bool]:
-    """How a program is compiled that runs once: on a CPU, optimising its many draws takes far longer than they do."""
-    if jax.default_backend() != "cpu":
-        return {}
-    return {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
-
-
-def _as_array(seeds: Sequence[int]) -> jax.Array:
-    return jnp.asarray(seeds, jnp.uint32)
-
-
-def _seeds(members: Sequence[Member]) -> list[int]:
-    return [member.seed for member in members]
-
-
-def abstract_state(trainer: Trainer, members: Sequence[Member]) -> TrainState:
-    """Shapes, dtypes and devices of the train state."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=trainer.sharding),
-        jax.eval_shape(lambda: trainer.init(_seeds(members))),
-    )
-
-
-def abstract_interval(trainer: Trainer, members: Sequence[Member]) -> TrainRecord:
-    """Shapes and dtypes of the iterations of one whole evaluation interval, leaves ``[eval_iterations, S]``."""
-    _, record = jax.eval_shape(trainer.train_chunk, abstract_state(trainer, members))
-    length = trainer.eval_iterations
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((length, *leaf.shape[1:]), leaf.dtype), record)
-
-
 def begin(trainer: Trainer, members: Sequence[Member]) -> tuple[Loop, list[Line]]:
     """Draws the first state, and evaluates it before any learning.
 
     Returns:
         The run at its start, and an eval line per member.
     """
-    state = trainer.init(_seeds(members))
+    state = trainer.init([member.seed for member in members])
     state = state._replace(hp=_with_swept(state.hp, members, trainer.sharding))
-    evaluated = _evaluate(trainer, state)
+    evaluated = jax.device_get(trainer.evaluate(state))
     lines = [_eval_line(member, evaluated, index) for index, member in enumerate(members)]
     return Loop(state, tuple(members), (), np.array(evaluated.counters.env_steps), seconds=0.0), lines
 
 
 def _with_swept(hp: Hyperparams, members: Sequence[Member], sharding: Sharding) -> Hyperparams:
-    """Each member's own values in place of the options' (leaves ``[S]``)."""
+    """Replaces swept options (leaves ``[S]``) by each member's own values."""
     swept = [dict(member.swept) for member in members]
     values = {name: np.array([own[name] for own in swept], getattr(hp, name).dtype) for name in swept[0]}
     return hp._replace(**{name: jax.device_put(value, sharding) for name, value in values.items()})
@@ -157,7 +84,8 @@ def advance(trainer: Trainer, loop: Loop) -> tuple[Loop, list[Line]]:
         loop = _train(trainer, loop)
     if not _evaluation_is_due(trainer, loop):
         return loop, []
-    interval, evaluated = join(loop.pending), _evaluate(trainer, loop.state)
+    # Lines are made here alone, of whole intervals, so that their numbers don't depend on the sizes of chunks.
+    interval, evaluated = join(loop.pending), jax.device_get(trainer.evaluate(loop.state))
     if trainer.failure() is not None:  # an evaluation that didn't take place
         return loop, []
     trained = np.flatnonzero(interval.active.any(0)).tolist()
@@ -201,17 +129,17 @@ def _next_iterations(trainer: Trainer, loop: Loop) -> tuple[int, int]:
 
 
 def env_steps(loop: Loop) -> np.ndarray:
-    """Environment steps of each seed so far, ``[S]``."""
+    """Returns the environment steps of each seed so far, ``[S]``."""
     return np.array(loop.state.counters.env_steps)
 
 
 def failed(loop: Loop) -> np.ndarray:
-    """Which members are frozen because a number was not finite, bool ``[S]``."""
+    """Returns True for members that are frozen because a number was not finite, bool ``[S]``."""
     return np.array(loop.state.failed)
 
 
 def failures(loop: Loop) -> list[Line]:
-    """Of each member that has failed its labels, and its counters after the first step that was not finite."""
+    """Returns the labels of each member that has failed, and its counters after the first step that was not finite."""
     return [
         {**loop.members[index].labels, **_counts(jax.tree.map(lambda leaf, at=index: leaf[at], loop.state.counters))}
         for index in np.flatnonzero(failed(loop))
@@ -219,43 +147,40 @@ def failures(loop: Loop) -> list[Line]:
 
 
 def sound_steps(loop: Loop) -> np.ndarray:
-    """Environment steps of the members that have not failed; where all have, of the one that came farthest."""
+    """Returns the environment steps of the members that have not failed; if all have, the largest number."""
     steps, out = env_steps(loop), failed(loop)
     return steps.max(keepdims=True) if out.all() else steps[~out]
 
 
 def slowest_steps(loop: Loop) -> int:
-    """The least of `sound_steps`."""
+    """Returns the least of `sound_steps`."""
     return int(sound_steps(loop).min())
 
 
 def is_finished(loop: Loop) -> bool:
-    """Whether every member has reached its total or has failed."""
+    """Returns True if every member has reached its total or has failed."""
     return bool(((env_steps(loop) >= np.array(loop.state.total_env_steps)) | failed(loop)).all())
 
 
 def num_pending(loop: Loop) -> int:
-    """Iterations since the last evaluation."""
+    """Counts the iterations since the last evaluation."""
     return sum(len(chunk.active) for chunk in loop.pending)
 
 
 def join(chunks: Sequence[TrainRecord]) -> TrainRecord:
-    """The iterations of several chunks in a row, leaves ``[K, S]``."""
+    """Concatenates the iterations of several chunks, leaves ``[K, S]``."""
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *chunks)
 
 
-def _evaluate(trainer: Trainer, state: TrainState) -> EvalRecord:
-    return jax.device_get(trainer.evaluate(state))
-
-
 def _eval_line(member: Member, record: EvalRecord, index: int) -> Line:
+    # Return and length come first in every line, whatever else an environment measures.
     counters, metrics = jax.tree.map(lambda leaf: leaf[index], (record.counters, record.metrics))
     names = [*_FIRST, *(name for name in metrics if name not in _FIRST)]
     return {"kind": "eval", **member.labels, **_counts(counters), **{name: _exact(metrics[name]) for name in names}}
 
 
 def _train_line(loop: Loop, interval: TrainRecord, index: int) -> Line:
-    """One member's means over the iterations in which it trained; of losses, over those with learner steps."""
+    """Averages over the iterations in which a member trained; losses over those with learner steps."""
     seed: TrainRecord = jax.tree.map(lambda leaf: leaf[:, index], interval)
     last = jax.tree.map(lambda leaf: leaf[-1], seed.counters)
     active, learned = seed.active, seed.active & (seed.updates > 0)
@@ -284,11 +209,11 @@ def _mean(values: Any) -> float:
 
 
 def _mean_of_whole(values: Any) -> float:
-    """The mean over the iterations that had a whole episode; nan where none had."""
+    """Returns the mean over the iterations that had a whole episode; nan if none had."""
     whole = values[~np.isnan(values)]
     return _mean(whole) if whole.size else math.nan
 
 
 def _exact(value: Any) -> float:
-    """The shortest decimal that gives the same float32 again."""
+    """Returns the shortest decimal that gives the same float32 again."""
     return float(str(np.float32(value)))

@@ -1,4 +1,4 @@
-"""One optimiser step, and the target copy, for any algorithm."""
+"""The optimiser step and the target copy of any algorithm, given the gradients that `batch_gradients` computes."""
 
 import functools
 from typing import NamedTuple
@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from wqmix_jax.algos.base import Algorithm, Context, Hyperparams
-from wqmix_jax.types import Array, Episode, PRNGKey, PyTree
+from wqmix_jax.algos.base import Hyperparams
+from wqmix_jax.types import Array, PyTree
 
 
 class LearnerState(NamedTuple):
-    """What a learner step changes.
+    """The part of a train state that a learner step changes.
 
     Attributes:
         params: the online parameters.
@@ -37,48 +37,21 @@ def init_learner(params: PyTree) -> LearnerState:
     )
 
 
-def learner_step(
-    algo: Algorithm,
-    learner: LearnerState,
-    batch: Episode,
-    hp: Hyperparams,
-    ctx: Context,
-    key: PRNGKey,
-) -> tuple[LearnerState, dict[str, Array]]:
-    """One optimiser step on a batch of episodes; the targets stay.
+def apply_gradients(learner: LearnerState, grads: PyTree, hp: Hyperparams) -> tuple[LearnerState, Array]:
+    """Clips by the joint norm and takes RMSProp's step; the targets stay.
 
     Args:
-        algo: whose loss is minimised.
         learner: one seed's learner.
-        batch: leaves ``[B, T(+1), ..]``.
+        grads: the gradients of the loss by its parameters.
         hp: the traced options.
-        ctx: where training stands.
-        key: for what the loss draws.
-
-    Returns:
-        The learner after the step, and scalars for the log: the loss's own and ``grad_norm`` before clipping.
-    """
-    grads, metrics = gradients(algo, learner, batch, hp, ctx, algo.sample_noise(key, batch))
-    learner, grad_norm = apply_gradients(learner, grads, hp)
-    return learner, metrics | {"grad_norm": grad_norm}
-
-
-def gradients(
-    algo: Algorithm, learner: LearnerState, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree
-) -> tuple[PyTree, dict[str, Array]]:
-    """The loss's gradient by the online parameters, and its scalars for the log; arguments as in `learner_step`."""
-    grads, aux = jax.grad(algo.loss, has_aux=True)(learner.params, learner.target, batch, hp, ctx, noise)
-    return grads, aux.metrics
-
-
-def apply_gradients(learner: LearnerState, grads: PyTree, hp: Hyperparams) -> tuple[LearnerState, Array]:
-    """Clips by the joint norm and takes RMSProp's step.
 
     Returns:
         The learner after it, and the norm before clipping.
     """
     grads, grad_norm = clip_by_joint_norm(grads, hp.max_grad_norm)
+    # PyTorch's RMSProp: epsilon is added outside of the root.
     rms = optax.scale_by_rms(decay=hp.rms_decay, eps=hp.rms_eps, initial_scale=0.0, eps_in_sqrt=False)
+    # Not `optax.rmsprop(lr)`: the learning rate and the others are traced scalars, one value per seed in a sweep.
     updates, opt_state = rms.update(grads, learner.opt_state)
     params = optax.apply_updates(learner.params, jax.tree.map(lambda update: -hp.lr * update, updates))
     return learner._replace(params=params, opt_state=opt_state), grad_norm
@@ -87,12 +60,12 @@ def apply_gradients(learner: LearnerState, grads: PyTree, hp: Hyperparams) -> tu
 def copy_targets(learner: LearnerState, hp: Hyperparams, episodes: Array) -> LearnerState:
     """Copies all online parameters to the targets of the seeds whose interval has passed, after an optimiser step.
 
-    A real branch over all seeds, so it costs nothing when it isn't time, and copies to the bit what the step gave.
+    A real branch over all seeds: it costs nothing when no copy is due, and the copies equal the parameters to the bit.
 
     Args:
         learner: leaves ``[S, ..]``.
         hp: leaves ``[S]``.
-        episodes: ``[S]`` int32, episodes before those of this iteration, as PyMARL counts them.
+        episodes: ``[S]`` int32, the episodes before this iteration, as PyMARL counts them.
     """
     due = episodes - learner.target_episodes >= hp.target_update_interval
 

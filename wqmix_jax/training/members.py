@@ -1,4 +1,4 @@
-"""Who trains side by side in one call: every seed, and every seed again for each combination of swept options."""
+"""The trainings of one call: every seed, and every seed again for each combination of swept options."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ class Member(NamedTuple):
 
     Attributes:
         seed: its seed.
-        swept: the options that a sweep gives it, by their names in ``algo``.
+        swept: its values of the swept options, by their names in ``algo``.
     """
 
     seed: int
@@ -21,15 +21,15 @@ class Member(NamedTuple):
 
     @property
     def labels(self) -> dict[str, Any]:
-        """What its records carry: ``seed``, and its swept options as ``algo.NAME``."""
+        """The labels in its records: ``seed``, and its swept options as ``algo.NAME``."""
         return {"seed": self.seed, **{f"algo.{name}": value for name, value in self.swept}}
 
 
 def make_members(algo: Algorithm, seeds: Iterable[int], sweep: Mapping[str, Sequence[float]]) -> tuple[Member, ...]:
-    """All seeds of the first combination of a sweep, then all of the second, and so on.
+    """Lists all seeds with the first combination of a sweep, then all with the second, and so on.
 
     Args:
-        algo: whose options are swept.
+        algo: the algorithm whose options are swept.
         seeds: the seeds.
         sweep: values by the option's name; the last changes fastest.
 
@@ -51,17 +51,17 @@ def make_members(algo: Algorithm, seeds: Iterable[int], sweep: Mapping[str, Sequ
 
 
 def labels_of(line: Mapping[str, Any]) -> dict[str, Any]:
-    """The labels of the member that a record is of."""
+    """Returns the labels of a record's member."""
     return {key: value for key, value in line.items() if key == "seed" or key.startswith("algo.")}
 
 
 def member_name(labels: Mapping[str, Any]) -> str:
-    """A short name for labels: ``3``, in a sweep ``3-alpha0.1``."""
+    """Returns a short name for labels: ``3``, in a sweep ``3-alpha0.1``."""
     swept = (f"{key.removeprefix('algo.')}{value}" for key, value in labels.items() if key != "seed")
     return "-".join([str(labels["seed"]), *swept])
 
 
 def setting_name(labels: Mapping[str, Any]) -> str:
-    """A sweep's values without the seed, ``alpha=0.1, lr=0.001``; empty outside a sweep."""
+    """Returns a sweep's values without the seed, ``alpha=0.1, lr=0.001``; empty outside a sweep."""
     swept = {key: value for key, value in labels_of(labels).items() if key != "seed"}
     return ", ".join(f"{key.removeprefix('algo.')}={value}" for key, value in swept.items())

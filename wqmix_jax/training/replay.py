@@ -1,7 +1,7 @@
 """A replay of whole episodes on the device, each stored as one flat row of bytes.
 
-An environment says how a step lies in the replay (`Environment.compress`); observations, state and availability are
-recomputed from it when an episode is sampled. flashbax's item buffer keeps the rows.
+An environment chooses the compact form in which a step is stored (`Environment.compress`); observations, state and
+availability are recomputed from it when an episode is sampled. flashbax's item buffer keeps the rows.
 """
 
 import functools
@@ -12,37 +12,18 @@ from typing import Any, NamedTuple
 import flashbax
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.ops.action_selection import with_idle_action
-from wqmix_jax.ops.randomness import pinned_draws
-from wqmix_jax.training.row_packing import Slots
-from wqmix_jax.types import Array, Episode, Observation, PRNGKey, PyTree
+from wqmix_jax.training.rollout import stored_template
+from wqmix_jax.training.row_packing import RowLayout
+from wqmix_jax.types import Array, Episode, Observation, PRNGKey, PyTree, StoredEpisode
 
 ReplayState = Any
 
 
-class StoredEpisode(NamedTuple):
-    """An episode as an environment packs it.
-
-    Attributes:
-        steps: the packed environment states, leaves ``[.., T+1, ..]``; zero past the end.
-        joint_action: ``[.., T, N]`` in the narrowest unsigned integer.
-        reward: ``[.., T]`` float32.
-        length: ``[..]`` int32, how many steps are real.
-        terminated: ``[..]`` bool, whether the task ended after the last of them.
-    """
-
-    steps: PyTree
-    joint_action: Array
-    reward: Array
-    length: Array
-    terminated: Array
-
-
 class Replay(NamedTuple):
-    """The replay of one seed as pure functions; the trainer maps them over seeds.
+    """The replay of one seed as pure functions; the compiled loop maps them over seeds.
 
     Attributes:
         init: ``() -> state``, empty.
@@ -51,7 +32,7 @@ class Replay(NamedTuple):
         sample: ``(state, key) -> rows``, a batch ``[B, row_bytes]`` drawn uniformly with replacement.
         lengths: ``rows -> [B]`` int32, the episodes' lengths.
         decode: ``(rows, num_steps) -> Episode``, cut to the first ``num_steps`` (static) steps.
-        decode_packed: ``(rows, slots) -> Episode``, the steps of these episodes that `Slots` ``[R, T+1]`` name.
+        decode_packed: ``(rows, layout) -> Episode``, in the places of a `RowLayout` ``[R, T+1]``.
         row_bytes: bytes of one stored episode.
         num_bytes: bytes of a seed's whole replay.
     """
@@ -61,13 +42,13 @@ class Replay(NamedTuple):
     sample: Callable[[ReplayState, PRNGKey], Array]
     lengths: Callable[[Array], Array]
     decode: Callable[[Array, int], Episode]
-    decode_packed: Callable[[Array, Slots], Episode]
+    decode_packed: Callable[[Array, RowLayout], Episode]
     row_bytes: int
     num_bytes: int
 
 
 def make_replay(env: Environment, *, buffer_size: int, batch_size: int) -> Replay:
-    """A replay of ``buffer_size`` episodes of ``env`` that gives batches of ``batch_size``."""
+    """Returns a replay of ``buffer_size`` episodes of ``env`` from which batches of ``batch_size`` are sampled."""
     template = stored_template(env)
     row_bytes = sum(_num_bytes(leaf) for leaf in jax.tree.leaves(template))
     buffer = flashbax.make_item_buffer(
@@ -75,12 +56,15 @@ def make_replay(env: Environment, *, buffer_size: int, batch_size: int) -> Repla
     )
 
     def init() -> ReplayState:
+        # flashbax promises no contents; zeros let equal runs have equal checkpoints.
         state = buffer.init(jnp.zeros(row_bytes, jnp.uint8))
         return state.replace(experience=jnp.zeros(state.experience.shape, jnp.uint8))
 
     def add(state: ReplayState, episodes: StoredEpisode, keep: Array) -> ReplayState:
-        rows = jax.vmap(_to_row)(episodes)
-        # What lies there is written again where nothing may change: a select over the whole replay would copy it.
+        rows = jax.vmap(_to_row)(episodes)  # [E, row_bytes]
+        # The replay is by far the largest array of a run, and it must stay in place: a select between the replay before
+        # and after would copy all of it in every iteration. So rows are written in any case, either the new ones or
+        # those that are already there, and only the two small counters are selected.
         places = (state.current_index + jnp.arange(rows.shape[0])) % buffer_size
         added = buffer.add(state, jnp.where(keep, rows, state.experience[0, places]))
         return added.replace(
@@ -97,36 +81,17 @@ def make_replay(env: Environment, *, buffer_size: int, batch_size: int) -> Repla
 
     def decode(rows: Array, num_steps: int) -> Episode:
         stored = jax.vmap(functools.partial(_from_row, template=template))(rows)
-        return _unpack(env, stored, num_steps)
+        return _first_steps(env, stored, num_steps)
 
-    def decode_packed(rows: Array, slots: Slots) -> Episode:
+    def decode_packed(rows: Array, layout: RowLayout) -> Episode:
         stored = jax.vmap(functools.partial(_from_row, template=template))(rows)
-        return _unpack_slots(env, stored, slots)
+        return _packed_rows(env, stored, layout)
 
     return Replay(init, add, sample, lengths, decode, decode_packed, row_bytes, row_bytes * buffer_size)
 
 
-def stored_template(env: Environment) -> StoredEpisode:
-    """Shapes and dtypes of one stored episode of ``env``."""
-    spec = env.spec
-    limit = spec.episode_limit
-
-    def empty() -> StoredEpisode:
-        step = env.compress(env.reset(jax.random.key(0, impl="threefry2x32")))
-        return StoredEpisode(
-            steps=jax.tree.map(lambda leaf: jnp.zeros((limit + 1, *leaf.shape), leaf.dtype), step),
-            joint_action=jnp.zeros((limit, spec.num_agents), np.min_scalar_type(spec.num_actions - 1)),
-            reward=jnp.zeros(limit, jnp.float32),
-            length=jnp.int32(0),
-            terminated=jnp.bool_(False),
-        )
-
-    with pinned_draws():
-        return jax.eval_shape(empty)
-
-
-def _unpack(env: Environment, stored: StoredEpisode, num_steps: int) -> Episode:
-    """``StoredEpisode`` leaves ``[B, ..]`` to the `Episode` of their first ``num_steps`` steps, padding all zero."""
+def _first_steps(env: Environment, stored: StoredEpisode, num_steps: int) -> Episode:
+    """Returns the first ``num_steps`` steps, one episode per row: leaves ``[B, ..]`` -> ``[B, num_steps(+1), ..]``."""
     steps = jnp.arange(num_steps + 1)[None, :]
     return _episode(
         _seen(env, jax.tree.map(lambda leaf: leaf[:, : num_steps + 1], stored.steps), steps <= stored.length[:, None]),
@@ -137,22 +102,28 @@ def _unpack(env: Environment, stored: StoredEpisode, num_steps: int) -> Episode:
     )
 
 
-def _unpack_slots(env: Environment, stored: StoredEpisode, slots: Slots) -> Episode:
-    """``StoredEpisode`` leaves ``[B, ..]`` to the `Episode` of what lies in ``slots``, padding all zero."""
-    episode, step = slots.episode[:, :-1], slots.step[:, :-1]
-    mask = slots.filled[:, :-1] & (step < stored.length[episode])
+def _packed_rows(env: Environment, stored: StoredEpisode, layout: RowLayout) -> Episode:
+    """Returns rows that episodes share: leaves ``[B, ..]``, a layout ``[R, T+1]`` -> ``[R, T(+1), ..]``.
+
+    Observations are at all ``T+1`` places; actions and rewards at the first ``T``, where the place after an episode's
+    last step, which has an observation only, is masked.
+    """
+    # Compact states are gathered first and observed afterwards, so that observations are computed for rows that are
+    # nearly full, and not for the padding of whole episodes.
+    episode, step = layout.episode[:, :-1], layout.step[:, :-1]
+    mask = layout.filled[:, :-1] & (step < stored.length[episode])
     packed = _episode(
-        _seen(env, jax.tree.map(lambda leaf: leaf[slots.episode, slots.step], stored.steps), slots.filled),
+        _seen(env, jax.tree.map(lambda leaf: leaf[layout.episode, layout.step], stored.steps), layout.filled),
         joint_action=jnp.where(mask[..., None], stored.joint_action[episode, step], 0),
         reward=jnp.where(mask, stored.reward[episode, step], 0.0),
         ends=mask & stored.terminated[episode] & (step == stored.length[episode] - 1),
         mask=mask,
     )
-    return packed._replace(starts=slots.filled & (slots.step == 0))
+    return packed._replace(starts=layout.filled & (layout.step == 0))
 
 
 def _seen(env: Environment, steps: PyTree, real: Array) -> Observation:
-    """What was seen at packed states, leaves ``[R, T+1, ..]``, zero where they aren't ``real`` ``[R, T+1]``.
+    """Returns the observations of compact states, leaves ``[R, T+1, ..]``, zero where not ``real`` ``[R, T+1]``.
 
     An agent without an available action gets action 0, see `with_idle_action`; in padding nothing is available.
     """
@@ -178,7 +149,7 @@ def _num_bytes(leaf: Any) -> int:
 
 
 def _to_row(tree: PyTree) -> Array:
-    """All leaves' bytes, one after another: ``[row_bytes]`` uint8."""
+    """Returns the bytes of all leaves, one after another: ``[row_bytes]`` uint8."""
 
     def as_bytes(leaf: Array) -> Array:
         leaf = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else leaf
@@ -188,7 +159,10 @@ def _to_row(tree: PyTree) -> Array:
 
 
 def _from_row(row: Array, template: PyTree) -> PyTree:
-    """The inverse of `_to_row` for a tree of the template's shapes and dtypes."""
+    """Inverts `_to_row`: ``[row_bytes]`` uint8 -> a tree of the template's shapes and dtypes."""
+    # The offsets are static, so this is slices and bitcasts, which the compiler fuses into whatever reads the leaves.
+    # A bitcast from bytes takes them from a trailing axis as long as the dtype is wide; uint8 and bool have none, and
+    # a bool, whose byte is 0 or 1, can't be bitcast at all.
     leaves, start = [], 0
     for leaf in jax.tree.leaves(template):
         flat = row[start : start + _num_bytes(leaf)]

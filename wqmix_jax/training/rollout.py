@@ -1,16 +1,17 @@
-"""Plays whole episodes: seeds and environments side by side, until the last of them has ended."""
+"""Plays whole episodes, for training and greedy ones for evaluation: all seeds and environments in one batch."""
 
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, Hyperparams
 from wqmix_jax.envs.base import Environment, EnvState
 from wqmix_jax.ops.action_selection import with_idle_action
-from wqmix_jax.training.replay import StoredEpisode, stored_template
-from wqmix_jax.types import Array, PRNGKey, PyTree, StepOutcome
+from wqmix_jax.ops.randomness import pinned_draws
+from wqmix_jax.types import Array, PRNGKey, PyTree, StepOutcome, StoredEpisode
 
 
 class Rollout(NamedTuple):
@@ -29,8 +30,33 @@ class Rollout(NamedTuple):
     whole: Array
 
 
+class Figures(NamedTuple):
+    """The results of episodes, leaves ``[S, E]``.
+
+    Attributes:
+        episode_return: float32, undiscounted.
+        episode_length: float32, in steps.
+        metrics: the environment's own scalars, by name.
+        whole: bool, False where the environment failed.
+    """
+
+    episode_return: Array
+    episode_length: Array
+    metrics: dict[str, Array]
+    whole: Array
+
+
 class _Play(NamedTuple):
-    """The loop's state; environments lie flat in one axis ``F = S * E``, the record's leaves are ``[T(+1), F, ..]``."""
+    """The state of the loop over time, with all environments in one axis ``F = S * E``.
+
+    Attributes:
+        step: scalar int32, the time step, common to all.
+        env_state: leaves ``[F, ..]``.
+        carry: the agents' recurrent state, leaves ``[S, E, N, ..]``.
+        last_action: ``[F, N]`` int32, -1 at the first step.
+        done: ``[F]`` bool.
+        record: leaves ``[T(+1), F, ..]``: time comes first, so that a step writes one contiguous slice.
+    """
 
     step: Array
     env_state: EnvState
@@ -41,7 +67,7 @@ class _Play(NamedTuple):
 
 
 class _Keys(NamedTuple):
-    """``act`` one per seed ``[S]``, ``env`` one per environment ``[F]``."""
+    """Random keys: ``act`` one per seed ``[S]``, ``env`` one per environment ``[F]``."""
 
     act: PRNGKey
     env: PRNGKey
@@ -68,6 +94,9 @@ def rollout(
         keys: ``[S]``.
         num_envs: ``E``.
     """
+    # Agents see ``[S, E, ..]``, since each seed has its own parameters; environments see one flat batch ``[F, ..]``,
+    # which a simulator outside of JAX gets in a single call. One loop for all of them: it ends with the longest
+    # episode, and environments that have ended keep their state and record nothing more.
     num_seeds = keys.shape[0]
 
     def by_seed(leaf: Array) -> Array:
@@ -83,10 +112,11 @@ def rollout(
         avail_actions = with_idle_action(seen.avail_actions)
         inputs = jax.tree.map(by_seed, AgentInputs(seen.obs, play.last_action, avail_actions))
         act_keys = jax.vmap(jax.random.fold_in, (0, None))(play_keys.act, play.step)
-        joint_action, carry = jax.vmap(algo.act)(params, play.carry, inputs, hp, ctx, act_keys)
-        joint_action = flat(joint_action)
+        joint_action, carry = jax.vmap(algo.act)(params, play.carry, inputs, hp, ctx, act_keys)  # [S, E, N]
+        joint_action = flat(joint_action)  # [F, N]
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(play_keys.env, play.step)
         env_state, outcome = env.step_batch(play.env_state, joint_action, step_keys)
+        # Environments that have ended are stepped all the same, in the one batch, and keep their last state.
         env_state = jax.tree.map(functools.partial(jax.vmap(jnp.where), play.done), play.env_state, env_state)
         stopped = play.done | jax.vmap(env.failed)(env_state)
         record = _write(env, play, stopped, env_state, joint_action, outcome)
@@ -98,17 +128,83 @@ def rollout(
 
     play = jax.lax.while_loop(unfinished, advance, _first(env, algo, reset_keys, num_seeds, num_envs))
     record = play.record
-    time_last = jax.tree.map(
-        lambda leaf: by_seed(jnp.moveaxis(leaf, 0, 1)), (record.steps, record.joint_action, record.reward)
-    )
-    episodes = StoredEpisode(*time_last, length=by_seed(record.length), terminated=by_seed(record.terminated))
+    timed = (record.steps, record.joint_action, record.reward)  # [T(+1), F, ..] -> [S, E, T(+1), ..]
+    timed = jax.tree.map(lambda leaf: by_seed(jnp.moveaxis(leaf, 0, 1)), timed)
+    episodes = StoredEpisode(*timed, length=by_seed(record.length), terminated=by_seed(record.terminated))
     metrics = jax.tree.map(by_seed, jax.vmap(env.metrics)(play.env_state))
     whole = by_seed(~jax.vmap(env.failed)(play.env_state))
     return Rollout(episodes, episodes.reward.sum(-1), metrics, whole)
 
 
+def greedy_episodes(
+    env: Environment,
+    algo: Algorithm,
+    params: PyTree,
+    hp: Hyperparams,
+    ctx: Context,
+    keys: PRNGKey,
+    *,
+    num_episodes: int,
+) -> Figures:
+    """Plays ``num_episodes`` greedy episodes of each seed; arguments as in `rollout`.
+
+    A simulator outside of JAX has fewer games than that: then it plays them in several turns, each with own keys.
+    """
+    greedy = ctx._replace(epsilon=jnp.zeros_like(ctx.epsilon))
+    in_parallel = env.episodes_at_once(num_episodes)
+
+    def play(keys: PRNGKey) -> Figures:
+        played = rollout(env.for_evaluation(), algo, params, hp, greedy, keys, num_envs=in_parallel)
+        return Figures(played.episode_return, played.episodes.length.astype(jnp.float32), played.metrics, played.whole)
+
+    if in_parallel == num_episodes:
+        return play(keys)
+
+    def turn(index: Array) -> Figures:
+        return play(jax.vmap(jax.random.fold_in, (0, None))(keys, index))
+
+    figures = jax.lax.map(turn, jnp.arange(-(-num_episodes // in_parallel)))  # [turns, S, in_parallel]
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(leaf.shape[1], -1)[:, :num_episodes], figures)
+
+
+def mean_metrics(figures: Figures) -> dict[str, Array]:
+    """Averages over each seed's episodes, leaves ``[S, E]`` -> ``[S]``.
+
+    Returns:
+        ``episode_return`` (undiscounted) and ``episode_length`` with their standard deviations over the episodes, and
+        the environment's own metrics. Episodes in which the environment failed are left out.
+    """
+    episode_return, length, metrics, whole = figures
+    return {
+        "episode_return": episode_return.mean(-1, where=whole),
+        "episode_return_std": episode_return.std(-1, where=whole),
+        "episode_length": length.mean(-1, where=whole),
+        "episode_length_std": length.std(-1, where=whole),
+        **jax.tree.map(lambda leaf: leaf.mean(-1, where=whole), metrics),
+    }
+
+
+def stored_template(env: Environment) -> StoredEpisode:
+    """Returns the shapes and dtypes of one stored episode of ``env``, leaves ``[T(+1), ..]`` or scalars."""
+    spec = env.spec
+    limit = spec.episode_limit
+
+    def empty() -> StoredEpisode:
+        step = env.compress(env.reset(jax.random.key(0, impl="threefry2x32")))
+        return StoredEpisode(
+            steps=jax.tree.map(lambda leaf: jnp.zeros((limit + 1, *leaf.shape), leaf.dtype), step),
+            joint_action=jnp.zeros((limit, spec.num_agents), np.min_scalar_type(spec.num_actions - 1)),
+            reward=jnp.zeros(limit, jnp.float32),
+            length=jnp.int32(0),
+            terminated=jnp.bool_(False),
+        )
+
+    with pinned_draws():
+        return jax.eval_shape(empty)
+
+
 def _split_keys(keys: PRNGKey, num_envs: int) -> tuple[PRNGKey, _Keys]:
-    """Per seed one key to act, per environment one to reset and one to step."""
+    """Returns one key per environment to reset ``[F]``, one per seed to act, and one per environment to step."""
     reset, act, env = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
     each_env = jax.vmap(lambda key: jax.random.split(key, num_envs))
     return each_env(reset).reshape(-1), _Keys(act=act, env=each_env(env).reshape(-1))
@@ -116,6 +212,7 @@ def _split_keys(keys: PRNGKey, num_envs: int) -> tuple[PRNGKey, _Keys]:
 
 def _first(env: Environment, algo: Algorithm, reset_keys: PRNGKey, num_seeds: int, num_envs: int) -> _Play:
     env_state = env.reset_batch(reset_keys)
+    # The record is as long as the longest episode: its shape can't depend on when episodes end.
     num_flat, num_agents = num_seeds * num_envs, env.spec.num_agents
     empty = stored_template(env)
     timed = jax.tree.map(
@@ -140,12 +237,13 @@ def _write(
     """Records the step of every environment that had not stopped before it: the action at t, the state at t + 1."""
     record, step = play.record, play.step
 
+    # Zeros are written for environments that have stopped, so that padding is zero in the replay too.
     def put(all_: Array, index: Array, new: Array) -> Array:
         return all_.at[index].set(jax.vmap(jnp.where)(stopped, jnp.zeros_like(all_[0]), new.astype(all_.dtype)))
 
-    packed = jax.vmap(env.compress)(env_state)
+    compressed = jax.vmap(env.compress)(env_state)
     return StoredEpisode(
-        steps=jax.tree.map(lambda all_, new: put(all_, step + 1, new), record.steps, packed),
+        steps=jax.tree.map(lambda all_, new: put(all_, step + 1, new), record.steps, compressed),
         joint_action=put(record.joint_action, step, joint_action),
         reward=put(record.reward, step, outcome.reward),
         length=record.length + ~stopped,

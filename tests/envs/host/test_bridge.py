@@ -1,5 +1,6 @@
 """A bridged run gives the numbers of a native one, with one call per step."""
 
+import functools
 from typing import Any
 
 import jax
@@ -14,8 +15,8 @@ from tests.envs.host.running import toy
 from wqmix_jax.algos.base import Algorithm, Context, hyperparams
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.training.compiled_loop import make_trainer
-from wqmix_jax.training.evaluator import evaluate
 from wqmix_jax.training.replay import make_replay
+from wqmix_jax.training.rollout import greedy_episodes, mean_metrics
 
 CHUNKS, EVAL_EPISODES = 3, 3
 
@@ -67,7 +68,8 @@ def greedy(env: Environment, num_episodes: int) -> dict[str, Any]:
     algo, keys = linear(), jax.random.split(jax.random.key(5), 1)
     params = jax.vmap(lambda key: algo.init(key, env.spec))(keys)
     hp, ctx = by_seed((hyperparams(algo), Context(jnp.float32(0), jnp.int32(0), jnp.int32(0))))
-    return jax.jit(lambda: evaluate(env, algo, params, hp, ctx, keys, num_episodes=num_episodes))()
+    play = functools.partial(greedy_episodes, env, algo, num_episodes=num_episodes)
+    return jax.jit(lambda: mean_metrics(play(params, hp, ctx, keys)))()
 
 
 def test_evaluation_plays_in_turns_on_few_games_of_its_own() -> None:
