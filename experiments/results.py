@@ -15,8 +15,9 @@ import numpy as np
 from experiments.figures import Run
 from wqmix_jax.api import load_policies
 from wqmix_jax.evaluate import play_policies
+from wqmix_jax.records.atomic import write_whole
 from wqmix_jax.records.metrics import load_header, load_metrics, read_mapping
-from wqmix_jax.records.run_dir import read_config, read_summary, refuse_common_seeds, write_whole
+from wqmix_jax.records.run_dir import read_config, read_summary, refuse_common_seeds
 from wqmix_jax.records.statistics import Estimate, SeedCurves, horizon, iqm_estimate, quartiles, seed_curves
 from wqmix_jax.records.text_table import Row
 from wqmix_jax.runs.saved_policies import BEST, POLICY_DIR

@@ -49,7 +49,7 @@ INSIDE = {
         ("compiled_loop",),
         ("host_loop",),
     ),
-    "records": (("metrics", "statistics", "text_table"), ("run_dir",), ("plotting",)),
+    "records": (("atomic", "metrics", "statistics", "text_table"), ("run_dir",), ("plotting",)),
     "runs": (
         (
             "checkpoint_pieces", "hosts", "loggers", "output", "progress", "saved_policies", "signals", "startup",

@@ -35,6 +35,7 @@ from wqmix_jax.interop import pymarl
 from wqmix_jax.networks.functional import compute_in
 from wqmix_jax.ops.randomness import pinned_draws
 from wqmix_jax.options import CONFIG_DIR, PositiveInt, add_import_paths, build, checked, options
+from wqmix_jax.records.atomic import atomic
 from wqmix_jax.records.metrics import load_header
 from wqmix_jax.records.run_dir import refuse_other_games
 from wqmix_jax.records.statistics import mean_estimate
@@ -321,16 +322,12 @@ def _viewer(env: Environment, chosen: EvaluateOptions, path: Path) -> "StateView
 
 
 def _film(env: Environment, policy: GreedyPolicy, viewer: "StateViewer[Any]", chosen: EvaluateOptions, of: str) -> str:
-    """Writes the picture in one piece and says so."""
+    """Writes the picture and returns a line about it."""
     path = Path(chosen.render or "")
     key = jax.random.key(chosen.seed, impl="threefry2x32")
     moments = play_episode(env, policy, key)
-    temporary = path.with_name(f".{path.stem}.tmp.gif")
-    try:
+    with atomic(path) as temporary:
         viewer.film(moments, str(temporary))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return f"drawn: {path} ({of}return {moments[-1].episode_return:.2f}, {len(moments) - 1} steps)"
 
 

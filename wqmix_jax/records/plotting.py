@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from wqmix_jax.records.atomic import atomic
 from wqmix_jax.records.metrics import load_header, load_metrics
 from wqmix_jax.records.run_dir import read_summary
 from wqmix_jax.records.statistics import Estimate, quartiles, seed_curves
@@ -118,10 +119,10 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path, *, dpi: int = 150) -> Path:
-    """Writes the file in one piece, in the format that its name ends with, with ``dpi`` dots per inch."""
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format=path.suffix.removeprefix(".") or "png", dpi=dpi)
-    return temporary.replace(path)
+    """Writes the figure in the format of the path's ending, with ``dpi`` dots per inch, see `atomic`."""
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.removeprefix(".") or "png", dpi=dpi)
+    return path
 
 
 def draw_band(

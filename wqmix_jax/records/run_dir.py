@@ -25,6 +25,7 @@ import wqmix_jax
 from wqmix_jax.config import RESUMABLE, RunConfig, run_defaults
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import refuse_what_is_not_data
+from wqmix_jax.records.atomic import write_whole
 from wqmix_jax.records.metrics import HEADER_FILE, METRICS_FILE, load_header, load_metrics, read_mapping
 from wqmix_jax.training.compiled_loop import Trainer
 from wqmix_jax.training.members import labels_of, member_name
@@ -327,10 +328,3 @@ def _numbered(path: Path) -> Iterator[Path]:
     while True:
         yield path.with_name(f"{path.name}_{number}")
         number += 1
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file in one piece: a reader sees the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -18,6 +18,7 @@ from wqmix_jax.errors import ConfigError
 from wqmix_jax.networks.functional import compute_in
 from wqmix_jax.ops.action_selection import with_idle_action
 from wqmix_jax.ops.randomness import pinned_draws
+from wqmix_jax.records.atomic import atomic
 from wqmix_jax.training.members import Member, labels_of
 from wqmix_jax.types import Array, EnvSpec, PRNGKey, PyTree
 
@@ -62,13 +63,11 @@ def better(one: Policy, other: Policy) -> Policy:
 
 
 def save_policy(path: Path, policy: Policy, members: Sequence[Member]) -> None:
-    """Writes the file in one piece: leaves by their paths (``params.agent.encoder.kernel``) and the members' labels."""
+    """Writes leaves by their paths (``params.agent.encoder.kernel``) and the members' labels, see `atomic`."""
     path.parent.mkdir(exist_ok=True)
     named = {name: np.array([member.labels[name] for member in members]) for name in members[0].labels}
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        np.savez(file, **named, **flat(policy))
-    temporary.replace(path)
+    with atomic(path) as temporary:
+        np.savez(temporary, **named, **flat(policy))
 
 
 def policy_file(run_dir: Path, which: str) -> Path:
