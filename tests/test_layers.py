@@ -219,7 +219,7 @@ def _module_of(inside: str) -> str | None:
 
 def _is_below(imported: str, module: str) -> bool:
     here, there = module.split(".")[:2], imported.split(".")
-    if here == there:  # inside of a package's own package
+    if here == there or here == there[:1]:  # inside of a package's own package, or its `__init__`
         return True
     if here[0] == there[0]:
         return _place(".".join(there)) < _place(".".join(here))
