@@ -19,7 +19,7 @@ from wqmix_jax.envs.checks import check_environment
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import build, checked
 from wqmix_jax.records.metrics import load_header
-from wqmix_jax.records.run_dir import read_summary
+from wqmix_jax.records.run_dir import failed_members
 from wqmix_jax.runs.memory import compile_within_memory, memory_faults_in_one_line
 from wqmix_jax.runs.progress import Display, make_optional_display
 from wqmix_jax.runs.saved_policies import (
@@ -35,7 +35,7 @@ from wqmix_jax.runs.trust import NOTHING_NAMED, Named, open_config
 from wqmix_jax.training.compile_cache import use_compilation_cache
 from wqmix_jax.training.compiled_loop import Trainer, TrainState, make_trainer, train_sharding
 from wqmix_jax.training.host_loop import Loop, advance, begin, is_finished, sound_steps
-from wqmix_jax.training.members import Member, labels_of, make_members, member_name
+from wqmix_jax.training.members import Member, make_members, member_name
 
 
 @memory_faults_in_one_line()
@@ -210,8 +210,7 @@ def open_policies(
     env, algo = build("env", values["env"]), build("algo", values["algo"])
     arithmetic = {name: values[name] for name in ("matmul_precision", "compute_dtype")}
     opened = policies_of_file(path, env, algo, arithmetic, labels=load_header(folder)["members"])
-    failed = {member_name(labels_of(line)): line["env_steps"] for line in read_summary(folder).get("failed", [])}
-    return opened._replace(failed=failed)
+    return opened._replace(failed={name: line["env_steps"] for name, line in failed_members(folder).items()})
 
 
 def policies_of_file(

@@ -32,11 +32,13 @@ from wqmix_jax.records.plotting import (
     styles,
 )
 from wqmix_jax.records.run_dir import (
+    UNKNOWN,
     VERSION,
+    differing,
+    failed_members,
     find_runs,
     library_version,
     read_config,
-    read_summary,
     refuse_other_games,
     shared_options,
     simulator_versions,
@@ -54,7 +56,7 @@ from wqmix_jax.records.statistics import (
     seed_curves,
 )
 from wqmix_jax.records.text_table import Row, show
-from wqmix_jax.training.members import labels_of, setting_name
+from wqmix_jax.training.members import labels_of, member_name, setting_name
 
 PICTURE = Path("outputs") / "comparison.png"
 
@@ -270,10 +272,8 @@ def _text(estimate: Estimate) -> str:
 
 def _differences(groups: Mapping[str, Group]) -> Iterator[Row]:
     settings = {name: {"algo": group.algo, **group.task, **group.options} for name, group in groups.items()}
-    for option in dict.fromkeys(option for of_one in settings.values() for option in of_one):
-        values = {name: _shown(of_one, option) for name, of_one in settings.items()}
-        if len(set(values.values())) > 1:
-            yield {"option": option, **values}
+    for option in differing(*settings.values()):
+        yield {"option": option, **{name: _shown(options, option) for name, options in settings.items()}}
 
 
 def _shown(options: Mapping[str, Any], option: str) -> str:
@@ -284,8 +284,7 @@ def _title(name: str, groups: Mapping[str, Group]) -> str:
     """With the algorithm, and with what tells it from runs of the same one: a few options, or else the folders."""
     group = groups[name]
     same = {key: other for key, other in groups.items() if other.algo == group.algo}
-    known = dict.fromkeys(option for other in same.values() for option in other.options)
-    apart = [option for option in known if len({_shown(other.options, option) for other in same.values()}) > 1]
+    apart = differing(*(other.options for other in same.values()))
     if 0 < len(apart) <= MOST_OPTIONS:
         options = (f"{option.split('.')[-1]}={_shown(group.options, option)}" for option in apart)
         return ", ".join([f"{name} {group.algo}", *options])
@@ -301,15 +300,15 @@ def _of(run: Path) -> list[Group]:
     workers = load_group("env", "_host")
     task = {"env": header["env"], **simulator_versions(header)}
     task |= {key: options.pop(key) for key in list(options) if key.startswith("env.") and key[4:] not in workers}
-    failed = [labels_of(failure) for failure in read_summary(run).get("failed", [])]
+    failed = failed_members(run)
     found: dict[str, Group] = {}
     for record in records:
         labels = labels_of(record)
         swept = {key: value for key, value in labels.items() if key != "seed"}
-        num_failed = sum(swept.items() <= failure.items() for failure in failed)
+        num_failed = sum(swept.items() <= line.items() for line in failed.values())
         new = Group([run], header["algo"], task, {**library_version(header), **options, **swept}, [], num_failed)
         group = found.setdefault(setting_name(labels), new)
-        if labels not in failed:
+        if member_name(labels) not in failed:
             group.records.append(record)
     return list(found.values())
 
@@ -352,12 +351,12 @@ def _refuse_other_versions(groups: Sequence[Group]) -> None:
 
 
 def _refuse_other_task(group: Group, first: Group) -> None:
-    """An option that one of them doesn't have, of another version of this project, is only told."""
-    for name in dict.fromkeys([*first.task, *group.task]):
-        one, other = (of.task.get(name, "unknown") for of in (first, group))
-        if one != other and "unknown" not in (one, other):
-            told = f"{first.folders[0]} has {name}={one}, and {group.folders[0]} has {name}={other}"
-            raise ConfigError(f"{told}: figures of different tasks can't be compared")
+    """Refuses other values of an option; one that a run doesn't record, as of an older version, may be the same."""
+    for name in differing(first.task, group.task):
+        one, other = (each.task.get(name, UNKNOWN) for each in (first, group))
+        if UNKNOWN not in (one, other):
+            values = f"{first.folders[0]} has {name}={one}, and {group.folders[0]} has {name}={other}"
+            raise ConfigError(f"{values}: figures of different tasks can't be compared")
 
 
 if __name__ == "__main__":

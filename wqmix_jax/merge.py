@@ -17,6 +17,7 @@ from wqmix_jax.records.metrics import HEADER_FILE, METRICS_FILE, load_header, lo
 from wqmix_jax.records.plotting import plot_run
 from wqmix_jax.records.run_dir import (
     SUMMARY_FILE,
+    differing,
     find_runs,
     library_version,
     make_run_dir,
@@ -90,10 +91,9 @@ def _identity(header: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_other(run: Path, found: dict[str, Any], first: Path, wanted: dict[str, Any]) -> None:
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
-            told = f"{run} has {name}={found.get(name)!r} and {first} has {wanted.get(name)!r}"
-            raise ConfigError(f"{told}; python -m wqmix_jax.table compares different runs")
+    for name in sorted(differing(found, wanted)):
+        values = f"{run} has {name}={found.get(name)!r} and {first} has {wanted.get(name)!r}"
+        raise ConfigError(f"{values}; python -m wqmix_jax.table compares different runs")
 
 
 def _summary(run: Path) -> dict[str, Any]:

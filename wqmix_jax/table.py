@@ -17,10 +17,11 @@ from wqmix_jax.cli.parser import OneLineParser, out_file
 from wqmix_jax.errors import refuse
 from wqmix_jax.records.metrics import load_header, load_metrics
 from wqmix_jax.records.run_dir import (
+    differing,
+    failed_members,
     find_runs,
     library_version,
     read_config,
-    read_summary,
     shared_options,
     simulator_versions,
 )
@@ -58,12 +59,12 @@ def table(runs: Sequence[Path]) -> list[Row]:
     """
     settings = [_settings(run) for run in runs]
     swept = [load_header(run)["members"] for run in runs]
-    columns = _differing(settings)
+    columns = _columns(settings)
     columns += [key for key in dict.fromkeys(key for of in swept for label in of for key in label) if key != "seed"]
     grouped: dict[tuple[Any, ...], list[Row]] = {}
     for run, setting, labels in zip(runs, settings, swept, strict=True):
         last = {member_name(labels_of(line)): line for line in load_metrics(run, kind="eval")}
-        failed = {member_name(labels_of(failure)) for failure in read_summary(run).get("failed", [])}
+        failed = failed_members(run)
         for label in labels:
             key = tuple(str((setting | label).get(column, "")) for column in columns)
             name = member_name(label)
@@ -97,15 +98,14 @@ def _settings(run: Path) -> Row:
     }
 
 
-def _differing(settings: Sequence[Row]) -> list[str]:
+def _columns(settings: Sequence[Row]) -> list[str]:
     """Names and options that tell the runs apart; an algorithm's and an environment's own only among its runs."""
     names = [name for name in ("algo", "env") if len({setting[name] for setting in settings}) > 1]
     found = dict.fromkeys(names)
     for one in settings:
         for other in settings:
-            differing = (key for key in one | other if one.get(key) != other.get(key))
-            others_own = {f"{name}." for name in names if one[name] != other[name]}
-            found |= dict.fromkeys(key for key in differing if not key.startswith(tuple(others_own)))
+            others_own = tuple(f"{name}." for name in names if one[name] != other[name])
+            found |= dict.fromkeys(name for name in differing(one, other) if not name.startswith(others_own))
     return list(found)
 
 

@@ -45,18 +45,18 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from wqmix_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from wqmix_jax.training.host_loop import Line  # its import loads jax, which reading records doesn't need
 
 SCHEMA = 1
 """Version of the lines' keys and meanings; raised when one of them changes."""
 
 
 METRICS_FILE, HEADER_FILE = "metrics.jsonl", "run.json"
-
-
-Line = dict[str, Any]
 
 
 COUNTERS = ("kind", "seed", "env_steps", "learner_steps", "episodes")
@@ -107,7 +107,7 @@ def create_metrics(
     version: str,
     algo: str,
     env: str,
-    members: Sequence[Line],
+    members: "Sequence[Line]",
     map_name: Any = None,
     simulator: Mapping[str, str] | None = None,
 ) -> None:
@@ -126,7 +126,7 @@ def create_metrics(
     (run_dir / HEADER_FILE).write_text(_to_json(header | {"run": uuid.uuid4().hex[:8]}) + "\n")
 
 
-def load_header(run_dir: str | os.PathLike[str]) -> Line:
+def load_header(run_dir: str | os.PathLike[str]) -> "Line":
     """What ``run.json`` says of a run.
 
     Raises:
@@ -166,7 +166,7 @@ def load_metrics(
     ]
 
 
-def _read(run_dir: Path) -> list[Line]:
+def _read(run_dir: Path) -> "list[Line]":
     """All whole lines; a last one without its end is still being written, or was torn when the run was killed."""
     load_header(run_dir)
     path = run_dir / METRICS_FILE
@@ -207,7 +207,7 @@ def _not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def record_from_json(text: str) -> Line:
+def record_from_json(text: str) -> "Line":
     """Reads one line of ``metrics.jsonl``; a null is read as nan.
 
     Raises:

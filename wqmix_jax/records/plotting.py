@@ -13,9 +13,10 @@ from matplotlib.ticker import EngFormatter
 
 from wqmix_jax.records.atomic import atomic
 from wqmix_jax.records.metrics import load_header, load_metrics
-from wqmix_jax.records.run_dir import read_summary
+from wqmix_jax.records.run_dir import failed_members
 from wqmix_jax.records.statistics import Estimate, quartiles, seed_curves
-from wqmix_jax.training.members import labels_of, setting_name
+from wqmix_jax.training.host_loop import Line
+from wqmix_jax.training.members import labels_of, member_name, setting_name
 
 CURVE_FILE = "learning_curve.png"
 
@@ -92,7 +93,7 @@ def plot_run(run_dir: str | os.PathLike[str]) -> Path:
     Seeds that failed are left out, where not all of a line did. Without any evaluation the axes are empty.
     """
     folder = Path(run_dir)
-    failed = [labels_of(failure) for failure in read_summary(folder).get("failed", [])]
+    failed = failed_members(folder)
     header, records = load_header(folder), load_metrics(folder, kind="eval")
     settings: dict[str, list[dict[str, Any]]] = {}
     for record in records:
@@ -173,14 +174,14 @@ def seeds_label(num_seeds: int) -> str:
 
 
 def _draw_settings(
-    axes: Axes, settings: Mapping[str, Sequence[dict[str, Any]]], failed: Sequence[dict[str, Any]], metric: str
+    axes: Axes, settings: Mapping[str, Sequence[dict[str, Any]]], failed: Mapping[str, Line], metric: str
 ) -> None:
     """A line for every combination of swept values, of most runs the only one."""
     looks = styles(list(settings))
     for setting, records in settings.items():
-        sound = [record for record in records if labels_of(record) not in failed]
+        sound = [record for record in records if member_name(labels_of(record)) not in failed]
         curves = seed_curves(sound or records, metric)
-        num_seeds, num_failed = curves.values.shape[1], sum(setting_name(failure) == setting for failure in failed)
+        num_seeds, num_failed = curves.values.shape[1], sum(setting_name(line) == setting for line in failed.values())
         told = f"median of {num_seeds} seeds" if num_seeds > 1 else "1 seed"
         told += f", {num_failed} failed" if num_failed else ""
         label = f"{setting}: {told}" if setting else told

@@ -22,46 +22,38 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import wqmix_jax
-from wqmix_jax.config import RESUMABLE, RunConfig, run_defaults
+from wqmix_jax.config import RESUMABLE, RunConfig, learner_steps_per_env_step, run_defaults
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import refuse_what_is_not_data
 from wqmix_jax.records.atomic import write_whole
 from wqmix_jax.records.metrics import HEADER_FILE, METRICS_FILE, load_header, load_metrics, read_mapping
 from wqmix_jax.training.compiled_loop import Trainer
+from wqmix_jax.training.host_loop import Line
 from wqmix_jax.training.members import labels_of, member_name
 
 try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None
-from wqmix_jax.config import learner_steps_per_env_step
 
 CONFIG_FILE, SUMMARY_FILE, CHECKPOINT_DIR = "config.yaml", "summary.json", "checkpoints"
-
 
 _PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "chex", "flashbax", "jumanji", "jaxmarl", "orbax-checkpoint", "numpy",
     "hydra-core", "wandb",
 )  # fmt: skip
 
-
 _OF_A_PART = ("seed", "num_seeds", "hosts", "host")
-
-
 _OF_A_MACHINE = ("env.worker_python",)
-
 
 MAX_NAMED = 8
 """Runs that a message lists at most."""
 
-
 VERSION = "version of "
 """Before a simulator's name, where its version stands beside options."""
 
-
 UNKNOWN = "unknown"
 """A version that is not recorded."""
-
 
 RECORDED_LATER = ("jaxmarl", "jumanji")
 """Games whose versions older runs don't record, so that a missing one is not a different one."""
@@ -205,6 +197,15 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     return read_mapping(path) if path.is_file() else {}
 
 
+def failed_members(run_dir: Path) -> dict[str, Line]:
+    """Returns the members of a run that failed by their names: their labels, and the counters when they failed.
+
+    Raises:
+        ConfigError: if ``summary.json`` is damaged.
+    """
+    return {member_name(labels_of(line)): line for line in read_summary(run_dir).get("failed", [])}
+
+
 def find_runs(folders: Iterable[Path]) -> list[Path]:
     """The folders of runs among ``folders`` and inside them, in their order.
 
@@ -233,6 +234,15 @@ def shared_options(values: Mapping[str, Any]) -> dict[str, Any]:
     options = kept_options({name: value for name, value in values.items() if name not in _OF_A_PART})
     shared = {name: value for name, value in options.items() if name not in _OF_A_MACHINE}
     return {**shared, "total_env_steps": values["total_env_steps"]}
+
+
+def differing(*settings: Mapping[str, Any]) -> list[str]:
+    """Returns the options whose values are not the same in all ``settings``, in the order of their first appearance.
+
+    An option that is missing counts as None, because older versions of this project don't record newer options.
+    """
+    names = dict.fromkeys(name for setting in settings for name in setting)
+    return [name for name in names if any(one.get(name) != settings[0].get(name) for one in settings)]
 
 
 def simulator_versions(header: Mapping[str, Any]) -> dict[str, str]:

@@ -36,6 +36,7 @@ from orbax.checkpoint.type_handlers import (
 
 from wqmix_jax.config import run_defaults
 from wqmix_jax.errors import ConfigError, RunError
+from wqmix_jax.records.run_dir import differing
 from wqmix_jax.runs.checkpoint_pieces import (
     BATCH_BYTES,
     PIECE_BYTES,
@@ -246,11 +247,12 @@ class Checkpoints:
         path = self._directory / str(step)
         if host["schema"] != SCHEMA:
             raise ConfigError(f"{path} has schema {host['schema']}; this version of wqmix_jax reads schema {SCHEMA}")
-        defaults = run_defaults()  # of options that are newer than the checkpoint
-        for name in sorted(host["options"].keys() | self._origin.options.keys()):
-            there, here = host["options"].get(name, defaults.get(name)), self._origin.options.get(name)
-            if there != here:
-                raise ConfigError(f"{path} was made with {name}={there!r}, but the run's config.yaml has {here!r}")
+        here = self._origin.options
+        newer = {name: value for name, value in run_defaults().items() if name in here}
+        there = {**newer, **host["options"]}
+        for name in sorted(differing(there, here)):
+            values = f"{name}={there.get(name)!r}, but the run's config.yaml has {here.get(name)!r}"
+            raise ConfigError(f"{path} was made with {values}")
         if host["run"] != self._origin.run:
             raise ValueError(f"it is of another run ({host['run']}, and this is {self._origin.run})")
         return host

@@ -11,7 +11,8 @@ from typing import Any, Self
 
 from wqmix_jax.config import LoggerOptions
 from wqmix_jax.errors import ConfigError
-from wqmix_jax.records.metrics import COUNTERS, METRICS_FILE, Line, load_header, record_from_json
+from wqmix_jax.records.metrics import COUNTERS, METRICS_FILE, load_header, record_from_json
+from wqmix_jax.training.host_loop import Line
 from wqmix_jax.training.members import labels_of, member_name
 
 WANDB_DIR, SUPERSEDED = "wandb", "superseded"

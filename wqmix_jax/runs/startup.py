@@ -13,17 +13,11 @@ from typing import Any
 
 import jax
 
-from wqmix_jax.config import PROGRAMS, RunConfig
+from wqmix_jax.config import PROGRAMS, RunConfig, learner_steps_per_env_step, steps_per_iteration
 from wqmix_jax.errors import ConfigError, install_extra
+from wqmix_jax.records.run_dir import read_config
 from wqmix_jax.training.compiled_loop import Trainer
 from wqmix_jax.training.devices import num_cores
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
-from wqmix_jax.config import learner_steps_per_env_step, steps_per_iteration
-from wqmix_jax.records.run_dir import read_config
 
 
 def how_to_go_on(run_dir: Path, config_dir: str | os.PathLike[str] | None = None) -> str:
@@ -79,15 +73,15 @@ def refuse_full_disk(run_dir: Path, checkpoint_bytes: int) -> None:
     """
     free = _free_bytes(run_dir)
     if free < checkpoint_bytes:
-        told = f"a checkpoint may take {_megabytes(checkpoint_bytes)}, and {_megabytes(free)} are free there"
+        told = f"a checkpoint may take {megabytes(checkpoint_bytes)}, and {megabytes(free)} are free there"
         raise ConfigError(f"run_dir={run_dir} is not allowed: {told}")
 
 
 def checkpoint_lines(config: RunConfig, run_dir: Path, checkpoint_bytes: int) -> Iterator[str]:
     """How much will be written, and where that may be too much."""
     free, kept = _free_bytes(run_dir), config.checkpoint.keep
-    size = f"every {config.checkpoint.every:,} steps, at most {_megabytes(checkpoint_bytes)} each, {kept} kept"
-    yield f"checkpoints: {size}; {_megabytes(free)} are free on the disk"
+    size = f"every {config.checkpoint.every:,} steps, at most {megabytes(checkpoint_bytes)} each, {kept} kept"
+    yield f"checkpoints: {size}; {megabytes(free)} are free on the disk"
     if free < (kept + 1) * checkpoint_bytes:
         yield f"warning: {kept} checkpoints and the one in the making may not fit; checkpoint.keep={kept} can be less"
 
@@ -124,7 +118,7 @@ def plan_lines(config: RunConfig, trainer: Trainer, num_members: int) -> Iterato
     for name, swept in config.sweep.items():
         yield f"algo.{name}: every seed with each of {', '.join(map(str, swept))}"
     total = trainer.replay_bytes * num_members
-    yield f"replay: {_megabytes(trainer.replay_bytes)} per seed, {_megabytes(total)} in total"
+    yield f"replay: {megabytes(trainer.replay_bytes)} per seed, {megabytes(total)} in total"
     steps = trainer.eval_iterations * steps_per_iteration(config)
     iterations = "1 iteration" if trainer.eval_iterations == 1 else f"{trainer.eval_iterations:,} iterations"
     yield f"evaluation: every {iterations} ({steps:,} environment steps of full episodes)"
@@ -135,5 +129,6 @@ def plan_lines(config: RunConfig, trainer: Trainer, num_members: int) -> Iterato
     )
 
 
-def _megabytes(num_bytes: int) -> str:
+def megabytes(num_bytes: float) -> str:
+    """Returns a number of bytes as a text in MB."""
     return f"{num_bytes / 1e6:,.1f} MB"
