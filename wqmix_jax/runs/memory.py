@@ -15,6 +15,7 @@ import jax
 
 from wqmix_jax.errors import ConfigError, RunError
 from wqmix_jax.runs.checkpoint_pieces import buffer_bytes
+from wqmix_jax.runs.startup import megabytes
 from wqmix_jax.training.compiled_loop import Trainer
 from wqmix_jax.training.host_loop import Compilation, abstract_state, compile_trainer
 from wqmix_jax.training.members import Member
@@ -58,11 +59,11 @@ class MemoryPlan(NamedTuple):
         return self.limit is None or self.total <= self.limit
 
     def __str__(self) -> str:
-        parts = f"{_megabytes(self.state)} of states and replays, {_megabytes(self.temporaries)} of temporaries"
-        parts += f", {_megabytes(self.checkpoint)} for checkpoints" if self.checkpoint else ""
-        there = "" if self.limit is None else f"; {_megabytes(self.limit)} are there"
-        each = _megabytes(self.total / self.members)
-        return f"memory: {each} per seed, {_megabytes(self.total)} in all ({parts}){there}"
+        parts = f"{megabytes(self.state)} of states and replays, {megabytes(self.temporaries)} of temporaries"
+        parts += f", {megabytes(self.checkpoint)} for checkpoints" if self.checkpoint else ""
+        there = "" if self.limit is None else f"; {megabytes(self.limit)} are there"
+        each = megabytes(self.total / self.members)
+        return f"memory: {each} per seed, {megabytes(self.total)} in all ({parts}){there}"
 
 
 def refuse_small_memory(trainer: Trainer, members: Sequence[Member]) -> None:
@@ -73,7 +74,7 @@ def refuse_small_memory(trainer: Trainer, members: Sequence[Member]) -> None:
     """
     num_bytes, limit = _state_bytes(trainer, members), memory_limit(trainer)
     if limit is not None and num_bytes > limit:
-        told = f"their states and replays take {_megabytes(num_bytes)}, and {_megabytes(limit)} are there"
+        told = f"their states and replays take {megabytes(num_bytes)}, and {megabytes(limit)} are there"
         raise ConfigError(f"training {len(members)} seeds at once is not allowed: {told}")
 
 
@@ -234,7 +235,3 @@ def _seeds_per_device(trainer: Trainer, members: Sequence[Member]) -> int:
 
 def _device(trainer: Trainer) -> Any:
     return next(iter(trainer.sharding.device_set))
-
-
-def _megabytes(num_bytes: float) -> str:
-    return f"{num_bytes / 1e6:,.1f} MB"
