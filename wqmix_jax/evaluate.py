@@ -38,7 +38,7 @@ from wqmix_jax.options import CONFIG_DIR, PositiveInt, add_import_paths, build, 
 from wqmix_jax.records.atomic import atomic
 from wqmix_jax.records.metrics import load_header
 from wqmix_jax.records.run_dir import refuse_other_games
-from wqmix_jax.records.statistics import mean_estimate
+from wqmix_jax.records.statistics import CONFIDENCE, mean_estimate, standard_deviation
 from wqmix_jax.runs.memory import memory_faults_in_one_line
 from wqmix_jax.runs.saved_policies import GREEDY, GreedyPolicy, play_episode
 from wqmix_jax.runs.trust import Named
@@ -258,9 +258,10 @@ def evaluate_policies(opened: RunPolicies, chosen: EvaluateOptions) -> Iterator[
 
 def _line(of: str, env: Environment, what: str, samples: Sequence[np.ndarray]) -> str:
     bounds = {"episode_length": (1, env.spec.episode_limit), "win_rate": (0, 1)}.get(what, (-math.inf, math.inf))
-    told = mean_estimate(samples, bounds=bounds, is_share=what == "win_rate")
-    interval = "" if math.isnan(told.low) else f"95% interval {told.low:.2f} to {told.high:.2f}, "
-    return f"{of}{what.removeprefix('episode_')} {told.mean:.2f} ({interval}standard deviation {told.std:.2f})"
+    mean, low, high = mean_estimate(samples, bounds=bounds, is_share=what == "win_rate")
+    interval = "" if math.isnan(low) else f"{CONFIDENCE:.0%} interval {low:.2f} to {high:.2f}, "
+    deviation = f"standard deviation {standard_deviation(samples):.2f}"
+    return f"{of}{what.removeprefix('episode_')} {mean:.2f} ({interval}{deviation})"
 
 
 def play_policies(
