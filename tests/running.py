@@ -19,7 +19,7 @@ import pytest
 from wqmix_jax import train
 from wqmix_jax.config import RunConfig
 from wqmix_jax.runs import session
-from wqmix_jax.runs.startup import how_to_go_on
+from wqmix_jax.runs.startup import command_to_continue
 
 ROOT = Path(__file__).parent.parent
 
@@ -115,9 +115,9 @@ def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["make", *arguments], cwd=cwd, env=environ, capture_output=True, text=True, check=False)
 
 
-def to_go_on(run_dir: Path) -> str:
-    """What a run of `main` or `process` prints that can be resumed."""
-    return how_to_go_on(run_dir, USER_FOLDER / "configs")
+def to_continue(run_dir: Path) -> str:
+    """Returns the hint that a run of `main` or `process` prints when it can be resumed."""
+    return command_to_continue(run_dir, USER_FOLDER / "configs")
 
 
 def last_checkpoint(run_dir: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import pytest
 import tensorstore
 from jax.sharding import SingleDeviceSharding
 
-from tests.running import TINY, USER_FOLDER, last_checkpoint, main, process, shared_programs, timeless, to_go_on
+from tests.running import TINY, USER_FOLDER, last_checkpoint, main, process, shared_programs, timeless, to_continue
 from wqmix_jax import evaluate, load_config, load_metrics, load_policy
 from wqmix_jax.algos.base import AgentInputs
 from wqmix_jax.errors import SEEDS_FAILED, ConfigError
@@ -392,7 +392,7 @@ def test_a_checkpoint_is_not_blamed_for_a_lack_of_memory(
     monkeypatch.setattr(checkpoints, "assemble", fail)
     run_dir = Path(shutil.copytree(straight, tmp_path / "run"))
     assert main(f"resume={run_dir}") == 1
-    assert "can't be read: Unable to allocate 3.00 GiB; to go on: " in capfd.readouterr().err
+    assert "can't be read: Unable to allocate 3.00 GiB; to continue: " in capfd.readouterr().err
     assert not list(run_dir.glob("unusable_checkpoint_*"))
 
 
@@ -506,7 +506,7 @@ def test_lost_lines_are_noticed(tmp_path: Path, straight: Path, capfd: pytest.Ca
     metrics = run_dir / METRICS_FILE
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:3]))
     assert main(f"resume={run_dir}") == 2
-    assert "metrics.jsonl is damaged: it has lost lines" in capfd.readouterr().err
+    assert "metrics.jsonl is damaged: it is shorter than when the last checkpoint was written" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -531,7 +531,7 @@ def test_a_signal_saves_at_the_end_of_the_chunk(
     assert next(chunks) == 3, "nothing is trained after the chunk"
     err = capfd.readouterr().err
     assert f"{number.name}: saving at the end of this chunk" in err
-    assert err.endswith(f"interrupted; {to_go_on(run_dir)}\n")
+    assert err.endswith(f"interrupted; {to_continue(run_dir)}\n")
     assert last_checkpoint(run_dir)["env_steps"] == [6, 6]
     assert json.loads((run_dir / "summary.json").read_text())["status"] == "interrupted"
     assert main(f"resume={run_dir}", "checkpoint.every=15") == 0
@@ -569,7 +569,7 @@ def test_a_disk_without_room_for_the_next_checkpoint_stops_the_run(
     assert main(*TINY, f"run_dir={run_dir}") == 1
     err = capfd.readouterr().err.splitlines()[-1]
     assert f"no checkpoint could be written to {run_dir / 'checkpoints'}: one may take " in err
-    assert err.endswith(f"the last good one is {run_dir / 'checkpoints' / '15'}; {to_go_on(run_dir)}")
+    assert err.endswith(f"the last good one is {run_dir / 'checkpoints' / '15'}; {to_continue(run_dir)}")
     monkeypatch.undo()
     assert main(f"resume={run_dir}") == 0
     assert_same_run(run_dir, straight)
@@ -587,7 +587,7 @@ def test_a_save_that_fails_in_its_threads_stops_the_run(
     err = capfd.readouterr().err.splitlines()[-1]
     assert err == (
         f"error: no checkpoint could be written to {run_dir / 'checkpoints'}: No space left on device; there is none "
-        f"before it; {to_go_on(run_dir)}"
+        f"before it; {to_continue(run_dir)}"
     )
     monkeypatch.undo()
     assert main(f"resume={run_dir}") == 0
@@ -603,7 +603,7 @@ def test_files_that_may_not_grow_stop_the_run(tmp_path: Path, straight: Path) ->
     assert done.returncode == 1
     err = done.stderr.splitlines()[-1]
     assert "File too large" in err
-    assert err.endswith(to_go_on(run_dir))
+    assert err.endswith(to_continue(run_dir))
     assert main(f"resume={run_dir}") == 0
     assert_same_run(run_dir, straight)
 

@@ -117,7 +117,7 @@ def test_the_file_is_cut_where_a_checkpoint_says(run_dir: Path) -> None:
     assert (run_dir / METRICS_FILE).read_bytes() == data
     with MetricsFile(run_dir, num_bytes=0):
         assert load_metrics(run_dir) == []
-    with pytest.raises(ConfigError, match="it has lost lines that the checkpoint knows of"):
+    with pytest.raises(ConfigError, match="it is shorter than when the last checkpoint was written"):
         MetricsFile(run_dir, num_bytes=length)
 
 

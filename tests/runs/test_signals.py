@@ -68,7 +68,7 @@ def test_a_signal_that_comes_twice_at_once_counts_as_one(ended: list[object], mo
 
 def test_while_there_is_nothing_to_save_the_first_does(ended: list[object]) -> None:
     event = threading.Event()
-    with heard(ended, event) as stopping, stopping.at_once():
+    with heard(ended, event) as stopping, stopping.immediate():
         send(signal.SIGTERM)
         wait_until(event)
     assert ended == ["told", 143]

@@ -91,7 +91,7 @@ def test_runs_that_begin_in_the_same_second_each_train_in_their_own_folder(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(session, "new_run_dir", lambda *_, **__: Path("outputs/now"))
     trained: list[str] = []
-    monkeypatch.setattr(session, "_train", lambda config, values, run_dir, *_: trained.append(run_dir.as_posix()))
+    monkeypatch.setattr(session.Session, "run", lambda self: trained.append(self.run_dir.as_posix()))
     folders = [session.start(load_values("+algo=vdn", f"seed={seed}"), algo="vdn", env="x") for seed in (3, 4)]
     assert trained == [folder.as_posix() for folder in folders] == ["outputs/now", "outputs/now_2"]
     assert [load_header(folder)["seeds"] for folder in folders] == [[3], [4]]

@@ -22,7 +22,7 @@ from wqmix_jax.cli.overrides import as_text
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import CONFIG_DIR
 from wqmix_jax.runs import session
-from wqmix_jax.runs.startup import how_to_go_on
+from wqmix_jax.runs.startup import command_to_continue
 from wqmix_jax.runs.trust import NOTHING_NAMED, Named, open_config
 
 RECORDED = ROOT / "experiments" / "figures_1M" / "predator_prey" / "predator_prey" / "vdn" / "seeds_0-1"
@@ -350,7 +350,7 @@ def test_programs_are_repeated_on_the_command_line(
 ) -> None:
     python = "/a b/python's"
     edit(run_dir, **host(worker_python=python, simulator="package:Game"))
-    command = how_to_go_on(run_dir).partition(" -m wqmix_jax.train ")[2]
+    command = command_to_continue(run_dir).partition(" -m wqmix_jax.train ")[2]
     resumed: list[Any] = []
     monkeypatch.setattr(session, "resume", lambda *args, **kwargs: resumed.append((args, kwargs)))
     monkeypatch.setattr(sys, "argv", ["train", *shlex.split(command)])

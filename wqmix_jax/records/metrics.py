@@ -74,7 +74,9 @@ class MetricsFile:
         path = run_dir / METRICS_FILE
         self.num_bytes = num_bytes
         if path.stat().st_size < self.num_bytes:
-            raise ConfigError(f"{path} is damaged: it has lost lines that the checkpoint knows of")
+            raise ConfigError(
+                f"{path} is damaged: it is shorter than when the last checkpoint was written: lines are missing"
+            )
         os.truncate(path, self.num_bytes)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (`close` closes it)
 
