@@ -117,8 +117,8 @@ def resume(run_dir: Path, changes: Mapping[str, Any], *, config_dir: str | os.Pa
 
     Args:
         run_dir: the run's folder.
-        changes: ``total_env_steps``, ``distributed``, ``compilation_cache``, ``checkpoint`` and ``logger`` may differ
-            from the run's ``config.yaml``; nested mappings. ``env`` repeats the programs that it may start
+        changes: nested mappings. ``total_env_steps``, ``distributed``, ``compilation_cache``, ``checkpoint`` and
+            ``logger`` may differ from the run's ``config.yaml``; ``env`` repeats the programs that it may start
             (`config.PROGRAMS`).
         config_dir: a folder of own yamls, from which modules may be imported, see `wqmix_jax.runs.trust`.
 
