@@ -58,7 +58,7 @@ def test_two_runs_are_compared_at_the_steps_that_both_have_reached(
         in lines
     )
     assert "A 2 8 [8, 8] 2 [2, 2]" in lines  # 0 until 10 steps, then 4 on average
-    assert "an interval without width is that of seeds that ended alike, and says nothing of other seeds" in lines
+    assert "an interval without width means that all seeds ended alike; it says nothing about other seeds" in lines
     assert "B 2 12 [12, 12] 3 [3, 3]" in lines
     assert "B 4 [4, 4] 1 [1, 1] 1 [1, 1] 0.333" in lines  # two of six orders
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
