@@ -20,7 +20,7 @@ class ClockState(NamedTuple):
 
 @options
 class Clock(Environment):
-    """Two agents; observations tell the time, the reward of step t is t + 1.
+    """Two agents; observations show the time, the reward of step t is t + 1.
 
     Action 2 of agent 0 ends the task once ``ends_from`` steps are played; otherwise the time limit cuts the episode.
     Agent 1 may never play action ``t % 3`` at step t.
@@ -186,7 +186,7 @@ class EpsilonTeller(Counting):
 
 @options
 class ContextTeller(Counting):
-    """Reports what its loss is told of training."""
+    """Reports the context that its loss receives."""
 
     def loss(self, params: Any, target: Any, batch: Any, hp: Any, ctx: Context, noise: Any) -> tuple[Array, Aux]:
         loss, _ = super().loss(params, target, batch, hp, ctx, noise)
