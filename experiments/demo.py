@@ -134,16 +134,17 @@ def draw(records: dict[tuple[str, str], Records], picture: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from wqmix_jax.records.plotting import learning_curve
+    from wqmix_jax.records.statistics import quartiles, seed_curves
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(TASKS))
     for axes, (name, task) in zip(panels, TASKS.items(), strict=True):
         for algo, (label, colour, style) in ALGORITHMS.items():
-            curve = learning_curve(records[name, algo])
-            axes.plot(curve.env_steps, curve.median, color=colour, linestyle=style, linewidth=1.8, label=label)
-            axes.fill_between(curve.env_steps, curve.low, curve.high, color=colour, alpha=0.2, linewidth=0)
+            curves = seed_curves(records[name, algo], "episode_return")
+            median, low, high = quartiles(curves.values)
+            axes.plot(curves.env_steps, median, color=colour, linestyle=style, linewidth=1.8, label=label)
+            axes.fill_between(curves.env_steps, low, high, color=colour, alpha=0.2, linewidth=0)
         axes.axhline(task.best, color="0.4", linewidth=1, linestyle=":", label=f"best possible, {task.best:g}")
         axes.set(title=f"{task.title}, {task.num_seeds} seeds", xlabel="environment steps")
         axes.set_ylabel("evaluation return (median, quartiles)")
