@@ -29,22 +29,6 @@ LINE_STYLES = ("-", "--", "-.", ":")
 _METRICS = {"episode_return": ("evaluation return", (None, None)), "win_rate": ("win rate", (-0.02, 1.02))}
 
 
-class Curve(NamedTuple):
-    """One figure over training, ``[P]`` each.
-
-    Attributes:
-        env_steps: where the others stand.
-        low: lower quartile over seeds.
-        median: over seeds.
-        high: upper quartile over seeds.
-    """
-
-    env_steps: np.ndarray
-    low: np.ndarray
-    median: np.ndarray
-    high: np.ndarray
-
-
 class Style(NamedTuple):
     """The look of one line.
 
@@ -76,16 +60,6 @@ def styles(labels: Sequence[str]) -> dict[str, Style]:
             marker = MARKERS[(index + number // len(LINE_STYLES)) % len(MARKERS)]
             found[label] = Style(colour, marker, LINE_STYLES[number % len(LINE_STYLES)])
     return found
-
-
-def learning_curve(records: Sequence[dict[str, Any]], name: str = "episode_return") -> Curve:
-    """Median and quartiles of ``name`` over the seeds of eval records.
-
-    Each seed is interpolated on its own environment steps, and nothing is drawn past the seed that came least far.
-    """
-    curves = seed_curves(records, name)
-    median, low, high = quartiles(curves.values)
-    return Curve(curves.env_steps, low, median, high)
 
 
 def plot_run(run_dir: str | os.PathLike[str]) -> Path:
