@@ -15,13 +15,13 @@ import numpy as np
 from experiments.figures import Run
 from wqmix_jax.api import load_policies
 from wqmix_jax.evaluate import play_policies
+from wqmix_jax.records.atomic import write_whole
 from wqmix_jax.records.metrics import load_header, load_metrics, read_mapping
-from wqmix_jax.records.run_dir import read_config, read_summary, refuse_common_seeds, write_whole
+from wqmix_jax.records.run_dir import failed_members, read_config, read_summary, refuse_common_seeds
 from wqmix_jax.records.statistics import Estimate, SeedCurves, horizon, iqm_estimate, quartiles, seed_curves
 from wqmix_jax.records.text_table import Row
 from wqmix_jax.runs.saved_policies import BEST, POLICY_DIR
 from wqmix_jax.table import write_csv
-from wqmix_jax.training.members import labels_of, member_name
 
 NUM_POINTS = 101
 ABSOLUTE_FILE = "absolute.json"
@@ -60,7 +60,7 @@ def gather(run: Run, folders: Sequence[Path], absolute_factor: int) -> Line:
     refuse_common_seeds(folders)
     line = Line(run, list(folders), [], {}, [])
     for folder in folders:
-        failed = _failed(folder)
+        failed = list(failed_members(folder))
         line.failed.extend(failed)
         records = load_metrics(folder, kind="eval")
         line.records.extend(record for record in records if str(record["seed"]) not in failed)
@@ -211,13 +211,8 @@ def _run_record(line: Line, folder: Path) -> Row:
     command = ["python -m wqmix_jax.train", *map(_quoted, line.run.overrides), f"run_dir={folder}"]
     seeds = f"seed={header['seeds'][0]} num_seeds={len(header['seeds'])}"
     game = {"game": header["simulator"]} if "simulator" in header else {}
-    named = {"panel": line.run.panel, "line": line.run.line, "seeds": header["seeds"], "failed": _failed(folder)}
-    return {**named, "command": f"{' '.join(command)} {seeds}", **game, **facts}
-
-
-def _failed(folder: Path) -> list[str]:
-    """Returns the names of a run's seeds that failed."""
-    return [member_name(labels_of(failure)) for failure in read_summary(folder).get("failed", [])]
+    named = {"panel": line.run.panel, "line": line.run.line, "seeds": header["seeds"]}
+    return {**named, "failed": list(failed_members(folder)), "command": f"{' '.join(command)} {seeds}", **game, **facts}
 
 
 def _quoted(override: str) -> str:

@@ -28,6 +28,7 @@ from wqmix_jax.options import PositiveInt, checked, options
 from wqmix_jax.records.metrics import HEADER_FILE, load_header, load_metrics
 from wqmix_jax.records.plotting import styles
 from wqmix_jax.records.run_dir import (
+    differing,
     held,
     read_config,
     read_summary,
@@ -307,10 +308,9 @@ def _has_evaluations(line: Planned) -> bool:
 
 def _refuse_others(made: Path, values: dict[str, Any]) -> None:
     found, wanted = shared_options(read_config(made)), shared_options(values)
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
-            message = f"{made} was made with {name}={found.get(name)}, and {name}={wanted.get(name)} is asked for"
-            raise ConfigError(f"{message}; out=FOLDER keeps them apart")
+    for name in sorted(differing(found, wanted)):
+        message = f"{made} was made with {name}={found.get(name)}, and {name}={wanted.get(name)} is asked for"
+        raise ConfigError(f"{message}; out=FOLDER keeps them apart")
 
 
 def _refuse_other_games(games: dict[str, dict[str, str]], made: Path) -> None:

@@ -1,4 +1,4 @@
-"""What holds in every test: strict shapes, no display, no network, nothing written to the user's own folders."""
+"""The settings of every test: strict shapes, no display, no network, nothing written to the user's folders."""
 
 import atexit
 import os

@@ -186,7 +186,7 @@ class EpsilonTeller(Counting):
 
 @options
 class ContextTeller(Counting):
-    """Returns the context of its loss as metrics."""
+    """Reports the context that its loss receives."""
 
     def loss(self, params: Any, target: Any, batch: Any, hp: Any, ctx: Context, noise: Any) -> tuple[Array, Aux]:
         loss, _ = super().loss(params, target, batch, hp, ctx, noise)

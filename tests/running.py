@@ -1,4 +1,4 @@
-"""Small runs of the command line in this process, on a user's own algorithm and environment."""
+"""Small runs of the command line in this process, with a custom algorithm and environment."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ import pytest
 from wqmix_jax import train
 from wqmix_jax.config import RunConfig
 from wqmix_jax.runs import session
-from wqmix_jax.runs.startup import how_to_go_on
+from wqmix_jax.runs.startup import command_to_continue
 
 ROOT = Path(__file__).parent.parent
 
@@ -88,7 +88,7 @@ def main(*arguments: str, config_dir: Path = USER_FOLDER / "configs") -> int:
 
 
 def popen(*arguments: str, first: str = "", **options: Any) -> subprocess.Popen[str]:
-    """Starts the command line in a process of its own, after the statement ``first``."""
+    """Starts the command line in a separate process, after the statement ``first``."""
     code = f"{first}\nfrom wqmix_jax import train; train.main()"
     command = [sys.executable, "-c", code, "--config-dir", str(USER_FOLDER / "configs"), *arguments]
     as_here = {"JAX_DISABLE_MOST_OPTIMIZATIONS": str(jax.config.read("jax_disable_most_optimizations"))}
@@ -97,14 +97,14 @@ def popen(*arguments: str, first: str = "", **options: Any) -> subprocess.Popen[
 
 
 def process(*arguments: str, first: str = "") -> subprocess.CompletedProcess[str]:
-    """Runs the command line in a process of its own."""
+    """Runs the command line in a separate process."""
     running = popen(*arguments, first=first)
     out, err = running.communicate(timeout=1500)
     return subprocess.CompletedProcess(running.args, running.returncode, out, err)
 
 
 def copy_user_folder(folder: Path) -> Path:
-    """A copy of the user's files, yamls in ``configs`` and modules beside it."""
+    """Copies the user's files: yamls in ``configs``, and modules next to it."""
     return Path(shutil.copytree(USER_FOLDER, folder, ignore=shutil.ignore_patterns("__pycache__")))
 
 
@@ -115,13 +115,13 @@ def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["make", *arguments], cwd=cwd, env=environ, capture_output=True, text=True, check=False)
 
 
-def to_go_on(run_dir: Path) -> str:
-    """What a run of `main` or `process` prints that can be resumed."""
-    return how_to_go_on(run_dir, USER_FOLDER / "configs")
+def to_continue(run_dir: Path) -> str:
+    """Returns the hint that a run of `main` or `process` prints when it can be resumed."""
+    return command_to_continue(run_dir, USER_FOLDER / "configs")
 
 
 def last_checkpoint(run_dir: Path) -> dict[str, Any]:
-    """All that the newest checkpoint of a run holds: its arrays by name, and what is beside them."""
+    """Reads the newest checkpoint of a run: its arrays by name, and the entries of its item ``host``."""
     step = max((run_dir / "checkpoints").iterdir(), key=lambda path: int(path.name))
     with warnings.catch_warnings(), ocp.PyTreeCheckpointer() as reader:
         warnings.filterwarnings("ignore", "Sharding info not provided")
@@ -130,5 +130,5 @@ def last_checkpoint(run_dir: Path) -> dict[str, Any]:
 
 
 def timeless(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records without what a clock measured."""
+    """Returns the records without the measured speed."""
     return [{key: value for key, value in record.items() if key != WALL_CLOCK} for record in records]

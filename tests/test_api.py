@@ -39,10 +39,10 @@ def test_progress_is_shown_where_it_is_wanted(
         raise Compiled
 
     monkeypatch.setattr(api, "compile_within_memory", compile_it)
-    for progress, told in ((True, "compiling\n"), (False, ""), (None, "")):
+    for progress, message in ((True, "compiling\n"), (False, ""), (None, "")):
         with pytest.raises(Compiled):
             train_seeds(config(), [0], progress=progress)
-        assert capfd.readouterr() == ("", told)
+        assert capfd.readouterr() == ("", message)
 
 
 def test_the_state_is_that_of_the_seeds_in_their_order(trained: Any) -> None:

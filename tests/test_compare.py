@@ -29,7 +29,7 @@ def run(folder: Path, ends: dict[int, float], last: int = 20, *, env: Any = None
     return record_run(folder, values, lines, **record)
 
 
-def told(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, list[str], str]:
+def printed(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, list[str], str]:
     """Exit code, lines of stdout with their blanks narrowed, and stderr."""
     code = 0
     try:
@@ -46,7 +46,7 @@ def test_two_runs_are_compared_at_the_steps_that_both_have_reached(
     """Until 20, where B, which rises from 10 to 30, is half as high as in the end."""
     one = run(tmp_path / "one", {0: 8.0, 1: 8.0})
     other = run(tmp_path / "other", {0: 24.0, 1: 24.0}, last=30, algo={**VALUES["algo"], "lr": 0.2}, algo_name="vdn")
-    code, lines, err = told(capsys, one, other, "--out", tmp_path / "picture.png")
+    code, lines, err = printed(capsys, one, other, "--out", tmp_path / "picture.png")
     assert (code, err) == (0, "")
     assert lines[0] == f"A iql: {one} (2 seeds)"
     assert lines[1] == f"B vdn: {other} (2 seeds)"
@@ -58,7 +58,7 @@ def test_two_runs_are_compared_at_the_steps_that_both_have_reached(
         in lines
     )
     assert "A 2 8 [8, 8] 2 [2, 2]" in lines  # 0 until 10 steps, then 4 on average
-    assert "an interval without width is that of seeds that ended alike, and says nothing of other seeds" in lines
+    assert "an interval without width means that all seeds ended alike; it says nothing about other seeds" in lines
     assert "B 2 12 [12, 12] 3 [3, 3]" in lines
     assert "B 4 [4, 4] 1 [1, 1] 1 [1, 1] 0.333" in lines  # two of six orders
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
@@ -101,7 +101,7 @@ def test_seeds_that_failed_are_left_out_and_parts_joined(tmp_path: Path, capsys:
     run(tmp_path / "one" / "host_0", {0: 8.0}, host=0)
     run(tmp_path / "one" / "host_1", {1: 10.0, 2: 99.0}, host=1, failed=[2])
     other = run(tmp_path / "other", {0: 4.0, 1: 4.0, 2: 5.0, 3: 5.0})
-    code, lines, _ = told(capsys, tmp_path / "one", other, "--out", tmp_path / "picture.png")
+    code, lines, _ = printed(capsys, tmp_path / "one", other, "--out", tmp_path / "picture.png")
     assert code == 0
     assert lines[0].endswith("host_0, " + f"{tmp_path}/one/host_1 (2 seeds, 1 failed and left out)")
     assert any(line.startswith("A 2 9 [8, 10] ") for line in lines)
@@ -116,11 +116,11 @@ def test_the_values_of_a_sweep_are_compared(tmp_path: Path, capsys: pytest.Captu
         for line in evaluated(seed, {0: 0.0, 10: 10 * lr}, **{"algo.lr": lr})
     ]
     folder = record_run(tmp_path / "swept", {**VALUES, "sweep": {"lr": [0.1, 0.2]}}, lines)
-    code, lines, _ = told(capsys, folder, "--out", tmp_path / "picture.png")
+    code, lines, _ = printed(capsys, folder, "--out", tmp_path / "picture.png")
     assert code == 0
     assert "algo.lr 0.1 0.2" in lines
     assert any(line.startswith("B 2 2 [2, 2] 1 [1, 1]") for line in lines)
-    code, _, err = told(capsys, folder, "--metric", "algo.lr")
+    code, _, err = printed(capsys, folder, "--metric", "algo.lr")
     assert code == 2
     assert "metric=algo.lr is not allowed: all of these runs have episode_length, episode_return" in err
 
@@ -130,7 +130,7 @@ def test_seeds_of_another_version_of_this_library_are_not_joined(
 ) -> None:
     run(tmp_path / "both" / "one", {0: 8.0, 1: 8.0})
     run(tmp_path / "both" / "other", {2: 8.0, 3: 8.0}, version="1")
-    code, lines, _ = told(capsys, tmp_path / "both", "--out", tmp_path / "picture.png")
+    code, lines, _ = printed(capsys, tmp_path / "both", "--out", tmp_path / "picture.png")
     assert code == 0
     assert [line.split(":")[0] for line in lines[:2]] == ["A iql", "B iql"]
     assert "version of wqmix_jax 0 1" in lines
@@ -142,14 +142,14 @@ def test_a_game_whose_version_was_not_recorded_yet_is_reported(
     old = run(tmp_path / "old", {0: 8.0, 1: 8.0})
     new = run(tmp_path / "new", {0: 8.0, 1: 8.0}, simulator={"jaxmarl": "0.2.0"})
     newer = run(tmp_path / "newer", {0: 8.0, 1: 8.0}, simulator={"jaxmarl": "0.3.0"})
-    code, lines, err = told(capsys, old, new, "--out", tmp_path / "picture.png")
+    code, lines, err = printed(capsys, old, new, "--out", tmp_path / "picture.png")
     assert code == 0
     assert err == (
         f"warning: {old} doesn't record its version of jaxmarl, "
         f"and {new} has jaxmarl=0.2.0: these may be different games\n"
     )
     assert "version of jaxmarl - 0.2.0" in lines
-    code, _, err = told(capsys, old, new, newer, "--out", tmp_path / "picture.png")
+    code, _, err = printed(capsys, old, new, newer, "--out", tmp_path / "picture.png")
     assert code == 2
     assert f"{new} has jaxmarl=0.2.0, and {newer} has jaxmarl=0.3.0: figures of different games" in err
 
@@ -185,7 +185,7 @@ def test_what_can_not_be_compared_is_refused_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     one, other = run(tmp_path / "one", {0: 1.0}), run(tmp_path / "other", {0: 2.0}, **changes)
-    code, _, err = told(capsys, one, other, *arguments)
+    code, _, err = printed(capsys, one, other, *arguments)
     assert code == 2
     assert re.search(f"^error: .*{complaint}", err)
     assert err.count("\n") == 1
@@ -194,7 +194,7 @@ def test_what_can_not_be_compared_is_refused_in_one_line(
 def test_how_workers_run_is_no_other_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = run(tmp_path / "one", {0: 1.0}, env={"eval_envs": 1})
     other = run(tmp_path / "other", {0: 2.0}, env={"eval_envs": 4})
-    code, lines, _ = told(capsys, one, other, "--out", tmp_path / "picture.png")
+    code, lines, _ = printed(capsys, one, other, "--out", tmp_path / "picture.png")
     assert code == 0
     assert "env.eval_envs 1 4" in lines
     assert "A 1 1 [-] 0.25 [-]" in lines  # no interval from one seed
@@ -203,20 +203,20 @@ def test_how_workers_run_is_no_other_task(tmp_path: Path, capsys: pytest.Capture
 def test_runs_without_an_evaluation_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begun = run(tmp_path / "parts" / "begun", {})
     one, other = run(tmp_path / "parts" / "one", {0: 1.0}), run(tmp_path / "other", {0: 2.0})
-    code, lines, err = told(capsys, begun, one, other)
+    code, lines, err = printed(capsys, begun, one, other)
     assert (code, lines, err) == (2, [], f"error: {begun} can't be compared: it has no evaluations yet\n")
-    code, lines, err = told(capsys, tmp_path / "parts", other, "--out", tmp_path / "picture.png")
+    code, lines, err = printed(capsys, tmp_path / "parts", other, "--out", tmp_path / "picture.png")
     assert (code, err) == (0, f"warning: {begun} has no evaluations yet and is left out\n")
     assert lines[0] == f"A iql: {one} (1 seed)"
 
 
 def test_folders_that_are_no_two_runs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = run(tmp_path / "parts" / "one", {0: 1.0})
-    assert told(capsys, one)[::2] == (2, f"error: {one} can't be compared: two runs with evaluations are needed\n")
+    assert printed(capsys, one)[::2] == (2, f"error: {one} can't be compared: two runs with evaluations are needed\n")
     run(tmp_path / "parts" / "two", {0: 1.0})
-    code, _, err = told(capsys, tmp_path / "parts", one)
+    code, _, err = printed(capsys, tmp_path / "parts", one)
     assert code == 2
     assert "seed 0 is in both" in err
-    code, _, err = told(capsys, tmp_path / "nothing", one)
+    code, _, err = printed(capsys, tmp_path / "nothing", one)
     assert code == 2
     assert "there is no run in it" in err

@@ -48,7 +48,7 @@ INSIDE = {
         ("compiled_loop",),
         ("host_loop",),
     ),
-    "records": (("metrics", "statistics", "text_table"), ("run_dir",), ("plotting",)),
+    "records": (("atomic", "metrics", "statistics", "text_table"), ("run_dir",), ("plotting",)),
     "runs": (
         (
             "checkpoint_pieces", "hosts", "loggers", "output", "progress", "saved_policies", "signals", "startup",
@@ -218,7 +218,7 @@ def _module_of(inside: str) -> str | None:
 
 def _is_below(imported: str, module: str) -> bool:
     here, there = module.split(".")[:2], imported.split(".")
-    if here == there:  # inside of a package's own package
+    if here == there or here == there[:1]:  # inside of a package's own package, or its `__init__`
         return True
     if here[0] == there[0]:
         return _place(".".join(there)) < _place(".".join(here))

@@ -1,4 +1,4 @@
-"""What make would do, by dry runs on copies of the Makefile."""
+"""The commands that make would run, by dry runs on copies of the Makefile."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Parts of a run are joined when they differ in their seeds alone, and tables tell different runs apart."""
+"""Parts of a run are joined if they only differ in their seeds, and tables list different runs separately."""
 
 import csv
 import json
@@ -65,7 +65,7 @@ def test_a_missing_host_and_an_unfinished_one_are_told(
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "message"),
     [
         ({"seeds": [1], "algo": {"lr": 2e-3}}, "other has algo.lr=0.002 and"),
         ({"seeds": [1], "total_env_steps": 10}, "other has total_env_steps=10 and"),
@@ -73,14 +73,14 @@ def test_a_missing_host_and_an_unfinished_one_are_told(
     ],
 )
 def test_what_does_not_belong_together_is_refused(
-    other: dict[str, Any], told: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    other: dict[str, Any], message: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seeds = other.pop("seeds")
     part(tmp_path / "other", seeds, [0.0], **other)
     with pytest.raises(SystemExit) as ended:
         merge.main([str(run_dir / "host_0"), str(tmp_path / "other"), "--out", str(tmp_path / "merged")])
     assert ended.value.code == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
 
 
@@ -109,8 +109,8 @@ def test_a_game_whose_version_was_not_recorded_yet_is_joined_with_a_warning(
     header = json.loads((runs[1] / "run.json").read_text())
     (runs[1] / "run.json").write_text(json.dumps(header | {"simulator": {"jaxmarl": "0.2.0"}}))
     merge.merge(runs[:2], tmp_path / "merged")
-    told = f"warning: {runs[0]} doesn't record its version of jaxmarl, and {runs[1]} has jaxmarl=0.2.0"
-    assert told in capsys.readouterr().err
+    message = f"warning: {runs[0]} doesn't record its version of jaxmarl, and {runs[1]} has jaxmarl=0.2.0"
+    assert message in capsys.readouterr().err
     assert "simulator" not in load_header(tmp_path / "merged")  # it is not known of all parts
     merge.merge([runs[1], runs[0]], tmp_path / "again")
     assert "simulator" not in load_header(tmp_path / "again")
@@ -137,7 +137,7 @@ def test_nothing_is_overwritten(run_dir: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "message"),
     [
         ("metrics.jsonl", "nonsense\n", "metrics.jsonl is damaged"),
         ("config.yaml", "a: [", "config.yaml is damaged"),
@@ -146,14 +146,14 @@ def test_nothing_is_overwritten(run_dir: Path, capsys: pytest.CaptureFixture[str
     ],
 )
 def test_a_damaged_part_is_named_and_nothing_is_written(
-    name: str, text: str, told: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, text: str, message: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run_dir / "host_1" / name).write_text(text)
     for command in (merge.main, table.main):
         with pytest.raises(SystemExit) as ended:
             command([str(run_dir), *(["--out", str(tmp_path / "merged")] if command is merge.main else [])])
         assert ended.value.code == 2
-        assert f"{run_dir / 'host_1' / told}" in capsys.readouterr().err
+        assert f"{run_dir / 'host_1' / message}" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
 
 
@@ -179,8 +179,8 @@ def test_different_tasks_are_told_apart_in_a_table(tmp_path: Path) -> None:
     header = json.loads((other / "run.json").read_text())
     (other / "run.json").write_text(json.dumps({**header, "algo": "vdn"}))
     rows = table.table([one, other])
-    told = {"algo", "env.map", "eval_episodes"}  # and not algo.lr, which belongs to different algorithms
-    assert [{name: row[name] for name in told} for row in rows] == [
+    columns = {"algo", "env.map", "eval_episodes"}  # and not algo.lr, which belongs to different algorithms
+    assert [{name: row[name] for name in columns} for row in rows] == [
         {"algo": "iql", "env.map": "3m", "eval_episodes": "32"},
         {"algo": "vdn", "env.map": "3s5z", "eval_episodes": "8"},
     ]
@@ -207,7 +207,7 @@ def test_seeds_that_are_there_twice_are_not_counted_twice(run_dir: Path, tmp_pat
 def test_a_table_that_can_not_be_written_is_refused_first(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for path, told in (
+    for path, message in (
         (tmp_path, "it is a folder"),
         (tmp_path / "no" / "a.csv", f"there is no folder {tmp_path / 'no'}"),
     ):
@@ -215,7 +215,7 @@ def test_a_table_that_can_not_be_written_is_refused_first(
             table.main([str(run_dir), "--csv", str(path)])
         assert ended.value.code == 2
         shown = capsys.readouterr()
-        assert shown.err == f"error: argument --csv: {path} is not allowed: {told}\n"
+        assert shown.err == f"error: argument --csv: {path} is not allowed: {message}\n"
         assert shown.out == ""
 
 

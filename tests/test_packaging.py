@@ -103,7 +103,7 @@ def test_installed_package_trains_from_any_folder(site: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_the_lowest_versions_that_are_allowed_train(wheel: Path, tmp_path: Path) -> None:
-    """In an environment of its own; requirements of requirements are the newest that fit."""
+    """In a separate environment; indirect requirements are the newest that fit."""
     lowest = _lowest_versions(wheel, extra="launchers")
     (tmp_path / "lowest.txt").write_text("".join(f"{name}=={version}\n" for name, version in lowest.items()))
     venv.create(tmp_path / "venv", with_pip=True)
@@ -210,7 +210,7 @@ def _pip(*arguments: str | Path) -> None:
 
 
 def _python(site: Path, cwd: Path, *arguments: str) -> str:
-    """What Python prints that runs in ``cwd`` with the installed package before anything else on its path."""
+    """Returns what Python prints in ``cwd`` with the installed package first on its path."""
     return _run([sys.executable, *arguments], cwd=cwd, env={"PYTHONPATH": str(site), "WANDB_MODE": "disabled"})
 
 

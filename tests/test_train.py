@@ -394,17 +394,18 @@ def test_resume_refuses_other_options(other: str, told: str, started: Path, capf
 
 def test_a_run_knows_the_command_that_resumes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also how it got its own modules and yamls, whether it begins or goes on."""
-    told: list[str] = []
-    monkeypatch.setattr(session, "_train", lambda *arguments: told.append(arguments[-1]))
+    hints: list[str] = []
+    monkeypatch.setattr(session.Session, "run", lambda self: hints.append(self.hint))
     monkeypatch.chdir(tmp_path)
     project = copy_user_folder(tmp_path / "my project's")
     for arguments in ([*TINY, "run_dir=1e3"], ["resume=1e3"]):
         assert main(*arguments, config_dir=Path("my project's/configs")) == 0
     python = startup._python()
-    assert told == 2 * [f"""to go on: {python} -m wqmix_jax.train --config-dir 'my project'"'"'s/configs' resume=1e3"""]
+    own = """--config-dir 'my project'"'"'s/configs'"""
+    assert hints == 2 * [f"to continue: {python} -m wqmix_jax.train {own} resume=1e3"]
     monkeypatch.setattr(sys, "argv", ["train", "+algo=vdn", "run_dir=no_own"])
     train.main()
-    assert told[-1] == f"to go on: {python} -m wqmix_jax.train resume=no_own"
+    assert hints[-1] == f"to continue: {python} -m wqmix_jax.train resume=no_own"
     assert project.is_dir()
 
 

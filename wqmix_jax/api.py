@@ -1,4 +1,4 @@
-"""Training and playing from a notebook or a script: no command line, and no files but a run's own."""
+"""Training and playing from Python: no command line, and no files other than those of a run."""
 
 import dataclasses
 import operator
@@ -19,7 +19,7 @@ from wqmix_jax.envs.checks import check_environment
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import build, checked
 from wqmix_jax.records.metrics import load_header
-from wqmix_jax.records.run_dir import read_summary
+from wqmix_jax.records.run_dir import failed_members
 from wqmix_jax.runs.memory import compile_within_memory, memory_faults_in_one_line
 from wqmix_jax.runs.progress import Display, make_optional_display
 from wqmix_jax.runs.saved_policies import (
@@ -35,7 +35,7 @@ from wqmix_jax.runs.trust import NOTHING_NAMED, Named, open_config
 from wqmix_jax.training.compile_cache import use_compilation_cache
 from wqmix_jax.training.compiled_loop import Trainer, TrainState, make_trainer, train_sharding
 from wqmix_jax.training.host_loop import Loop, advance, begin, is_finished, sound_steps
-from wqmix_jax.training.members import Member, labels_of, make_members, member_name
+from wqmix_jax.training.members import Member, make_members, member_name
 
 
 @memory_faults_in_one_line()
@@ -46,23 +46,23 @@ def train_seeds(
     callback: Callable[[dict[str, Any]], None] | None = None,
     progress: bool | None = None,
 ) -> tuple[TrainState, list[dict[str, Any]]]:
-    """Trains all ``seeds`` in one compiled call until each has seen ``config.total_env_steps`` environment steps.
+    """Trains all ``seeds`` in one compiled call until each has played ``config.total_env_steps`` environment steps.
 
     Args:
-        config: what `wqmix_jax.load_config` returns, or nested mappings as in a run folder's ``config.yaml``, whose
+        config: the result of `wqmix_jax.load_config`, or nested mappings as in a run folder's ``config.yaml``, whose
             classes are imported from anywhere: don't pass those of a run that you don't trust. Its ``seed``,
-            ``num_seeds`` and ``host`` are not used, nor is anything that concerns files.
+            ``num_seeds`` and ``host`` are ignored, and so are all options about files.
         seeds: different integers from 0 to 2**31 - 1. A seed draws the same random numbers whichever seeds train with
             it, but how many they are, and on how many devices or CPU cores, changes the order of floating-point sums.
             Such differences start as rounding errors and grow, so that two curves of one seed may drift apart.
-        callback: called with each record as it comes.
-        progress: whether a progress bar is drawn on stderr, or a line printed now and then where a bar can't be drawn.
-            By default it is if stderr is a terminal, and in a notebook.
+        callback: called with each new record.
+        progress: whether progress is shown on stderr: as a bar, or as a line now and then if a bar can't be drawn. By
+            default it is shown on a terminal and in a notebook.
 
     Returns:
-        The final train state, leaves ``[S, ..]`` in the order of ``seeds`` (with ``config.sweep`` all of them for its
-        first values, and so on), and all records: the same dicts as the lines of ``metrics.jsonl``, see
-        `wqmix_jax.records.metrics`.
+        The final train state, leaves ``[S, ..]`` in the order of ``seeds`` (with ``config.sweep`` all seeds with the
+        first values, then all with the second, and so on), and all records: the same dicts as the lines of
+        ``metrics.jsonl``, see `wqmix_jax.records.metrics`.
 
     Raises:
         ConfigError: if an option or a seed is not allowed, or the environment doesn't fit its spec.
@@ -88,7 +88,7 @@ def _trained(
     callback: Callable[[dict[str, Any]], None] | None,
     display: Display,
 ) -> tuple[TrainState, list[dict[str, Any]]]:
-    """The state and all records after a whole training."""
+    """Trains to the end and returns the state and all records."""
     records: list[dict[str, Any]] = []
 
     def take(loop: Loop, lines: list[dict[str, Any]]) -> None:
@@ -110,12 +110,12 @@ def _trained(
 
 
 class RunPolicies(NamedTuple):
-    """How the agents of a run play.
+    """The policies of all members of a run.
 
     Attributes:
-        env: where they were trained.
-        names: of all members (`members.member_name`), in the order of ``run.json``.
-        policies: those with finite parameters, by their members' names.
+        env: the environment that they were trained in.
+        names: the names of all members (`members.member_name`), in the order of ``run.json``.
+        policies: the policies with finite parameters, by their members' names.
         failed: the environment step at which a member's loss or parameters stopped being finite, by its name.
     """
 
@@ -135,19 +135,19 @@ def load_policy(
     worker_python: str | None = None,
     simulator: str | None = None,
 ) -> GreedyPolicy:
-    """How the agents of a run play.
+    """Loads the greedy policy of one member of a run.
 
     Args:
-        run_dir: the run's folder; with ``config`` a file of its policies, too.
-        member: which of those that trained there, from 0 in the order of ``run.json``: the seeds, and in a sweep
-            all of them for each of its values.
+        run_dir: the run's folder; with ``config`` it may also be a file of policies.
+        member: the number of the member, from 0 in the order of ``run.json``: the seeds, and in a sweep all seeds for
+            each of its values.
         which: the policy of the best evaluation since learning began (``env_steps`` is 0 if there was none yet), or of
             the last checkpoint.
         config: the algorithm and environment. With it, the folder's ``config.yaml`` is not read; without it, that file
             names the classes, see `wqmix_jax.runs.trust`.
         config_dir: a folder from which their modules may be imported, as ``--config-dir``.
-        worker_python: the interpreter of the workers, which must be repeated where the run has one of its own.
-        simulator: the run's ``env.simulator``, which must be repeated where it is neither in the current folder nor in
+        worker_python: the interpreter of the workers, which must be repeated if the run names one.
+        simulator: the run's ``env.simulator``, which must be repeated if it is neither in the current folder nor in
             ``config_dir``.
 
     Raises:
@@ -169,7 +169,7 @@ def load_policy(
 def load_policies(
     run_dir: str | os.PathLike[str], *, which: Literal["best", "last"] = "best", named: Named = NOTHING_NAMED
 ) -> tuple[Environment, dict[str, GreedyPolicy]]:
-    """The environment of a run, and the policies of all who trained there by their names (`members.member_name`).
+    """Loads the environment of a run, and the policies of all members by their names (`members.member_name`).
 
     A policy whose parameters are not finite is left out, with a warning.
 
@@ -191,7 +191,7 @@ def load_policies(
 def open_policies(
     run_dir: str | os.PathLike[str], *, which: Literal["best", "last"] = "best", named: Named = NOTHING_NAMED
 ) -> RunPolicies:
-    """Reads all policies of a run; each acts with its member's own values of swept options.
+    """Reads all policies of a run; each acts with its member's values of swept options.
 
     Args:
         run_dir: the run's folder.
@@ -207,8 +207,7 @@ def open_policies(
     env, algo = build("env", values["env"]), build("algo", values["algo"])
     arithmetic = {name: values[name] for name in ("matmul_precision", "compute_dtype")}
     opened = policies_of_file(path, env, algo, arithmetic, labels=load_header(folder)["members"])
-    failed = {member_name(labels_of(line)): line["env_steps"] for line in read_summary(folder).get("failed", [])}
-    return opened._replace(failed=failed)
+    return opened._replace(failed={name: line["env_steps"] for name, line in failed_members(folder).items()})
 
 
 def policies_of_file(
@@ -219,14 +218,14 @@ def policies_of_file(
     *,
     labels: Sequence[Mapping[str, Any]] | None = None,
 ) -> RunPolicies:
-    """The policies in a run's ``policies/best.npz`` or ``last.npz``; reads nothing else of the run.
+    """Reads the policies in a run's ``policies/best.npz`` or ``last.npz``, and nothing else of the run.
 
     Args:
         path: the file.
         env: the environment that its shapes must fit.
-        algo: the algorithm that its shapes must fit; each policy acts with its member's own values of swept options.
+        algo: the algorithm that its shapes must fit; each policy acts with its member's values of swept options.
         arithmetic: ``matmul_precision`` and ``compute_dtype``, see `GreedyPolicy`.
-        labels: those of the members; the file's own when absent.
+        labels: the members' labels; by default those in the file.
 
     Raises:
         ConfigError: if it can't be read, has other shapes, or holds no policy with finite parameters, or if the
@@ -258,7 +257,7 @@ def policies_of_file(
 
 
 def _with_swept(algo: Algorithm, member: Mapping[str, Any]) -> Algorithm:
-    """The algorithm with a member's own values of swept options, which its labels hold."""
+    """Returns the algorithm with a member's values of swept options, which its labels hold."""
     swept = {name.removeprefix("algo."): value for name, value in member.items() if name != "seed"}
     if not swept:
         return algo
@@ -267,7 +266,7 @@ def _with_swept(algo: Algorithm, member: Mapping[str, Any]) -> Algorithm:
 
 
 def playable(opened: RunPolicies, member: int) -> str:
-    """The name of a member, counted from 0.
+    """Returns the name of a member, counted from 0.
 
     Raises:
         ConfigError: if its parameters are not finite.
@@ -279,12 +278,12 @@ def playable(opened: RunPolicies, member: int) -> str:
 
 
 def trained_policy(config: RunConfig, state: TrainState, *, member: int = 0) -> GreedyPolicy:
-    """How the agents of one member play after `train_seeds`.
+    """Returns the greedy policy of one member after `train_seeds`.
 
     Args:
-        config: what was trained.
-        state: the state that `train_seeds` returned.
-        member: which of those that it holds, counted from 0.
+        config: the options that were passed to `train_seeds`.
+        state: the state that it returned.
+        member: the number of the member, counted from 0.
 
     Raises:
         ConfigError: if there is no such member, or its parameters are not finite.

@@ -1,8 +1,9 @@
 """Compares runs of one task: ``python -m wqmix_jax.compare RUN_A RUN_B .. [--metric NAME] [--out FILE]``.
 
-A RUN is a run's folder, or a folder of them; seeds of equal options are joined, and a sweep's values stand apart. The
-first is the baseline. All are compared over the environment steps that every seed of every run has reached: ``final``
-is the metric there, ``mean`` its mean over training until there, the area under the curve divided by its length.
+A RUN is a run's folder, or a folder of them; seeds with equal options are joined, and each value of a sweep counts as
+a run. The first run is the baseline. All are compared up to the environment steps that every seed of every run has
+reached: ``final`` is the metric there, ``mean`` its mean over training until there, which is the area under the curve
+divided by its length.
 """
 
 import argparse
@@ -32,16 +33,19 @@ from wqmix_jax.records.plotting import (
     styles,
 )
 from wqmix_jax.records.run_dir import (
+    UNKNOWN,
     VERSION,
+    differing,
+    failed_members,
     find_runs,
     library_version,
     read_config,
-    read_summary,
     refuse_other_games,
     shared_options,
     simulator_versions,
 )
 from wqmix_jax.records.statistics import (
+    CONFIDENCE,
     Estimate,
     horizon,
     iqm_difference,
@@ -54,30 +58,30 @@ from wqmix_jax.records.statistics import (
     seed_curves,
 )
 from wqmix_jax.records.text_table import Row, show
-from wqmix_jax.training.members import labels_of, setting_name
+from wqmix_jax.training.members import labels_of, member_name, setting_name
 
 PICTURE = Path("outputs") / "comparison.png"
 
 FEW_SEEDS = 5
-"""With fewer, intervals are told but warned of: they come from the few seeds that are there."""
+"""With fewer seeds, intervals are printed with a warning."""
 
 NEED_TEX = {"pgf"}
-"""Formats that matplotlib writes only where TeX is installed."""
+"""Formats that matplotlib writes only if TeX is installed."""
 
 MOST_OPTIONS = 2
-"""Of more that differ between runs of one algorithm, the picture's legend shows none."""
+"""If more options differ between runs of one algorithm, the picture's legend shows none."""
 
 
 class Group(NamedTuple):
-    """Seeds of equal options.
+    """Seeds with equal options.
 
     Attributes:
-        folders: of the runs that they are of.
+        folders: the folders of their runs.
         algo: the algorithm's name.
-        task: what the figures are about: the environment, its options and its versions.
-        options: all others.
+        task: the environment, its options and its versions.
+        options: all other options.
         records: eval records of the seeds that didn't fail.
-        num_failed: how many did.
+        num_failed: the number of seeds that failed.
     """
 
     folders: list[Path]
@@ -92,8 +96,8 @@ class Scores(NamedTuple):
     """One number per seed, ``[S]`` each.
 
     Attributes:
-        final: at the common last step.
-        mean: over training until there.
+        final: the metric at the last common step.
+        mean: its mean over training until there.
     """
 
     final: np.ndarray
@@ -105,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line on ``arguments``, by default the process's own."""
     parser = OneLineParser(prog="python -m wqmix_jax.compare", description="Compares runs of one task.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of them")
-    parser.add_argument("--metric", help="of the evaluation records (win_rate where there is one, or episode_return)")
+    parser.add_argument("--metric", help="metric of the evaluations (win_rate if there is one, else episode_return)")
     parser.add_argument("--out", type=_picture_file, default=PICTURE, metavar="FILE", help=f"the picture ({PICTURE})")
     args = parser.parse_args(arguments)
     try:
@@ -113,8 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metric = choose_metric(groups, args.metric)
         last = min(horizon(group.records) for group in groups.values())
         scores = {name: score(group, metric, last) for name, group in groups.items()}
-        _tell(groups, scores, metric, last)
-        args.out.parent.mkdir(parents=True, exist_ok=True)  # that of the default
+        _print_report(groups, scores, metric, last)
+        args.out.parent.mkdir(parents=True, exist_ok=True)  # the default's folder may be missing
         print(f"picture: {draw(groups, scores, metric, last, args.out)}")
     except BrokenPipeError:  # of the reader of what is printed: see `command`
         raise
@@ -123,10 +127,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _picture_file(text: str) -> Path:
-    """An argument's type: a file of a format that matplotlib writes.
+    """Converts an argument to a file in a format that matplotlib writes.
 
     Raises:
-        ArgumentTypeError: if it is another, or it can't be written.
+        ArgumentTypeError: if it has another format or can't be written.
     """
     path, known = out_file(text), FigureCanvasBase.get_supported_filetypes().keys() - NEED_TEX
     if path.suffix.removeprefix(".").lower() not in known:
@@ -135,20 +139,20 @@ def _picture_file(text: str) -> Path:
 
 
 def find_groups(folders: Sequence[Path]) -> dict[str, Group]:
-    """The groups by their letters, ``A`` and so on.
+    """Returns the groups of all runs by their letters, ``A`` and so on.
 
     Raises:
-        ConfigError: if they are of different tasks, fewer than two or too many, if one has no evaluations yet, or if a
-            seed is there twice.
+        ConfigError: if the tasks differ, if there are fewer than two groups or too many, if one has no evaluations yet,
+            or if a seed appears twice.
     """
     found: list[Group] = []
     for folder in folders:
-        of_runs = {run: _of(run) for run in find_runs([folder])}
-        if not any(of_runs.values()):
+        groups = {run: _groups_of_run(run) for run in find_runs([folder])}
+        if not any(groups.values()):
             raise ConfigError(f"{folder} can't be compared: it has no evaluations yet")
-        for run in (run for run, groups in of_runs.items() if not groups):
+        for run in (run for run, found_there in groups.items() if not found_there):
             print(f"warning: {run} has no evaluations yet and is left out", file=sys.stderr)
-        found += _joined([group for groups in of_runs.values() for group in groups])
+        found += _joined([group for found_there in groups.values() for group in found_there])
     if len(found) < 2:
         raise ConfigError(f"{', '.join(map(str, folders))} can't be compared: two runs with evaluations are needed")
     if len(found) > len(COLOURS):
@@ -162,7 +166,7 @@ def find_groups(folders: Sequence[Path]) -> dict[str, Group]:
 
 
 def choose_metric(groups: Mapping[str, Group], wanted: str | None) -> str:
-    """The metric to compare.
+    """Returns the metric to compare.
 
     Raises:
         ConfigError: if ``wanted`` is not one that all groups have.
@@ -178,7 +182,7 @@ def choose_metric(groups: Mapping[str, Group], wanted: str | None) -> str:
 
 
 def score(group: Group, metric: str, last: int) -> Scores:
-    """What each seed of a group has reached at ``last`` environment steps."""
+    """Scores each seed of a group, up to ``last`` environment steps."""
     curves = seed_curves(group.records, metric)
     until = np.append(curves.env_steps[curves.env_steps < last], last)
     curves = seed_curves(group.records, metric, until)
@@ -186,7 +190,7 @@ def score(group: Group, metric: str, last: int) -> Scores:
 
 
 def draw(groups: Mapping[str, Group], scores: Mapping[str, Scores], metric: str, last: int, path: Path) -> Path:
-    """Curves as in the paper, the final IQM of each run, and how likely each is better than the first."""
+    """Draws curves as in the paper, the final IQM of each run, and how likely each is better than the first."""
     looks, baseline = styles(list(groups)), next(iter(groups))
     figure = new_figure(13, 4.4)
     curves, final, better = figure.subplots(1, 3, width_ratios=(2, 1, 1))
@@ -202,18 +206,18 @@ def draw(groups: Mapping[str, Group], scores: Mapping[str, Scores], metric: str,
     estimates = {name: iqm_estimate(scores[name].final) for name in groups}
     _draw_intervals(final, estimates, looks, f"{metric_label(metric)} at {last:,} steps")
     warning = " (few seeds)" if _fewest(scores) < FEW_SEEDS else ""
-    final.set_title(f"{iqm_name(_fewest(scores))},\n95% interval{warning}", fontsize=10)
+    final.set_title(f"{iqm_name(_fewest(scores))},\n{CONFIDENCE:.0%} interval{warning}", fontsize=10)
     others = [name for name in groups if name != baseline]
     wins = {name: probability_of_improvement(scores[name].final, scores[baseline].final) for name in others}
     _draw_intervals(better, wins, looks, f"probability of improvement on {baseline}")
     better.axvline(0.5, color="0.5", linewidth=1, linestyle="--")
     better.set_xlim(-0.03, 1.03)
-    better.set_title(f"against {baseline},\n95% interval{warning}", fontsize=10)
+    better.set_title(f"against {baseline},\n{CONFIDENCE:.0%} interval{warning}", fontsize=10)
     return save_figure(figure, path)
 
 
 def _draw_intervals(axes: Axes, estimates: Mapping[str, Estimate], looks: Mapping[str, Style], label: str) -> None:
-    """A point with its interval in a row for each."""
+    """Draws each estimate as a point with its interval, one per row."""
     for row, (name, estimate) in enumerate(estimates.items()):
         look = looks[name]
         ends = [estimate.low, estimate.high]
@@ -226,7 +230,7 @@ def _draw_intervals(axes: Axes, estimates: Mapping[str, Estimate], looks: Mappin
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _tell(groups: Mapping[str, Group], scores: Mapping[str, Scores], metric: str, last: int) -> None:
+def _print_report(groups: Mapping[str, Group], scores: Mapping[str, Scores], metric: str, last: int) -> None:
     baseline = next(iter(groups))
     for name, group in groups.items():
         seeds = seeds_label(len(scores[name].final))
@@ -234,23 +238,23 @@ def _tell(groups: Mapping[str, Group], scores: Mapping[str, Scores], metric: str
         print(f"{name} {group.algo}: {', '.join(map(str, group.folders))} ({seeds}{failed})")
     print("\noptions that differ:")
     show(list(_differences(groups)) or [{"option": "none"}])
-    told = f"{metric_label(metric)}, {iqm_name(_fewest(scores))}"
-    print(f"\n{told} over seeds [95% interval], until {last:,} environment steps:")
-    show([{"run": name, "seeds": len(of.final)} | _told(of) for name, of in scores.items()])
+    statistic = f"{metric_label(metric)}, {iqm_name(_fewest(scores))}"
+    print(f"\n{statistic} over seeds [{CONFIDENCE:.0%} interval], until {last:,} environment steps:")
+    show([{"run": name, "seeds": len(each.final)} | _row(each) for name, each in scores.items()])
     print(f"\nagainst {baseline}, at the last of these steps:")
     show([{"run": name} | _against(scores[name], scores[baseline]) for name in groups if name != baseline])
-    if any(of.final.size > 1 and np.ptp(of.final) == 0 for of in scores.values()):
-        print("\nan interval without width is that of seeds that ended alike, and says nothing of other seeds")
+    if any(each.final.size > 1 and np.ptp(each.final) == 0 for each in scores.values()):
+        print("\nan interval without width means that all seeds ended alike; it says nothing about other seeds")
     if _fewest(scores) < FEW_SEEDS:
-        print(f"\nfewer than {FEW_SEEDS} seeds: the intervals are those of the few that are there, and say little")
+        print(f"\nfewer than {FEW_SEEDS} seeds: the confidence intervals are unreliable")
 
 
 def _fewest(scores: Mapping[str, Scores]) -> int:
-    """Seeds of the run that has fewest."""
-    return min(len(of_run.final) for of_run in scores.values())
+    """Returns the number of seeds of the smallest run."""
+    return min(len(each.final) for each in scores.values())
 
 
-def _told(scores: Scores) -> Row:
+def _row(scores: Scores) -> Row:
     return {"final": _text(iqm_estimate(scores.final)), "mean over training": _text(iqm_estimate(scores.mean))}
 
 
@@ -270,10 +274,8 @@ def _text(estimate: Estimate) -> str:
 
 def _differences(groups: Mapping[str, Group]) -> Iterator[Row]:
     settings = {name: {"algo": group.algo, **group.task, **group.options} for name, group in groups.items()}
-    for option in dict.fromkeys(option for of_one in settings.values() for option in of_one):
-        values = {name: _shown(of_one, option) for name, of_one in settings.items()}
-        if len(set(values.values())) > 1:
-            yield {"option": option, **values}
+    for option in differing(*settings.values()):
+        yield {"option": option, **{name: _shown(options, option) for name, options in settings.items()}}
 
 
 def _shown(options: Mapping[str, Any], option: str) -> str:
@@ -281,41 +283,40 @@ def _shown(options: Mapping[str, Any], option: str) -> str:
 
 
 def _title(name: str, groups: Mapping[str, Group]) -> str:
-    """With the algorithm, and with what tells it from runs of the same one: a few options, or else the folders."""
+    """Returns a group's title: the algorithm, with a few options or the folders if several groups have the same one."""
     group = groups[name]
     same = {key: other for key, other in groups.items() if other.algo == group.algo}
-    known = dict.fromkeys(option for other in same.values() for option in other.options)
-    apart = [option for option in known if len({_shown(other.options, option) for other in same.values()}) > 1]
+    apart = differing(*(other.options for other in same.values()))
     if 0 < len(apart) <= MOST_OPTIONS:
         options = (f"{option.split('.')[-1]}={_shown(group.options, option)}" for option in apart)
         return ", ".join([f"{name} {group.algo}", *options])
     folders = {key: "+".join(folder.resolve().name for folder in other.folders) for key, other in same.items()}
-    tell = 1 < len(same) == len(set(folders.values()))
-    return f"{name} {folders[name] if tell else group.algo}"
+    differ = 1 < len(same) == len(set(folders.values()))
+    return f"{name} {folders[name] if differ else group.algo}"
 
 
-def _of(run: Path) -> list[Group]:
-    """The groups of one run: one, or one for each combination of a sweep's values."""
+def _groups_of_run(run: Path) -> list[Group]:
+    """Returns the groups of one run: one, or one for each combination of a sweep's values."""
     header, values, records = load_header(run), read_config(run), load_metrics(run, kind="eval")
     options = shared_options({name: value for name, value in values.items() if name != "sweep"})
     workers = load_group("env", "_host")
     task = {"env": header["env"], **simulator_versions(header)}
     task |= {key: options.pop(key) for key in list(options) if key.startswith("env.") and key[4:] not in workers}
-    failed = [labels_of(failure) for failure in read_summary(run).get("failed", [])]
+    failed = failed_members(run)
     found: dict[str, Group] = {}
     for record in records:
         labels = labels_of(record)
         swept = {key: value for key, value in labels.items() if key != "seed"}
-        num_failed = sum(swept.items() <= failure.items() for failure in failed)
+        num_failed = sum(swept.items() <= line.items() for line in failed.values())
         new = Group([run], header["algo"], task, {**library_version(header), **options, **swept}, [], num_failed)
         group = found.setdefault(setting_name(labels), new)
-        if labels not in failed:
+        if member_name(labels) not in failed:
             group.records.append(record)
     return list(found.values())
 
 
 def _joined(groups: Sequence[Group]) -> list[Group]:
-    """Groups of equal options as one.
+    """Joins groups with equal options.
 
     Raises:
         ConfigError: if they have a seed in common.
@@ -339,10 +340,10 @@ def _joined(groups: Sequence[Group]) -> list[Group]:
 def _refuse_other_versions(groups: Sequence[Group]) -> None:
     """Refuses different games; a version that an older run doesn't record is only reported."""
     games = {
-        str(of.folders[0]): {
-            name.removeprefix(VERSION): version for name, version in of.task.items() if name.startswith(VERSION)
+        str(group.folders[0]): {
+            name.removeprefix(VERSION): version for name, version in group.task.items() if name.startswith(VERSION)
         }
-        for of in groups
+        for group in groups
     }
     try:
         for line in refuse_other_games(games):
@@ -352,12 +353,12 @@ def _refuse_other_versions(groups: Sequence[Group]) -> None:
 
 
 def _refuse_other_task(group: Group, first: Group) -> None:
-    """An option that one of them doesn't have, of another version of this project, is only told."""
-    for name in dict.fromkeys([*first.task, *group.task]):
-        one, other = (of.task.get(name, "unknown") for of in (first, group))
-        if one != other and "unknown" not in (one, other):
-            told = f"{first.folders[0]} has {name}={one}, and {group.folders[0]} has {name}={other}"
-            raise ConfigError(f"{told}: figures of different tasks can't be compared")
+    """Refuses other values of an option; one that a run doesn't record, as of an older version, may be the same."""
+    for name in differing(first.task, group.task):
+        one, other = (each.task.get(name, UNKNOWN) for each in (first, group))
+        if UNKNOWN not in (one, other):
+            values = f"{first.folders[0]} has {name}={one}, and {group.folders[0]} has {name}={other}"
+            raise ConfigError(f"{values}: figures of different tasks can't be compared")
 
 
 if __name__ == "__main__":

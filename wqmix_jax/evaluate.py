@@ -35,9 +35,10 @@ from wqmix_jax.interop import pymarl
 from wqmix_jax.networks.functional import compute_in
 from wqmix_jax.ops.randomness import pinned_draws
 from wqmix_jax.options import CONFIG_DIR, PositiveInt, add_import_paths, build, checked, options
+from wqmix_jax.records.atomic import atomic
 from wqmix_jax.records.metrics import load_header
 from wqmix_jax.records.run_dir import refuse_other_games
-from wqmix_jax.records.statistics import mean_estimate
+from wqmix_jax.records.statistics import CONFIDENCE, mean_estimate, standard_deviation
 from wqmix_jax.runs.memory import memory_faults_in_one_line
 from wqmix_jax.runs.saved_policies import GREEDY, GreedyPolicy, play_episode
 from wqmix_jax.runs.trust import Named
@@ -254,9 +255,10 @@ def evaluate_policies(opened: RunPolicies, chosen: EvaluateOptions) -> Iterator[
 
 def _line(of: str, env: Environment, what: str, samples: Sequence[np.ndarray]) -> str:
     bounds = {"episode_length": (1, env.spec.episode_limit), "win_rate": (0, 1)}.get(what, (-math.inf, math.inf))
-    told = mean_estimate(samples, bounds=bounds, is_share=what == "win_rate")
-    interval = "" if math.isnan(told.low) else f"95% interval {told.low:.2f} to {told.high:.2f}, "
-    return f"{of}{what.removeprefix('episode_')} {told.mean:.2f} ({interval}standard deviation {told.std:.2f})"
+    mean, low, high = mean_estimate(samples, bounds=bounds, is_share=what == "win_rate")
+    interval = "" if math.isnan(low) else f"{CONFIDENCE:.0%} interval {low:.2f} to {high:.2f}, "
+    deviation = f"standard deviation {standard_deviation(samples):.2f}"
+    return f"{of}{what.removeprefix('episode_')} {mean:.2f} ({interval}{deviation})"
 
 
 def play_policies(
@@ -318,16 +320,12 @@ def _viewer(env: Environment, chosen: EvaluateOptions, path: Path) -> Viewer:
 
 
 def _film(env: Environment, policy: GreedyPolicy, viewer: Viewer, chosen: EvaluateOptions, of: str) -> str:
-    """Writes the picture in one piece and says so."""
+    """Writes the picture and returns a line about it."""
     path = Path(chosen.render or "")
     key = jax.random.key(chosen.seed, impl="threefry2x32")
     moments = play_episode(env, policy, key)
-    temporary = path.with_name(f".{path.stem}.tmp.gif")
-    try:
+    with atomic(path) as temporary:
         viewer.film(moments, str(temporary))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return f"drawn: {path} ({of}return {moments[-1].episode_return:.2f}, {len(moments) - 1} steps)"
 
 

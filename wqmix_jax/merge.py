@@ -1,7 +1,7 @@
-"""Joins parts of a run that were trained apart: ``python -m wqmix_jax.merge RUN.. --out FOLDER``.
+"""Joins the parts of a run that were trained separately: ``python -m wqmix_jax.merge RUN.. --out FOLDER``.
 
-A RUN is a run's folder, or a folder of such. The parts differ in their seeds alone; whatever else differs is refused in
-one line, with exit code 2. FOLDER then holds what a run's folder holds, but for checkpoints.
+A RUN is a run's folder, or a folder of them. The parts may only differ in their seeds; any other difference is refused
+in one line, with exit code 2. FOLDER then holds the files of a run, except checkpoints and policies.
 """
 
 import json
@@ -17,6 +17,7 @@ from wqmix_jax.records.metrics import HEADER_FILE, METRICS_FILE, load_header, lo
 from wqmix_jax.records.plotting import plot_run
 from wqmix_jax.records.run_dir import (
     SUMMARY_FILE,
+    differing,
     find_runs,
     library_version,
     make_run_dir,
@@ -35,10 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line on ``arguments``, by default the process's own."""
     parser = OneLineParser(
         prog="python -m wqmix_jax.merge",
-        description="Joins parts of a run that were trained apart, on several hosts say.",
+        description="Joins the parts of a run that were trained separately, for example on several hosts.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of them")
-    parser.add_argument("--out", required=True, type=Path, help="a new folder, for the joined run")
+    parser.add_argument("--out", required=True, type=Path, help="a new folder for the joined run")
     args = parser.parse_args(arguments)
     try:
         merge(find_runs(args.runs), args.out)
@@ -51,8 +52,8 @@ def merge(runs: Sequence[Path], out: Path) -> None:
     """Writes ``out`` from the folders of the parts.
 
     Raises:
-        ConfigError: if a part is damaged, or if the parts are not of one configuration or have seeds in common; nothing
-            was written then.
+        ConfigError: if a part is damaged, or if the parts have different options or a seed in common; nothing was
+            written then.
     """
     headers, configs = [load_header(run) for run in runs], [read_config(run) for run in runs]
     games = {str(run): header.get("simulator", {}) for run, header in zip(runs, headers, strict=True)}
@@ -85,15 +86,14 @@ def merge(runs: Sequence[Path], out: Path) -> None:
 
 
 def _identity(header: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """All that parts of a run have in common."""
+    """Returns the options and versions that all parts of a run share."""
     return {**library_version(header), **shared_options(config)}
 
 
 def _refuse_other(run: Path, found: dict[str, Any], first: Path, wanted: dict[str, Any]) -> None:
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
-            told = f"{run} has {name}={found.get(name)!r} and {first} has {wanted.get(name)!r}"
-            raise ConfigError(f"{told}; python -m wqmix_jax.table compares different runs")
+    for name in sorted(differing(found, wanted)):
+        values = f"{run} has {name}={found.get(name)!r} and {first} has {wanted.get(name)!r}"
+        raise ConfigError(f"{values}; python -m wqmix_jax.table compares different runs")
 
 
 def _summary(run: Path) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def _warn_of_missing(configs: Sequence[dict[str, Any]]) -> None:
 
 
 def _joined(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Each part's final figures and failures; of times the longest, as the parts run side by side."""
+    """Joins the summaries: all final figures and failures, and the longest time, because the parts run in parallel."""
     statuses = {summary.get("status", "running") for summary in summaries}
     return {
         **summaries[0],

@@ -1,8 +1,8 @@
-"""One table of many runs: ``python -m wqmix_jax.table RUN.. [--csv FILE]``, a RUN a run's folder or a folder of them.
+"""Prints one table of many runs: ``python -m wqmix_jax.table RUN.. [--csv FILE]``.
 
-A row for every combination of options that differ between the runs or are swept inside one; seeds are joined: median
-and quartiles of their last evaluation. Runs that have a seed in common (one begun anew, say, or merged from the others)
-have a row each.
+A RUN is a run's folder, or a folder of them. The table has a row for every combination of options that differ between
+the runs or are swept inside one, with median and quartiles over the seeds of their last evaluation. Runs that have a
+seed in common (because one was started again, or merged from the others) have a row each.
 """
 
 import csv
@@ -17,10 +17,11 @@ from wqmix_jax.cli.parser import OneLineParser, out_file
 from wqmix_jax.errors import refuse
 from wqmix_jax.records.metrics import load_header, load_metrics
 from wqmix_jax.records.run_dir import (
+    differing,
+    failed_members,
     find_runs,
     library_version,
     read_config,
-    read_summary,
     shared_options,
     simulator_versions,
 )
@@ -51,33 +52,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def table(runs: Sequence[Path]) -> list[Row]:
-    """The rows, in the order of the runs.
+    """Returns the rows of the table, in the order of the runs.
 
     Raises:
-        ConfigError: if a folder is not a run's.
+        ConfigError: if a folder holds no run.
     """
     settings = [_settings(run) for run in runs]
-    swept = [load_header(run)["members"] for run in runs]
-    columns = _differing(settings)
-    columns += [key for key in dict.fromkeys(key for of in swept for label in of for key in label) if key != "seed"]
+    members = [load_header(run)["members"] for run in runs]
+    columns = _columns(settings)
+    swept = dict.fromkeys(key for each in members for labels in each for key in labels)
+    columns += [key for key in swept if key != "seed"]
     grouped: dict[tuple[Any, ...], list[Row]] = {}
-    for run, setting, labels in zip(runs, settings, swept, strict=True):
+    for run, setting, each in zip(runs, settings, members, strict=True):
         last = {member_name(labels_of(line)): line for line in load_metrics(run, kind="eval")}
-        failed = {member_name(labels_of(failure)) for failure in read_summary(run).get("failed", [])}
-        for label in labels:
-            key = tuple(str((setting | label).get(column, "")) for column in columns)
-            name = member_name(label)
+        failed = failed_members(run)
+        for labels in each:
+            key = tuple(str((setting | labels).get(column, "")) for column in columns)
+            name = member_name(labels)
             member = {"run": run, "name": name, "line": last.get(name, {}), "failed": name in failed}
             grouped.setdefault(key, []).append(member)
     return [
         dict(zip(columns, key, strict=True)) | run | _figures(part)
-        for key, members in grouped.items()
-        for run, part in _apart(members)
+        for key, group in grouped.items()
+        for run, part in _separated(group)
     ]
 
 
-def _apart(members: Sequence[Row]) -> Iterator[tuple[Row, list[Row]]]:
-    """Equal members in one, or by their runs where these have a seed in common."""
+def _separated(members: Sequence[Row]) -> Iterator[tuple[Row, list[Row]]]:
+    """Yields the members of one setting: all together, or by their runs if these have a seed in common."""
     if len({member["name"] for member in members}) == len(members):
         yield {}, list(members)
         return
@@ -97,15 +99,17 @@ def _settings(run: Path) -> Row:
     }
 
 
-def _differing(settings: Sequence[Row]) -> list[str]:
-    """Names and options that tell the runs apart; an algorithm's and an environment's own only among its runs."""
+def _columns(settings: Sequence[Row]) -> list[str]:
+    """Returns the names and options in which the runs differ.
+
+    Runs of different algorithms are not compared by the options of their algorithms; the same holds for environments.
+    """
     names = [name for name in ("algo", "env") if len({setting[name] for setting in settings}) > 1]
     found = dict.fromkeys(names)
     for one in settings:
         for other in settings:
-            differing = (key for key in one | other if one.get(key) != other.get(key))
-            others_own = {f"{name}." for name in names if one[name] != other[name]}
-            found |= dict.fromkeys(key for key in differing if not key.startswith(tuple(others_own)))
+            others_own = tuple(f"{name}." for name in names if one[name] != other[name])
+            found |= dict.fromkeys(name for name in differing(one, other) if not name.startswith(others_own))
     return list(found)
 
 

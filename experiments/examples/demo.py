@@ -167,13 +167,14 @@ def _draw_shares(axes: Axes, task: Task, records: dict[str, Records]) -> None:
 
 def _draw_returns(axes: Axes, task: Task, records: dict[str, Records]) -> None:
     """Draws median and quartiles of the return over seeds, as in the paper's figures."""
-    from wqmix_jax.records.plotting import learning_curve
+    from wqmix_jax.records.statistics import quartiles, seed_curves
 
     for algo, lines in records.items():
         label, colour, style = ALGORITHMS[algo]
-        curve = learning_curve(lines)
-        axes.plot(curve.env_steps, curve.median, color=colour, linestyle=style, linewidth=1.8, label=label)
-        axes.fill_between(curve.env_steps, curve.low, curve.high, color=colour, alpha=0.2, linewidth=0)
+        curves = seed_curves(lines, "episode_return")
+        median, low, high = quartiles(curves.values)
+        axes.plot(curves.env_steps, median, color=colour, linestyle=style, linewidth=1.8, label=label)
+        axes.fill_between(curves.env_steps, low, high, color=colour, alpha=0.2, linewidth=0)
     axes.axhline(task.best, color="0.4", linewidth=1, linestyle=":", label=f"best possible, {task.best:g}")
     axes.set_ylabel("evaluation return (median, quartiles)")
 

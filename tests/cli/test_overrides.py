@@ -20,7 +20,7 @@ from wqmix_jax.errors import ConfigError
 from wqmix_jax.evaluate import EvaluateOptions
 from wqmix_jax.options import CONFIG_DIR, target_class
 from wqmix_jax.runs import startup
-from wqmix_jax.runs.startup import how_to_go_on
+from wqmix_jax.runs.startup import command_to_continue
 
 NASTY = [
     "1e3", "2026_11_30", "outputs/c=d", "true", "on", "null", "None", "inf", "0x10", "1.50", "it's", 'say "hi"',
@@ -108,7 +108,7 @@ def test_the_printed_command_is_the_one_to_paste(tmp_path: Path, monkeypatch: py
     """Bash reads it, then the command line; what it names is the folder that was meant."""
     monkeypatch.chdir(tmp_path)
     folders = [*FOLDER_NAMES, *(str(tmp_path / name) for name in FOLDER_NAMES), "outputs/null", "outputs/'x'"]
-    commands = [how_to_go_on(Path(folder)).partition("to go on: ")[2] for folder in folders]
+    commands = [command_to_continue(Path(folder)).partition("to continue: ")[2] for folder in folders]
     script = "\n".join(f"printf '%s\\0' {command}; printf '\\1'" for command in commands)
     read = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
     for folder, command, words in zip(folders, commands, read.split("\1")[:-1], strict=True):
@@ -126,22 +126,22 @@ def test_the_printed_command_starts_this_python(tmp_path: Path, monkeypatch: pyt
         (tmp_path / ".venv" / "bin" / name).symlink_to(sys.executable)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python3"))
-    assert how_to_go_on(Path("r")) == "to go on: .venv/bin/python3 -m wqmix_jax.train resume=r"
+    assert command_to_continue(Path("r")) == "to continue: .venv/bin/python3 -m wqmix_jax.train resume=r"
     monkeypatch.setenv("PATH", f"{tmp_path / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    assert how_to_go_on(Path("r")) == "to go on: python -m wqmix_jax.train resume=r"
+    assert command_to_continue(Path("r")) == "to continue: python -m wqmix_jax.train resume=r"
     monkeypatch.setattr(shutil, "which", lambda _: None)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert how_to_go_on(Path("r")) == f"to go on: {shlex.quote(sys.executable)} -m wqmix_jax.train resume=r"
+    assert command_to_continue(Path("r")) == f"to continue: {shlex.quote(sys.executable)} -m wqmix_jax.train resume=r"
 
 
 def test_the_printed_command_names_own_yamls_and_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(startup, "_python", lambda: "python")
     monkeypatch.chdir(tmp_path)
-    told = how_to_go_on(Path("r"), tmp_path / "my configs")
-    assert told == "to go on: python -m wqmix_jax.train --config-dir 'my configs' resume=r"
-    assert how_to_go_on(Path("r"), "/else where") == (
-        "to go on: python -m wqmix_jax.train --config-dir '/else where' resume=r"
+    told = command_to_continue(Path("r"), tmp_path / "my configs")
+    assert told == "to continue: python -m wqmix_jax.train --config-dir 'my configs' resume=r"
+    assert command_to_continue(Path("r"), "/else where") == (
+        "to continue: python -m wqmix_jax.train --config-dir '/else where' resume=r"
     )
 
 

@@ -38,7 +38,7 @@ class TorchAgent(torch.nn.Module):
 
 
 class TorchMixer(torch.nn.Module):
-    """QMIX's mixer likewise; its layers alone."""
+    """QMIX's mixer in PyMARL's form, only its layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class TorchMixer(torch.nn.Module):
 
 
 class TorchCentralMixer(torch.nn.Module):
-    """The authors' unrestricted mixer likewise."""
+    """The authors' unrestricted mixer, only its layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class TorchCentralMixer(torch.nn.Module):
 
 
 class TorchAttention(torch.nn.Module):
-    """The authors' attention mixer of Q* likewise."""
+    """The authors' attention mixer of Q*, only its layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class TorchAttention(torch.nn.Module):
 
 
 class TorchQTRAN(torch.nn.Module):
-    """QTRAN-base's joint network likewise."""
+    """QTRAN-base's joint network, only its layers."""
 
     def __init__(self, num_layers: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class TorchQTRAN(torch.nn.Module):
 
 
 class TorchQPLEX(torch.nn.Module):
-    """QPLEX's mixer likewise."""
+    """QPLEX's mixer, only its layers."""
 
     def __init__(self) -> None:
         super().__init__()

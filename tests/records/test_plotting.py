@@ -1,4 +1,4 @@
-"""Curves over seeds whose evaluations stand at different environment steps."""
+"""Curves over seeds that are evaluated at different environment steps."""
 
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,12 @@ from matplotlib.figure import Figure
 
 from tests import recorded
 from wqmix_jax.records.metrics import MetricsFile, create_metrics
-from wqmix_jax.records.plotting import learning_curve, plot_run, styles
+from wqmix_jax.records.plotting import plot_run, styles
+from wqmix_jax.records.statistics import quartiles, seed_curves
 
 
 def evaluated(seed: int, points: dict[int, float], **more: float) -> list[dict[str, Any]]:
-    """Eval records of one seed, its returns by environment steps."""
+    """Returns eval records of one seed, given its returns by environment steps."""
     return [
         {"kind": "eval", "seed": seed, "env_steps": steps, "episode_return": value, **more}
         for steps, value in points.items()
@@ -23,17 +24,18 @@ def evaluated(seed: int, points: dict[int, float], **more: float) -> list[dict[s
 
 def test_each_seed_is_interpolated_on_its_own_steps_and_none_is_continued() -> None:
     records = evaluated(0, {0: 0.0, 10: 10.0, 20: 20.0}) + evaluated(1, {0: 2.0, 5: 2.0, 18: 28.0})
-    curve = learning_curve(records)
-    assert curve.env_steps.tolist() == [0, 5, 10, 18]
+    curves = seed_curves(records, "episode_return")
+    median, low, high = quartiles(curves.values)
+    assert curves.env_steps.tolist() == [0, 5, 10, 18]
     both = np.array([[0.0, 5.0, 10.0, 18.0], [2.0, 2.0, 12.0, 28.0]])
-    np.testing.assert_allclose(curve.median, both.mean(0))
-    np.testing.assert_allclose(curve.low, np.percentile(both, 25, axis=0))
-    np.testing.assert_allclose(curve.high, np.percentile(both, 75, axis=0))
+    np.testing.assert_allclose(median, both.mean(0))
+    np.testing.assert_allclose(low, np.percentile(both, 25, axis=0))
+    np.testing.assert_allclose(high, np.percentile(both, 75, axis=0))
 
 
 def test_one_seed_is_its_own_median() -> None:
-    curve = learning_curve(evaluated(3, {0: -1.0, 7: 4.0}))
-    assert curve.median.tolist() == curve.low.tolist() == curve.high.tolist() == [-1.0, 4.0]
+    median, low, high = quartiles(seed_curves(evaluated(3, {0: -1.0, 7: 4.0}), "episode_return").values)
+    assert median.tolist() == low.tolist() == high.tolist() == [-1.0, 4.0]
 
 
 @pytest.mark.parametrize("num_seeds", [1, 3])

@@ -18,13 +18,14 @@ from wqmix_jax.records.statistics import (
     probability_of_improvement,
     quartiles,
     seed_curves,
+    standard_deviation,
 )
 
 EIGHT = np.array([100.0, 3.0, 1.0, 4.0, -50.0, 2.0, 5.0, 0.0])
 
 
 def two_seeds() -> list[dict[str, Any]]:
-    """One that comes to 20 steps and one that comes to 16, evaluated at steps of their own."""
+    """One seed that reaches 20 steps and one that reaches 16, evaluated at different steps."""
     return evaluated(0, {0: 0.0, 10: 10.0, 20: 0.0}) + evaluated(1, {0: 2.0, 8: 2.0, 16: 10.0})
 
 
@@ -48,8 +49,8 @@ def test_the_mean_over_training_is_the_area_by_the_length() -> None:
     """Over 0..16: (0..10: 50, 10..16: 42) and (0..8: 16, 8..16: 48)."""
     curves = seed_curves(two_seeds(), "episode_return")
     np.testing.assert_allclose(mean_over_training(curves), [92 / 16, 64 / 16])
-    at_once = seed_curves(two_seeds(), "episode_return", [8])
-    np.testing.assert_allclose(mean_over_training(at_once), [8, 2])
+    at_a_point = seed_curves(two_seeds(), "episode_return", [8])
+    np.testing.assert_allclose(mean_over_training(at_a_point), [8, 2])
 
 
 def test_quartiles_are_over_the_last_axis() -> None:
@@ -113,9 +114,9 @@ def test_the_p_value_is_that_of_all_orders() -> None:
 
 
 def test_the_interval_of_one_seed_is_students_or_wilsons() -> None:
-    mean, low, high, std = mean_estimate([np.array([6.0, 8.0])])
+    mean, low, high = mean_estimate([np.array([6.0, 8.0])])
     half = 12.7062  # Student's for one degree of freedom; the standard error is 1
-    assert (mean, std) == (7, 1)
+    assert mean == 7
     np.testing.assert_allclose([low, high], [7 - half, 7 + half], rtol=1e-4)
     assert mean_estimate([np.array([6.0, 8.0])], bounds=(1, 10))[1:3] == (1, 10)
     half_won = mean_estimate([np.array([1.0, 0.0])], is_share=True)
@@ -123,12 +124,17 @@ def test_the_interval_of_one_seed_is_students_or_wilsons() -> None:
     assert np.isnan(mean_estimate([np.array([3.0])])[1:3]).all()
 
 
+def test_the_deviation_is_over_the_episodes_of_one_seed_or_the_means_of_several() -> None:
+    assert standard_deviation([np.array([6.0, 8.0])]) == 1
+    assert standard_deviation([np.array([6.0, 8.0]), np.array([11.0])]) == 2
+
+
 def test_battles_that_are_all_won_are_no_less_sure_than_with_one_loss() -> None:
     """Three seeds of a hundred battles: Wilson's interval of 300 battles, and nearly the same with one loss."""
     won = [np.ones(100)] * 3
     np.testing.assert_allclose(mean_estimate(won, is_share=True)[:3], [1, 0.98736, 1], atol=1e-5)
     one_lost = mean_estimate([*won[1:], np.array([0.0] + [1.0] * 99)], is_share=True)
-    assert one_lost.mean == pytest.approx(299 / 300)
+    assert one_lost.value == pytest.approx(299 / 300)
     assert 0.96 < one_lost.low < 0.98736
     assert one_lost.high < 1
 
@@ -143,13 +149,13 @@ def test_no_interval_leaves_what_is_possible() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
         lengths = [rng.integers(1, 201, 4).astype(float) for _ in range(2)]
-        mean, low, high, _ = mean_estimate(lengths, bounds=(1, 200))
+        mean, low, high = mean_estimate(lengths, bounds=(1, 200))
         assert 1 <= low <= mean <= high <= 200
         wins = [rng.binomial(1, rng.random(), 5).astype(float) for _ in range(2)]
-        mean, low, high, _ = mean_estimate(wins, is_share=True)
+        mean, low, high = mean_estimate(wins, is_share=True)
         assert 0 <= low <= mean <= high <= 1
         shares = [rng.random(3) for _ in range(2)]  # a win rate that isn't won or lost
-        mean, low, high, _ = mean_estimate(shares, bounds=(0, 1), is_share=True)
+        mean, low, high = mean_estimate(shares, bounds=(0, 1), is_share=True)
         assert 0 <= low <= mean <= high <= 1
 
 
@@ -158,7 +164,7 @@ def test_no_interval_leaves_what_is_possible() -> None:
 def test_intervals_hold_the_rate_of_like_seeds(num_seeds: int, num_episodes: int, rate: float, most: float) -> None:
     draws = np.random.default_rng(1).binomial(1, rate, size=(1000, num_seeds, num_episodes)).astype(float)
     found = [mean_estimate(list(each), is_share=True) for each in draws]
-    assert 0.93 < np.mean([told.low <= rate <= told.high for told in found]) <= most
+    assert 0.93 < np.mean([each.low <= rate <= each.high for each in found]) <= most
 
 
 @pytest.mark.parametrize(("num_seeds", "least"), [(2, 0.8), (3, 0.86), (8, 0.9)])
@@ -168,13 +174,13 @@ def test_intervals_hold_the_mean_over_seeds_that_differ(num_seeds: int, least: f
     rates = rng.beta(2, 2, size=(1000, num_seeds, 1))
     wins = (rng.random((1000, num_seeds, 50)) < rates).astype(float)
     found = [mean_estimate(list(each), is_share=True) for each in wins]
-    assert least < np.mean([told.low <= 0.5 <= told.high for told in found]) < 0.98
+    assert least < np.mean([each.low <= 0.5 <= each.high for each in found]) < 0.98
     returns = rng.normal(0, 0.5, size=(1000, num_seeds, 1)) + rng.normal(size=(1000, num_seeds, 30))
     found = [mean_estimate(list(each)) for each in returns]
-    assert least < np.mean([told.low <= 0 <= told.high for told in found]) < 0.98
+    assert least < np.mean([each.low <= 0 <= each.high for each in found]) < 0.98
 
 
 def test_the_interval_of_skewed_returns_holds_their_mean() -> None:
     draws = np.random.default_rng(0).exponential(size=(1000, 30))
     found = [mean_estimate([each]) for each in draws]
-    assert 0.9 < np.mean([told.low <= 1 <= told.high for told in found]) < 0.96  # a little less than 0.95
+    assert 0.9 < np.mean([each.low <= 1 <= each.high for each in found]) < 0.96  # a little less than 0.95

@@ -1,4 +1,4 @@
-"""Checkpoints hold a whole run: what goes on from one gives the numbers of a run that was never cut."""
+"""Checkpoints hold a whole run: one that continues from them gives the numbers of an uninterrupted run."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ import pytest
 import tensorstore
 from jax.sharding import SingleDeviceSharding
 
-from tests.running import TINY, USER_FOLDER, last_checkpoint, main, process, shared_programs, timeless, to_go_on
+from tests.running import TINY, USER_FOLDER, last_checkpoint, main, process, shared_programs, timeless, to_continue
 from wqmix_jax import evaluate, load_config, load_metrics, load_policy
 from wqmix_jax.algos.base import AgentInputs
 from wqmix_jax.errors import SEEDS_FAILED, ConfigError
@@ -40,7 +40,7 @@ TORN = '{"kind": "eval", "seed": 3, "env_st'
 
 
 class Killed(BaseException):
-    """Ends a run where it stands."""
+    """Ends a run immediately."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -114,8 +114,8 @@ def test_a_run_goes_on_with_its_seeds_on_another_number_of_devices(
     run_dir = cut(9)
     monkeypatch.setattr(session, "train_sharding", lambda *_: SingleDeviceSharding(jax.local_devices()[1]))
     assert main(f"resume={run_dir}") == 0
-    told = "warning: device count is 1, and was 2 when the checkpoint was made; the numbers will not be equal"
-    assert told in capfd.readouterr().err
+    message = "warning: device count is 1, and was 2 when the checkpoint was made; the numbers will not be equal"
+    assert message in capfd.readouterr().err
     saved, expected = last_checkpoint(run_dir), last_checkpoint(straight)
     for name in saved.keys() - CLOCKS - WORDS:
         np.testing.assert_allclose(saved[name], expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
@@ -141,8 +141,8 @@ def test_a_run_whose_checkpoints_were_deleted_keeps_its_records(
     summary.write_text(json.dumps(json.loads(summary.read_text()) | {"status": status}))
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     assert main(f"resume={run_dir}", "total_env_steps=60") == 2
-    told = f"error: resume={run_dir} is not allowed: its checkpoints are gone; a new run_dir=FOLDER starts "
-    assert capfd.readouterr().err.startswith(told)
+    message = f"error: resume={run_dir} is not allowed: its checkpoints are gone; a new run_dir=FOLDER starts "
+    assert capfd.readouterr().err.startswith(message)
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
 
@@ -163,8 +163,8 @@ def test_a_run_that_another_process_trains_is_left_alone(
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     with held(run_dir):
         assert main(f"resume={run_dir}", "total_env_steps=60") == 2
-        told = f"error: resume={run_dir} is not allowed: another process is training this run\n"
-        assert capfd.readouterr().err == told
+        message = f"error: resume={run_dir} is not allowed: another process is training this run\n"
+        assert capfd.readouterr().err == message
         assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
     assert main(f"resume={run_dir}", "total_env_steps=60") == 0
 
@@ -203,7 +203,7 @@ def load_slowest(run_dir: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (
             ["total_env_steps=20"],
@@ -219,18 +219,18 @@ def load_slowest(run_dir: Path) -> int:
     ],
 )
 def test_a_run_can_only_be_made_longer(
-    arguments: list[str], told: str, straight: Path, capfd: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, straight: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()}
     assert main(f"resume={straight}", *arguments) == 2
     err = capfd.readouterr().err
-    assert err.startswith(f"error: {told.replace('{run}', str(straight))}")
+    assert err.startswith(f"error: {message.replace('{run}', str(straight))}")
     assert err.count("\n") == 1
     assert {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()} == before
 
 
 def change_host(step: Path, **changes: Any) -> None:
-    """Changes what is beside a checkpoint's arrays."""
+    """Changes the item ``host`` of a checkpoint."""
     path = step / "host" / "metadata"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -270,10 +270,10 @@ UNUSABLE: list[tuple[Callable[[Path], None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("spoil", "told"), UNUSABLE, ids=["torn", "bits", "host", "run", "foreign", "shape"])
+@pytest.mark.parametrize(("spoil", "message"), UNUSABLE, ids=["torn", "bits", "host", "run", "foreign", "shape"])
 def test_a_spoilt_checkpoint_is_named_and_the_one_before_it_used(
     spoil: Callable[[Path], None],
-    told: str,
+    message: str,
     tmp_path: Path,
     straight: Path,
     capfd: pytest.CaptureFixture[str],
@@ -284,7 +284,7 @@ def test_a_spoilt_checkpoint_is_named_and_the_one_before_it_used(
     assert main(f"resume={run_dir}") == 0
     shown = capfd.readouterr()
     assert f"warning: {latest} can't be used: " in shown.err
-    assert told in shown.err
+    assert message in shown.err
     assert f"resumed at {earlier.name} environment steps" in shown.out
     assert (run_dir / f"unusable_checkpoint_{latest.name}").is_dir()
     assert_same_run(run_dir, straight)
@@ -392,7 +392,7 @@ def test_a_checkpoint_is_not_blamed_for_a_lack_of_memory(
     monkeypatch.setattr(checkpoints, "assemble", fail)
     run_dir = Path(shutil.copytree(straight, tmp_path / "run"))
     assert main(f"resume={run_dir}") == 1
-    assert "can't be read: Unable to allocate 3.00 GiB; to go on: " in capfd.readouterr().err
+    assert "can't be read: Unable to allocate 3.00 GiB; to continue: " in capfd.readouterr().err
     assert not list(run_dir.glob("unusable_checkpoint_*"))
 
 
@@ -420,7 +420,7 @@ def test_without_a_usable_checkpoint_everything_stays(
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "message"),
     [
         (
             lambda run_dir: edit(run_dir / "config.yaml", "hidden_dim: 4", "hidden_dim: 5"),
@@ -440,13 +440,13 @@ def test_without_a_usable_checkpoint_everything_stays(
     ids=["option", "algorithm", "schema"],
 )
 def test_another_run_in_the_same_folder_is_refused(
-    spoil: Callable[[Path], Any], told: str, tmp_path: Path, straight: Path, capfd: pytest.CaptureFixture[str]
+    spoil: Callable[[Path], Any], message: str, tmp_path: Path, straight: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = Path(shutil.copytree(straight, tmp_path / "run"))
     spoil(run_dir)
     assert main(f"resume={run_dir}") == 2
     err = capfd.readouterr().err
-    assert told in err
+    assert message in err
     assert err.count("\n") == 1
 
 
@@ -482,10 +482,10 @@ def test_another_shape_is_named(
     edit(run_dir / "config.yaml", "hidden_dim: 4", "hidden_dim: 5")
     assert main(f"resume={run_dir}") == 2
     err = capfd.readouterr().err
-    told = (
+    message = (
         "can't be used: it doesn't fit the run: best.params.agent.encoder.bias is float32[2, 4] there, float32[2, 5] "
     )
-    assert err.count(told) == 2, "both checkpoints are named"
+    assert err.count(message) == 2, "both checkpoints are named"
     assert err.count("\n") == 1
 
 
@@ -494,10 +494,10 @@ def test_another_jax_is_told(tmp_path: Path, straight: Path, capfd: pytest.Captu
     for step in (run_dir / "checkpoints").iterdir():
         change_host(step, machine={"jax": "0.0.1", "device kind": "TPU v9", "device count": 2})
     assert main(f"resume={run_dir}") == 0
-    told = "was {} when the checkpoint was made; the numbers will not be equal to the last bit"
+    message = "was {} when the checkpoint was made; the numbers will not be equal to the last bit"
     err = capfd.readouterr().err
-    assert f"warning: jax is {jax.__version__}, and {told.format('0.0.1')}\n" in err
-    assert f"warning: device kind is cpu, and {told.format('TPU v9')}\n" in err
+    assert f"warning: jax is {jax.__version__}, and {message.format('0.0.1')}\n" in err
+    assert f"warning: device kind is cpu, and {message.format('TPU v9')}\n" in err
     assert "device count" not in err
 
 
@@ -506,7 +506,7 @@ def test_lost_lines_are_noticed(tmp_path: Path, straight: Path, capfd: pytest.Ca
     metrics = run_dir / METRICS_FILE
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:3]))
     assert main(f"resume={run_dir}") == 2
-    assert "metrics.jsonl is damaged: it has lost lines" in capfd.readouterr().err
+    assert "metrics.jsonl is damaged: it is shorter than when the last checkpoint was written" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -531,7 +531,7 @@ def test_a_signal_saves_at_the_end_of_the_chunk(
     assert next(chunks) == 3, "nothing is trained after the chunk"
     err = capfd.readouterr().err
     assert f"{number.name}: saving at the end of this chunk" in err
-    assert err.endswith(f"interrupted; {to_go_on(run_dir)}\n")
+    assert err.endswith(f"interrupted; {to_continue(run_dir)}\n")
     assert last_checkpoint(run_dir)["env_steps"] == [6, 6]
     assert json.loads((run_dir / "summary.json").read_text())["status"] == "interrupted"
     assert main(f"resume={run_dir}", "checkpoint.every=15") == 0
@@ -569,7 +569,7 @@ def test_a_disk_without_room_for_the_next_checkpoint_stops_the_run(
     assert main(*TINY, f"run_dir={run_dir}") == 1
     err = capfd.readouterr().err.splitlines()[-1]
     assert f"no checkpoint could be written to {run_dir / 'checkpoints'}: one may take " in err
-    assert err.endswith(f"the last good one is {run_dir / 'checkpoints' / '15'}; {to_go_on(run_dir)}")
+    assert err.endswith(f"the last good one is {run_dir / 'checkpoints' / '15'}; {to_continue(run_dir)}")
     monkeypatch.undo()
     assert main(f"resume={run_dir}") == 0
     assert_same_run(run_dir, straight)
@@ -587,7 +587,7 @@ def test_a_save_that_fails_in_its_threads_stops_the_run(
     err = capfd.readouterr().err.splitlines()[-1]
     assert err == (
         f"error: no checkpoint could be written to {run_dir / 'checkpoints'}: No space left on device; there is none "
-        f"before it; {to_go_on(run_dir)}"
+        f"before it; {to_continue(run_dir)}"
     )
     monkeypatch.undo()
     assert main(f"resume={run_dir}") == 0
@@ -596,14 +596,14 @@ def test_a_save_that_fails_in_its_threads_stops_the_run(
 
 @pytest.mark.slow
 def test_files_that_may_not_grow_stop_the_run(tmp_path: Path, straight: Path) -> None:
-    """A real fault in the midst of a save, which needs no filesystem of its own."""
+    """A real fault in the middle of a save, which needs no separate filesystem."""
     run_dir = tmp_path / "run"
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))"
     done = process(*TINY, f"run_dir={run_dir}", first=limit)
     assert done.returncode == 1
     err = done.stderr.splitlines()[-1]
     assert "File too large" in err
-    assert err.endswith(to_go_on(run_dir))
+    assert err.endswith(to_continue(run_dir))
     assert main(f"resume={run_dir}") == 0
     assert_same_run(run_dir, straight)
 

@@ -1,4 +1,4 @@
-"""Which host this is, and which seeds are its."""
+"""The number of this host, and its seeds."""
 
 import re
 import socket
@@ -108,7 +108,7 @@ def test_a_batch_script_without_srun_trains_all_seeds_and_says_so(
 
 
 @pytest.mark.parametrize(
-    ("hosts", "host", "environ", "told"),
+    ("hosts", "host", "environ", "message"),
     [
         (None, 1, {}, "hosts is missing: host=1 is one of how many"),
         (2, None, {}, "host is missing: SLURM runs 1 task.s. here and not hosts=2; write host=0 .. host=1"),
@@ -129,8 +129,8 @@ def test_a_batch_script_without_srun_trains_all_seeds_and_says_so(
         (None, None, STEP | {"SLURM_PROCID": "3"}, "SLURM_PROCID=3 is not allowed: SLURM_STEP_NUM_TASKS=3 are counted"),
     ],
 )
-def test_what_can_not_be_known_is_refused(hosts, host, environ, told) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_what_can_not_be_known_is_refused(hosts, host, environ, message) -> None:
+    with pytest.raises(ConfigError, match=message):
         with_host({"hosts": hosts, "host": host, "distributed": False, "num_seeds": 9}, environ)
 
 
@@ -145,14 +145,14 @@ def test_every_seed_is_one_hosts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["hosts=2", "host=2", "num_seeds=2"], "host=2 is not allowed: hosts=2 are counted from 0"),
         (["hosts=3", "host=0", "num_seeds=2"], "hosts=3 is not allowed: there are only num_seeds=2"),
     ],
 )
-def test_impossible_hosts_are_refused(overrides: list[str], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_impossible_hosts_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         load_config("+algo=iql", *overrides)
 
 
@@ -179,7 +179,7 @@ def test_jax_numbers_the_hosts_where_it_connects_them(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("hosts", "host", "environ", "told"),
+    ("hosts", "host", "environ", "message"),
     [
         (2, None, {}, "distributed=true is not possible: coordinator_address should be defined.; where JAX doesn't"),
         (2, 2, {}, "host=2 is not allowed: hosts=2 are counted from 0"),
@@ -192,11 +192,11 @@ def test_jax_numbers_the_hosts_where_it_connects_them(monkeypatch: pytest.Monkey
     ],
 )
 def test_hosts_that_can_not_be_connected_are_refused(
-    hosts: Any, host: Any, environ: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch
+    hosts: Any, host: Any, environ: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("wqmix_jax.runs.hosts.CONNECT_SECONDS", 0)
     monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)  # as in a fresh process
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         connected({"distributed": True, "hosts": hosts, "host": host}, environ)
 
 
@@ -213,8 +213,8 @@ def test_several_runs_are_not_distributed(capsys: pytest.CaptureFixture[str]) ->
     assert main("-m", *TINY, "distributed=true") == 2
     assert capsys.readouterr().err == "error: distributed=true is not allowed with -m: connected hosts train one run\n"
     assert main("-m", *TINY, "hosts=slurm") == 2
-    told = "each run of a sweep trains all its seeds"
-    assert capsys.readouterr().err == f"error: hosts=slurm is not allowed with -m: {told}\n"
+    message = "each run of a sweep trains all its seeds"
+    assert capsys.readouterr().err == f"error: hosts=slurm is not allowed with -m: {message}\n"
 
 
 @pytest.mark.slow
@@ -250,7 +250,7 @@ folder.mkdir()
 manager = checkpoint._manager(folder, 2)
 client = jax._src.distributed.global_state.client
 for step in range(60):
-    client.wait_at_barrier(f"step {{step}}", 60_000)  # both at once
+    client.wait_at_barrier(f"step {{step}}", 60_000)  # both simultaneously
     arrays = {{"a.b": pieces.Pieces(np.full((50, 50), step + {host}, np.float32))}}
     manager.save(step, args=ocp.args.Composite(arrays=ocp.args.PyTreeSave(arrays), host=ocp.args.JsonSave({{}})))
     manager.wait_until_finished()
@@ -297,7 +297,7 @@ def free_address() -> str:
 
 
 def both_connected(hosts: Sequence[Sequence[str]]) -> None:
-    """Runs hosts to their ends, all at once."""
+    """Runs hosts to their ends, all simultaneously."""
     first = f"import os; os.environ['JAX_COORDINATOR_ADDRESS'] = '{free_address()}'"
     end_well([popen(*arguments, "distributed=true", first=first) for arguments in hosts])
 

@@ -117,7 +117,7 @@ def test_the_file_is_cut_where_a_checkpoint_says(run_dir: Path) -> None:
     assert (run_dir / METRICS_FILE).read_bytes() == data
     with MetricsFile(run_dir, num_bytes=0):
         assert load_metrics(run_dir) == []
-    with pytest.raises(ConfigError, match="it has lost lines that the checkpoint knows of"):
+    with pytest.raises(ConfigError, match="it is shorter than when the last checkpoint was written"):
         MetricsFile(run_dir, num_bytes=length)
 
 
@@ -154,7 +154,7 @@ def cut_to(run_dir: Path, count: int) -> None:
 
 
 def assert_one_curve(run_dir: Path) -> None:
-    """What ``wandb sync`` finds is one file per seed, with every record once."""
+    """Checks that ``wandb sync`` finds one file per seed, with every record once."""
     assert len({path.resolve() for path in run_dir.glob("wandb/*/*.wandb")}) == 2, "without the link latest-run"
     for seed in (0, 1):
         logged = [record.history for record in wandb_records(run_dir, seed) if record.HasField("history")]
@@ -193,7 +193,7 @@ def test_a_run_for_which_wandb_is_switched_on_when_it_is_resumed_is_one_curve(ru
 
 
 def hand_over_and_die(run_dir: str) -> None:
-    """In a process of its own: the records so far, some more, and ``kill -9``."""
+    """Writes in a separate process the records so far and some more, and ends with ``kill -9``."""
     with WandbRuns(Path(run_dir), options("offline"), {}) as runs:
         runs.sync()
         append(
@@ -260,13 +260,13 @@ def test_a_group_is_named_by_what_tells_its_folder_apart(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     started: list[dict[str, Any]] = []
-    monkeypatch.setattr(wandb, "init", lambda **told: started.append(told) or SimpleNamespace(define_metric=print))
+    monkeypatch.setattr(wandb, "init", lambda **given: started.append(given) or SimpleNamespace(define_metric=print))
     Path(folder).mkdir(parents=True)
     create_metrics(Path(folder), version="0", algo="iql", env="coin", members=[{"seed": 0}])
     WandbRuns(Path(folder), options("offline", group=None), {})
     monkeypatch.chdir(folder)
     WandbRuns(Path(), options("offline", group=None), {})
-    assert [(told["group"], told["name"]) for told in started] == [(group, f"{group}_seed0")] * 2
+    assert [(given["group"], given["name"]) for given in started] == [(group, f"{group}_seed0")] * 2
 
 
 def test_nothing_is_made_where_wandb_is_disabled(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.environments import Clock, tiny_run, tiny_wqmix
-from tests.running import TINY, main, to_go_on
+from tests.running import TINY, main, to_continue
 from wqmix_jax.errors import ConfigError, RunError
 from wqmix_jax.runs import memory, session
 from wqmix_jax.runs.checkpoint_pieces import buffer_bytes
@@ -179,4 +179,4 @@ def test_a_run_on_a_full_gpu_ends_with_one_line(tmp_path, monkeypatch, capsys):
     assert main(*TINY, f"run_dir={tmp_path / 'run'}") == 1
     [line] = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: out of memory (RESOURCE_EXHAUSTED: ")
-    assert line.endswith(to_go_on(tmp_path / "run"))
+    assert line.endswith(to_continue(tmp_path / "run"))

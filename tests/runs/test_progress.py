@@ -1,4 +1,4 @@
-"""What is shown of a run that trains."""
+"""The progress of a run, as a bar and as lines."""
 
 import io
 import re
@@ -13,7 +13,7 @@ from wqmix_jax.runs.progress import make_display
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that stands where the list's only number says."""
+    """A clock that shows the list's only number."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     return now

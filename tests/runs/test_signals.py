@@ -1,4 +1,4 @@
-"""Signals are heard at once, whatever the main thread does."""
+"""Signals are received immediately, whatever the main thread does."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from wqmix_jax.runs.signals import StopSignals
 
 @pytest.fixture
 def ended(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """What would have ended the process: words, then the exit code."""
+    """Records what would have ended the process: words, then the exit code."""
     calls: list[object] = []
     monkeypatch.setattr(signals.os, "_exit", lambda code: calls.append(code))
     return calls
@@ -28,7 +28,7 @@ def wait_until(condition: threading.Event) -> None:
 
 def heard(ended: list[object], event: threading.Event) -> StopSignals:
     """Signals that set ``event`` when the process would end."""
-    return StopSignals(lambda: (ended.append("told"), event.set())[0])
+    return StopSignals(lambda: (ended.append("reported"), event.set())[0])
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -45,7 +45,7 @@ def test_the_second_signal_ends_at_once(
         assert ended == []
         send(number)
         wait_until(event)
-    assert ended == ["told", code]
+    assert ended == ["reported", code]
 
 
 def test_a_signal_that_comes_twice_at_once_counts_as_one(ended: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,15 +63,15 @@ def test_a_signal_that_comes_twice_at_once_counts_as_one(ended: list[object], mo
         now[0] = 1.1
         send(signal.SIGTERM)
         wait_until(event)
-    assert ended == ["told", 143]
+    assert ended == ["reported", 143]
 
 
 def test_while_there_is_nothing_to_save_the_first_does(ended: list[object]) -> None:
     event = threading.Event()
-    with heard(ended, event) as stopping, stopping.at_once():
+    with heard(ended, event) as stopping, stopping.immediate():
         send(signal.SIGTERM)
         wait_until(event)
-    assert ended == ["told", 143]
+    assert ended == ["reported", 143]
 
 
 def test_afterwards_signals_are_what_they_were() -> None:

@@ -1,4 +1,4 @@
-"""What is said before a run starts, and where it is kept."""
+"""The lines that are printed before a run starts, and the run's folder."""
 
 import re
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_the_ratio_of_learner_steps_follows_the_options() -> None:
 
 
 @pytest.mark.parametrize(
-    ("present", "told"),
+    ("present", "message"),
     [
         ("nvidia", ["An NVIDIA GPU is present but unused: INSTALL cuda makes JAX use it."]),
         ("tpu", ["A TPU is present but unused: INSTALL tpu makes JAX use it."]),
@@ -51,7 +51,7 @@ def test_the_ratio_of_learner_steps_follows_the_options() -> None:
     ],
 )
 def test_an_idle_accelerator_is_told_with_what_to_install(
-    present: str, told: list[str], monkeypatch: pytest.MonkeyPatch
+    present: str, message: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(startup.shutil, "which", lambda _: "/usr/bin/nvidia-smi" if present == "nvidia" else None)
     monkeypatch.setattr(startup.os.path, "exists", lambda _: False)
@@ -60,7 +60,7 @@ def test_an_idle_accelerator_is_told_with_what_to_install(
     monkeypatch.delenv("TPU_NAME", raising=False)
     first, *rest = device_lines(TRAINER)
     assert first.startswith("device: cpu (")
-    assert rest == told
+    assert rest == message
 
 
 def test_a_used_accelerator_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +91,7 @@ def test_runs_that_begin_in_the_same_second_each_train_in_their_own_folder(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(session, "new_run_dir", lambda *_, **__: Path("outputs/now"))
     trained: list[str] = []
-    monkeypatch.setattr(session, "_train", lambda config, values, run_dir, *_: trained.append(run_dir.as_posix()))
+    monkeypatch.setattr(session.Session, "run", lambda self: trained.append(self.run_dir.as_posix()))
     folders = [session.start(load_values("+algo=vdn", f"seed={seed}"), algo="vdn", env="x") for seed in (3, 4)]
     assert trained == [folder.as_posix() for folder in folders] == ["outputs/now", "outputs/now_2"]
     assert [load_header(folder)["seeds"] for folder in folders] == [[3], [4]]
@@ -108,11 +108,11 @@ def test_a_run_goes_on_in_the_same_version_of_its_game(capsys: pytest.CaptureFix
     assert capsys.readouterr().err == ""
     with pytest.raises(ConfigError) as refused:
         session._refuse_other_game(Path("run"), {"simulator": {"jaxmarl": "0.1.0"}}, here)
-    told = "resume=run is not allowed: run has jaxmarl=0.1.0, and this installation has jaxmarl=0.2.0"
-    assert str(refused.value) == told
+    message = "resume=run is not allowed: run has jaxmarl=0.1.0, and this installation has jaxmarl=0.2.0"
+    assert str(refused.value) == message
     session._refuse_other_game(Path("run"), {}, here)  # made before the version was recorded
-    told = "run doesn't record its version of jaxmarl, and this installation has jaxmarl=0.2.0"
-    assert capsys.readouterr().err == f"warning: {told}: these may be different games\n"
+    message = "run doesn't record its version of jaxmarl, and this installation has jaxmarl=0.2.0"
+    assert capsys.readouterr().err == f"warning: {message}: these may be different games\n"
     with pytest.raises(ConfigError, match="has toy=unknown, and this installation has toy=1"):
         session._refuse_other_game(Path("run"), {}, {"toy": "1"})  # such versions were always recorded
 

@@ -22,7 +22,7 @@ from wqmix_jax.cli.overrides import as_text
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import CONFIG_DIR
 from wqmix_jax.runs import session
-from wqmix_jax.runs.startup import how_to_go_on
+from wqmix_jax.runs.startup import command_to_continue
 from wqmix_jax.runs.trust import NOTHING_NAMED, Named, open_config
 
 RECORDED = ROOT / "experiments" / "results" / "predator_prey" / "epsilon_1M" / "vdn" / "seeds_0-1"
@@ -212,7 +212,7 @@ def test_what_a_folder_names_is_refused_before_it_is_executed(
     monkeypatch.syspath_prepend(tmp_path / "elsewhere")
     shutil.copy(run_dir / "run.json", here / "other_run")
     program(run_dir / "python", mark)
-    make, told = MALICIOUS[case]
+    make, message = MALICIOUS[case]
     edit(run_dir, **make(run_dir, str(mark)))
     with pytest.raises(SystemExit) as ended:
         opened(run_dir)
@@ -221,7 +221,7 @@ def test_what_a_folder_names_is_refused_before_it_is_executed(
     assert out == ""
     [line] = err.splitlines()
     assert line.startswith(f"error: {run_dir}/config.yaml: ") or case == "a class inside an option"
-    assert told in line
+    assert message in line
     assert not mark.exists()
 
 
@@ -254,9 +254,9 @@ def test_a_module_in_the_current_folder_is_imported_and_named(
     values = open_config(run_dir, NOTHING_NAMED)
     assert values["env"]["_target_"] == f"{dotted}.Game"
     assert mark.exists()
-    told = capfd.readouterr().err.splitlines()
-    assert told[-1] == f"importing {dotted} from {tmp_path / 'here' / inside}, named by {run_dir / 'config.yaml'}"
-    assert len(told) == (2 if kind == "package" else 1)
+    message = capfd.readouterr().err.splitlines()
+    assert message[-1] == f"importing {dotted} from {tmp_path / 'here' / inside}, named by {run_dir / 'config.yaml'}"
+    assert len(message) == (2 if kind == "package" else 1)
 
 
 def test_a_module_next_to_the_named_configs_is_imported(run_dir: Path, tmp_path: Path) -> None:
@@ -324,8 +324,8 @@ def test_a_simulator_in_the_current_folder_is_named(
     (tmp_path / "here" / "mine.py").touch()
     edit(run_dir, **host())
     open_config(run_dir, NOTHING_NAMED)
-    told = f"workers run {tmp_path / 'here' / 'mine.py'}, named by {run_dir / 'config.yaml'}\n"
-    assert capfd.readouterr().err == told
+    message = f"workers run {tmp_path / 'here' / 'mine.py'}, named by {run_dir / 'config.yaml'}\n"
+    assert capfd.readouterr().err == message
 
 
 def test_programs_that_the_user_names_are_used(run_dir: Path, tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ def test_programs_are_repeated_on_the_command_line(
 ) -> None:
     python = "/a b/python's"
     edit(run_dir, **host(worker_python=python, simulator="package:Game"))
-    command = how_to_go_on(run_dir).partition(" -m wqmix_jax.train ")[2]
+    command = command_to_continue(run_dir).partition(" -m wqmix_jax.train ")[2]
     resumed: list[Any] = []
     monkeypatch.setattr(session, "resume", lambda *args, **kwargs: resumed.append((args, kwargs)))
     monkeypatch.setattr(sys, "argv", ["train", *shlex.split(command)])
@@ -369,9 +369,9 @@ def test_a_policy_is_loaded_without_its_run(tmp_path: Path, capfd: pytest.Captur
     path = Path(shutil.copy(RECORDED / "policies" / "best.npz", tmp_path))
     config = load_config("+algo=vdn", "env=predator_prey")
     for member in (0, 1):
-        alone, of_run = load_policy(path, config=config, member=member), load_policy(RECORDED, member=member)
-        assert type(alone.algo) is type(of_run.algo)
-        jax.tree.map(np.testing.assert_array_equal, alone.params, of_run.params)
+        alone, inside = load_policy(path, config=config, member=member), load_policy(RECORDED, member=member)
+        assert type(alone.algo) is type(inside.algo)
+        jax.tree.map(np.testing.assert_array_equal, alone.params, inside.params)
     with pytest.raises(ConfigError, match=r"^member=2 is not allowed: .*best.npz has members 0 to 1$"):
         load_policy(path, config=config, member=2)
     other = load_config("+algo=vdn", "env=matrix_game")
@@ -379,8 +379,8 @@ def test_a_policy_is_loaded_without_its_run(tmp_path: Path, capfd: pytest.Captur
         load_policy(path, config=other)
     with pytest.raises(SystemExit):
         evaluate.main([f"policy_file={path}", "algo=vdn", "algo.hidden_dim=3"])
-    told = f"error: {path} doesn't fit: params.agent.encoder.bias is float32[64] there, float32[3] here\n"
-    assert capfd.readouterr().err == told
+    message = f"error: {path} doesn't fit: params.agent.encoder.bias is float32[64] there, float32[3] here\n"
+    assert capfd.readouterr().err == message
 
 
 def test_a_file_of_policies_holds_nothing_that_is_unpickled(tmp_path: Path) -> None:
@@ -395,16 +395,16 @@ def test_a_file_of_policies_holds_nothing_that_is_unpickled(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("arrays", "told"),
+    ("arrays", "message"),
     [
         ({"x": np.zeros(2)}, "is absent there"),
         ({"seed": np.zeros(2, int), "x": np.zeros(3)}, r"is damaged: its arrays are of \[2, 3\] members"),
         ({"seed": np.int32(0)}, r"is damaged: its arrays are of \[0\] members"),
     ],
 )
-def test_a_damaged_file_of_policies(tmp_path: Path, arrays: dict[str, Any], told: str) -> None:
+def test_a_damaged_file_of_policies(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
     np.savez(tmp_path / "best.npz", **arrays)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         load_policy(tmp_path / "best.npz", config=load_config("+algo=vdn"))
 
 

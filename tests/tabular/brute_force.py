@@ -31,7 +31,7 @@ def least_loss(q: np.ndarray, under: np.ndarray, over: np.ndarray) -> tuple[floa
 
 
 def _isotonic(q: np.ndarray, under: np.ndarray, over: np.ndarray, sets: np.ndarray) -> np.ndarray:
-    lowest = q.min()  # no best table lies below
+    lowest = q.min()  # no best table is below
     generators, root = sets.T.astype(float), np.sqrt(under)[:, None]
     skew = np.flatnonzero(over < under)
     slack = np.eye(len(q))[:, skew]

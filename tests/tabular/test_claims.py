@@ -40,7 +40,7 @@ def below(limit: float, share: float) -> float:
 def test_below_the_alpha_of_the_proofs_the_argmax_set_holds_an_optimum(
     q: np.ndarray, weighting: Any, share: float
 ) -> None:
-    """What is left of theorems 1 and 2, for all payoffs, ties and all."""
+    """Theorems 1 and 2 for all payoffs, up to ties."""
     projection = project(q, weighting=weighting, alpha=below(proof_alpha(q), share))
     assert argmax_is_right(q, projection)
 

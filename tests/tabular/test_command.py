@@ -132,9 +132,9 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], message: s
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    [line] = told.err.splitlines()
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    [line] = printed.err.splitlines()
     assert line.startswith("error: ")
     assert message in line
 

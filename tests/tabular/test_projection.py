@@ -29,7 +29,7 @@ def payoffs(shape: tuple[int, ...] = (3, 3)) -> st.SearchStrategy[np.ndarray]:
 
 
 def is_monotonic(table: np.ndarray) -> bool:
-    """Whether each agent's actions can be ordered such that the table falls along no axis."""
+    """Returns True if each agent's actions can be ordered such that the table falls along no axis."""
     for axis in range(table.ndim):
         slices = np.moveaxis(table, axis, 0).reshape(table.shape[axis], -1)
         if any((one < other).any() and (one > other).any() for one, other in itertools.combinations(slices, 2)):
@@ -72,7 +72,7 @@ def test_table_2_is_projected_to_its_optimum(how: dict[str, Any], loss: float, b
 
 
 def test_table_2_with_a_wrong_argmax_costs_320() -> None:
-    """Where the agents play (0, 1) the optimum is tied with it, at 315.43; the rest leaves the optimum out."""
+    """If the agents play (0, 1), the optimum is tied with it, at 315.43; all others leave the optimum out."""
     wrong = [project(TABLE_2, greedy=each) for each in np.ndindex(3, 3) if each != (0, 0)]
     tied = min(wrong, key=lambda each: each.loss)
     assert tied.loss == pytest.approx(2208 / 7, rel=1e-12)

@@ -55,5 +55,5 @@ class Coin(Environment):
         return Observation(jnp.stack([side, side]), side, jnp.ones((2, 2), bool))
 
     def metrics(self, env_state: State) -> dict[str, Array]:
-        """Whether the last answer was right."""
+        """Returns 1 if the last answer was right."""
         return {"win_rate": env_state.won.astype(jnp.float32)}

@@ -1,4 +1,4 @@
-"""PyMARL's checkpoints as our parameter trees and back, bit for bit.
+"""Converts PyMARL's checkpoints to our parameter trees and back, bit for bit.
 
 A PyMARL learner saves one ``state_dict`` per net into a folder: ``agent.th`` and, with a mixer, ``mixer.th``. The
 authors' WQMIX learners leave the central nets out; forks that save them call the files ``central_agent.th`` and
@@ -20,7 +20,7 @@ from wqmix_jax.types import PyTree
 
 
 class PyMARLError(ValueError):
-    """A checkpoint that is not what was asked for; the message is one line that names the file and the tensor."""
+    """A checkpoint that can't be read or doesn't fit; the message is one line that names the file and the tensor."""
 
 
 class Net(NamedTuple):
@@ -28,9 +28,9 @@ class Net(NamedTuple):
 
     Attributes:
         ours: its key in our parameters.
-        layouts: for each architecture that it may have, torch's name of each tensor to the path of our leaf. Matrices
-            are transposed. A ``*`` stands for the index in a list of layers, whose tensors are stacked in our leaf.
-        optional: whether a checkpoint may come without it.
+        layouts: for each possible architecture a mapping from torch's name of a tensor to the path of our leaf.
+            Matrices are transposed. A ``*`` is the index in a list of layers, whose tensors are stacked in our leaf.
+        optional: whether a checkpoint may lack it.
     """
 
     ours: str
@@ -39,14 +39,14 @@ class Net(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where one of torch's tensors lies in our leaves: ``stacked`` is empty, or the index in a stack."""
+    """The place of one of torch's tensors in our leaves: ``stacked`` is empty, or the index in a stack."""
 
     path: str
     stacked: tuple[int, ...]
 
 
 def _linear(**layers: str) -> dict[str, str]:
-    """Weight and bias of linear layers: our path (``__`` for ``/``) = torch's name."""
+    """Returns weight and bias of linear layers: our path (``__`` for ``/``) = torch's name."""
     ours = {path.replace("__", "/"): name for path, name in layers.items()}
     return {
         f"{name}.{theirs}": f"{path}/{leaf}"
@@ -56,7 +56,7 @@ def _linear(**layers: str) -> dict[str, str]:
 
 
 def _layers(ours: str, theirs: str, count: int) -> dict[str, str]:
-    """Linear layers with ReLUs between them, which torch counts as well."""
+    """Returns linear layers with ReLUs between them, which torch counts as well."""
     return _linear(**{f"{ours}/layer_{layer}": f"{theirs}.{2 * layer}" for layer in range(count)})
 
 
@@ -101,23 +101,23 @@ NETS: Mapping[str, Net] = {
     "central_agent": Net("q_star_agent", (_AGENT,), optional=True),
     "central_mixer": Net("q_star_mixer", (_CENTRAL_MIXER,), optional=True),
 }
-"""By PyMARL's names, which are also those of the files (with ``.th``)."""
+"""The nets by PyMARL's names, which are also the names of the files (with ``.th``)."""
 
 
 def from_pymarl(net: str, tensors: Mapping[str, np.ndarray], like: PyTree, *, source: str = "") -> PyTree:
-    """Our parameters of one net.
+    """Converts one net to our parameters.
 
     Args:
         net: a key of `NETS`.
-        tensors: torch's names to values.
+        tensors: the tensors by torch's names.
         like: our parameters of that net, or anything with their shapes.
-        source: where the tensors come from, for messages.
+        source: the origin of the tensors, for messages.
 
     Returns:
         A tree like ``like`` of arrays in the tensors' own precision.
 
     Raises:
-        PyMARLError: at the first tensor that is missing, too many or of another shape.
+        PyMARLError: at the first tensor that is missing, unexpected or of another shape.
     """
     source = source or net
     leaves = _flatten(like)
@@ -138,7 +138,7 @@ def from_pymarl(net: str, tensors: Mapping[str, np.ndarray], like: PyTree, *, so
 
 
 def to_pymarl(net: str, params: PyTree) -> dict[str, np.ndarray]:
-    """The inverse of `from_pymarl`.
+    """Inverts `from_pymarl`.
 
     Raises:
         PyMARLError: if a leaf has no name in PyMARL.
@@ -158,15 +158,15 @@ def load_checkpoint(
     """Reads a PyMARL checkpoint.
 
     Args:
-        folder: where ``agent.th`` lies.
-        like: parameters as `Algorithm.init` gives them, or anything with their shapes.
-        nets: the keys of `NETS` to read; by default all whose files are there, the agent's and a mixer's at least.
+        folder: the folder that contains ``agent.th``.
+        like: parameters as `Algorithm.init` returns them, or anything with their shapes.
+        nets: the keys of `NETS` to read; by default all that have files, at least the agent and a mixer.
 
     Returns:
         The nets that were read, by our names: ``params | load_checkpoint(folder, params)`` replaces them.
 
     Raises:
-        PyMARLError: if a file or a tensor is missing, too many or of another kind.
+        PyMARLError: if a file or a tensor is missing, unexpected or of another kind.
     """
     folder = Path(folder)
     wanted = _files_to_read(folder, like) if nets is None else nets
@@ -197,10 +197,10 @@ def save_checkpoint(folder: str | Path, params: Mapping[str, PyTree]) -> None:
 
 
 def read_tensors(folder: str | Path, net: str) -> dict[str, np.ndarray]:
-    """The float32 tensors of ``FOLDER/NET.th`` by torch's names. No code of the file is run.
+    """Reads the float32 tensors of ``FOLDER/NET.th`` by torch's names. No code in the file is run.
 
     Raises:
-        PyMARLError: if the file is not there or is not a ``state_dict`` of float32 tensors.
+        PyMARLError: if the file is missing or is not a ``state_dict`` of float32 tensors.
     """
     torch = _torch()
     path = Path(folder) / f"{net}.th"
@@ -208,7 +208,7 @@ def read_tensors(folder: str | Path, net: str) -> dict[str, np.ndarray]:
         raise PyMARLError(f"{path} is not there{_step_folders(Path(folder))}")
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch's unpickler raises at what is no checkpoint
+    except Exception as error:  # torch's unpickler may raise anything
         reason = str(error).splitlines() or [type(error).__name__]
         raise PyMARLError(f"{path} can't be read: {reason[0]}") from None
     if not isinstance(state_dict, Mapping):
@@ -217,7 +217,7 @@ def read_tensors(folder: str | Path, net: str) -> dict[str, np.ndarray]:
 
 
 def hidden_dim(folder: str | Path) -> int:
-    """The width of the recurrent agent in ``agent.th``.
+    """Returns the width of the recurrent agent in ``agent.th``.
 
     Raises:
         PyMARLError: as `read_tensors`, or if it is another kind of agent.
@@ -231,12 +231,12 @@ def hidden_dim(folder: str | Path) -> int:
 
 
 def _layout(net: str, leaves: Collection[str]) -> Mapping[str, str]:
-    """The one that names most of the leaves."""
+    """Returns the layout that names most of the leaves."""
     return max(NETS[net].layouts, key=lambda layout: len(set(layout.values()) & set(leaves)))
 
 
 def _places(net: str, leaves: Mapping[str, Any]) -> dict[str, _Place]:
-    """All of torch's names for our leaves; a leaf without one keeps its path."""
+    """Returns torch's names for our leaves; a leaf without one keeps its path."""
     layout, places = _layout(net, leaves), {}
     for name, path in layout.items():
         if path not in leaves:
@@ -250,7 +250,7 @@ def _places(net: str, leaves: Mapping[str, Any]) -> dict[str, _Place]:
 
 
 def _stacked(tensors: Mapping[tuple[int, ...], np.ndarray]) -> np.ndarray:
-    """A leaf of the tensors by their index in it."""
+    """Returns the leaf that consists of the tensors, given by their index in it."""
     return tensors[()] if () in tensors else np.stack([tensors[index] for index in sorted(tensors)])
 
 
@@ -259,7 +259,7 @@ def _flatten(params: PyTree) -> dict[str, Any]:
 
 
 def _files_to_read(folder: Path, like: Mapping[str, PyTree]) -> list[str]:
-    """All that are there; one that must be there but isn't will be refused when it is read."""
+    """Lists the files to read: all that exist, and the required ones, which are refused later if they are missing."""
     needed = [name for name, net in NETS.items() if not net.optional and like.get(net.ours)]
     return [name for name in NETS if name in needed or (folder / f"{name}.th").is_file()]
 
@@ -272,7 +272,7 @@ def _as_numpy(torch: ModuleType, tensor: Any, where: str) -> np.ndarray:
 
 
 def _step_folders(folder: Path) -> str:
-    """A hint for who names the folder of a whole run: PyMARL saves into one folder per environment step."""
+    """Returns a hint if the folder is that of a whole run: PyMARL saves into one folder per environment step."""
     steps = [path for path in folder.glob("*/") if (path / "agent.th").is_file()] if folder.is_dir() else []
     return f"; name one of its folders instead, {min(steps)} for instance" if steps else ""
 

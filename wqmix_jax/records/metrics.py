@@ -1,41 +1,41 @@
-"""Where a run's records go: ``metrics.jsonl``, and from there Weights & Biases.
+"""The records of a run: ``run.json`` and ``metrics.jsonl``, their schema, and how they are written and read.
 
-The schema, version 1. ``run.json`` says what the run is:
+The schema, version 1. ``run.json`` identifies the run:
 
     ``schema``          1
-    ``version``         of wqmix_jax
-    ``algo``, ``env``   names of their yamls
+    ``version``         the version of wqmix_jax that started the run
+    ``algo``, ``env``   the names of their yamls
     ``seeds``           all seeds of the run
-    ``members``         of each that trains its ``seed``, and the values that a sweep gives it (``algo.alpha``, ..)
-    ``map``             that of the environment, where it has several
-    ``simulator``       versions of the game, where it is not part of this package (`External.versions`)
-    ``run``             a random name that this run keeps when it is moved or resumed
+    ``members``         for each training its ``seed``, and the values that a sweep gives it (``algo.alpha``, ..)
+    ``map``             the environment's map, if it has several
+    ``simulator``       the versions of the game, if it is not part of this package (`External.versions`)
+    ``run``             a random name that the run keeps when it is moved or resumed
 
-``metrics.jsonl`` holds one JSON object per line, each a record of one seed. A value that is not finite is ``null``,
-which `load_metrics` reads as nan.
+``metrics.jsonl`` holds one JSON object per line, each a record of one member. A value that is not finite is ``null``,
+which `load_metrics` reads as nan. Returns are sums of undiscounted rewards, lengths are in environment steps.
 
 eval, one per seed and evaluation, the first before any learning:
     ``kind``                    ``"eval"``
-    ``seed``                    and in a sweep the swept options: ``algo.alpha``, ..
-    ``env_steps``               training steps of the environment so far
+    ``seed``                    in a sweep followed by the swept options: ``algo.alpha``, ..
+    ``env_steps``               environment steps of training so far
     ``learner_steps``           optimiser steps so far
     ``episodes``                whole training episodes so far
-    ``episode_return``          undiscounted, mean over the evaluation's greedy episodes
+    ``episode_return``          mean over the evaluation's greedy episodes
     ``episode_return_std``      standard deviation over these episodes
-    ``episode_length``          mean, in steps
-    ``episode_length_std``
+    ``episode_length``          mean over these episodes
+    ``episode_length_std``      standard deviation over these episodes
     and the environment's own metrics, means over the episodes (``captures``, ``win_rate``, ..)
 
 train, one per seed and evaluation interval, means over the interval's iterations:
     ``kind``                    ``"train"``
     ``seed``, ``env_steps``, ``learner_steps``, ``episodes``, as above
-    ``episode_return``, ``episode_length``      of the exploring episodes, without those that a failing environment cut;
-                                                null where no episode was whole
-    ``epsilon``
-    ``steps_per_second``        this seed's environment steps per second of wall-clock time, evaluation and compilation
-                                left out
-    and over the iterations with a learner step (absent where there was none):
-    ``loss``, ``grad_norm`` (before clipping), and what the algorithm reports (``weight_mean``, ``q_tot_mean``, ..)
+    ``episode_return``, ``episode_length``      means over the exploring episodes, without those that a failing
+                                                environment cut; null if no episode was whole
+    ``epsilon``                 exploration
+    ``steps_per_second``        this seed's environment steps per second of wall-clock time, without evaluation and
+                                compilation
+    and, over the iterations with a learner step (absent if there was none):
+    ``loss``, ``grad_norm`` (before clipping), and the algorithm's own metrics (``weight_mean``, ``q_tot_mean``, ..)
 """
 
 import contextlib
@@ -45,9 +45,12 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from wqmix_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from wqmix_jax.training.host_loop import Line  # its import loads jax, which reading records doesn't need
 
 SCHEMA = 1
 """Version of the lines' keys and meanings; raised when one of them changes."""
@@ -56,33 +59,36 @@ SCHEMA = 1
 METRICS_FILE, HEADER_FILE = "metrics.jsonl", "run.json"
 
 
-Line = dict[str, Any]
-
-
 COUNTERS = ("kind", "seed", "env_steps", "learner_steps", "episodes")
 
 
 class MetricsFile:
-    """``metrics.jsonl`` of a run, written in whole lines.
+    """The file ``metrics.jsonl`` of a run, written in whole lines.
 
     Attributes:
-        num_bytes: how long the file is.
+        num_bytes: the size of the file.
     """
 
     def __init__(self, run_dir: Path, *, num_bytes: int) -> None:
-        """Opens the file to append to it, cut to its first ``num_bytes``."""
+        """Opens the file to append to it, cut to its first ``num_bytes``.
+
+        Raises:
+            ConfigError: if it is shorter.
+        """
         path = run_dir / METRICS_FILE
         self.num_bytes = num_bytes
         if path.stat().st_size < self.num_bytes:
-            raise ConfigError(f"{path} is damaged: it has lost lines that the checkpoint knows of")
+            raise ConfigError(
+                f"{path} is damaged: it is shorter than when the last checkpoint was written: lines are missing"
+            )
         os.truncate(path, self.num_bytes)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (`close` closes it)
 
     def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Appends one line per record, all in one piece."""
+        """Appends one line per record, all in one write."""
         data = "".join(_to_json(line) + "\n" for line in lines).encode()
         written = self._file.write(data)
-        while written < len(data):  # a disk that is nearly full takes a part, and tells only of the rest
+        while written < len(data):  # a disk that is nearly full takes a part first, and fails at the rest
             written += self._file.write(data[written:])
         self.num_bytes += len(data)
 
@@ -107,14 +113,23 @@ def create_metrics(
     version: str,
     algo: str,
     env: str,
-    members: Sequence[Line],
+    members: "Sequence[Line]",
     map_name: Any = None,
     simulator: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes ``run.json`` and starts an empty ``metrics.jsonl``; ``members`` are the labels of those who train.
+    """Writes ``run.json`` and starts an empty ``metrics.jsonl``.
+
+    Args:
+        run_dir: the run's folder.
+        version: the version of this library.
+        algo: the algorithm's name.
+        env: the environment's name.
+        members: the labels of the trainings, see `Member.labels`.
+        map_name: the environment's map, if it has several.
+        simulator: the versions of the game, if it is not part of this package.
 
     Raises:
-        ConfigError: if another run has begun there meanwhile.
+        ConfigError: if another run has started there in the meantime.
     """
     try:
         (run_dir / METRICS_FILE).touch(exist_ok=False)
@@ -126,11 +141,11 @@ def create_metrics(
     (run_dir / HEADER_FILE).write_text(_to_json(header | {"run": uuid.uuid4().hex[:8]}) + "\n")
 
 
-def load_header(run_dir: str | os.PathLike[str]) -> Line:
-    """What ``run.json`` says of a run.
+def load_header(run_dir: str | os.PathLike[str]) -> "Line":
+    """Reads ``run.json`` of a run.
 
     Raises:
-        ConfigError: if it is missing, of another schema or damaged.
+        ConfigError: if it is missing, damaged, or has another schema.
     """
     path = Path(run_dir) / HEADER_FILE
     header = read_mapping(path)
@@ -139,7 +154,7 @@ def load_header(run_dir: str | os.PathLike[str]) -> Line:
     for name, kind in {"version": str, "algo": str, "env": str, "seeds": list}.items():
         if not isinstance(header.get(name), kind):
             raise ConfigError(f"{path} is damaged: {name}={header.get(name)!r} is no {kind.__name__}")
-    return {"members": [{"seed": seed} for seed in header["seeds"]], **header}  # runs before sweeps had seeds alone
+    return {"members": [{"seed": seed} for seed in header["seeds"]], **header}  # runs older than sweeps list only seeds
 
 
 def load_metrics(
@@ -157,7 +172,7 @@ def load_metrics(
         ``pandas.DataFrame(load_metrics(run_dir, kind="eval"))`` makes a table of them.
 
     Raises:
-        ConfigError: if the file is missing, of another schema or damaged.
+        ConfigError: if the file is missing, damaged, or has another schema.
     """
     return [
         line
@@ -166,8 +181,8 @@ def load_metrics(
     ]
 
 
-def _read(run_dir: Path) -> list[Line]:
-    """All whole lines; a last one without its end is still being written, or was torn when the run was killed."""
+def _read(run_dir: Path) -> "list[Line]":
+    """Reads all whole lines; a last line without its end is still being written, or was cut when the run was killed."""
     load_header(run_dir)
     path = run_dir / METRICS_FILE
     with _named(path):
@@ -176,7 +191,7 @@ def _read(run_dir: Path) -> list[Line]:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """What a JSON file holds.
+    """Reads a mapping from a JSON file.
 
     Raises:
         ConfigError: if it is missing or damaged.
@@ -190,7 +205,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Tells which file it is that can't be read."""
+    """Adds the file's name to errors of reading it."""
     try:
         yield
     except OSError as error:
@@ -207,7 +222,7 @@ def _not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def record_from_json(text: str) -> Line:
+def record_from_json(text: str) -> "Line":
     """Reads one line of ``metrics.jsonl``; a null is read as nan.
 
     Raises:

@@ -11,45 +11,31 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from wqmix_jax.records.atomic import atomic
 from wqmix_jax.records.metrics import load_header, load_metrics
-from wqmix_jax.records.run_dir import read_summary
+from wqmix_jax.records.run_dir import failed_members
 from wqmix_jax.records.statistics import Estimate, quartiles, seed_curves
-from wqmix_jax.training.members import labels_of, setting_name
+from wqmix_jax.training.host_loop import Line
+from wqmix_jax.training.members import labels_of, member_name, setting_name
 
 CURVE_FILE = "learning_curve.png"
 
-# Of the Okabe-Ito palette, told apart with any colour vision; its yellow is too faint on white and left out.
+# From the Okabe-Ito palette, distinguishable with any colour vision; its yellow is left out as too faint on white.
 COLOURS = ("#D55E00", "#0072B2", "#000000", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 MARKERS = "os^vDPX*"
 LINE_STYLES = ("-", "--", "-.", ":")
 
-# Label and limits; a win rate's are all that it can be, so that the pictures of two runs can be compared.
+# Label and limits; a win rate's limits are its whole range, so that the pictures of two runs can be compared.
 _METRICS = {"episode_return": ("evaluation return", (None, None)), "win_rate": ("win rate", (-0.02, 1.02))}
 
 
-class Curve(NamedTuple):
-    """One figure over training, ``[P]`` each.
-
-    Attributes:
-        env_steps: where the others stand.
-        low: lower quartile over seeds.
-        median: over seeds.
-        high: upper quartile over seeds.
-    """
-
-    env_steps: np.ndarray
-    low: np.ndarray
-    median: np.ndarray
-    high: np.ndarray
-
-
 class Style(NamedTuple):
-    """How one line looks.
+    """The look of one line.
 
     Attributes:
-        colour: of the line and its shade.
-        marker: on the line.
-        line: its dashes.
+        colour: the colour of the line and its shade.
+        marker: matplotlib's marker on the line.
+        line: matplotlib's line style.
     """
 
     colour: str
@@ -58,9 +44,10 @@ class Style(NamedTuple):
 
 
 def styles(labels: Sequence[str]) -> dict[str, Style]:
-    """A style for each label; those that begin alike (``QMIX, 50k`` and ``QMIX, 1M``) share a colour.
+    """Returns a style for each label; labels with the same beginning (``QMIX, 50k``, ``QMIX, 1M``) share a colour.
 
-    No two of 32 lines of a colour look alike. The first four of each of the first eight families differ in grey, too.
+    No two of 32 lines of one colour look the same. The first four of each of the first eight families also differ when
+    printed in grey.
     """
     families: dict[str, list[str]] = {}
     for label in labels:
@@ -75,23 +62,13 @@ def styles(labels: Sequence[str]) -> dict[str, Style]:
     return found
 
 
-def learning_curve(records: Sequence[dict[str, Any]], name: str = "episode_return") -> Curve:
-    """Median and quartiles of ``name`` over the seeds of eval records.
-
-    Each seed is interpolated on its own environment steps, and nothing is drawn past the seed that came least far.
-    """
-    curves = seed_curves(records, name)
-    median, low, high = quartiles(curves.values)
-    return Curve(curves.env_steps, low, median, high)
-
-
 def plot_run(run_dir: str | os.PathLike[str]) -> Path:
-    """Draws ``learning_curve.png`` from a run's ``metrics.jsonl``, as far as it has come, and returns its path.
+    """Draws ``learning_curve.png`` from a run's ``metrics.jsonl`` and returns its path; the run may still train.
 
-    Seeds that failed are left out, where not all of a line did. Without any evaluation the axes are empty.
+    Seeds that failed are left out, unless all seeds of a line did. Without any evaluation the axes are empty.
     """
     folder = Path(run_dir)
-    failed = [labels_of(failure) for failure in read_summary(folder).get("failed", [])]
+    failed = failed_members(folder)
     header, records = load_header(folder), load_metrics(folder, kind="eval")
     settings: dict[str, list[dict[str, Any]]] = {}
     for record in records:
@@ -111,38 +88,38 @@ def plot_run(run_dir: str | os.PathLike[str]) -> Path:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of a size in inches, which needs no display."""
+    """Returns an empty figure of a size in inches, which needs no display."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def save_figure(figure: Figure, path: Path, *, dpi: int = 150) -> Path:
-    """Writes the file in one piece, in the format that its name ends with, with ``dpi`` dots per inch."""
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format=path.suffix.removeprefix(".") or "png", dpi=dpi)
-    return temporary.replace(path)
+    """Writes the figure in the format of the path's ending, with ``dpi`` dots per inch, see `atomic`."""
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.removeprefix(".") or "png", dpi=dpi)
+    return path
 
 
 def draw_band(
     axes: Axes, env_steps: np.ndarray, estimate: Estimate, style: Style, label: str, shade: str | None = None
 ) -> None:
-    """One line with what lies around it shaded, where there is anything.
+    """Draws a line, and shades its interval where there is one.
 
     Args:
-        axes: where.
-        env_steps: ``[P]``.
-        estimate: ``[P]`` each.
-        style: how it looks.
-        label: of the line in the legend.
-        shade: of the shade; it has no line of its own in the legend when absent.
+        axes: the axes to draw on.
+        env_steps: ``[P]``, the x-axis.
+        estimate: the line and its interval, ``[P]`` each.
+        style: the look of both.
+        label: the line's label in the legend.
+        shade: the shade's label; without it the shade has no entry in the legend.
     """
-    # Markers at equal distances need a point to start from, which a curve of failed evaluations alone doesn't have.
+    # Markers at equal distances need a finite point, which a curve that consists of failed evaluations doesn't have.
     every = 0.15 if np.isfinite(estimate.value).any() else None
     dashes = {"marker": style.marker, "markersize": 5, "markevery": every, "linestyle": style.line}
     axes.plot(env_steps, estimate.value, color=style.colour, linewidth=1.8, label=label, **dashes)
     if np.any(estimate.low != estimate.high) and np.isfinite(estimate.low).any():
-        # Faint, for shades lie over one another: whose they are is told by thin edges.
+        # Shades overlap, so they are faint; thin edges show which line each belongs to.
         axes.fill_between(
             env_steps, estimate.low, estimate.high, label=shade, color=style.colour, alpha=0.12, linewidth=0
         )
@@ -151,7 +128,7 @@ def draw_band(
 
 
 def decorate(axes: Axes, metric: str) -> None:
-    """Gives axes of ``metric`` over environment steps their labels and limits."""
+    """Sets labels and limits of axes that show ``metric`` over environment steps."""
     label, limits = _METRICS.get(metric, (metric, (None, None)))
     axes.set_ylabel(label)
     axes.set_ylim(*limits)
@@ -162,26 +139,26 @@ def decorate(axes: Axes, metric: str) -> None:
 
 
 def metric_label(metric: str) -> str:
-    """What an axis calls it."""
+    """Returns the axis label of a metric."""
     return _METRICS[metric][0] if metric in _METRICS else metric
 
 
 def seeds_label(num_seeds: int) -> str:
-    """``1 seed``, ``3 seeds``."""
+    """Returns ``1 seed``, ``3 seeds``."""
     return f"{num_seeds} seed" if num_seeds == 1 else f"{num_seeds} seeds"
 
 
 def _draw_settings(
-    axes: Axes, settings: Mapping[str, Sequence[dict[str, Any]]], failed: Sequence[dict[str, Any]], metric: str
+    axes: Axes, settings: Mapping[str, Sequence[dict[str, Any]]], failed: Mapping[str, Line], metric: str
 ) -> None:
-    """A line for every combination of swept values, of most runs the only one."""
+    """Draws a line for every combination of swept values; most runs have a single one."""
     looks = styles(list(settings))
     for setting, records in settings.items():
-        sound = [record for record in records if labels_of(record) not in failed]
+        sound = [record for record in records if member_name(labels_of(record)) not in failed]
         curves = seed_curves(sound or records, metric)
-        num_seeds, num_failed = curves.values.shape[1], sum(setting_name(failure) == setting for failure in failed)
-        told = f"median of {num_seeds} seeds" if num_seeds > 1 else "1 seed"
-        told += f", {num_failed} failed" if num_failed else ""
-        label = f"{setting}: {told}" if setting else told
+        num_seeds, num_failed = curves.values.shape[1], sum(setting_name(line) == setting for line in failed.values())
+        seeds = f"median of {num_seeds} seeds" if num_seeds > 1 else "1 seed"
+        seeds += f", {num_failed} failed" if num_failed else ""
+        label = f"{setting}: {seeds}" if setting else seeds
         shade = "25-75% quartiles" if num_seeds > 1 and len(settings) == 1 else None
         draw_band(axes, curves.env_steps, quartiles(curves.values), looks[setting], label, shade)

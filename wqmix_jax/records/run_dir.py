@@ -1,8 +1,8 @@
-"""A run's folder, the facts that are printed before it starts, and its summary.
+"""A run's folder: making, locking, finding and reading it, and comparing the options of several runs.
 
-``config.yaml`` holds the resolved options, ``metrics.jsonl`` the records (see `wqmix_jax.records.metrics`),
-``summary.json`` the results of the run, ``learning_curve.png`` its picture, and
-``checkpoints`` the states from which a resumed run continues.
+``run.json`` identifies the run and its members, ``config.yaml`` holds the resolved options, ``metrics.jsonl`` the
+records (see `wqmix_jax.records.metrics`), ``summary.json`` the results, ``learning_curve.png`` their picture,
+``policies`` the parameters that act, and ``checkpoints`` the states from which a resumed run continues.
 """
 
 import contextlib
@@ -22,55 +22,57 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import wqmix_jax
-from wqmix_jax.config import RESUMABLE, RunConfig, run_defaults
+from wqmix_jax.config import RESUMABLE, RunConfig, learner_steps_per_env_step, run_defaults
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import refuse_what_is_not_data
+from wqmix_jax.records.atomic import write_whole
 from wqmix_jax.records.metrics import HEADER_FILE, METRICS_FILE, load_header, load_metrics, read_mapping
 from wqmix_jax.training.compiled_loop import Trainer
+from wqmix_jax.training.host_loop import Line
 from wqmix_jax.training.members import labels_of, member_name
 
 try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None
-from wqmix_jax.config import learner_steps_per_env_step
 
 CONFIG_FILE, SUMMARY_FILE, CHECKPOINT_DIR = "config.yaml", "summary.json", "checkpoints"
-
 
 _PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "chex", "flashbax", "jumanji", "jaxmarl", "orbax-checkpoint", "numpy",
     "hydra-core", "wandb",
 )  # fmt: skip
 
+_PART_OPTIONS = ("seed", "num_seeds", "hosts", "host")
+"""Options in which the parts of one run differ."""
 
-_OF_A_PART = ("seed", "num_seeds", "hosts", "host")
-
-
-_OF_A_MACHINE = ("env.worker_python",)
-
+_MACHINE_OPTIONS = ("env.worker_python",)
+"""Options that only describe the machine."""
 
 MAX_NAMED = 8
-"""Runs that a message lists at most."""
-
+"""The most runs that a message lists."""
 
 VERSION = "version of "
-"""Before a simulator's name, where its version stands beside options."""
-
+"""Prefix of a simulator's name where its version is listed with options."""
 
 UNKNOWN = "unknown"
 """A version that is not recorded."""
 
-
 RECORDED_LATER = ("jaxmarl", "jumanji")
-"""Games whose versions older runs don't record, so that a missing one is not a different one."""
+"""Games whose versions older runs don't record, so that a missing version doesn't mean a different game."""
 
 
 def new_run_dir(run_dir: str | None, *, algo: str, env: str | None, option: str = "run_dir") -> Path:
-    """The folder of a new run, not made yet: ``run_dir``, named by ``option``, or a dated one under ``outputs``.
+    """Returns the folder of a new run without making it: ``run_dir``, or a dated one under ``outputs``.
+
+    Args:
+        run_dir: the folder that was asked for, if any.
+        algo: the algorithm's name, for the dated folder.
+        env: the environment's name, for the dated folder.
+        option: the option that named ``run_dir``, for messages.
 
     Raises:
-        ConfigError: if there is already something in it.
+        ConfigError: if the folder isn't empty, or can't be one.
     """
     if run_dir is None:
         names = "_".join(name for name in (algo, env) if name is not None)
@@ -91,13 +93,13 @@ def make_run_dir(run_dir: Path, *, numbered: bool = False) -> Path:
 
     Args:
         run_dir: the folder.
-        numbered: whether it must be a new one; of several processes that want the same, all but one get a number.
+        numbered: whether it must be new; if several processes ask for the same folder, all but one get a number.
 
     Returns:
         The folder, with its number.
 
     Raises:
-        ConfigError: where that is not possible.
+        ConfigError: if it can't be made.
     """
     try:
         if numbered:
@@ -110,7 +112,7 @@ def make_run_dir(run_dir: Path, *, numbered: bool = False) -> Path:
 
 
 def _is_made(path: Path) -> bool:
-    """Whether the folder was made now; False where it was there."""
+    """Makes the folder; returns False if it exists already."""
     try:
         path.mkdir()
     except FileExistsError:
@@ -120,12 +122,12 @@ def _is_made(path: Path) -> bool:
 
 @contextlib.contextmanager
 def held(run_dir: Path) -> Iterator[None]:
-    """Keeps other processes from training the run until this one is through, however it ends.
+    """Locks the run: no other process can train it until the block ends.
 
-    Where the platform or the file system has no locks, nothing is kept.
+    Does nothing if the platform or the file system has no locks.
 
     Raises:
-        ConfigError: if another process is at it.
+        ConfigError: if another process trains it.
     """
     path = run_dir / METRICS_FILE
     try:
@@ -149,16 +151,16 @@ def save_config(run_dir: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_config(run_dir: Path, *, option: str = "resume") -> dict[str, Any]:
-    """The nested mappings of a run's ``config.yaml``.
+    """Reads the nested mappings of a run's ``config.yaml``.
 
-    Options that are newer than the run have their defaults, except those of algorithms and environments.
+    Options that are newer than the run get their defaults, except those of algorithms and environments.
 
     Args:
         run_dir: the run's folder.
-        option: by which it was named.
+        option: the option that named the folder, for messages.
 
     Raises:
-        ConfigError: if the folder is not a run's, or the file is damaged.
+        ConfigError: if the folder holds no run, or the file is damaged.
     """
     path = run_dir / CONFIG_FILE
     if not path.is_file():
@@ -180,10 +182,10 @@ def read_config(run_dir: Path, *, option: str = "resume") -> dict[str, Any]:
 
 
 def _no_run(path: Path, option: str) -> str:
-    """Explains a path that isn't a run's folder: something inside one, or a folder of several."""
-    of_run = next((folder for folder in path.parents if (folder / CONFIG_FILE).is_file()), None)
-    if of_run is not None:
-        return f"it is inside the folder of a run; write {option}={of_run}"
+    """Explains why a path isn't a run's folder: it is inside one, or holds several."""
+    run = next((folder for folder in path.parents if (folder / CONFIG_FILE).is_file()), None)
+    if run is not None:
+        return f"it is inside the folder of a run; write {option}={run}"
     if not path.is_dir():
         return "it is a file" if path.exists() else "there is no such folder"
     inside = sorted(found.parent for found in path.glob(f"*/{CONFIG_FILE}"))
@@ -195,7 +197,7 @@ def _no_run(path: Path, option: str) -> str:
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
-    """What ``summary.json`` says so far; nothing where there is none yet.
+    """Reads ``summary.json``; returns an empty mapping if there is none yet.
 
     Raises:
         ConfigError: if it is damaged.
@@ -204,8 +206,17 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     return read_mapping(path) if path.is_file() else {}
 
 
+def failed_members(run_dir: Path) -> dict[str, Line]:
+    """Returns the members of a run that failed by their names: their labels, and the counters when they failed.
+
+    Raises:
+        ConfigError: if ``summary.json`` is damaged.
+    """
+    return {member_name(labels_of(line)): line for line in read_summary(run_dir).get("failed", [])}
+
+
 def find_runs(folders: Iterable[Path]) -> list[Path]:
-    """The folders of runs among ``folders`` and inside them, in their order.
+    """Returns the folders of runs among ``folders`` and inside them, in their order.
 
     Raises:
         ConfigError: if one holds none.
@@ -214,33 +225,42 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
     for folder in folders:
         inside = sorted(path.parent for path in folder.rglob(HEADER_FILE))
         if not inside:
-            of_run = next((above for above in folder.parents if (above / HEADER_FILE).is_file()), None)
-            found_there = f"it is inside the run {of_run}" if of_run else f"there is no run in it ({HEADER_FILE})"
-            raise ConfigError(f"{folder} is not allowed: {found_there}")
+            run = next((above for above in folder.parents if (above / HEADER_FILE).is_file()), None)
+            reason = f"it is inside the run {run}" if run else f"there is no run in it ({HEADER_FILE})"
+            raise ConfigError(f"{folder} is not allowed: {reason}")
         found += inside
     return list(dict.fromkeys(found))
 
 
 def kept_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a run that can't be changed when it is resumed, by their dotted names."""
+    """Returns the options that can't be changed when a run is resumed, by their dotted names."""
     free = (*RESUMABLE, "run_dir", "resume", "chunk_iterations")
     return _dotted({name: value for name, value in values.items() if name not in free})
 
 
 def shared_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    """All that runs of different seeds have in common when they belong together, by dotted names."""
-    options = kept_options({name: value for name, value in values.items() if name not in _OF_A_PART})
-    shared = {name: value for name, value in options.items() if name not in _OF_A_MACHINE}
+    """Returns the options that runs of different seeds share if they belong together, by dotted names."""
+    options = kept_options({name: value for name, value in values.items() if name not in _PART_OPTIONS})
+    shared = {name: value for name, value in options.items() if name not in _MACHINE_OPTIONS}
     return {**shared, "total_env_steps": values["total_env_steps"]}
 
 
+def differing(*settings: Mapping[str, Any]) -> list[str]:
+    """Returns the options whose values are not the same in all ``settings``, in the order of their first appearance.
+
+    An option that is missing counts as None, because older versions of this project don't record newer options.
+    """
+    names = dict.fromkeys(name for setting in settings for name in setting)
+    return [name for name in names if any(one.get(name) != settings[0].get(name) for one in settings)]
+
+
 def simulator_versions(header: Mapping[str, Any]) -> dict[str, str]:
-    """The versions of the simulators that a run was trained in, named as they stand beside options."""
+    """Returns the versions of the simulators that a run was trained in, named as in a list of options."""
     return {VERSION + name: version for name, version in header.get("simulator", {}).items()}
 
 
 def library_version(header: Mapping[str, Any]) -> dict[str, str]:
-    """The version of this library that a run was begun with, named as it appears next to options."""
+    """Returns the version of this library that a run was started with, named as in a list of options."""
     return {VERSION + "wqmix_jax": header["version"]}
 
 
@@ -248,7 +268,8 @@ def refuse_other_games(games: Mapping[str, Mapping[str, str]]) -> list[str]:
     """Refuses runs of different versions of a game.
 
     Args:
-        games: the versions of each run's game, as its header has them, and of what is installed, by who has them.
+        games: the versions of each run's game (``simulator`` in its header) by the run's folder; the key ``this
+            installation`` may hold the installed versions.
 
     Returns:
         A warning for each run that doesn't record a version because it was made before versions were recorded.
@@ -258,14 +279,14 @@ def refuse_other_games(games: Mapping[str, Mapping[str, str]]) -> list[str]:
     """
     warnings = []
     for name in sorted({name for game in games.values() for name in game}):
-        silent = [of for of, game in games.items() if name not in game and name in RECORDED_LATER]
-        found = {of: game.get(name, UNKNOWN) for of, game in games.items() if of not in silent}
+        silent = [run for run, game in games.items() if name not in game and name in RECORDED_LATER]
+        found = {run: game.get(name, UNKNOWN) for run, game in games.items() if run not in silent}
         first = next(iter(found))
         for other, version in found.items():
             if version != found[first]:
                 raise ConfigError(f"{first} has {name}={found[first]}, and {other} has {name}={version}")
-        told = f"and {first} has {name}={found[first]}: these may be different games"
-        warnings += [f"warning: {of} doesn't record its version of {name}, {told}" for of in silent]
+        other = f"and {first} has {name}={found[first]}: these may be different games"
+        warnings += [f"warning: {run} doesn't record its version of {name}, {other}" for run in silent]
     return warnings
 
 
@@ -273,7 +294,7 @@ def refuse_common_seeds(runs: Iterable[Path]) -> None:
     """Refuses runs that have a member in common.
 
     Raises:
-        ConfigError: if so.
+        ConfigError: if two do.
     """
     found: dict[str, Path] = {}
     for run in runs:
@@ -311,7 +332,7 @@ def save_summary(run_dir: Path, config: RunConfig, trainer: Trainer, **facts: An
 
 
 def versions() -> dict[str, str]:
-    """Of Python, this project and the packages that its numbers depend on."""
+    """Returns the versions of Python, this project and the packages that its numbers depend on."""
     found = {"python": platform.python_version(), "wqmix_jax": wqmix_jax.__version__}
     for name in _PACKAGES:
         try:
@@ -327,10 +348,3 @@ def _numbered(path: Path) -> Iterator[Path]:
     while True:
         yield path.with_name(f"{path.name}_{number}")
         number += 1
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file in one piece: a reader sees the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -1,10 +1,11 @@
 """Statistics over seeds: medians and quartiles as in the paper, interquartile means with bootstrap intervals.
 
 The interquartile mean (IQM) is the mean of the middle half of the seeds: a quarter, rounded down, is left out at either
-end, so of fewer than `FEWEST_TRIMMED` seeds it is the plain mean. Intervals hold 95% of `RESAMPLES` bootstrap samples
-over seeds, those of two groups drawn apart (Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the
-Statistical Precipice"). A single seed has no interval: its ends are nan. Equal seeds have an interval without width,
-which says nothing of other seeds. `mean_estimate` is for episodes, and for few seeds whose episodes are known.
+end, so with fewer than `FEWEST_TRIMMED` seeds it is the plain mean. Intervals contain the share `CONFIDENCE` of
+`RESAMPLES` bootstrap samples over seeds; two groups are resampled independently (Agarwal et al. 2021, "Deep
+Reinforcement Learning at the Edge of the Statistical Precipice"). A single seed has no interval: its ends are nan.
+Equal seeds have an interval without width, which says nothing about other seeds. `mean_estimate` is for episodes, and
+for few seeds whose episodes are known.
 """
 
 import math
@@ -17,19 +18,20 @@ from scipy import stats
 from wqmix_jax.training.members import labels_of, member_name
 
 FEWEST_TRIMMED = 4
-"""Of fewer seeds none is left out."""
+"""With fewer seeds, none is left out."""
 
 RESAMPLES = 2000
 PERMUTATIONS = 20000
 CONFIDENCE = 0.95
+"""The confidence level of every interval that this project prints or draws."""
 
 
 class SeedCurves(NamedTuple):
-    """One figure of every seed over training.
+    """One metric of every seed over training.
 
     Attributes:
-        env_steps: ``[P]``, where all of them stand.
-        values: ``[P, S]``.
+        env_steps: ``[P]``, environment steps common to all seeds.
+        values: ``[P, S]``, the metric of each seed there.
     """
 
     env_steps: np.ndarray
@@ -37,11 +39,11 @@ class SeedCurves(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A statistic over seeds, and what lies around it; scalars, or ``[P]`` each.
+    """A statistic with its interval; scalars, or ``[P]`` each.
 
     Attributes:
         value: the statistic.
-        low: the lower end of the interval, or the lower quartile.
+        low: the lower end of the interval (confidence `CONFIDENCE`), or the lower quartile; nan where there is none.
         high: the upper end, or the upper quartile.
     """
 
@@ -50,27 +52,15 @@ class Estimate(NamedTuple):
     high: np.ndarray
 
 
-class MeanEstimate(NamedTuple):
-    """A mean over episodes, or over the episodes of several seeds.
-
-    Attributes:
-        mean: the mean; with several seeds, of the seeds' means.
-        low: the lower end of the interval that contains the true mean with probability `CONFIDENCE`; nan for a single
-            episode.
-        high: the upper end.
-        std: the standard deviation of the episodes; with several seeds, of the seeds' means.
-    """
-
-    mean: float
-    low: float
-    high: float
-    std: float
+def standard_deviation(samples: Sequence[np.ndarray]) -> float:
+    """Returns the deviation of the episodes of one seed, or that of the means of several seeds; ``samples`` ``[E]``."""
+    return float(samples[0].std() if len(samples) == 1 else np.std([values.mean() for values in samples]))
 
 
 def mean_estimate(
     samples: Sequence[np.ndarray], *, bounds: tuple[float, float] = (-math.inf, math.inf), is_share: bool = False
-) -> MeanEstimate:
-    """The mean over seeds of the means over their episodes, with an interval that takes both into account.
+) -> Estimate:
+    """Estimates the mean over seeds of the means over their episodes, with an interval that takes both into account.
 
     The variance of the mean is the larger of two estimates: ``between``, from how much the seeds' means differ, and
     ``within``, from how much the episodes of a seed do, which is all there is for a single seed. (With equal numbers of
@@ -88,12 +78,14 @@ def mean_estimate(
         samples: one array ``[E]`` of at least one episode for each seed.
         bounds: the least and the largest possible value.
         is_share: whether a value of 0 or 1 is a loss or a win.
+
+    Returns:
+        The mean and its interval, scalars; the interval of a single episode is nan.
     """
     means, counts = np.array([values.mean() for values in samples]), np.array([len(values) for values in samples])
     mean, num_seeds, num_episodes = float(means.mean()), len(samples), int(counts.sum())
-    std = float(means.std()) if num_seeds > 1 else float(samples[0].std())
     if num_episodes < 2:
-        return MeanEstimate(mean, math.nan, math.nan, std)
+        return _scalars(mean, math.nan, math.nan)
     wins = is_share and all(np.isin(values, (0, 1)).all() for values in samples)
     if wins:
         within, freedom_within = mean * (1 - mean) / num_episodes, math.inf  # known as soon as the mean is
@@ -108,11 +100,15 @@ def mean_estimate(
     else:
         half = quantile * math.sqrt(variance)
         low, high = max(bounds[0], mean - half), min(bounds[1], mean + half)
-    return MeanEstimate(mean, low, high, std)
+    return _scalars(mean, low, high)
+
+
+def _scalars(value: float, low: float, high: float) -> Estimate:
+    return Estimate(np.asarray(value), np.asarray(low), np.asarray(high))
 
 
 def _student_quantile(*terms: tuple[float, float]) -> float:
-    """The two-sided `CONFIDENCE` quantile for a sum of variances, given with their degrees of freedom."""
+    """Returns the two-sided `CONFIDENCE` quantile for a sum of variances, given with their degrees of freedom."""
     total = sum(variance for variance, _ in terms)
     inverse = sum((variance / total) ** 2 / freedom for variance, freedom in terms if variance > 0)
     return float(
@@ -121,7 +117,7 @@ def _student_quantile(*terms: tuple[float, float]) -> float:
 
 
 def _wilson(share: float, variance: float, quantile: float, least: int, most: int) -> tuple[float, float]:
-    """Wilson's interval of a share whose estimate has ``variance``, with ``least`` to ``most`` effective trials."""
+    """Returns Wilson's interval of a share: its estimate has ``variance``, and ``least`` to ``most`` trials count."""
     normal = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
     trials = share * (1 - share) / variance * (normal / quantile) ** 2 if variance > 0 else most
     trials = min(max(trials, least), most)
@@ -132,22 +128,22 @@ def _wilson(share: float, variance: float, quantile: float, least: int, most: in
 
 
 def horizon(records: Sequence[Mapping[str, Any]]) -> int:
-    """Environment steps of the last evaluation that every seed of eval records has reached."""
+    """Returns the environment steps of the last evaluation that every seed of eval records has reached."""
     return int(min(steps[-1] for steps, _ in _series(records, "env_steps")))
 
 
 def seed_curves(
     records: Sequence[Mapping[str, Any]], name: str, env_steps: Sequence[float] | np.ndarray | None = None
 ) -> SeedCurves:
-    """The figure ``name`` of every seed (and swept value) of eval records, linear between its own evaluations.
+    """Interpolates a metric of every seed (and swept value) linearly between the seed's own evaluations.
 
     Args:
-        records: as `wqmix_jax.load_metrics` gives them, at least one evaluation of each seed.
-        name: ``episode_return``, say.
-        env_steps: where they are wanted, ascending; every seed's evaluations up to the `horizon` when absent.
+        records: eval records as `wqmix_jax.load_metrics` returns them, at least one of each seed.
+        name: the metric, such as ``episode_return``.
+        env_steps: where the curves are evaluated, ascending; at all seeds' evaluations up to the `horizon` by default.
 
     Raises:
-        ValueError: if some seed has not come as far as ``env_steps``: no curve is continued.
+        ValueError: if some seed has not reached ``env_steps``: no curve is extrapolated.
     """
     series = _series(records, name)
     last = horizon(records)
@@ -161,7 +157,7 @@ def seed_curves(
 
 
 def mean_over_training(curves: SeedCurves) -> np.ndarray:
-    """The area under each seed's curve, divided by its length: ``[S]``, in the figure's own unit."""
+    """Returns the area under each seed's curve divided by its length, ``[S]`` in the unit of the metric."""
     length = curves.env_steps[-1] - curves.env_steps[0]
     if length == 0:
         return curves.values[-1]
@@ -169,33 +165,33 @@ def mean_over_training(curves: SeedCurves) -> np.ndarray:
 
 
 def quartiles(values: np.ndarray) -> Estimate:
-    """Median, lower and upper quartile over the last axis, the seeds."""
+    """Returns median, lower and upper quartile over the last axis, the seeds: ``[.., S]`` -> ``[..]`` each."""
     low, median, high = np.percentile(values, (25, 50, 75), axis=-1)
     return Estimate(median, low, high)
 
 
 def iqm(values: np.ndarray, axis: int = -1) -> np.ndarray:
-    """The interquartile mean along an axis; of fewer than `FEWEST_TRIMMED` the mean."""
+    """Returns the interquartile mean along an axis; with fewer than `FEWEST_TRIMMED` values the mean."""
     return stats.trim_mean(values, 0.25, axis=axis)
 
 
 def iqm_name(num_seeds: int) -> str:
-    """What `iqm` is called where the run with fewest seeds has ``num_seeds``."""
+    """Returns the name of `iqm` for runs of which the smallest has ``num_seeds``."""
     return "IQM" if num_seeds >= FEWEST_TRIMMED else f"IQM (of fewer than {FEWEST_TRIMMED} seeds the mean)"
 
 
 def iqm_estimate(values: np.ndarray) -> Estimate:
-    """The interquartile mean over the last axis, the seeds, with its interval."""
+    """Returns the interquartile mean over the last axis, the seeds, with its interval."""
     return _with_interval(iqm, values)
 
 
 def iqm_difference(values: np.ndarray, baseline: np.ndarray) -> Estimate:
-    """By how much the interquartile mean of ``values`` (``[S]``) exceeds that of ``baseline`` (``[S']``)."""
+    """Returns the interquartile mean of ``values`` (``[S]``) minus that of ``baseline`` (``[S']``)."""
     return _with_interval(lambda one, other, axis=-1: iqm(one, axis) - iqm(other, axis), values, baseline)
 
 
 def probability_of_improvement(values: np.ndarray, baseline: np.ndarray) -> Estimate:
-    """How likely a seed of ``values`` (``[S]``) exceeds one of ``baseline`` (``[S']``); equal ones count half.
+    """Estimates how likely a seed of ``values`` (``[S]``) exceeds one of ``baseline`` (``[S']``); ties count half.
 
     It is the Mann-Whitney U statistic divided by the number of pairs.
     """
@@ -203,9 +199,10 @@ def probability_of_improvement(values: np.ndarray, baseline: np.ndarray) -> Esti
 
 
 def mann_whitney_p(values: np.ndarray, baseline: np.ndarray) -> float:
-    """The two-sided p-value of the Mann-Whitney U test, over permutations: seeds that end alike are common.
+    """Returns the two-sided p-value of the Mann-Whitney U test; nan for a single seed.
 
-    All permutations of up to eight seeds against eight, a sample of `PERMUTATIONS` of more; nan for a single seed.
+    It is computed over permutations, because seeds with equal results are common: over all permutations of up to eight
+    seeds against eight, over a sample of `PERMUTATIONS` for more.
     """
     if min(len(values), len(baseline)) < 2:
         return math.nan
@@ -214,14 +211,14 @@ def mann_whitney_p(values: np.ndarray, baseline: np.ndarray) -> float:
 
 
 def _wins(values: np.ndarray, baseline: np.ndarray, axis: int = -1) -> np.ndarray:
-    """The share of pairs ``(S, S')`` in which the first is higher; the seeds lie on the last axis of both."""
+    """Returns the share of pairs ``(S, S')`` in which the first is higher; the last axis of both holds the seeds."""
     del axis  # scipy always asks for the last
     differences = values[..., :, None] - baseline[..., None, :]
     return (np.sign(differences).mean(axis=(-2, -1)) + 1) / 2
 
 
 def _with_interval(statistic: Callable[..., np.ndarray], *samples: np.ndarray) -> Estimate:
-    """The statistic of the samples, seeds on their last axes, with its bootstrap interval."""
+    """Returns the statistic of the samples, seeds on their last axes, with its bootstrap interval."""
     value = np.asarray(statistic(*samples))
     if min(sample.shape[-1] for sample in samples) < 2:
         return Estimate(value, np.full(value.shape, np.nan), np.full(value.shape, np.nan))
@@ -239,9 +236,9 @@ def _with_interval(statistic: Callable[..., np.ndarray], *samples: np.ndarray) -
 
 
 def _series(records: Sequence[Mapping[str, Any]], name: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Environment steps and figures of each member, in the order of their first records."""
+    """Returns environment steps and values of each member, in the order of their first records."""
     points: dict[str, list[tuple[float, float]]] = {}
     for record in records:
         points.setdefault(member_name(labels_of(record)), []).append((record["env_steps"], record[name]))
-    columns = (np.asarray(of_one, np.float64).T for of_one in points.values())
+    columns = (np.asarray(pairs, np.float64).T for pairs in points.values())
     return [(steps, values) for steps, values in columns]

@@ -18,10 +18,10 @@ PIECE_BYTES = 4 * 2**20
 """The most bytes of one piece, unless a single element has more."""
 
 BATCH_BYTES = 4 * PIECE_BYTES
-"""Bytes of pieces that are written or read at the same time."""
+"""The most bytes of pieces that are written or read at the same time."""
 
 BATCH_COPIES = 5
-"""Most copies of such a batch that exist at a time: as pieces, encoded, compressed and in the buffers of files.
+"""The most copies of such a batch that exist at a time: as pieces, encoded, compressed and in the buffers of files.
 
 Measured with ``python -m experiments.checkpoint_cost``.
 """
@@ -30,12 +30,12 @@ Index = tuple[slice, ...]
 
 
 def buffer_bytes(num_bytes: int) -> int:
-    """The most memory that writing or reading arrays of ``num_bytes`` in pieces takes in addition to the arrays."""
+    """Returns the most bytes that writing or reading arrays of ``num_bytes`` takes in addition to the arrays."""
     return BATCH_COPIES * min(BATCH_BYTES + PIECE_BYTES, num_bytes)
 
 
 def piece_shape(shape: tuple[int, ...], dtype: Any) -> tuple[int, ...]:
-    """The shape of an array's pieces; the last along an axis may be shorter. A small array is one piece."""
+    """Returns the shape of an array's pieces; the last along an axis may be shorter. A small array is one piece."""
     num_bytes = np.dtype(dtype).itemsize
     for axis in reversed(range(len(shape))):
         if num_bytes * shape[axis] > PIECE_BYTES:
@@ -45,7 +45,7 @@ def piece_shape(shape: tuple[int, ...], dtype: Any) -> tuple[int, ...]:
 
 
 def piece_indices(shape: tuple[int, ...], piece: tuple[int, ...]) -> Iterator[Index]:
-    """The place of each piece in an array, in row-major order."""
+    """Yields the place of each piece in an array, in row-major order."""
     for starts in itertools.product(*(range(0, size, step) for size, step in zip(shape, piece, strict=True))):
         yield tuple(
             slice(start, min(start + step, size)) for start, step, size in zip(starts, piece, shape, strict=True)
@@ -56,7 +56,7 @@ class Pieces:
     """An array on the host or on devices, cut into pieces.
 
     Attributes:
-        shape: of the whole array.
+        shape: the shape of the whole array.
         dtype: its dtype.
         size: its number of elements.
     """
@@ -69,7 +69,7 @@ class Pieces:
             self._parts[(shard.index[0].start or 0) if shard.index else 0] = shard.data  # devices may hold equal copies
 
     def __iter__(self) -> Iterator[tuple[Index, np.ndarray]]:
-        """Place and content of each piece: a view where the host can read it, else a copy."""
+        """Yields place and content of each piece: a view where the host can read it, else a copy."""
         for index in piece_indices(self.shape, piece_shape(self.shape, self.dtype)):
             yield index, self._read(index)
 
@@ -86,7 +86,7 @@ class Pieces:
 
 
 def _host_view(part: jax.Array | np.ndarray, index: Index) -> np.ndarray:
-    """Some rows of what one device holds; of a large array on an accelerator only these are copied to the host."""
+    """Returns some rows of one device's part; of a large array on an accelerator only these are copied to the host."""
     if isinstance(part, jax.Array) and not _is_on_host(part):
         starts, sizes = [place.start for place in index], tuple(place.stop - place.start for place in index)
         return np.asarray(part if sizes == part.shape else _slice(part, starts, sizes))
@@ -141,5 +141,5 @@ def assemble_on_host(pieces: Iterable[tuple[Index, np.ndarray]], like: Any) -> n
 
 
 def checksum(piece: np.ndarray, crc: int) -> int:
-    """The CRC-32 of ``piece``'s bytes, continued from ``crc``."""
+    """Returns the CRC-32 of ``piece``'s bytes, continued from ``crc``."""
     return zlib.crc32(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data, crc)

@@ -1,8 +1,8 @@
-"""Checkpoints of a whole run through orbax: the train state, the best policies, and how far the records were written.
+"""Checkpoints of a whole run through orbax: train state, best policies, and the length of the records at that time.
 
 A checkpoint is named by `host_loop.slowest_steps` and appears under that name only when it is complete. It is written
-and read in pieces, see `checkpoint_pieces`, so a CPU never copies the replay as a whole. There, and where the host has
-no room for a copy of an accelerator's state, training waits until a checkpoint is written, because the next chunk
+and read in pieces, see `checkpoint_pieces`, so a CPU never copies the replay as a whole. On a CPU, and where the host
+has no room for a copy of an accelerator's state, training waits until a checkpoint is written, because the next chunk
 overwrites the state. Otherwise the state is copied to the host, and other threads write it while training continues.
 """
 
@@ -36,6 +36,7 @@ from orbax.checkpoint.type_handlers import (
 
 from wqmix_jax.config import run_defaults
 from wqmix_jax.errors import ConfigError, RunError
+from wqmix_jax.records.run_dir import differing
 from wqmix_jax.runs.checkpoint_pieces import (
     BATCH_BYTES,
     PIECE_BYTES,
@@ -48,6 +49,7 @@ from wqmix_jax.runs.checkpoint_pieces import (
     piece_indices,
     piece_shape,
 )
+from wqmix_jax.runs.output import report
 from wqmix_jax.runs.saved_policies import Policy, flat
 from wqmix_jax.training.compiled_loop import Trainer, TrainRecord, TrainState, abstract_interval, abstract_state
 from wqmix_jax.training.host_loop import (
@@ -61,19 +63,19 @@ from wqmix_jax.training.members import Member
 from wqmix_jax.types import PyTree
 
 SCHEMA = 2
-"""Version of what a checkpoint holds."""
+"""Version of a checkpoint's contents."""
 
 MAX_REASON = 200
-"""Characters of another library's message."""
+"""The most characters of another library's message."""
 
 
 class Origin(NamedTuple):
-    """Which run a checkpoint is of, and where it was made.
+    """The run that a checkpoint belongs to, and the machine that wrote it.
 
     Attributes:
         run: the run's random name, see `wqmix_jax.records.metrics`.
-        options: the options that a run keeps for good, by their dotted names.
-        machine: what bit-equal numbers depend on: version and settings of jax, kind and number of devices.
+        options: the options that never change within a run, by their dotted names.
+        machine: the facts that bit-equal numbers depend on: version and settings of jax, kind and number of devices.
     """
 
     run: str
@@ -85,9 +87,9 @@ class Restored(NamedTuple):
     """A run as a checkpoint holds it.
 
     Attributes:
-        loop: where it stood.
-        best: the best policies until then.
-        metrics_bytes: how long ``metrics.jsonl`` was then.
+        loop: the state of training.
+        best: the best policies so far.
+        metrics_bytes: the size of ``metrics.jsonl`` when the checkpoint was written.
         wall_seconds: wall-clock seconds of the run until then.
     """
 
@@ -98,10 +100,10 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run: two items each, ``arrays`` (state, pending records, best policies) and ``host``.
+    """The checkpoints of one run, two items each: ``arrays`` (state, pending records, best policies) and ``host``.
 
     Attributes:
-        num_bytes: the most that the arrays of one take; on disk they are compressed.
+        num_bytes: the most bytes that the arrays of one checkpoint take; on disk they are compressed.
     """
 
     def __init__(
@@ -115,16 +117,16 @@ class Checkpoints:
         keep: int,
         memory_left: Callable[[], int | None] = lambda: None,
     ) -> None:
-        """Opens the folder, made where absent.
+        """Opens the folder, and makes it if there is none.
 
         Args:
             directory: the folder.
-            trainer: the run's.
-            members: who trains.
-            best: a policy of the run's shapes.
-            origin: what the run is.
-            keep: how many of the latest are kept.
-            memory_left: bytes that are free in the host's memory, or None where that isn't known.
+            trainer: the run's trainer.
+            members: the trainings.
+            best: a policy with the shapes of this run.
+            origin: the run and this machine.
+            keep: how many of the latest checkpoints are kept.
+            memory_left: returns the free bytes of the host's memory, or None if unknown.
         """
         self._members, self._origin, self._sharding = members, origin, trainer.sharding
         self._state = abstract_state(trainer, members)
@@ -140,10 +142,16 @@ class Checkpoints:
         self._latest = self._manager.latest_step()
 
     def save(self, loop: Loop, best: Policy, *, metrics_bytes: int, wall_seconds: float) -> None:
-        """Writes a checkpoint, or begins to; does nothing where the latest is of the same step.
+        """Writes a checkpoint or starts writing it; does nothing if the latest has the same step.
+
+        Args:
+            loop: the state of training.
+            best: the best policies so far.
+            metrics_bytes: the size of ``metrics.jsonl``.
+            wall_seconds: wall-clock seconds of the run so far.
 
         Raises:
-            RunError: if there is no room for it, or the one before it could not be written.
+            RunError: if there is no room for it, or the previous one could not be written.
         """
         step = slowest_steps(loop)
         if step == self._latest:
@@ -178,7 +186,7 @@ class Checkpoints:
             self.wait()
 
     def check(self) -> None:
-        """Notices a checkpoint that could not be written.
+        """Looks for a checkpoint that could not be written.
 
         Raises:
             RunError: if there is one.
@@ -187,7 +195,7 @@ class Checkpoints:
             self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Returns when what was begun is on the disk.
+        """Waits until the checkpoint that is being written is on the disk.
 
         Raises:
             RunError: if it could not be written.
@@ -196,24 +204,31 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def restore(self, total_env_steps: int) -> Restored | None:
-        """Reads the checkpoint from which a run to ``total_env_steps`` goes on, and removes those after it.
+        """Reads the checkpoint from which a run to ``total_env_steps`` continues, and removes those after it.
 
-        That is the latest, unless a seed rests in it that a longer run would have trained on: then the latest before
-        any seed came to rest, where it is still there, for the numbers of a run that was never cut. One that can't be
-        read, doesn't fit, or is of another run, is named and moved aside, and another is taken.
+        Usually this is the latest. If a seed had already stopped there and the longer run would train it further, it is
+        the latest checkpoint before any seed stopped (if it was kept), so that the result equals that of an
+        uninterrupted run. A checkpoint that can't be read, doesn't fit, or belongs to another run is reported and moved
+        aside, and another one is used.
 
         Returns:
             The run, with its new total, or None if there is no checkpoint.
 
         Raises:
-            ConfigError: if a checkpoint was made with other options, or none can be used; all are still there then.
+            ConfigError: if a checkpoint was made with other options, or none can be used; nothing was removed then.
         """
         hosts: dict[int, dict[str, Any]] = {}
         unusable: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             with _noting(unusable, step):
                 hosts[step] = self._host(step)
-        for step in sorted(hosts, key=lambda step: (_rests(hosts[step], total_env_steps), -step)):
+        # Episodes differ in length, so seeds reach their total in different iterations. One that has reached it is
+        # frozen while the others train on, and when the last one stops, an evaluation cuts the current interval short.
+        # A run with the larger total from the start would have done neither: from a checkpoint with a frozen seed,
+        # that seed would lag behind the others, and all later evaluations would be shifted. So the checkpoints without
+        # a frozen seed come first, the latest of them before the others; `Session._save_if_due` writes one just before
+        # any seed may stop. One with a frozen seed is used only if nothing else is left.
+        for step in sorted(hosts, key=lambda step: (_has_stopped_seeds(hosts[step], total_env_steps), -step)):
             with _noting(unusable, step):
                 restored = self._read(step, hosts[step], total_env_steps)
             if step in unusable:
@@ -225,12 +240,12 @@ class Checkpoints:
             self._warn_of_another_machine(hosts[step])
             return restored
         if unusable:
-            told = "; ".join(f"{self._directory / str(step)} can't be used: {why}" for step, why in unusable.items())
-            raise ConfigError(f"{told}; a new run_dir=FOLDER starts over, and the records can still be read")
+            reasons = "; ".join(f"{self._directory / str(step)} can't be used: {why}" for step, why in unusable.items())
+            raise ConfigError(f"{reasons}; a new run_dir=FOLDER starts over, and the records can still be read")
         return None
 
     def close(self) -> None:
-        """Waits for what was begun, and releases the folder.
+        """Waits for the checkpoint that is being written, and releases the folder.
 
         Raises:
             RunError: if it could not be written.
@@ -239,16 +254,22 @@ class Checkpoints:
             self._manager.close()
 
     def _host(self, step: int) -> dict[str, Any]:
-        """What is beside the arrays, where this run can use it."""
+        """Reads the item ``host`` of a checkpoint.
+
+        Raises:
+            ConfigError: if its schema or its options are not those of this run.
+            ValueError: if it belongs to another run.
+        """
         host = self._manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore()))["host"]
         path = self._directory / str(step)
         if host["schema"] != SCHEMA:
             raise ConfigError(f"{path} has schema {host['schema']}; this version of wqmix_jax reads schema {SCHEMA}")
-        defaults = run_defaults()  # of options that are newer than the checkpoint
-        for name in sorted(host["options"].keys() | self._origin.options.keys()):
-            there, here = host["options"].get(name, defaults.get(name)), self._origin.options.get(name)
-            if there != here:
-                raise ConfigError(f"{path} was made with {name}={there!r}, but the run's config.yaml has {here!r}")
+        here = self._origin.options
+        newer = {name: value for name, value in run_defaults().items() if name in here}
+        there = {**newer, **host["options"]}
+        for name in sorted(differing(there, here)):
+            values = f"{name}={there.get(name)!r}, but the run's config.yaml has {here.get(name)!r}"
+            raise ConfigError(f"{path} was made with {values}")
         if host["run"] != self._origin.run:
             raise ValueError(f"it is of another run ({host['run']}, and this is {self._origin.run})")
         return host
@@ -273,7 +294,7 @@ class Checkpoints:
         return Restored(loop, best, host["metrics_bytes"], host["wall_seconds"])
 
     def _assembled(self, stored: "Mapping[str, _Stored]") -> tuple[dict[str, Any], int]:
-        """All arrays, those of the state on their devices, and their checksum."""
+        """Returns all arrays, those of the state on their devices, and their checksum."""
         crc = 0
 
         def checked(pieces: "_Stored") -> Iterator[tuple[Index, np.ndarray]]:
@@ -302,15 +323,15 @@ class Checkpoints:
             if aside.exists():
                 shutil.rmtree(aside)
             (self._directory / str(step)).rename(aside)
-            print(f"warning: {self._directory / str(step)} can't be used: {reason}; it is {aside} now", file=sys.stderr)
+            report(f"warning: {self._directory / str(step)} can't be used: {reason}; it is {aside} now")
         if unusable:
             self._manager.reload()
 
     def _warn_of_another_machine(self, host: Mapping[str, Any]) -> None:
         for name, here in self._origin.machine.items():
             if (there := host["machine"].get(name, here)) != here:  # absent in checkpoints older than the fact
-                told = f"{name} is {here}, and was {there} when the checkpoint was made"
-                print(f"warning: {told}; the numbers will not be equal to the last bit", file=sys.stderr)
+                change = f"{name} is {here}, and was {there} when the checkpoint was made"
+                report(f"warning: {change}; the numbers will not be equal to the last bit")
 
     def _has_room_for_copies(self) -> bool:
         """Returns True if the state is on an accelerator, and the host's memory can take a copy of it."""
@@ -322,23 +343,23 @@ class Checkpoints:
     def _check_room(self) -> None:
         free = shutil.disk_usage(self._directory).free
         if free < self.num_bytes:
-            raise RunError(self._told(f"one may take {self.num_bytes:,} bytes, and {free:,} are free"))
+            raise RunError(self._message(f"one may take {self.num_bytes:,} bytes, and {free:,} are free"))
 
-    def _told(self, reason: str) -> str:
+    def _message(self, reason: str) -> str:
         latest = self._manager.latest_step()
         kept = "there is none before it" if latest is None else f"the last good one is {self._directory / str(latest)}"
         return f"no checkpoint could be written to {self._directory}: {reason}; {kept}"
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Orbax reports what went wrong in its threads as any kind of exception, at any of its calls."""
+        """Turns any exception into a `RunError`: orbax raises those of its threads at any of its calls."""
         try:
             yield
         except Exception as error:
-            raise RunError(self._told(_reason(error))) from error
+            raise RunError(self._message(_reason(error))) from error
 
     def _padded(self, loop: Loop) -> TrainRecord:
-        """The pending records, zeros up to a whole interval, so that checkpoints of a run are alike in shape."""
+        """Pads the pending records with zeros to a whole interval, so that a run's checkpoints have equal shapes."""
         empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._interval)
         if not loop.pending:
             return empty
@@ -347,7 +368,7 @@ class Checkpoints:
 
 
 def checkpoint_bytes(trainer: Trainer, members: Sequence[Member], best: Policy) -> int:
-    """The most that the arrays of a checkpoint take, before there is a folder for them."""
+    """Returns the most bytes that the arrays of a checkpoint take, before there is a folder for them."""
     state = _raw_shapes(abstract_state(trainer, members))
     return _num_bytes(_named(state, abstract_interval(trainer, members), best))
 
@@ -357,18 +378,18 @@ def _num_bytes(arrays: Mapping[str, Any]) -> int:
 
 
 def _named(state: TrainState, pending: TrainRecord, best: Policy) -> dict[str, Any]:
-    """All arrays of a checkpoint by their names there; orbax doesn't take those without elements."""
+    """Returns all arrays of a checkpoint by their names; those without elements are left out, which orbax refuses."""
     named = {**_flat("state", state), **_flat("pending", pending), **_flat("best", best)}
     return {name: leaf for name, leaf in named.items() if leaf.size}
 
 
 def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
-    """Orbax's manager, for this process alone even where JAX connects it with others."""
+    """Makes orbax's manager for this process alone, even if JAX connects it with others."""
     index = jax.process_index()
     alone = MultiprocessingOptions(
         primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
     )
-    handler = _InPieces(deepcopy_host_arrays=False)  # `Checkpoints.save` sees to it that they stay as they are
+    handler = _InPieces(deepcopy_host_arrays=False)  # `Checkpoints.save` keeps them unchanged
     arrays = ocp.PyTreeCheckpointHandler(
         multiprocessing_options=alone, type_handler_registry=create_type_handler_registry((Pieces, handler))
     )
@@ -389,7 +410,7 @@ def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
 class _InPieces(NumpyHandler):
     """Writes and reads arrays as orbax does numpy's, but with a bounded number of bytes at a time.
 
-    Each process writes its own arrays; orbax takes them for copies, and writes those of process 0.
+    Each process writes its own arrays, where orbax would take them for copies and write only those of process 0.
     """
 
     async def _background_serialize(
@@ -421,7 +442,7 @@ class _InPieces(NumpyHandler):
         await asyncio.gather(*writes)
 
     async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
-        """Opens the arrays; they are read when their pieces are asked for."""
+        """Opens the arrays; they are read when their pieces are requested."""
         opened = []
         for info in infos:
             spec = get_json_tspec_read(info, use_ocdbt=info.is_ocdbt_checkpoint)
@@ -433,7 +454,7 @@ class _Stored:
     """An array of a checkpoint; iterating reads its pieces.
 
     Attributes:
-        shape: of the whole array.
+        shape: the shape of the whole array.
         dtype: its dtype.
     """
 
@@ -441,7 +462,7 @@ class _Stored:
         self.shape, self.dtype, self._store = tuple(store.shape), store.dtype.numpy_dtype, store
 
     def __iter__(self) -> Iterator[tuple[Index, np.ndarray]]:
-        """Place and content of each piece, in order; some are read ahead."""
+        """Yields place and content of each piece, in order; some are read ahead."""
         piece = piece_shape(self.shape, self.dtype)
         if tuple(self._store.chunk_layout.read_chunk.shape) != piece:  # earlier versions wrote arrays in one piece
             piece = self.shape
@@ -457,7 +478,10 @@ class _Stored:
 
 @functools.cache
 def _hush_orbax() -> None:
-    """Orbax tells of each fault in hundreds of lines, although it raises it; its threads then miss their loop."""
+    """Silences orbax, which logs each error in hundreds of lines in addition to raising it.
+
+    After an error its threads also complain that their event loop is closed.
+    """
     for noisy in ("absl", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     before = sys.unraisablehook
@@ -471,19 +495,19 @@ def _hush_orbax() -> None:
 
 @contextlib.contextmanager
 def _noting(unusable: dict[int, str], step: int) -> Iterator[None]:
-    """Notes why a checkpoint can't be read; a refusal, which says what to do, and a lack of memory pass."""
+    """Notes why a checkpoint can't be read; refusals, which say what to do, and a lack of memory are raised."""
     try:
         yield
     except ConfigError:
         raise
     except (MemoryError, jax.errors.JaxRuntimeError) as error:  # not the checkpoint's fault
         raise RunError(f"the checkpoint of step {step} can't be read: {_reason(error)}") from error
-    except Exception as error:  # whatever the readers make of damaged bytes
+    except Exception as error:  # damaged bytes may raise anything
         unusable[step] = _reason(error)
 
 
 def _reason(error: BaseException) -> str:
-    """An exception in one line of bearable length."""
+    """Returns an exception's message in one line of at most `MAX_REASON` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         if os.strerror(code) in text:
@@ -493,7 +517,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _checksum(arrays: Mapping[str, Pieces]) -> int:
-    """Over all bytes, in the order of the names."""
+    """Returns the CRC-32 of all bytes, in the order of the names."""
     crc = 0
     for name in sorted(arrays):
         for _, piece in arrays[name]:
@@ -501,19 +525,19 @@ def _checksum(arrays: Mapping[str, Pieces]) -> int:
     return crc
 
 
-def _rests(host: dict[str, Any], total_env_steps: int) -> bool:
-    """Whether some seed trains no more in this checkpoint although a run to ``total_env_steps`` would."""
+def _has_stopped_seeds(host: dict[str, Any], total_env_steps: int) -> bool:
+    """Returns True if a seed has stopped in this checkpoint that a run to ``total_env_steps`` would train further."""
     ended = zip(host["env_steps"], host["total_env_steps"], host["failed"], strict=True)
     return any(steps >= total and steps < total_env_steps and not failed for steps, total, failed in ended)
 
 
 def _raw_keys(state: TrainState) -> TrainState:
-    """Typed keys as the integers they consist of."""
+    """Replaces typed keys by the integers they consist of."""
     return state._replace(keys=jax.tree.map(jax.random.key_data, state.keys))
 
 
 def _raw_shapes(state: TrainState) -> TrainState:
-    """Shapes, dtypes and devices of `_raw_keys`, from those of a train state."""
+    """Returns shapes, dtypes and devices of `_raw_keys`, from those of a train state."""
     return jax.tree.map(
         lambda leaf, raw: jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=leaf.sharding),
         state,
@@ -522,14 +546,14 @@ def _raw_shapes(state: TrainState) -> TrainState:
 
 
 def _typed_keys(state: TrainState) -> TrainState:
-    """The inverse of `_raw_keys`."""
+    """Inverts `_raw_keys`."""
     return state._replace(
         keys=jax.tree.map(lambda data: jax.random.wrap_key_data(data, impl="threefry2x32"), state.keys)
     )
 
 
 def _flat(prefix: str, tree: PyTree) -> dict[str, Any]:
-    """Leaves by their paths: ``prefix.learner.params.agent..``."""
+    """Returns leaves by their paths: ``prefix.learner.params.agent..``."""
     return {f"{prefix}.{name}": leaf for name, leaf in flat(tree).items()}
 
 
@@ -541,7 +565,7 @@ def _unflat(prefix: str, leaves: dict[str, Any], like: PyTree) -> PyTree:
 
 
 def _kind(name: str, leaf: Any) -> tuple[Any, ...]:
-    """Dtype and shape of an array; the number of pending iterations may differ between checkpoints."""
+    """Returns dtype and shape, without the number of pending iterations, in which checkpoints may differ."""
     return leaf.dtype, tuple(leaf.shape)[1 if name.startswith("pending.") else 0 :]
 
 

@@ -1,7 +1,7 @@
-"""Runs over several hosts: each trains its own slice of the seeds, and they never talk.
+"""Runs over several hosts: each trains its own slice of the seeds, without communication.
 
-`python -m wqmix_jax.merge` joins what they leave behind. Where the platform wants it, `jax.distributed` connects and
-numbers them.
+`python -m wqmix_jax.merge` joins their folders. Where the platform requires it, `jax.distributed` connects and numbers
+the hosts.
 """
 
 import atexit
@@ -17,7 +17,7 @@ from typing import Any
 from wqmix_jax.errors import REFUSED, ConfigError
 
 ADDRESS = "JAX_COORDINATOR_ADDRESS"
-"""The environment's variable that says where host 0 listens: ``HOST:PORT``, the same on all hosts."""
+"""The environment variable with the address of host 0: ``HOST:PORT``, the same on all hosts."""
 
 SLURM = "slurm"
 """The value of ``hosts`` that splits seeds over the tasks of an srun step and the elements of a job array."""
@@ -26,22 +26,25 @@ _RESERVED_STEPS = 0xFFFFFFF0
 """From here on SLURM's step ids aren't srun's: they name batch scripts and interactive shells."""
 
 CONNECT_SECONDS = 300
-"""How long a host looks for host 0, as long as JAX does."""
+"""Seconds for which a host looks for host 0, as long as JAX does."""
 
 MAX_APART_SECONDS = 7 * 24 * 3600
-"""How long a connected host that is done waits for the others before it ends: their seeds may take longer."""
+"""Seconds for which a connected host that is done waits for the others, whose seeds may take longer."""
 
 
 def with_host(values: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """A run's options with ``hosts`` and ``host`` filled in: as given, from SLURM, or one host alone.
+    """Fills in the options ``hosts`` and ``host``: as given, from SLURM, or for a single host.
 
-    Without ``hosts``, seeds are split only where the process is one of several tasks of an srun step. With
-    ``hosts=slurm``, the elements of a job array are hosts, too. Where the run is ``distributed``, `connected` fills in
-    what wasn't given.
+    Without ``hosts``, seeds are split only if the process is one of several tasks of an srun step. With
+    ``hosts=slurm``, the elements of a job array are hosts, too. If the run is ``distributed``, `connected` fills in the
+    missing options.
+
+    Args:
+        values: the run's options.
+        environ: the process's environment variables.
 
     Raises:
-        ConfigError: if it can't be known which of several hosts this is, or if SLURM runs more tasks than there are
-            seeds.
+        ConfigError: if the number of this host can't be determined, or if SLURM runs more tasks than there are seeds.
     """
     hosts, host = values["hosts"], values["host"]
     if hosts == SLURM and (values["distributed"] is True or host is not None):
@@ -62,8 +65,8 @@ def with_host(values: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str
     if hosts not in (None, SLURM, count):
         if not isinstance(hosts, int) or hosts < 1:
             raise ConfigError(f"hosts={hosts} is not allowed: a positive integer is needed, or {SLURM}")
-        told = f"write host=0 .. host={hosts - 1}"
-        raise ConfigError(f"host is missing: SLURM runs {count} task(s) here and not hosts={hosts}; {told}")
+        choices = f"write host=0 .. host={hosts - 1}"
+        raise ConfigError(f"host is missing: SLURM runs {count} task(s) here and not hosts={hosts}; {choices}")
     num_seeds = values["num_seeds"]
     if isinstance(num_seeds, int) and 0 < num_seeds < count:
         raise ConfigError(
@@ -73,7 +76,7 @@ def with_host(values: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str
 
 
 def unused_tasks(values: Mapping[str, Any], environ: Mapping[str, str]) -> str | None:
-    """A line about SLURM's tasks over which this run isn't split, or None.
+    """Returns a line about SLURM's tasks over which this run isn't split, or None.
 
     Args:
         values: a run's options as given, before `with_host`.
@@ -95,7 +98,7 @@ def refuse_step_of_tasks(environ: Mapping[str, str]) -> None:
     """Refuses a sweep in each of several tasks of an srun step, because every task would run all of it.
 
     Raises:
-        ConfigError: if so.
+        ConfigError: if this process is one of several such tasks.
     """
     step = _slurm_step(environ)
     if step is not None and step[0] > 1:
@@ -106,17 +109,24 @@ def refuse_step_of_tasks(environ: Mapping[str, str]) -> None:
 
 
 def connected(values: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """A run's options, with `jax.distributed` started where they are ``distributed``, and hosts numbered by it.
+    """Starts `jax.distributed` if the run is ``distributed``, and numbers the hosts by it.
 
-    It must come before anything that starts JAX's backend, the import of some environments included. JAX itself ends
-    the process, with a stack trace, where the others don't come within five minutes.
+    Call it before anything that starts JAX's backend, including the import of some environments. JAX itself ends the
+    process, with a stack trace, if the other processes don't connect within five minutes.
+
+    Args:
+        values: the run's options.
+        environ: the process's environment variables.
+
+    Returns:
+        The options, with ``hosts`` and ``host``.
 
     Raises:
         ConfigError: if hosts are numbered impossibly, host 0 can't be found, or JAX connects others than ``hosts``.
     """
-    if values["distributed"] is not True:  # or not allowed, which is told when the run's options are checked
+    if values["distributed"] is not True:  # or not allowed, which the check of the run's options reports
         return dict(values)
-    import jax  # here, because the command line must answer at once where it has nothing to train
+    import jax  # here, because a command line that trains nothing must answer quickly
 
     if not jax.distributed.is_initialized():
         _connect(values["hosts"], values["host"], environ)
@@ -128,8 +138,8 @@ def connected(values: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str
 
 
 def abandon_others() -> None:
-    """Ends the process with the exit code of a refusal where JAX connects it with others, which it would wait for."""
-    jax = sys.modules.get("jax")  # not imported for this: a refusal comes at once
+    """Ends the process with the exit code of a refusal if JAX has connected it: it would wait for the others."""
+    jax = sys.modules.get("jax")  # not imported for this: a refusal must be quick
     if jax is not None and jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -137,7 +147,7 @@ def abandon_others() -> None:
 
 
 def _connect(hosts: Any, host: Any, environ: Mapping[str, str]) -> None:
-    """Starts `jax.distributed`; what isn't given, JAX finds itself on a TPU pod, under SLURM and under MPI."""
+    """Starts `jax.distributed`; JAX finds missing numbers itself on a TPU pod, under SLURM and under MPI."""
     import jax
     from jax._src import distributed  # its client is nowhere else
 
@@ -152,8 +162,8 @@ def _connect(hosts: Any, host: Any, environ: Mapping[str, str]) -> None:
     try:
         jax.distributed.initialize(address, hosts, host, cluster_detection_method="deactivate" if all_given else None)
     except Exception as error:  # of a cluster's metadata, its network, or JAX
-        told = f"where JAX doesn't find the others itself, set {ADDRESS}=HOST:PORT and write hosts=N host=i"
-        raise ConfigError(f"distributed=true is not possible: {error}; {told}") from error
+        hint = f"where JAX doesn't find the others itself, set {ADDRESS}=HOST:PORT and write hosts=N host=i"
+        raise ConfigError(f"distributed=true is not possible: {error}; {hint}") from error
 
     client: Any = distributed.global_state.client
 
@@ -177,7 +187,7 @@ def _refuse_impossible(hosts: Any, host: Any, address: str | None, environ: Mapp
 
 
 def _wait_for(address: str) -> None:
-    """Returns when somebody listens at ``address``: JAX would end the process where nobody does."""
+    """Waits until host 0 listens at ``address``; JAX would end the process if it doesn't."""
     name, _, port = address.rpartition(":")
     last = time.monotonic() + CONNECT_SECONDS
     while True:
@@ -192,10 +202,10 @@ def _wait_for(address: str) -> None:
 
 
 def refuse_unexpected_processes(values: Mapping[str, Any]) -> None:
-    """Refuses to run where JAX connects this process with others unasked; looking for them starts the backend.
+    """Refuses to run if JAX connects this process with others unasked; looking for them starts the backend.
 
     Raises:
-        ConfigError: if so.
+        ConfigError: if it does.
     """
     import jax
 
@@ -204,7 +214,7 @@ def refuse_unexpected_processes(values: Mapping[str, Any]) -> None:
 
 
 def _slurm_step(environ: Mapping[str, str]) -> tuple[int, int] | None:
-    """Number of tasks in the srun step of this process, and this task's index; None outside of such a step.
+    """Returns the number of tasks in the srun step of this process, and this task's index; None outside of a step.
 
     Under sbatch or salloc without srun there is one process, ``SLURM_PROCID=0``, whatever ``SLURM_NTASKS`` is.
     """
@@ -214,18 +224,18 @@ def _slurm_step(environ: Mapping[str, str]) -> tuple[int, int] | None:
     tasks = _number(environ, "SLURM_STEP_NUM_TASKS")
     task = _number(environ, "SLURM_PROCID") if tasks > 1 else 0
     if task >= tasks:
-        told = f"SLURM_STEP_NUM_TASKS={tasks} are counted from 0, so hosts=N host=i must be written"
-        raise ConfigError(f"SLURM_PROCID={task} is not allowed: {told}")
+        range_of_tasks = f"SLURM_STEP_NUM_TASKS={tasks} are counted from 0, so hosts=N host=i must be written"
+        raise ConfigError(f"SLURM_PROCID={task} is not allowed: {range_of_tasks}")
     return tasks, task
 
 
 def _in_slurm_array(tasks: int, task: int, environ: Mapping[str, str]) -> tuple[int, int]:
-    """The same over all elements of SLURM's job array, which run ``tasks`` tasks each."""
+    """Returns number and index of this task among all elements of SLURM's job array, which run ``tasks`` each."""
     elements = _number(environ, "SLURM_ARRAY_TASK_COUNT", 1)
     if elements == 1:
         return tasks, task
     first, last, step = (_number(environ, f"SLURM_ARRAY_TASK_{name}", 0) for name in ("MIN", "MAX", "STEP"))
-    if step == 0:  # SLURM says more than this; a scheduler that imitates it may not
+    if step == 0:  # SLURM sets these; a scheduler that imitates it may not
         first, last, step = 0, elements - 1, 1
     if (last - first) // step + 1 != elements:
         raise ConfigError("host is missing: SLURM's job array has gaps, so hosts=N host=i must be written")

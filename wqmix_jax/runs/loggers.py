@@ -1,4 +1,4 @@
-"""Where records go in addition to metrics.jsonl: Weights & Biases."""
+"""Loggers that receive the records in addition to ``metrics.jsonl``: Weights & Biases."""
 
 import glob
 import importlib.util
@@ -11,7 +11,8 @@ from typing import Any, Self
 
 from wqmix_jax.config import LoggerOptions
 from wqmix_jax.errors import ConfigError
-from wqmix_jax.records.metrics import COUNTERS, METRICS_FILE, Line, load_header, record_from_json
+from wqmix_jax.records.metrics import COUNTERS, METRICS_FILE, load_header, record_from_json
+from wqmix_jax.training.host_loop import Line
 from wqmix_jax.training.members import labels_of, member_name
 
 WANDB_DIR, SUPERSEDED = "wandb", "superseded"
@@ -20,21 +21,21 @@ WANDB_DIR, SUPERSEDED = "wandb", "superseded"
 class WandbRuns:
     """The runs of Weights & Biases, one per seed in one group, fed from ``metrics.jsonl``.
 
-    A record's step there is its number among the records of its seed, so a record has the same step however often a run
-    is resumed. Each process hands over every record from the first on, except those below the step at which an online
-    run continues. An offline run can't be continued: the new one holds everything, and the folder of the one before
-    moves to `SUPERSEDED`, where ``wandb sync`` doesn't look.
+    A record's step in W&B is computed from its counters, so it is the same however often a run is resumed. Each process
+    hands over every record from the first on, except those below the step at which an online run continues. An offline
+    run can't be continued: the new one holds everything, and the folder of the previous one moves to `SUPERSEDED`,
+    where ``wandb sync`` doesn't look.
 
-    Whatever goes wrong there is told once on stderr and never stops training.
+    An error of W&B is reported once on stderr, ends this logging and never stops training.
     """
 
     def __init__(self, run_dir: Path, options: LoggerOptions, config: Mapping[str, Any]) -> None:
-        """Starts the runs where ``options`` ask for them.
+        """Starts the runs if ``options`` ask for them.
 
         Args:
-            run_dir: the run's folder; files of W&B go to `WANDB_DIR` in it.
+            run_dir: the run's folder; W&B writes to `WANDB_DIR` in it.
             options: see `LoggerOptions`.
-            config: the run's options, shown with the runs.
+            config: the run's options, which W&B shows with the runs.
         """
         self._run_dir, self._options, self._config = run_dir, options, config
         self._num_bytes = 0
@@ -43,7 +44,7 @@ class WandbRuns:
         self._guarded(self._start)
 
     def sync(self) -> None:
-        """Hands over the lines that were written since the last time."""
+        """Hands over the lines that were written since the last call."""
         self._guarded(self._hand_over)
 
     def close(self) -> None:
@@ -105,17 +106,17 @@ class WandbRuns:
             measured = {name: value for name, value in line.items() if name not in (*COUNTERS, *labels)}
             values = {f"{line['kind']}/{name}": value for name, value in measured.items()}
             run, step = self._runs[member_name(labels)], _step_of(line)
-            if step >= run.starting_step:  # not 0 where W&B has the records of an online run until then
+            if step >= run.starting_step:  # not 0 if W&B has earlier records of an online run
                 run.log({name: line[name] for name in COUNTERS[2:]} | values, step=step, commit=True)
 
 
 def _step_of(line: Line) -> int:
-    """A record's step in W&B, which increases within a member and is the same whenever the record is handed over."""
+    """Returns a record's step in W&B, which increases within a member and doesn't depend on when it is handed over."""
     return 2 * line["episodes"] + (line["kind"] == "eval")
 
 
 def _supersede(wandb_dir: Path, run_id: str) -> None:
-    """Moves the folders of a run's earlier offline processes to where ``wandb sync`` doesn't find them."""
+    """Moves the folders of a run's earlier offline processes to a place that ``wandb sync`` doesn't search."""
     for folder in wandb_dir.glob(f"offline-run-*-{glob.escape(run_id)}"):
         aside = wandb_dir / SUPERSEDED
         aside.mkdir(exist_ok=True)
@@ -132,10 +133,10 @@ def _group_of(run_dir: Path) -> str:
 
 
 def refuse_missing_wandb(options: LoggerOptions) -> None:
-    """Says before anything starts that W&B is asked for but not installed.
+    """Refuses a run, before anything starts, that asks for W&B where it isn't installed.
 
     Raises:
-        ConfigError: if so.
+        ConfigError: if it does.
     """
     if options.wandb != "disabled" and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"logger.wandb={options.wandb} is not allowed here: pip install wandb first")

@@ -16,6 +16,7 @@ import jax
 from wqmix_jax.config import RunConfig
 from wqmix_jax.errors import ConfigError, RunError
 from wqmix_jax.runs.checkpoint_pieces import buffer_bytes
+from wqmix_jax.runs.startup import megabytes
 from wqmix_jax.training.compiled_loop import Compilation, Trainer, abstract_state, compile_trainer, make_trainer
 from wqmix_jax.training.members import Member
 
@@ -58,11 +59,11 @@ class MemoryPlan(NamedTuple):
         return self.limit is None or self.total <= self.limit
 
     def __str__(self) -> str:
-        parts = f"{_megabytes(self.state)} of states and replay buffers, {_megabytes(self.temporaries)} of temporaries"
-        parts += f", {_megabytes(self.checkpoint)} for checkpoints" if self.checkpoint else ""
-        there = "" if self.limit is None else f"; {_megabytes(self.limit)} available"
-        each = _megabytes(self.total / self.members)
-        return f"memory: {each} per seed, {_megabytes(self.total)} in all ({parts}){there}"
+        parts = f"{megabytes(self.state)} of states and replay buffers, {megabytes(self.temporaries)} of temporaries"
+        parts += f", {megabytes(self.checkpoint)} for checkpoints" if self.checkpoint else ""
+        there = "" if self.limit is None else f"; {megabytes(self.limit)} available"
+        each = megabytes(self.total / self.members)
+        return f"memory: {each} per seed, {megabytes(self.total)} in all ({parts}){there}"
 
 
 def refuse_small_memory(trainer: Trainer, members: Sequence[Member]) -> None:
@@ -73,7 +74,7 @@ def refuse_small_memory(trainer: Trainer, members: Sequence[Member]) -> None:
     """
     num_bytes, limit = _state_bytes(trainer, members), memory_limit(trainer)
     if limit is not None and num_bytes > limit:
-        needed, available = _megabytes(num_bytes), _megabytes(limit)
+        needed, available = megabytes(num_bytes), megabytes(limit)
         reason = f"their states and replay buffers need {needed}, but only {available} is available"
         raise ConfigError(f"training {len(members)} seeds in one run is not allowed: {reason}")
 
@@ -237,7 +238,3 @@ def _seeds_per_device(trainer: Trainer, members: Sequence[Member]) -> int:
 
 def _device(trainer: Trainer) -> Any:
     return next(iter(trainer.sharding.device_set))
-
-
-def _megabytes(num_bytes: float) -> str:
-    return f"{num_bytes / 1e6:,.1f} MB"

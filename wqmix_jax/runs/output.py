@@ -1,4 +1,4 @@
-"""Output streams whose reader may end first."""
+"""Output for the user: lines on stderr, and streams whose reader may end first."""
 
 import contextlib
 import os
@@ -6,6 +6,11 @@ import select
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
+
+
+def report(line: str) -> None:
+    """Prints a line on stderr immediately."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def is_broken(stream: TextIO) -> bool:
@@ -23,7 +28,7 @@ def is_broken(stream: TextIO) -> bool:
 
 
 def discard(*streams: TextIO) -> None:
-    """Sends what broken streams have yet to write nowhere: Python writes it at exit, and fails once more."""
+    """Sends the pending text of broken streams nowhere: Python would write it at exit, and fail once more."""
     for stream in filter(is_broken, streams):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -32,14 +37,14 @@ def discard(*streams: TextIO) -> None:
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
-    """Lets the process go on when nobody reads its output any more, after ``| head`` say."""
+    """Lets the process continue when its output has no reader any more, for example after ``| head``."""
     streams = _Lasting(sys.stdout), _Lasting(sys.stderr)
     with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
         yield
 
 
 class _Lasting:
-    """A stream that takes text for ever; once nobody reads it, the text goes nowhere."""
+    """A stream that accepts text for ever; once it has no reader, the text is dropped."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -1,4 +1,4 @@
-"""What a user sees of a run that trains: a live bar on a terminal or in a notebook, now and then a line elsewhere."""
+"""The progress of a run: a live bar on a terminal or in a notebook, a line now and then elsewhere."""
 
 import collections
 import datetime
@@ -22,24 +22,24 @@ from wqmix_jax.training.members import labels_of, member_name
 SECONDS_BETWEEN_LINES = 10.0
 
 SECONDS_OF_PACE, FEWEST_CHUNKS = 60.0, 4
-"""How far back steps per second are counted: this long, and no fewer chunks."""
+"""The time over which steps per second are counted, and the least number of chunks."""
 
 NARROWEST_BAR, WIDEST_BAR = 10, 40
-"""Columns of the terminal."""
+"""Widths in columns of the terminal."""
 
 DROPPED_FIRST = ("seeds", "steps", "pace", "return", "win rate")
 """Figures that a narrow terminal leaves out, in this order; the percentage and the time left always fit."""
 
 
 class Display(Protocol):
-    """Shows how far a run is; used in a ``with`` block."""
+    """Shows the progress of a run; used in a ``with`` block."""
 
     def __enter__(self) -> Self:
-        """Starts to show."""
+        """Starts the display."""
         ...
 
     def __exit__(self, *_: object) -> None:
-        """Leaves the last state behind."""
+        """Ends the display; its last state stays visible."""
         ...
 
     def update(self, env_steps: np.ndarray, lines: list[Line]) -> None:
@@ -47,18 +47,18 @@ class Display(Protocol):
         ...
 
     def note(self, text: str) -> None:
-        """Shows what happens before the first update."""
+        """Shows a stage of the run before the first update."""
         ...
 
 
 def make_display(total_env_steps: int, *, live: bool) -> Display:
-    """A bar where ``live`` and a terminal (stderr) or a notebook can show it, else lines."""
+    """Makes a bar if ``live`` and a terminal (stderr) or a notebook can show it, else lines."""
     bar = live and (sys.stderr.isatty() or (_in_notebook() and importlib.util.find_spec("ipywidgets") is not None))
     return _Bar(total_env_steps, Console(stderr=True)) if bar else _Lines(total_env_steps)
 
 
 def make_optional_display(total_env_steps: int, *, shown: bool | None) -> Display:
-    """A display where it is wanted, and nothing otherwise; None wants it on a terminal and in a notebook."""
+    """Makes a display that shows nothing unless ``shown``; by default it shows on a terminal and in a notebook."""
     if shown is None:
         shown = sys.stderr.isatty() or _in_notebook()
     return make_display(total_env_steps, live=True) if shown else _Nothing()
@@ -69,7 +69,7 @@ def _in_notebook() -> bool:
 
 
 class _Pace:
-    """Words for how fast a run goes, over the last minute."""
+    """Describes how fast a run trains, over the last minute."""
 
     def __init__(self, total_env_steps: int) -> None:
         self.total = total_env_steps
@@ -91,7 +91,7 @@ class _Pace:
                 self._evaluated[member_name(labels_of(line))] = line
 
     def parts(self) -> dict[str, str]:
-        """The figures to show by their names, in the order in which they are shown."""
+        """Returns the figures to show by their names, in the order in which they are shown."""
         parts = {
             "seeds": "1 seed" if self._num_seeds == 1 else f"{self._num_seeds} seeds",
             "steps": f"{self.slowest:,} of {self.total:,} steps",
@@ -119,7 +119,7 @@ class _Bar:
         self._pace = _Pace(total_env_steps)
         self._stage, self._parts = "compiling", dict[str, str]()
         self._spinner, self._console = Spinner("dots"), console
-        # What is printed meanwhile appears above the bar, but what goes to a file or a pipe still goes there.
+        # Text that is printed meanwhile appears above the bar, unless stdout is a file or a pipe.
         redirect = sys.stdout.isatty() or console.is_jupyter
         self._live = Live(console=console, get_renderable=self._line, refresh_per_second=10, redirect_stdout=redirect)
 
@@ -151,7 +151,7 @@ class _Bar:
 
 
 def fitting(parts: Mapping[str, str], width: int) -> str:
-    """As many of the parts as fit into ``width``, without those of `DROPPED_FIRST` that don't."""
+    """Joins as many of the parts as fit into ``width``, and leaves out others in the order of `DROPPED_FIRST`."""
     left = dict(parts)
     for name in DROPPED_FIRST:
         if len(text := "  ".join(left.values())) <= width:

@@ -1,4 +1,4 @@
-"""Policies alone, for playing: the part of the parameters that acting reads, in one ``.npz`` file."""
+"""Policies for playing: the parameters that acting needs, in one ``.npz`` file, and how greedy agents use them."""
 
 import dataclasses
 import zipfile
@@ -18,6 +18,7 @@ from wqmix_jax.errors import ConfigError
 from wqmix_jax.networks.functional import compute_in
 from wqmix_jax.ops.action_selection import with_idle_action
 from wqmix_jax.ops.randomness import pinned_draws
+from wqmix_jax.records.atomic import atomic
 from wqmix_jax.training.members import Member, labels_of
 from wqmix_jax.types import Array, EnvSpec, Moment, PRNGKey, PyTree
 
@@ -25,12 +26,12 @@ POLICY_DIR, BEST, LAST = "policies", "best", "last"
 
 
 class Policy(NamedTuple):
-    """What acts, of every member of a run; numpy leaves ``[S, ..]``.
+    """The acting parameters of every member of a run; numpy leaves ``[S, ..]``.
 
     Attributes:
-        params: what `Algorithm.acting_params` gives.
-        env_steps: when each was evaluated, int32 ``[S]``; 0 for nets that have not learned yet.
-        episode_return: how well each did, float32 ``[S]``; -inf where there was no evaluation.
+        params: the result of `Algorithm.acting_params`.
+        env_steps: environment steps at each member's evaluation, int32 ``[S]``; 0 for nets that have not learned yet.
+        episode_return: each member's mean evaluation return, float32 ``[S]``; -inf if there was no evaluation.
     """
 
     params: PyTree
@@ -39,18 +40,18 @@ class Policy(NamedTuple):
 
 
 def no_policy(params: PyTree) -> Policy:
-    """Zeros of the shapes of ``params``, worse than any policy."""
+    """Returns zeros of the shapes of ``params`` as a policy that is worse than any other."""
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
     num_members = len(jax.tree.leaves(zeros)[0])
     return Policy(zeros, np.zeros(num_members, np.int32), np.full(num_members, -np.inf, np.float32))
 
 
 def better(one: Policy, other: Policy) -> Policy:
-    """The better policy of each member: the one with the higher return, but a trained one before an untrained one.
+    """Chooses each member's better policy: the one with the higher return, but a trained one before an untrained one.
 
     Args:
         one: the best policies so far; they are kept where returns are equal.
-        other: new ones; nan is the return of a member that has none.
+        other: new policies; the return of a member that has none is nan.
     """
     untrained, evaluated = (one.env_steps == 0) & (other.env_steps > 0), ~np.isnan(other.episode_return)
     wins = (other.episode_return > one.episode_return) | (untrained & evaluated)
@@ -62,34 +63,39 @@ def better(one: Policy, other: Policy) -> Policy:
 
 
 def save_policy(path: Path, policy: Policy, members: Sequence[Member]) -> None:
-    """Writes the file in one piece: leaves by their paths (``params.agent.encoder.kernel``) and the members' labels."""
+    """Writes leaves by their paths (``params.agent.encoder.kernel``) and the members' labels, see `atomic`."""
     path.parent.mkdir(exist_ok=True)
     named = {name: np.array([member.labels[name] for member in members]) for name in members[0].labels}
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        np.savez(file, **named, **flat(policy))
-    temporary.replace(path)
+    with atomic(path) as temporary:
+        np.savez(temporary, **named, **flat(policy))
 
 
 def policy_file(run_dir: Path, which: str) -> Path:
-    """Where a run's policies are.
+    """Returns the file of a run's policies.
+
+    Args:
+        run_dir: the run's folder.
+        which: ``best`` or ``last``.
 
     Raises:
-        ConfigError: if there are none.
+        ConfigError: if there is none.
     """
     path = run_dir / POLICY_DIR / f"{which}.npz"
     if not path.is_file():
-        written = "a run writes its policies with its checkpoints; of a merged run the parts have them"
+        written = "a run writes its policies with its checkpoints, and the policies of a merged run are in its parts"
         raise ConfigError(f"{path} is not there: {written}")
     return path
 
 
 def read_policies(path: Path, params: PyTree) -> Policy:
-    """Reads the file.
+    """Reads a file of policies.
 
     Args:
         path: the file.
         params: shapes and dtypes of one member's parameters.
+
+    Returns:
+        The policies of all members, leaves ``[S, ..]``.
 
     Raises:
         ConfigError: if it can't be read or has other shapes.
@@ -109,7 +115,7 @@ def read_policies(path: Path, params: PyTree) -> Policy:
 
 
 def read_labels(path: Path) -> list[dict[str, Any]]:
-    """The labels of a file's members (`Member.labels`), in their order.
+    """Reads the labels of a file's members (`Member.labels`), in their order.
 
     Raises:
         ConfigError: if it can't be read or has none.
@@ -121,13 +127,13 @@ def read_labels(path: Path) -> list[dict[str, Any]]:
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of the file; nothing is unpickled.
+    """Reads all arrays of a file; nothing is unpickled.
 
     Raises:
         ConfigError: if it can't be read.
     """
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:  # by its name, numpy leaves it open
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:  # numpy leaves a path open
             found = dict(arrays)
     except OSError as error:
         raise ConfigError(f"{path} can't be read: {error.strerror or error}") from None
@@ -139,23 +145,23 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def finite_members(params: PyTree) -> np.ndarray:
-    """Which members have finite parameters: leaves ``[S, ..]`` -> bool ``[S]``."""
+    """Returns True for members whose parameters are all finite: leaves ``[S, ..]`` -> bool ``[S]``."""
     finite = [np.isfinite(leaf).reshape(len(leaf), -1).all(-1) for leaf in jax.tree.leaves(params)]
     return np.array(np.stack(finite).all(0))
 
 
 def flat(tree: PyTree) -> dict[str, Any]:
-    """Leaves by their paths, with dots between."""
+    """Returns the leaves of a tree by their paths, joined by dots."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 class PolicyCarry(NamedTuple):
-    """What the agents remember within an episode.
+    """The agents' memory within an episode.
 
     Attributes:
-        recurrent: the algorithm's own recurrent state, leaves ``[.., N, ..]``.
-        last_action: ``[.., N]`` int32, -1 before the first.
+        recurrent: the algorithm's recurrent state, leaves ``[.., N, ..]``.
+        last_action: ``[.., N]`` int32, -1 before the first action.
     """
 
     recurrent: PyTree
@@ -164,15 +170,15 @@ class PolicyCarry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class GreedyPolicy:
-    """How one member's agents play, each on what it sees itself; all functions are pure.
+    """The greedy policy of one member: each agent acts on its own observations; all functions are pure.
 
     Attributes:
-        algo: how parameters are read, with the member's own values of swept options.
-        params: one member's, what `Algorithm.acting_params` gives.
+        algo: the algorithm, with the member's values of swept options.
+        params: one member's parameters, as `Algorithm.acting_params` returns them.
         env_spec: the sizes of the environment.
-        matmul_precision: what `jax.default_matmul_precision` is set to.
-        compute_dtype: of the matrices that nets multiply.
-        env_steps: environment steps that it was trained for, 0 for untrained nets; None if that is unknown.
+        matmul_precision: the value of `jax.default_matmul_precision` while acting.
+        compute_dtype: the dtype of the matrices that nets multiply.
+        env_steps: environment steps that it was trained for, 0 for untrained nets; None if unknown.
     """
 
     algo: Algorithm
@@ -183,17 +189,17 @@ class GreedyPolicy:
     env_steps: int | None = None
 
     def initial_carry(self, batch_shape: tuple[int, ...] = ()) -> PolicyCarry:
-        """What is remembered at the start of ``batch_shape`` episodes side by side, ``()`` for a single one."""
+        """Returns the memory at the start of ``batch_shape`` simultaneous episodes, ``()`` for a single one."""
         shape = (*batch_shape, self.env_spec.num_agents)
         return PolicyCarry(self.algo.initial_carry(shape), jnp.full(shape, -1, jnp.int32))
 
     def act(self, carry: PolicyCarry, obs: Array, avail_actions: Array) -> tuple[Array, PolicyCarry]:
-        """The greedy action of each agent, 0 for an agent without an available action.
+        """Chooses the greedy action of each agent, 0 for an agent without an available action.
 
         Args:
-            carry: of the step before, or `initial_carry`.
-            obs: ``[.., N, O]`` float32.
-            avail_actions: ``[.., N, A]`` bool.
+            carry: the carry of the previous step, or `initial_carry`.
+            obs: ``[.., N, O]`` float32, local observations.
+            avail_actions: ``[.., N, A]`` bool, True where an action is allowed.
 
         Returns:
             The joint action ``[.., N]`` int32 and the next carry.
@@ -213,12 +219,18 @@ class GreedyPolicy:
 
 
 GREEDY = Context(epsilon=np.float32(0), env_steps=np.int32(0), learner_steps=np.int32(0))  # type: ignore[arg-type]
-"""Where training stands when nothing is explored."""
+"""The context in which nothing is explored."""
 
 
 @pinned_draws()
 def play_episode(env: Environment, policy: GreedyPolicy, key: PRNGKey) -> list[Moment]:
-    """All moments of one greedy episode, the first state to the last."""
+    """Plays one greedy episode and returns its moments, from the first state to the last.
+
+    Args:
+        env: the environment.
+        policy: the policy of all agents.
+        key: a key for the environment's randomness.
+    """
 
     @jax.jit
     def step(env_state: Any, carry: PolicyCarry, key: PRNGKey) -> tuple[Any, ...]:

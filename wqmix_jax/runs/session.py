@@ -1,4 +1,4 @@
-"""A run with its folder: it starts or goes on, and between chunks it logs, shows progress and saves checkpoints."""
+"""A run with its folder: it starts or is resumed, and between chunks it logs, shows progress and saves checkpoints."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,11 @@ from wqmix_jax.runs.memory import (
     memory_faults_in_one_line,
     refuse_small_memory,
 )
-from wqmix_jax.runs.output import lasting_output
-from wqmix_jax.runs.progress import make_display
+from wqmix_jax.runs.output import lasting_output, report
+from wqmix_jax.runs.progress import Display, make_display
 from wqmix_jax.runs.saved_policies import BEST, LAST, POLICY_DIR, Policy, better, no_policy, save_policy
 from wqmix_jax.runs.signals import StopSignals
-from wqmix_jax.runs.startup import checkpoint_lines, device_lines, how_to_go_on, plan_lines, refuse_full_disk
+from wqmix_jax.runs.startup import checkpoint_lines, command_to_continue, device_lines, plan_lines, refuse_full_disk
 from wqmix_jax.runs.trust import Named, open_config
 from wqmix_jax.training.compile_cache import use_compilation_cache
 from wqmix_jax.training.compiled_loop import Compilation, Trainer, abstract_state, make_trainer, train_sharding
@@ -63,7 +63,7 @@ from wqmix_jax.training.host_loop import (
     slowest_steps,
     sound_steps,
 )
-from wqmix_jax.training.members import Member, labels_of, make_members
+from wqmix_jax.training.members import Member, labels_of, make_members, member_name
 
 SETTINGS = "configuration of jax"
 """Name of `numeric_settings` in a checkpoint."""
@@ -106,7 +106,7 @@ def start(values: Mapping[str, Any], *, algo: str, env: str, config_dir: str | o
     )
     values = {**with_checked_numbers(values, config), "run_dir": str(run_dir)}
     save_config(run_dir, values)
-    _train(config, values, run_dir, trainer, members, how_to_go_on(run_dir, config_dir))
+    Session(config, values, run_dir, trainer, members, command_to_continue(run_dir, config_dir)).run()
     return run_dir
 
 
@@ -115,8 +115,8 @@ def resume(run_dir: Path, changes: Mapping[str, Any], *, config_dir: str | os.Pa
 
     Args:
         run_dir: the run's folder.
-        changes: ``total_env_steps``, ``distributed``, ``compilation_cache``, ``checkpoint`` and ``logger`` may differ
-            from the run's ``config.yaml``; nested mappings. ``env`` repeats the programs that it may start
+        changes: nested mappings. ``total_env_steps``, ``distributed``, ``compilation_cache``, ``checkpoint`` and
+            ``logger`` may differ from the run's ``config.yaml``; ``env`` repeats the programs that it may start
             (`config.PROGRAMS`).
         config_dir: a folder of own yamls, from which modules may be imported, see `wqmix_jax.runs.trust`.
 
@@ -142,29 +142,30 @@ def resume(run_dir: Path, changes: Mapping[str, Any], *, config_dir: str | os.Pa
     values = with_checked_numbers(values, config)
     refuse_missing_wandb(config.logger)
     if config.total_env_steps < old["total_env_steps"]:
-        longer = f"at least {old['total_env_steps']}, what the run was started with, is needed"
-        raise ConfigError(f"total_env_steps={config.total_env_steps} is not allowed with resume: {longer}")
+        least = f"at least {old['total_env_steps']}, what the run was started with, is needed"
+        raise ConfigError(f"total_env_steps={config.total_env_steps} is not allowed with resume: {least}")
     _refuse_other_game(run_dir, header, config.env.external.versions())
     use_compilation_cache(config.compilation_cache)
     members = make_members(config.algo, config.seeds, config.sweep)
-    _train(config, values, run_dir, _make_trainer(config, members), members, how_to_go_on(run_dir, config_dir))
+    trainer = _make_trainer(config, members)
+    Session(config, values, run_dir, trainer, members, command_to_continue(run_dir, config_dir)).run()
     return run_dir
 
 
 def _trusted_cache(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The options without a folder of compiled programs that only the run names: programs are code."""
+    """Returns the options without a folder of compiled programs that only the run names: programs are code."""
     folder = values["compilation_cache"]
     if not isinstance(folder, str) or "compilation_cache" in changes:
         return dict(values)
     repeat = f"add {shlex.quote(f'compilation_cache={folder}')} if you trust it"
-    _tell(f"warning: the run's folder of compiled programs is not used, because programs are code; {repeat}")
+    report(f"warning: the run's folder of compiled programs is not used, because programs are code; {repeat}")
     return {**values, "compilation_cache": True}
 
 
 def _opened(
     run_dir: Path, recorded: Mapping[str, Any], programs: Mapping[str, str], config_dir: str | os.PathLike[str] | None
 ) -> dict[str, Any]:
-    """The run's options.
+    """Returns the run's options.
 
     Raises:
         ConfigError: if they name code that may not be executed, or another interpreter than ``programs``.
@@ -175,153 +176,176 @@ def _opened(
     return open_config(run_dir, Named(config_dir, **programs), option="resume")
 
 
-def _train(
-    config: RunConfig,
-    values: Mapping[str, Any],
-    run_dir: Path,
-    trainer: Trainer,
-    members: tuple[Member, ...],
-    to_go_on: str,
-) -> None:
-    """Trains to the end or to a signal, and says how ``to_go_on``. Every way out of a run leads through here."""
-    nothing = _no_policy(config, trainer, members)
-    origin = Origin(load_header(run_dir)["run"], kept_options(values), _machine(trainer))
-    stopping = StopSignals(lambda: _tell(f"ended immediately, without saving; {to_go_on}"))
-    with lasting_output(), held(run_dir), stopping as signals, _faults(run_dir, to_go_on):
-        print(f"run: {run_dir}")
-        for line in (*device_lines(trainer), *plan_lines(config, trainer, len(members))):
-            print(line, flush=True)
-        with signals.at_once():
-            checkpoints = Checkpoints(
-                run_dir / CHECKPOINT_DIR,
-                trainer,
-                members,
-                nothing,
-                origin,
-                keep=config.checkpoint.keep,
-                memory_left=host_memory_left,
-            )
-            for line in checkpoint_lines(config, run_dir, checkpoints.num_bytes):
-                print(line, flush=True)
-            restored = checkpoints.restore(config.total_env_steps)
-        save_config(run_dir, values)  # what a resumed run may have changed
-        num_bytes = restored.metrics_bytes if restored else 0
-        with (
-            _closing(checkpoints),
-            MetricsFile(run_dir, num_bytes=num_bytes) as metrics,
-            WandbRuns(run_dir, config.logger, values) as wandb_runs,
-        ):
-            session = _Session(config, run_dir, trainer, members, nothing, metrics, checkpoints, wandb_runs, signals)
-            with config.env.external.running([member.seed for member in members]):
-                loop = session.run(restored)
-    if not is_finished(loop):
-        _tell(f"interrupted; {to_go_on}")
-        sys.exit(exit_code_of(signals.received or 0))
-    if failures(loop):
-        told = f"{len(failures(loop))} of {len(members)} seeds failed, see {run_dir / SUMMARY_FILE}"
-        raise RunError(told, SEEDS_FAILED)
-    print(f"done: {run_dir}", flush=True)
-
-
 def _refuse_other_game(run_dir: Path, header: Mapping[str, Any], installed: Mapping[str, str]) -> None:
-    """Different versions of a game can't be compared, so one curve must not mix them."""
+    """Refuses another version of the game: versions can't be compared, so one curve must not mix them."""
     try:
         for line in refuse_other_games({str(run_dir): header.get("simulator", {}), "this installation": installed}):
-            _tell(line)
+            report(line)
     except ConfigError as error:
         raise ConfigError(f"resume={run_dir} is not allowed: {error}") from None
 
 
 def refuse_lost_checkpoints(run_dir: Path) -> None:
-    """Keeps the records of a run whose checkpoints were deleted: to go on from the start would erase them.
+    """Refuses to resume a run whose checkpoints were deleted: a start from scratch would erase its records.
 
     Raises:
-        ConfigError: if there was a checkpoint, and there is none, not even one in the making.
+        ConfigError: if there was a checkpoint and there is none now, not even an unfinished one.
     """
     begun = bool(read_summary(run_dir))  # written with the first checkpoint
     if begun and not any((run_dir / CHECKPOINT_DIR).glob("[0-9]*")):
-        told = "its checkpoints are gone; a new run_dir=FOLDER starts over, and the records can still be read"
-        raise ConfigError(f"resume={run_dir} is not allowed: {told}")
+        ways = "a new run_dir=FOLDER starts over, and the records can still be read"
+        raise ConfigError(f"resume={run_dir} is not allowed: its checkpoints are gone; {ways}")
 
 
 @contextlib.contextmanager
-def _faults(run_dir: Path, to_go_on: str) -> Iterator[None]:
-    """Turns what stops a run from outside into one line that says how to go on."""
+def _faults(run_dir: Path, hint: str) -> Iterator[None]:
+    """Turns an error that stops a run from outside into one line, with the ``hint`` how to continue."""
     try:
         with memory_faults_in_one_line():
             yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise RunError(f"{error.filename or run_dir}: {error.strerror}; {to_go_on}") from error
+        raise RunError(f"{error.filename or run_dir}: {error.strerror}; {hint}") from error
     except RunError as error:
-        raise RunError(f"{error}; {to_go_on}") from error
+        raise RunError(f"{error}; {hint}") from error
 
 
 @dataclasses.dataclass
-class _Session:
-    """One process's part of a run."""
+class Session:
+    """A run in this process: the trainer, and the files that it writes.
+
+    Attributes:
+        config: the options.
+        values: the same as nested mappings, which ``config.yaml`` keeps.
+        run_dir: the run's folder.
+        trainer: compiled when `run` begins.
+        members: the trainings, one per seed and combination of swept values.
+        hint: the command that continues the run, see `command_to_continue`.
+        best: the policies of the best evaluations so far.
+        compilation: facts about the trainer's compilation.
+        seconds_before: wall-clock seconds that earlier processes spent on the run.
+    """
 
     config: RunConfig
+    values: Mapping[str, Any]
     run_dir: Path
     trainer: Trainer
     members: tuple[Member, ...]
-    best: Policy
-    metrics: MetricsFile
-    checkpoints: Checkpoints
-    wandb_runs: WandbRuns
-    signals: StopSignals
-    told_failures: list[Line] = dataclasses.field(default_factory=list)
+    hint: str
+    best: Policy = dataclasses.field(init=False)
+    signals: StopSignals = dataclasses.field(init=False)
+    checkpoints: Checkpoints = dataclasses.field(init=False)
+    metrics: MetricsFile = dataclasses.field(init=False)
+    wandb_runs: WandbRuns = dataclasses.field(init=False)
     compilation: Compilation = dataclasses.field(default_factory=lambda: Compilation(0.0, from_cache=False))
+    reported_failures: list[Line] = dataclasses.field(default_factory=list)
     seconds_before: float = 0.0
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
-    def run(self, restored: Restored | None) -> Loop:
-        """Trains to the end, or until a signal asks to stop, and saves."""
-        config = self.config
-        with make_display(config.total_env_steps, live=config.logger.progress) as display:
-            with self.signals.at_once():
-                loop, lines = self._open(restored)
-            self._end_if_failed(None)
-            self._record(loop, lines)
-            display.update(sound_steps(loop), lines)
-            self._save_if_due(loop, None)
-            while not is_finished(loop) and self.signals.received is None:
-                before = env_steps(loop), slowest_steps(loop)
-                loop, lines = advance(self.trainer, loop)
-                self._end_if_failed(loop)
-                self._record(loop, lines)
-                display.update(sound_steps(loop), lines)
-                self._save_if_due(loop, before)
-            self._save(loop)
-            self.checkpoints.wait()
-        self._report(loop, "finished" if is_finished(loop) else "interrupted")
-        return loop
+    def __post_init__(self) -> None:
+        self.best = _no_policy(self.config, self.trainer, self.members)
 
-    def _open(self, restored: Restored | None) -> tuple[Loop, list[Line]]:
-        """Where the run starts or goes on, with everything compiled that is still needed."""
-        if restored is not None:
-            self.seconds_before, self.best = restored.wall_seconds, restored.best
-            print(f"resumed at {slowest_steps(restored.loop):,} environment steps", flush=True)
-            if is_finished(restored.loop):
-                print("nothing is left to do; total_env_steps=N makes the run longer", flush=True)
-                return restored.loop, []
-        self._compile(fresh=restored is None)
-        return begin(self.trainer, self.members) if restored is None else (restored.loop, [])
+    def run(self) -> None:
+        """Trains to the end, or until a signal asks to stop, and saves; every way out of a run leads through here.
 
-    def _compile(self, *, fresh: bool) -> None:
-        print("compiling", flush=True)
-        self.trainer, self.compilation, lines = compile_within_memory(
-            self.config, self.trainer, self.members, fresh=fresh
-        )
-        for line in (str(self.compilation), *lines):
-            print(line, flush=True)
-
-    def _end_if_failed(self, loop: Loop | None) -> None:
-        """Saves what was trained and ends the run where the environment can't go on.
+        The trainer is compiled in this very function: what JAX traces should have few frames above it.
 
         Raises:
-            RunError: what ended it, or ``KeyboardInterrupt``.
+            RunError: if the run had to stop, or seeds failed.
+            SystemExit: if a signal ended it.
+        """
+        with self._opened() as restored:
+            with make_display(self.config.total_env_steps, live=self.config.logger.progress) as display:
+                with self.signals.immediate():
+                    if restored is None or not is_finished(restored.loop):
+                        print("compiling", flush=True)
+                        self.trainer, self.compilation, notes = compile_within_memory(
+                            self.config, self.trainer, self.members, fresh=restored is None
+                        )
+                        _print_lines((str(self.compilation), *notes))
+                    loop, lines = begin(self.trainer, self.members) if restored is None else (restored.loop, [])
+                loop = self._train(loop, lines, display)
+            self._write_summary(loop, "finished" if is_finished(loop) else "interrupted")
+        self._conclude(loop)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Restored | None]:
+        """Locks the folder, handles signals, opens the files and yields what the last checkpoint holds, if any."""
+        stopping = StopSignals(lambda: report(f"ended immediately, without saving; {self.hint}"))
+        with lasting_output(), held(self.run_dir), stopping as self.signals, _faults(self.run_dir, self.hint):
+            print(f"run: {self.run_dir}")
+            _print_lines((*device_lines(self.trainer), *plan_lines(self.config, self.trainer, len(self.members))))
+            with self.signals.immediate():
+                self.checkpoints = self._open_checkpoints()
+                _print_lines(checkpoint_lines(self.config, self.run_dir, self.checkpoints.num_bytes))
+                restored = self.checkpoints.restore(self.config.total_env_steps)
+            save_config(self.run_dir, self.values)  # a resumed run may have changed some options
+            num_bytes = restored.metrics_bytes if restored else 0
+            with (
+                _closing(self.checkpoints),
+                MetricsFile(self.run_dir, num_bytes=num_bytes) as self.metrics,
+                WandbRuns(self.run_dir, self.config.logger, self.values) as self.wandb_runs,
+                self.config.env.external.running([member.seed for member in self.members]),
+            ):
+                if restored is not None:
+                    self._take_over(restored)
+                yield restored
+
+    def _open_checkpoints(self) -> Checkpoints:
+        return Checkpoints(
+            self.run_dir / CHECKPOINT_DIR,
+            self.trainer,
+            self.members,
+            self.best,
+            Origin(load_header(self.run_dir)["run"], kept_options(self.values), _machine(self.trainer)),
+            keep=self.config.checkpoint.keep,
+            memory_left=host_memory_left,
+        )
+
+    def _take_over(self, restored: Restored) -> None:
+        """Continues the counts of the process that wrote the checkpoint."""
+        self.seconds_before, self.best = restored.wall_seconds, restored.best
+        print(f"resumed at {slowest_steps(restored.loop):,} environment steps", flush=True)
+        if is_finished(restored.loop):
+            print("this run has already finished; pass a larger total_env_steps=N to extend it", flush=True)
+
+    def _train(self, loop: Loop, lines: list[Line], display: Display) -> Loop:
+        """Runs compiled chunks; after each it writes records, shows progress and saves a checkpoint if one is due."""
+        before: tuple[np.ndarray, int] | None = None
+        while True:
+            self._end_if_failed(None if before is None else loop)
+            self._record(loop, lines)
+            display.update(sound_steps(loop), lines)
+            self._save_if_due(loop, before)
+            if is_finished(loop) or self.signals.received is not None:
+                break
+            before = env_steps(loop), slowest_steps(loop)
+            loop, lines = advance(self.trainer, loop)
+        self._save(loop)
+        self.checkpoints.wait()
+        return loop
+
+    def _conclude(self, loop: Loop) -> None:
+        """Reports how the run ended.
+
+        Raises:
+            RunError: if seeds failed.
+            SystemExit: if a signal ended the run.
+        """
+        if not is_finished(loop):
+            report(f"interrupted; {self.hint}")
+            sys.exit(exit_code_of(self.signals.received or 0))
+        if failures(loop):
+            failed = f"{len(failures(loop))} of {len(self.members)} seeds failed"
+            raise RunError(f"{failed}, see {self.run_dir / SUMMARY_FILE}", SEEDS_FAILED)
+        print(f"done: {self.run_dir}", flush=True)
+
+    def _end_if_failed(self, loop: Loop | None) -> None:
+        """Saves what was trained and ends the run if the environment can't continue.
+
+        Raises:
+            RunError: the reason, or ``KeyboardInterrupt``.
         """
         failure = self.trainer.failure()
         if failure is None:
@@ -332,12 +356,12 @@ class _Session:
                     self._save(loop)
                     self.checkpoints.wait()
             with _warning_of_faults(f"{SUMMARY_FILE} can't be written"):
-                self._report(loop, "failed")
+                self._write_summary(loop, "failed")
         raise failure
 
     def _record(self, loop: Loop, lines: list[Line]) -> None:
         """Writes the records, and keeps the policies that are better than before."""
-        self._tell_failures(loop)
+        self._report_failures(loop)
         self.checkpoints.check()
         if not lines:
             return
@@ -345,29 +369,30 @@ class _Session:
         self.wandb_runs.sync()
         self.best = better(self.best, self._policy(loop, _new_returns(self.members, lines)))
 
-    def _tell_failures(self, loop: Loop) -> None:
+    def _report_failures(self, loop: Loop) -> None:
         for failure in failures(loop):
-            if failure not in self.told_failures:
-                self.told_failures.append(failure)
-                told = ", ".join(f"{name} {value:,}" for name, value in failure.items())
-                _tell(f"warning: a loss or parameter is not finite ({told}): it is frozen, the others go on")
+            if failure not in self.reported_failures:
+                self.reported_failures.append(failure)
+                seed = f"seed {member_name(labels_of(failure))}"
+                cause = f"diverged (non-finite loss or parameters) at {failure['env_steps']:,} environment steps"
+                report(f"warning: {seed} {cause} and is frozen; the other seeds continue")
 
     def _policy(self, loop: Loop, returns: np.ndarray) -> Policy:
-        """The policies of this moment."""
+        """Copies the current policies to the host; ``returns`` ``[S]``."""
         params = self.config.algo.acting_params(loop.state.learner.params)
         return Policy(jax.tree.map(np.array, params), env_steps(loop), returns)
 
     def _save_if_due(self, loop: Loop, before: tuple[np.ndarray, int] | None) -> None:
         """Saves after every ``checkpoint.every`` steps, and when a seed may end in the next chunk.
 
-        From the last of these a longer run goes on as if it had never been cut.
+        A longer run continues from the last of the latter as if it had never been cut, see `Checkpoints.restore`.
         """
         now, every = slowest_steps(loop), self.config.checkpoint.every
         due = before is not None and now // every > before[1] // every
         may_end = self._may_end_soon(env_steps(loop)) and (before is None or not self._may_end_soon(before[0]))
         if (due or may_end) and not is_finished(loop):
             self._save(loop)
-            self._report(loop, "running")
+            self._write_summary(loop, "running")
 
     def _save(self, loop: Loop) -> None:
         self.metrics.sync()
@@ -381,8 +406,8 @@ class _Session:
         for name, policy in ((BEST, self.best), (LAST, last)):
             save_policy(self.run_dir / POLICY_DIR / f"{name}.npz", policy, self.members)
 
-    def _report(self, loop: Loop, status: str) -> None:
-        """Writes the summary, and the picture where there is something to draw."""
+    def _write_summary(self, loop: Loop, status: str) -> None:
+        """Writes the summary, and the picture if there is something to draw."""
         header = load_header(self.run_dir)
         save_summary(
             self.run_dir,
@@ -401,7 +426,7 @@ class _Session:
                 plot_run(self.run_dir)
 
     def _may_end_soon(self, steps: np.ndarray) -> bool:
-        """Whether some seed may reach its total in the next chunk."""
+        """Returns True if some seed may reach its total in the next chunk; ``steps`` ``[S]``."""
         most = self.trainer.chunk_iterations * steps_per_iteration(self.config)
         return int(steps.max()) + most >= self.config.total_env_steps
 
@@ -410,7 +435,7 @@ class _Session:
 
 
 def _new_returns(members: Sequence[Member], lines: Sequence[Line]) -> np.ndarray:
-    """The return of each member whose nets were evaluated and are new, float32 ``[S]``; nan for the others.
+    """Returns the episode return of each member whose nets were evaluated and are new, float32 ``[S]``; nan otherwise.
 
     Nets that have not learned since step 0 are those of step 0, whose policy is kept already.
     """
@@ -422,7 +447,7 @@ def _new_returns(members: Sequence[Member], lines: Sequence[Line]) -> np.ndarray
 
 
 def _folder_of_host(config: RunConfig) -> str | None:
-    """The run's folder; where several hosts share a run, each has its own inside."""
+    """Returns the run's folder; if several hosts share a run, the folder of this host inside it."""
     if (config.hosts or 1) == 1:
         return config.run_dir
     if config.run_dir is None:
@@ -447,7 +472,7 @@ def _machine(trainer: Trainer) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _closing(checkpoints: Checkpoints) -> Iterator[None]:
-    """Closes them at the end; an error there doesn't replace the one that ended the run."""
+    """Closes the checkpoints at the end; an error there doesn't replace the one that ended the run."""
     try:
         yield
     except BaseException:
@@ -458,21 +483,22 @@ def _closing(checkpoints: Checkpoints) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _warning_of_faults(told: str) -> Iterator[None]:
-    """Turns an exception into a warning: what is only kept or shown of a run must not hide how the run itself ends."""
+def _warning_of_faults(message: str) -> Iterator[None]:
+    """Turns an exception into a warning: a file that can't be written must not hide how the run itself ends."""
     try:
         yield
     except Exception as error:  # matplotlib, say, may raise anything
         reason = " ".join(str(error).split())
-        _tell(f"warning: {told} ({type(error).__name__}: {reason})")
+        report(f"warning: {message} ({type(error).__name__}: {reason})")
 
 
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line, flush=True)
 
 
 def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` with ``changes`` in their place, one level deep for groups."""
+    """Returns ``values`` with ``changes`` applied, one level deep for groups."""
     merged = {
         key: {**values[key], **change} if isinstance(change, Mapping) else change for key, change in changes.items()
     }

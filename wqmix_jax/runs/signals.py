@@ -1,7 +1,7 @@
-"""How a run ends: its exit codes, and the signals that ask it to end.
+"""The signals that ask a run to end.
 
-Python's own handlers wait until the main thread is back from compiled code, which may take minutes. So a thread of its
-own hears of every signal the moment it comes.
+Python's own handlers wait until the main thread is back from compiled code, which may take minutes. So a separate
+thread receives every signal as soon as it arrives.
 """
 
 import contextlib
@@ -18,34 +18,33 @@ from wqmix_jax.errors import exit_code_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-
 ONE_SIGNAL = 1.0
 """Seconds in which signals count as one: ``timeout`` and some launchers signal a process, then its whole group."""
 
 
 class StopSignals:
-    """SIGTERM and SIGINT as a wish that the run looks at between two chunks; a second one ends the process at once.
+    """Turns SIGTERM and SIGINT into a request that the run reads between two chunks; a second signal ends the process.
 
-    Only the main thread may handle signals; used in another it does nothing.
+    Only the main thread may handle signals; in another thread this does nothing.
 
     Attributes:
-        received: the first signal, or None so far.
+        received: the number of the first signal, or None if there was none yet.
     """
 
     def __init__(self, before_exit: Callable[[], None]) -> None:
-        """``before_exit`` is called, in another thread, before the process ends at once."""
+        """Takes a function that is called, in another thread, before the process ends immediately."""
         self.received: int | None = None
         self._before_exit = before_exit
-        self._at_once = False
+        self._immediate = False
 
     @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """While nothing is worth saving: the first signal ends the process."""
-        self._at_once = True
+    def immediate(self) -> Iterator[None]:
+        """Lets the first signal end the process, while there is nothing worth saving."""
+        self._immediate = True
         try:
             yield
         finally:
-            self._at_once = False
+            self._immediate = False
 
     def __enter__(self) -> Self:
         self._active = threading.current_thread() is threading.main_thread()
@@ -74,7 +73,7 @@ class StopSignals:
             if signum not in SIGNALS:
                 continue
             now = time.monotonic()
-            if self._at_once or (self.received is not None and now - first >= ONE_SIGNAL):
+            if self._immediate or (self.received is not None and now - first >= ONE_SIGNAL):
                 self._before_exit()
                 sys.stderr.flush()
                 os._exit(exit_code_of(signum))
@@ -82,4 +81,4 @@ class StopSignals:
                 continue
             self.received, first = signum, now
             name = signal.Signals(signum).name
-            print(f"{name}: saving at the end of this chunk; a second signal ends the run at once", file=sys.stderr)
+            print(f"{name}: saving at the end of this chunk; a second signal ends the run immediately", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The facts that are printed, and refused, before a run starts."""
+"""The facts that are printed before a run starts, and the runs that are refused then."""
 
 import contextlib
 import glob
@@ -13,21 +13,15 @@ from typing import Any
 
 import jax
 
-from wqmix_jax.config import PROGRAMS, RunConfig
+from wqmix_jax.config import PROGRAMS, RunConfig, learner_steps_per_env_step, steps_per_iteration
 from wqmix_jax.errors import ConfigError, install_extra
+from wqmix_jax.records.run_dir import read_config
 from wqmix_jax.training.compiled_loop import Trainer
 from wqmix_jax.training.devices import num_cores
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
-from wqmix_jax.config import learner_steps_per_env_step, steps_per_iteration
-from wqmix_jax.records.run_dir import read_config
 
-
-def how_to_go_on(run_dir: Path, config_dir: str | os.PathLike[str] | None = None) -> str:
-    """The command that continues a run, to be pasted into a shell in the current folder.
+def command_to_continue(run_dir: Path, config_dir: str | os.PathLike[str] | None = None) -> str:
+    """Returns a hint with the command that continues a run, to be pasted into a shell in the current folder.
 
     Args:
         run_dir: the run's folder.
@@ -37,11 +31,11 @@ def how_to_go_on(run_dir: Path, config_dir: str | os.PathLike[str] | None = None
     if config_dir is not None:
         parts += ["--config-dir", _from_here(Path(config_dir))]
     repeated = [f"{name}={_as_option(value)}" for name, value in _programs(run_dir).items()]
-    return f"to go on: {shlex.join([*parts, f'resume={_as_option(str(run_dir))}', *repeated])}"
+    return f"to continue: {shlex.join([*parts, f'resume={_as_option(str(run_dir))}', *repeated])}"
 
 
 def _programs(run_dir: Path) -> dict[str, str]:
-    """The options that must be repeated when the run is resumed, see `wqmix_jax.runs.trust`."""
+    """Returns the options that must be repeated when the run is resumed, see `wqmix_jax.runs.trust`."""
     values: dict[str, Any] = {"env": {}}
     with contextlib.suppress(ConfigError):
         values = read_config(run_dir)
@@ -54,7 +48,7 @@ def _programs(run_dir: Path) -> dict[str, str]:
 
 
 def _python() -> str:
-    """The running interpreter as a shell in the current folder finds it."""
+    """Returns the running interpreter as a shell in the current folder finds it."""
     found = shutil.which("python")
     if not sys.executable or (found is not None and Path(found).absolute().parent == Path(sys.executable).parent):
         return "python"
@@ -66,40 +60,45 @@ def _from_here(path: Path) -> str:
 
 
 def _as_option(path: str) -> str:
-    """A path as an option's value: see `overrides.as_text` for what isn't taken as it is written."""
+    """Returns a path as an option's value; `overrides.as_text` lists what must be escaped."""
     path = re.sub(r"(\\*)\$\{", r"\1\1\\${", path)
     return f"./{path}" if path == "null" or path.startswith(("'", '"', "~")) else path
 
 
 def refuse_full_disk(run_dir: Path, checkpoint_bytes: int) -> None:
-    """Says before anything starts that not even one checkpoint would fit.
+    """Refuses a run, before anything starts, whose disk has no room for a single checkpoint.
+
+    Args:
+        run_dir: the run's folder, which need not exist yet.
+        checkpoint_bytes: the most that a checkpoint takes.
 
     Raises:
-        ConfigError: if so.
+        ConfigError: if there is too little room.
     """
     free = _free_bytes(run_dir)
     if free < checkpoint_bytes:
-        told = f"a checkpoint may take {_megabytes(checkpoint_bytes)}, and {_megabytes(free)} are free there"
-        raise ConfigError(f"run_dir={run_dir} is not allowed: {told}")
+        sizes = f"a checkpoint may take {megabytes(checkpoint_bytes)}, and {megabytes(free)} are free there"
+        raise ConfigError(f"run_dir={run_dir} is not allowed: {sizes}")
 
 
 def checkpoint_lines(config: RunConfig, run_dir: Path, checkpoint_bytes: int) -> Iterator[str]:
-    """How much will be written, and where that may be too much."""
+    """Yields a line about the size of checkpoints, and a warning if the disk may have too little room."""
     free, kept = _free_bytes(run_dir), config.checkpoint.keep
-    size = f"every {config.checkpoint.every:,} steps, at most {_megabytes(checkpoint_bytes)} each, {kept} kept"
-    yield f"checkpoints: {size}; {_megabytes(free)} are free on the disk"
+    size = f"every {config.checkpoint.every:,} steps, at most {megabytes(checkpoint_bytes)} each, {kept} kept"
+    yield f"checkpoints: {size}; {megabytes(free)} are free on the disk"
     if free < (kept + 1) * checkpoint_bytes:
-        yield f"warning: {kept} checkpoints and the one in the making may not fit; checkpoint.keep={kept} can be less"
+        needed = f"{kept} checkpoint{'s' if kept > 1 else ''} plus the one being written"
+        yield f"warning: there may not be room for {needed}; lower checkpoint.keep"
 
 
 def _free_bytes(run_dir: Path) -> int:
-    """On the disk where ``run_dir`` is or will be."""
+    """Returns the free bytes of the disk where ``run_dir`` is or will be."""
     path = run_dir.absolute()
     return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.is_dir())).free
 
 
 def device_lines(trainer: Trainer) -> Iterator[str]:
-    """Names the devices that train, and what to install where one lies idle."""
+    """Yields the devices that train, and what to install if one is idle."""
     devices = jax.local_devices()
     kind = f"{num_cores()} cores" if devices[0].platform == "cpu" else devices[0].device_kind
     used = len(trainer.sharding.device_set)
@@ -114,7 +113,13 @@ def device_lines(trainer: Trainer) -> Iterator[str]:
 
 
 def plan_lines(config: RunConfig, trainer: Trainer, num_members: int) -> Iterator[str]:
-    """What the run will do, from its options and how many train side by side here."""
+    """Yields the plan of a run: seeds, steps, sizes of replays, evaluations and the learner's pace.
+
+    Args:
+        config: the options.
+        trainer: the trainer, not compiled yet.
+        num_members: the number of trainings on this host.
+    """
     yield from config.env.external.lines(num_members, config.num_envs)
     first, last = config.seeds[0], config.seeds[-1]
     seeds = f"seed {first}" if first == last else f"seeds {first}..{last}"
@@ -124,7 +129,7 @@ def plan_lines(config: RunConfig, trainer: Trainer, num_members: int) -> Iterato
     for name, swept in config.sweep.items():
         yield f"algo.{name}: every seed with each of {', '.join(map(str, swept))}"
     total = trainer.replay_bytes * num_members
-    yield f"replay: {_megabytes(trainer.replay_bytes)} per seed, {_megabytes(total)} in total"
+    yield f"replay: {megabytes(trainer.replay_bytes)} per seed, {megabytes(total)} in total"
     steps = trainer.eval_iterations * steps_per_iteration(config)
     iterations = "1 iteration" if trainer.eval_iterations == 1 else f"{trainer.eval_iterations:,} iterations"
     yield f"evaluation: every {iterations} ({steps:,} environment steps of full episodes)"
@@ -135,5 +140,6 @@ def plan_lines(config: RunConfig, trainer: Trainer, num_members: int) -> Iterato
     )
 
 
-def _megabytes(num_bytes: int) -> str:
+def megabytes(num_bytes: float) -> str:
+    """Returns a number of bytes as a text in MB."""
     return f"{num_bytes / 1e6:,.1f} MB"

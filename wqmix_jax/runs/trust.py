@@ -22,6 +22,7 @@ from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import CONTRACTS, add_import_paths, part_class
 from wqmix_jax.records.metrics import HEADER_FILE
 from wqmix_jax.records.run_dir import CONFIG_FILE, read_config
+from wqmix_jax.runs.output import report
 
 _TARGET = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*)[.:][^\W\d]\w*")
 
@@ -50,7 +51,7 @@ NOTHING_NAMED = Named()
 
 
 def open_config(run_dir: Path, named: Named, *, option: str = "run_dir") -> dict[str, Any]:
-    """`wqmix_jax.records.run_dir.read_config`, for options that are going to be built.
+    """Reads a run's options as `wqmix_jax.records.run_dir.read_config`, and checks the code that building them runs.
 
     One line on stderr names each module and simulator that is not part of this package and will be imported.
 
@@ -69,23 +70,23 @@ def open_config(run_dir: Path, named: Named, *, option: str = "run_dir") -> dict
     add_import_paths(named.config_dir)
     try:
         lines = {group: _checked_target(run_dir, group, values[group].get("_target_"), named) for group in CONTRACTS}
-        _tell(f"importing {line}, named by {config}" for line in lines["env"])
+        _report(f"importing {line}, named by {config}" for line in lines["env"])
         env_class = part_class("env", values["env"]["_target_"])
         values["env"] = _checked_programs(run_dir, env_class, values["env"], named)
-        _tell(f"importing {line}, named by {config}" for line in lines["algo"])
+        _report(f"importing {line}, named by {config}" for line in lines["algo"])
         part_class("algo", values["algo"]["_target_"])
     except ConfigError as error:
         raise ConfigError(f"{config}: {error}") from error
     return values
 
 
-def _tell(lines: Iterable[str]) -> None:
+def _report(lines: Iterable[str]) -> None:
     for line in lines:
-        print(line, file=sys.stderr, flush=True)
+        report(line)
 
 
 def _checked_target(run_dir: Path, group: str, target: Any, named: Named) -> list[str]:
-    """The modules that a class's import will execute, without importing anything.
+    """Returns the modules that a class's import will execute, without importing anything.
 
     Raises:
         ConfigError: if one of them is not allowed.
@@ -117,10 +118,10 @@ def _is_module_of_package(module: str) -> bool:
 
 
 def _files_to_import(module: str) -> Iterator[tuple[str, Path | None]]:
-    """The modules that importing ``module`` executes, outermost package first, with their files.
+    """Yields the modules that importing ``module`` executes, outermost package first, with their files.
 
-    None stands for a file that is not found or can't be known, as that of a built-in module. Modules that this process
-    has imported already are left out: they are not executed again. Nothing is imported here.
+    The file is None if it is not found or unknown, as for a built-in module. Modules that this process has imported
+    already are left out, because they are not executed again. Nothing is imported here.
     """
     parts, search = module.split("."), None
     for index in range(len(parts)):
@@ -178,7 +179,7 @@ def _is_users(file: Path, place: Path, run_dir: Path) -> bool:
 
 
 def _checked_programs(run_dir: Path, env_class: type, options: Mapping[str, Any], named: Named) -> dict[str, Any]:
-    """The options of the environment, with the programs that the user has named.
+    """Returns the options of the environment, with the programs that the user has named.
 
     Raises:
         ConfigError: if they name a program that the user hasn't.
@@ -213,4 +214,4 @@ def _check_simulator(run_dir: Path, simulator: str, named: Named) -> None:
         raise ConfigError(f"{option} is not imported: it names an installed module; {repeat}")
     if not _is_allowed(file.resolve(), run_dir, named):
         raise ConfigError(f"{option} is not allowed: {file} must be in {_PLACES}; {repeat}")
-    _tell([f"workers run {file}, named by {run_dir / CONFIG_FILE}"])
+    _report([f"workers run {file}, named by {run_dir / CONFIG_FILE}"])

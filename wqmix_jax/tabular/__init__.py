@@ -1,6 +1,6 @@
-"""Sections 3 and 4 of the paper, exactly: projections of payoff tables, and the operators that are made of them.
+"""Sections 3 and 4 of the paper, exactly: projections of payoff tables, and the operators that consist of them.
 
-On the host, with numpy and scipy alone. ``python -m wqmix_jax.tabular table2`` prints a projection.
+Everything runs on the host, with numpy and scipy only. ``python -m wqmix_jax.tabular table2`` prints a projection.
 """
 
 from wqmix_jax.tabular.projection import NoProofWarning, Projection, project

@@ -1,7 +1,7 @@
 """The command ``python -m wqmix_jax.tabular table1|table2|PAYOFF.json [--weighting NAME] [--alpha A] [--json]``.
 
-It prints a payoff and its projections side by side, as the paper's tables do. What is wrong with its arguments is told
-in one line on stderr, with exit code 2.
+It prints a payoff and its projections next to each other, as the paper's tables do. Errors in its arguments are
+reported in one line on stderr, with exit code 2.
 """
 
 import argparse
@@ -21,13 +21,13 @@ from wqmix_jax.tabular.search import MAX_ORDERINGS, is_enumerable, num_orderings
 from wqmix_jax.tabular.weightings import NAMES, checked_alpha
 
 DEFAULT_ALPHA = 0.1
-"""The paper's on predator-prey."""
+"""The paper's value on predator-prey."""
 
 MAX_BYTES = 1_000_000
-"""A payoff file of more is not read."""
+"""Larger payoff files are not read."""
 
 MAX_SHOWN = 8
-"""Minimisers that are printed; ``--json`` has all of them."""
+"""The most minimisers that are printed; ``--json`` prints all of them."""
 
 _MAX_DENOMINATOR = 30
 """Numbers within rounding of a fraction with a denominator up to this are printed as one."""
@@ -49,10 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def read_payoff(name: str) -> np.ndarray:
-    """The payoff of a preset's name or a JSON file.
+    """Reads the payoff from a preset's name or a JSON file.
 
     Raises:
-        ValueError: if it is no payoff, or one of a game with too many orderings to enumerate.
+        ValueError: if it is no payoff, or the game has too many orderings to enumerate.
     """
     payoff = payoff_tensor(name) if name in PRESETS else _from_file(Path(name))
     shape = " x ".join(str(length) for length in payoff.shape)
@@ -66,7 +66,7 @@ def read_payoff(name: str) -> np.ndarray:
 
 
 def as_json(projection: Projection) -> dict[str, Any]:
-    """What ``--json`` prints, of plain types."""
+    """Converts a projection to plain types, for ``--json``."""
     return {
         "q_tot": projection.q_tot.tolist(),
         "loss": projection.loss,
@@ -78,7 +78,7 @@ def as_json(projection: Projection) -> dict[str, Any]:
 
 
 def as_text(payoff: np.ndarray, projection: Projection) -> str:
-    """The payoff and the minimisers side by side, and what there is to say about them."""
+    """Formats the payoff and the minimisers next to each other, followed by their loss, number and greedy actions."""
     shown = projection.minimisers[:MAX_SHOWN]
     names = ["Q", *("Q_tot" if len(shown) == 1 else f"Q_tot {index}" for index in range(1, len(shown) + 1))]
     lines = _side_by_side(names, [payoff, *shown])
@@ -145,7 +145,7 @@ def _text(path: Path) -> str:
 
 
 def _side_by_side(names: Sequence[str], tables: Sequence[np.ndarray]) -> list[str]:
-    """Tables of the last two agents next to each other, one row of them for each joint action of the other agents."""
+    """Formats tables of the last two agents in a row; one such row for each joint action of the other agents."""
     lines = []
     tables = [np.atleast_2d(table) for table in tables]
     for leading in np.ndindex(tables[0].shape[:-2]):
@@ -174,7 +174,7 @@ def _actions(joint_actions: Any) -> str:
 
 
 def _number(value: float) -> str:
-    """Short: an integer, a simple fraction as the paper prints them, or five digits."""
+    """Formats a number as an integer, a simple fraction as the paper prints them, or with five digits."""
     near = Fraction(float(value)).limit_denominator(_MAX_DENOMINATOR)
     if abs(float(near) - value) <= 1e-9 * max(1.0, abs(value)):
         return str(near)

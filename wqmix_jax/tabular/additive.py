@@ -1,4 +1,4 @@
-"""The best sum of per-agent utilities, VDN's class, by bounded least squares (`scipy.optimize.lsq_linear`).
+"""Finds the best sum of per-agent utilities, VDN's class, by bounded least squares (`scipy.optimize.lsq_linear`).
 
 A skew square is a symmetric one with a slack s >= 0: ``min_s (e + s)^2 + b s^2`` is ``e^2`` where the error e = q - x
 is positive and ``b / (1 + b) e^2`` where it is negative.
@@ -20,8 +20,8 @@ class AdditiveFit(NamedTuple):
 
     Attributes:
         loss: the weighted sum of squared errors.
-        q_tot: of the payoff's shape.
-        greedy: the joint action whose weights these are, or None where they don't depend on it.
+        q_tot: the table, of the payoff's shape.
+        greedy: the joint action that the weights depend on, or None if they don't.
     """
 
     loss: float
@@ -30,12 +30,12 @@ class AdditiveFit(NamedTuple):
 
 
 def best_additive(q: np.ndarray, tables: Weights, greedy: JointAction | None) -> list[AdditiveFit]:
-    """One fit per greedy joint action that the weights or the caller tell apart, else the only one.
+    """Fits the payoff once for each greedy joint action on which the weights depend, or once if they don't.
 
     Args:
         q: the payoff.
         tables: ``[G, C]``, see `weight_tables`.
-        greedy: what every agent likes best, where only such are wanted.
+        greedy: if given, only tables with these as the agents' best actions.
     """
     if len(tables.under) == 1:
         return [_fit(q, Weights(tables.under[0], tables.over[0]), greedy)]
@@ -46,10 +46,10 @@ def best_additive(q: np.ndarray, tables: Weights, greedy: JointAction | None) ->
 
 
 def basis(shape: tuple[int, ...], reference: JointAction | None) -> np.ndarray:
-    """Columns that span the additive tables, ``[C, 1 + sum(A_a - 1)]``.
+    """Returns columns that span the additive tables, ``[C, 1 + sum(A_a - 1)]``.
 
-    A constant, the value of ``reference`` (by default the first joint action), and what each other action of each agent
-    adds to it.
+    The first is a constant, the value of ``reference`` (by default the first joint action); the others are what each
+    other action of each agent adds to it.
     """
     joint_actions = np.indices(shape).reshape(len(shape), -1)
     columns = [np.ones(joint_actions.shape[1])]
@@ -60,7 +60,7 @@ def basis(shape: tuple[int, ...], reference: JointAction | None) -> np.ndarray:
 
 
 def _fit(q: np.ndarray, weights: Weights, greedy: JointAction | None) -> AdditiveFit:
-    """Where ``greedy`` is given, no other action may add anything to it."""
+    """Fits one table; with ``greedy``, no other action may add anything to its value."""
     columns, target = basis(q.shape, greedy), q.ravel()
     skew = np.flatnonzero(weights.over < weights.under)
     under, over = weights.under[skew], weights.over[skew]

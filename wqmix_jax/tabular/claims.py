@@ -1,7 +1,7 @@
-"""What the paper's sections 3 and 4 claim, as questions about one payoff, for tests and ``experiments.tabular``.
+"""The claims of the paper's sections 3 and 4, as questions about one payoff, for tests and ``experiments.tabular``.
 
-Ties are where the statements are delicate. A Q_tot may tie the optimum with a worse joint action: its argmax *set* is
-then right, and the agents may still play the other one.
+The statements are delicate if there are ties: a Q_tot may tie the optimum with a worse joint action. Its argmax *set*
+is then right, and the agents may still play the other one.
 """
 
 from collections.abc import Callable
@@ -14,24 +14,24 @@ from wqmix_jax.tabular.projection import Projection, argmax_set, project
 from wqmix_jax.tabular.weightings import EpsilonGreedy, JointAction
 
 Works = Callable[[np.ndarray, Projection], bool]
-"""Whether a payoff's projection is right, in some sense."""
+"""Returns True if a payoff's projection is right, in some sense."""
 
 GRID = tuple(float(alpha) for alpha in np.logspace(-9, 0, 28))
 """The alphas that `largest_alpha` tries before it bisects: three per factor of ten."""
 
 
 def argmax_is_right(q: np.ndarray, projection: Projection) -> bool:
-    """Whether the argmax set holds an optimal joint action, for every minimiser: what is left of theorems 1 and 2."""
+    """Returns True if every minimiser's argmax set has an optimal joint action: theorems 1 and 2, up to ties."""
     return all(argmax_set(each) & argmax_set(q) for each in projection.minimisers)
 
 
 def greedy_is_right(q: np.ndarray, projection: Projection) -> bool:
-    """Whether the agents play an optimal joint action, for the first minimiser."""
+    """Returns True if the agents play an optimal joint action with the first minimiser."""
     return projection.decentralised_greedy in argmax_set(q)
 
 
 def unique_argmax_is_exact(q: np.ndarray, projection: Projection) -> bool:
-    """Corollary 2: where Q_tot has a single maximum, it has Q's value there; True where it has several."""
+    """Checks corollary 2: a single maximum of Q_tot has Q's value there. Returns True if there are several maxima."""
     return all(
         np.isclose(each[next(iter(maxima))], q[next(iter(maxima))], rtol=0, atol=1e-9 * (np.ptp(q) or 1.0))
         for each in projection.minimisers
@@ -40,14 +40,14 @@ def unique_argmax_is_exact(q: np.ndarray, projection: Projection) -> bool:
 
 
 def underestimate(q: np.ndarray, projection: Projection) -> float:
-    """How far ``q_tot`` lies below the value of the optimal joint action that it estimates best; at least 0."""
+    """Returns by how much ``q_tot`` underestimates the optimal joint action that it estimates best; at least 0."""
     return max(0.0, min(float(q[best] - projection.q_tot[best]) for best in argmax_set(q)))
 
 
 def proof_alpha(q: np.ndarray) -> float:
-    """The alpha that the proofs of theorems 1 and 2 need to be below: (gap / range)^2 / number of joint actions.
+    """Returns the bound on alpha in the proofs of theorems 1 and 2: (gap / range)^2 / number of joint actions.
 
-    The appendix has ``R_max / (1 - gamma)`` in the place of the range of Q. A constant payoff needs none: infinite.
+    The appendix has ``R_max / (1 - gamma)`` instead of the range of Q. A constant payoff has no bound: infinity.
     """
     worse = ~np.isin(np.arange(q.size), [np.ravel_multi_index(best, q.shape) for best in argmax_set(q)])
     if not worse.any():
@@ -63,10 +63,10 @@ def largest_alpha(
     *,
     precision: float = 1e-3,
 ) -> float | None:
-    """The largest alpha that works, to a relative ``precision``, or None where none in `GRID` does.
+    """Returns the largest alpha that works, to a relative ``precision``, or None if none in `GRID` does.
 
-    The largest of `GRID` that works is found first, and the boundary above it by bisection; between two neighbours of
-    the grid, working is taken to change once.
+    First comes the largest alpha of `GRID` that works, then bisection finds the boundary above it; the search assumes
+    that between two neighbours of the grid there is a single boundary.
     """
     q = payoff_tensor(q)
 
@@ -84,16 +84,16 @@ def largest_alpha(
 
 
 def with_zero_actions(num_zero_actions: int) -> np.ndarray:
-    """Table 2's game with another number of actions that are worth 0 together; the table itself has two."""
+    """Returns Table 2's game with another number of actions that pay 0 together; the table itself has two."""
     table = np.array(PRESETS["table2"])
     kept = table[:2, :2]
     return np.pad(kept, (0, num_zero_actions - 1), mode="edge")
 
 
 def stretch(first: np.ndarray, second: np.ndarray, **how: Any) -> float:
-    """How many times farther apart, in the maximum norm, two payoffs are after projection; a contraction has below 1.
+    """Returns the ratio of two payoffs' distances after and before projection; a contraction has less than 1.
 
-    Of several minimisers the two closest are compared.
+    Distances are in the maximum norm; if there are several minimisers, the two closest are compared.
     """
     ends = [project(each, **how).minimisers for each in (first, second)]
     nearest = min(np.abs(one - other).max() for one in ends[0] for other in ends[1])
@@ -101,12 +101,12 @@ def stretch(first: np.ndarray, second: np.ndarray, **how: Any) -> float:
 
 
 def stable_policies(q: np.ndarray, epsilon: float, **how: Any) -> frozenset[JointAction]:
-    """The joint actions that reproduce themselves: greedy in a projection weighted by their epsilon-greedy policy."""
+    """Returns the joint actions that are greedy in a projection weighted by their own epsilon-greedy policy."""
     return frozenset(greedy for greedy in np.ndindex(q.shape) if _next_policy(q, epsilon, greedy, how) == greedy)
 
 
 def followed_policy(q: np.ndarray, epsilon: float, start: JointAction, **how: Any) -> JointAction | None:
-    """Where epsilon-greedy behaviour ends, projected and greedy again and again; None where it runs in a circle."""
+    """Alternates projection and epsilon-greedy behaviour, and returns the final joint action; None if it cycles."""
     seen: list[JointAction] = []
     here = start
     while here not in seen:

@@ -1,4 +1,4 @@
-"""Whether a loss that ignores overestimates (eq. 11) has one minimiser or a continuum, by linear programmes (HiGHS)."""
+"""Decides by linear programmes (HiGHS) if a loss that ignores overestimates (eq. 11) has one minimiser or many."""
 
 from typing import NamedTuple
 
@@ -24,19 +24,19 @@ class Tables(NamedTuple):
 
 
 def representative(q: np.ndarray, q_tot: np.ndarray, weights: Weights, cone: Tables) -> np.ndarray | None:
-    """A minimiser inside the continuum, where there is one: the mean of those with an extreme estimate.
+    """Returns a minimiser inside the continuum, if there is one: the mean of those with an extreme estimate.
 
-    Errors that count are the same in all minimisers, since squares are strictly convex; what may move are estimates
-    that are not below their target, where overestimates weigh nothing.
+    Errors with a weight are the same in all minimisers, since squares are strictly convex. Only estimates that are not
+    below their target may differ, where overestimates have no weight.
 
     Args:
         q: ``[C]`` targets.
         q_tot: ``[C]``, one minimiser.
         weights: ``[C]`` each.
-        cone: what the minimisers are taken from; it must bound the free estimates from above.
+        cone: the set of tables to choose from; it must bound the free estimates from above.
 
     Returns:
-        ``[C]``, or None where ``q_tot`` is the only minimiser.
+        ``[C]``, or None if ``q_tot`` is the only minimiser.
     """
     scale, offset = np.ptp(q) or 1.0, q.mean()
     target, here = (q - offset) / scale, (q_tot - offset) / scale
@@ -56,7 +56,7 @@ def representative(q: np.ndarray, q_tot: np.ndarray, weights: Weights, cone: Tab
     def extreme(direction: np.ndarray) -> np.ndarray:
         solved = scipy.optimize.linprog(direction, **limits)
         if solved.x is None:
-            raise ArithmeticError(f"HiGHS found no minimiser beside a given one: {solved.message}")
+            raise ArithmeticError(f"HiGHS found no minimiser next to a given one: {solved.message}")
         return cone.columns @ solved.x
 
     extremes = np.array([extreme(sign * row) for row in loose for sign in (1, -1)])

@@ -1,13 +1,13 @@
-"""Isotonic regression on a grid, exactly, for convex losses and many problems at once.
+"""Isotonic regression on a grid, exactly, for convex losses and many problems in one call.
 
 Once each agent's actions are ordered, a monotonic Q_tot is a table that falls along no axis, and the projection is a
 convex problem: minimise ``sum_u under(u) (q - x)_+^2 + over(u) (x - q)_+^2`` over such tables x. No well-kept solver
 covers a partial order together with a square that is asymmetric, so this is the classical recursion on level sets
 (Maxwell and Muckstadt 1985; Hochbaum and Queyranne 2003 for any convex loss): fit a constant to a block of cells, find
-the upper set that the loss pulls up the most, and where any is pulled up, split the block there and go on with both
+the upper set that the loss pulls up the most, and if there is one, split the block there and continue with both
 parts. Nothing is iterated to a tolerance; the tests compare it with `scipy.optimize.nnls` on the cone's generators.
 
-Tables lie flat: ``C`` cells in C order, index 0 of each axis the lowest. ``P`` counts problems.
+Tables are flat: ``C`` cells in C order, index 0 of each axis the lowest. ``P`` counts problems.
 """
 
 import functools
@@ -17,35 +17,35 @@ import numpy as np
 import scipy
 
 MAX_UPPER_SETS = 10_000
-"""Grids with more are not enumerated: 6 x 6 has 924, 3 x 3 x 3 has 980, 2 x 2 x 2 x 2 x 2 has 7581."""
+"""Grids with more upper sets are not enumerated: 6 x 6 has 924, 3 x 3 x 3 has 980, 2 x 2 x 2 x 2 x 2 has 7581."""
 
 _MAX_BASE = 3000
-"""With more upper sets one axis more has too many, and comparing all pairs of them would be slow."""
+"""With more upper sets, one more axis would have too many, and comparing all pairs of them would be slow."""
 
 _MAX_SUMS = 1_000_000
-"""Sums over upper sets that are held in memory at once."""
+"""The most sums over upper sets that are in memory simultaneously."""
 
 _PROGRAMMES = 64
-"""Linear programmes that are solved in one."""
+"""The number of linear programmes that are solved as one."""
 
 _NO_GAIN = 1e-12
-"""A pull this small beside the block's is rounding."""
+"""A pull this small, relative to the block's, is rounding."""
 
 BestUpperSet = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 """``[P, C]`` values to the upper set of greatest sum of each row, ``[P, C]`` bool, and that sum, ``[P]``."""
 
 
 def fit(q: np.ndarray, under: np.ndarray, over: np.ndarray, best_upper_set: BestUpperSet) -> np.ndarray:
-    """The isotonic tables of least loss.
+    """Fits the isotonic tables of least loss.
 
     Args:
         q: ``[P, C]`` targets.
-        under: ``[P, C]`` weights > 0 of squared errors where the table lies below its target.
-        over: ``[P, C]`` weights where it lies above, from 0 to ``under``.
+        under: ``[P, C]`` weights > 0 of squared errors where the table is below its target.
+        over: ``[P, C]`` weights where it is above, from 0 to ``under``.
         best_upper_set: the grid's, from `enumerated` or `by_linear_programme`.
 
     Returns:
-        ``[P, C]``; the minimiser is the only one where all weights are positive.
+        ``[P, C]``; the minimiser is unique if all weights are positive.
     """
     fitted = np.empty_like(q)
     problem, block = np.arange(len(q)), np.ones(q.shape, bool)
@@ -64,10 +64,11 @@ def fit(q: np.ndarray, under: np.ndarray, over: np.ndarray, best_upper_set: Best
 
 
 def _best_constant(q: np.ndarray, under: np.ndarray, over: np.ndarray, block: np.ndarray) -> np.ndarray:
-    """The constant of least loss for each block, ``[P]``: a weighted mean, or an expectile where the loss is skew.
+    """Returns the constant of least loss for each block, ``[P]``: a weighted mean, or an expectile for a skew loss.
 
-    Newton's method on the derivative, which is piecewise linear, and convex since ``over <= under``: from the left it
-    climbs to the root in at most as many steps as there are pieces. Of several roots it takes the lowest.
+    It applies Newton's method to the derivative, which is piecewise linear, and convex since ``over <= under``: from
+    the left it climbs to the root in at most as many steps as there are pieces. If there are several roots, it returns
+    the lowest.
     """
     under, over = under * block, over * block
     level = (under * q).sum(1) / under.sum(1)
@@ -76,7 +77,7 @@ def _best_constant(q: np.ndarray, under: np.ndarray, over: np.ndarray, block: np
     highest = np.where(block, q, -np.inf).max(1)
     below = None
     for _ in range(q.shape[1] + 1):
-        level = np.minimum(level, highest)  # by rounding it may pass it, where no weight is left
+        level = np.minimum(level, highest)  # rounding may exceed it, where no weight is left
         before, below = below, q >= level[:, None]
         if before is not None and np.array_equal(before, below):
             break
@@ -87,17 +88,17 @@ def _best_constant(q: np.ndarray, under: np.ndarray, over: np.ndarray, block: np
 
 @functools.cache
 def enumerated(shape: tuple[int, ...]) -> BestUpperSet | None:
-    """Looks the best upper set up among all of them, or None where a grid has more than `MAX_UPPER_SETS`."""
+    """Returns a function that compares all upper sets, or None if a grid has more than `MAX_UPPER_SETS`."""
     sets = upper_sets(shape)
     if sets is None:
         return None
     columns = sets.T.astype(float)
-    at_once = max(1, _MAX_SUMS // len(sets))
+    per_product = max(1, _MAX_SUMS // len(sets))
 
     def best(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         chosen, gain = np.empty(len(values), int), np.empty(len(values))
-        for start in range(0, len(values), at_once):
-            rows = slice(start, start + at_once)
+        for start in range(0, len(values), per_product):
+            rows = slice(start, start + per_product)
             sums = values[rows] @ columns
             chosen[rows], gain[rows] = sums.argmax(1), sums.max(1)
         return sets[chosen], gain
@@ -106,9 +107,10 @@ def enumerated(shape: tuple[int, ...]) -> BestUpperSet | None:
 
 
 def upper_sets(shape: tuple[int, ...]) -> np.ndarray | None:
-    """All upper sets of a grid, ``[U, C]`` bool, or None where there are more than `MAX_UPPER_SETS`.
+    """Returns all upper sets of a grid, ``[U, C]`` bool, or None if there are more than `MAX_UPPER_SETS`.
 
-    One of ``shape`` is a sequence of as many of ``shape[1:]`` as the first axis is long, each inside the next.
+    An upper set of ``shape`` is a sequence of upper sets of ``shape[1:]``, one per index of the first axis, each inside
+    the next.
     """
     sets = np.array([[False], [True]])
     for length in reversed(shape):
@@ -116,7 +118,7 @@ def upper_sets(shape: tuple[int, ...]) -> np.ndarray | None:
             continue
         if len(sets) > _MAX_BASE:
             return None
-        inside = ~(sets.astype(np.float32) @ ~sets.T > 0)  # [i, j]: set i lies in set j
+        inside = ~(sets.astype(np.float32) @ ~sets.T > 0)  # [i, j]: set i is inside set j
         chains = np.arange(len(sets))[:, None]
         for _ in range(length - 1):
             if inside[chains[:, -1]].sum() > MAX_UPPER_SETS:
@@ -145,7 +147,7 @@ def by_linear_programme(shape: tuple[int, ...]) -> BestUpperSet:
 
 
 def _highest_vertices(values: np.ndarray, falls: "scipy.sparse.csr_matrix") -> np.ndarray:
-    """All rows as one programme, since a call costs more than a small programme does."""
+    """Solves all rows as one programme, since a call costs more than a small programme."""
     all_falls = scipy.sparse.kron(scipy.sparse.eye(len(values)), falls, format="csr")
     aim, limits = -values.ravel(), np.zeros(all_falls.shape[0])
     solved = scipy.optimize.linprog(aim, A_ub=all_falls, b_ub=limits, bounds=(0, 1), method="highs")
@@ -153,7 +155,7 @@ def _highest_vertices(values: np.ndarray, falls: "scipy.sparse.csr_matrix") -> n
 
 
 def covers(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The neighbours of a grid: flat indices of the lower and of the upper cell of each pair."""
+    """Returns the neighbours of a grid: flat indices of the lower and of the upper cell of each pair."""
     cells = np.arange(np.prod(shape)).reshape(shape)
     pairs = [(np.delete(cells, -1, axis).ravel(), np.delete(cells, 0, axis).ravel()) for axis in range(len(shape))]
     low, high = zip(*pairs, strict=True)

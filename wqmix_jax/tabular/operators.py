@@ -1,8 +1,8 @@
 """The paper's operators on finite multi-agent MDPs: T* (eq. 1), T*_Qmix (section 3), T*_w and T*_WQMIX (eq. 6 and 7).
 
 The projections have several minimisers, of which the paper's operators draw one at random. Here the draw is seeded: a
-seed makes an operator a function, so that it may have a fixed point, and other seeds are the restarts; a
-`numpy.random.Generator` in its place draws anew in every application.
+seed makes an operator a function, so that it may have a fixed point, and other seeds are the restarts. With a
+`numpy.random.Generator` instead, each application draws again.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from wqmix_jax.tabular.weightings import JointAction
 Seed = int | np.random.Generator
 
 Plays = Literal["decentralised", "argmax"]
-"""Which of Q_tot's maxima is played: the agents' own choices, or any of the argmax set, drawn at random."""
+"""The choice among Q_tot's maxima: the agents' own actions, or a random element of the argmax set."""
 
 
 class MMDP(NamedTuple):
-    """A fully observable multi-agent MDP. A task that ends has a state without reward that leads to itself.
+    """A fully observable multi-agent MDP. The end of a task is a state without reward that leads to itself.
 
     Attributes:
         reward: ``[X, *A]``, expected reward of each joint action in each of the ``X`` states.
@@ -34,11 +34,11 @@ class MMDP(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """An operator, applied again and again.
+    """The trace of an operator that was applied ``K`` times.
 
     Attributes:
-        q: ``[K + 1, X, *A]``, the start and what each application gave.
-        changes: ``[K]``, the greatest change of each application.
+        q: ``[K + 1, X, *A]``, the start and the result of each application.
+        changes: ``[K]``, the greatest change in each application.
         converged: whether the last change was within the tolerance.
     """
 
@@ -48,10 +48,10 @@ class Trace(NamedTuple):
 
     @property
     def fixed_point(self) -> np.ndarray:
-        """The last table.
+        """Returns the last table.
 
         Raises:
-            ValueError: if the operator didn't come to rest.
+            ValueError: if the operator didn't converge.
         """
         if not self.converged:
             raise ValueError(f"no fixed point was reached in {len(self.changes)} applications")
@@ -59,10 +59,10 @@ class Trace(NamedTuple):
 
 
 def checked(mmdp: MMDP) -> MMDP:
-    """The MMDP as float64 arrays.
+    """Returns the MMDP as float64 arrays.
 
     Raises:
-        ValueError: if its shapes, probabilities or discount are none.
+        ValueError: if its shapes, probabilities or discount are not allowed.
     """
     reward, transition = np.asarray(mmdp.reward, float), np.asarray(mmdp.transition, float)
     if reward.ndim < 2 or transition.shape != (*reward.shape, len(reward)):
@@ -80,32 +80,32 @@ def checked(mmdp: MMDP) -> MMDP:
 
 
 def two_steps(payoff: np.ndarray, discount: float) -> MMDP:
-    """State 0 pays nothing and leads to state 1, which pays ``payoff`` and leads to the end, state 2."""
+    """Returns an MMDP in which state 0 pays nothing, state 1 after it pays ``payoff``, and state 2 is the end."""
     reward = np.stack([np.zeros_like(payoff), payoff, np.zeros_like(payoff)])
     return MMDP(reward, _to_states(reward.shape, [1, 2, 2]), discount)
 
 
 def bellman(mmdp: MMDP, q: np.ndarray) -> np.ndarray:
-    """T* (eq. 1), a contraction by the discount."""
+    """Applies T* (eq. 1), a contraction by the discount; ``q`` ``[X, *A]``."""
     return _backup(mmdp, q.reshape(len(q), -1).max(1))
 
 
 def qmix(mmdp: MMDP, q_tot: np.ndarray, *, seed: Seed = 0) -> np.ndarray:
-    """T*_Qmix = Pi_Qmix T* (section 3): Bellman targets of Q_tot itself, projected without a weighting."""
+    """Applies T*_Qmix = Pi_Qmix T* (section 3): Bellman targets of Q_tot itself, projected without a weighting."""
     return np.stack([each.q_tot for each in _projected(bellman(mmdp, q_tot), seed)])
 
 
 def weighted(
     mmdp: MMDP, q_hat: np.ndarray, *, plays: Plays = "decentralised", seed: Seed = 0, **how: Any
 ) -> np.ndarray:
-    """T*_w (eq. 6), as corollary 3 writes it: Q-hat of the joint action that its own projection ``Pi_w`` plays.
+    """Applies T*_w (eq. 6) in the form of corollary 3: Q-hat of the joint action that its projection ``Pi_w`` plays.
 
     Args:
         mmdp: the task.
         q_hat: ``[X, *A]``, unrestricted.
-        plays: which of Q_tot's maxima is played.
-        seed: of the draws among minimisers and among maxima.
-        **how: what `project` takes beside the payoff: ``weighting``, ``alpha`` and so on.
+        plays: the choice among Q_tot's maxima.
+        seed: the seed of the draws among minimisers and among maxima.
+        **how: further arguments of `project`: ``weighting``, ``alpha`` and so on.
     """
     rng = np.random.default_rng(seed)
     played = [_played(each, plays, rng) for each in _projected(q_hat, rng, **how)]
@@ -115,7 +115,7 @@ def weighted(
 def weighted_q_tot(
     mmdp: MMDP, q_hat: np.ndarray, *, plays: Plays = "decentralised", seed: Seed = 0, **how: Any
 ) -> np.ndarray:
-    """T*_WQMIX = Pi_w T*_w (eq. 7), the Q_tot that goes with the next Q-hat; arguments as in `weighted`."""
+    """Applies T*_WQMIX = Pi_w T*_w (eq. 7), the Q_tot that belongs to the next Q-hat; arguments as in `weighted`."""
     rng = np.random.default_rng(seed)
     target = weighted(mmdp, q_hat, plays=plays, seed=rng, **how)
     return np.stack([each.q_tot for each in _projected(target, rng, **how)])
@@ -161,7 +161,7 @@ def _backup(mmdp: MMDP, values: np.ndarray) -> np.ndarray:
 
 
 def _projected(q: np.ndarray, seed: Seed, **how: Any) -> list[Minimiser]:
-    """One minimiser per state, drawn at random."""
+    """Draws one minimiser per state at random."""
     rng = np.random.default_rng(seed)
     return [_drawn(solve(table, **how).minimisers, rng) for table in q]
 
@@ -179,7 +179,7 @@ def _played(minimiser: Minimiser, plays: Plays, rng: np.random.Generator) -> Joi
 
 
 def _to_states(shape: tuple[int, ...], following: list[int]) -> np.ndarray:
-    """Every joint action in state x leads to ``following[x]``."""
+    """Returns transitions in which every joint action in state x leads to ``following[x]``."""
     transition = np.zeros((*shape, shape[0]))
     for state, after in enumerate(following):
         transition[state, ..., after] = 1

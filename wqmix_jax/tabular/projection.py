@@ -1,7 +1,7 @@
 """The projection of a payoff into the tables that QMIX, or VDN, can represent: eq. 2 and 3 of the paper, exactly.
 
-A table is monotonic if each agent's actions can be ordered such that it falls along no axis; ``f_s`` then only has to
-be non-decreasing. For one ordering the problem is convex (`isotonic`), and the projection is the best over all
+A table is monotonic if each agent's actions can be ordered such that it falls along no axis; ``f_s`` must then only be
+non-decreasing. For one ordering the problem is convex (`isotonic`), and the projection is the best over all
 orderings (`search`).
 """
 
@@ -26,8 +26,8 @@ class Minimiser(NamedTuple):
     """One table of least loss.
 
     Attributes:
-        q_tot: of the payoff's shape.
-        greedy: each agent's best action, the first where it likes several the same.
+        q_tot: the table, of the payoff's shape.
+        greedy: each agent's best action, the first if several are equally good.
     """
 
     q_tot: np.ndarray
@@ -35,16 +35,16 @@ class Minimiser(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """What a payoff is projected to. The first three describe the first of the minimisers.
+    """The projection of a payoff; ``q_tot``, ``argmax_set`` and ``decentralised_greedy`` describe its first minimiser.
 
     Attributes:
         q_tot: the table, of the payoff's shape.
         loss: the weighted sum of squared errors over joint actions.
         argmax_set: all joint actions where ``q_tot`` is greatest.
-        decentralised_greedy: each agent's top action in the minimising ordering, which it plays on its own; the first
-            where it likes several the same. Always one of ``argmax_set``, but not any of them.
+        decentralised_greedy: each agent's top action in the minimising ordering, which it plays independently; the
+            first if several are equally good. Always one of ``argmax_set``, but not an arbitrary one.
         minimisers: all distinct tables of least loss, in descending order of their entries.
-        unique: whether there is but one. Where they form a continuum, one stands for it and this is False.
+        unique: whether there is only one. If they form a continuum, ``minimisers`` has one of them and this is False.
         proven: whether all orderings were tried; otherwise nothing proves that there is no better table.
     """
 
@@ -58,11 +58,11 @@ class Projection(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """All that `project` knows, for those who go on with any minimiser.
+    """The result of `solve`, with every minimiser.
 
     Attributes:
-        loss: the least.
-        minimisers: see `Projection`, here with what the agents do.
+        loss: the least loss.
+        minimisers: see `Projection`, here with each agent's best action.
         unique: see `Projection`.
         proven: see `Projection`.
     """
@@ -84,8 +84,8 @@ def project(
 ) -> Projection:
     """Projects a payoff, to the global optimum.
 
-    Of monotonic tables all orderings are tried, up to a million with at most 10,000 upper sets each: 2 agents with 6
-    actions, 3 agents with 3, 5 agents with 2. Beyond that a bounded search over orderings is made, with a
+    For monotonic tables, all orderings are tried, up to a million with at most 10,000 upper sets each: 2 agents with 6
+    actions, 3 agents with 3, 5 agents with 2. For larger games a bounded search tries some orderings, with a
     `NoProofWarning` and ``proven=False``.
 
     Args:
@@ -93,7 +93,7 @@ def project(
         weighting: ``uniform`` (QMIX, eq. 2); ``central`` (eq. 4) or ``optimistic`` (eq. 5), which need ``alpha``; a
             function of ``q`` that returns fixed weights > 0; or a `GreedyWeighting`, such as `PracticalCentral`
             (eq. 10) and `QTRAN` (eq. 11), which is minimised over the greedy joint action as well.
-        alpha: weight in (0, 1] of the other joint actions; not used by other weightings.
+        alpha: weight in (0, 1] of the other joint actions; ignored by other weightings.
         central_ties: whether eq. 4 puts weight 1 on all optimal joint actions or on the first alone.
         function_class: ``monotonic`` (QMIX) or ``additive`` (VDN).
         greedy: only tables in whose ordering these are the agents' top actions; all by default.
@@ -125,7 +125,7 @@ def solve(
     function_class: Literal["monotonic", "additive"] = "monotonic",
     greedy: JointAction | None = None,
 ) -> Solution:
-    """What `project` does, with each minimiser's greedy joint action."""
+    """Projects a payoff as `project` does, and returns each minimiser's greedy joint action as well."""
     q = payoff_tensor(q)
     tables = weight_tables(q, weighting, alpha=alpha, central_ties=central_ties)
     greedy = _checked_greedy(q, greedy)
@@ -135,18 +135,18 @@ def solve(
         raise ValueError(f"function_class={function_class!r} is not allowed: monotonic or additive is needed")
     if is_enumerable(q.shape):
         return _best(q, tables, _monotonic(q, tables, best_monotonic(q, tables, greedy)), proven=True)
-    told = f"{q.shape} actions have too many orderings: the best of {MAX_VISITS} that a search tried is no proof"
-    warnings.warn(told, NoProofWarning, stacklevel=3)
+    message = f"{q.shape} actions have too many orderings: the best of {MAX_VISITS} that a search tried is no proof"
+    warnings.warn(message, NoProofWarning, stacklevel=3)
     return _best(q, tables, _monotonic(q, tables, search_monotonic(q, tables, greedy)), proven=False)
 
 
 def argmax_set(table: np.ndarray) -> frozenset[JointAction]:
-    """All joint actions where a table is greatest."""
+    """Returns all joint actions where a table is greatest."""
     return frozenset(tuple(each) for each in np.argwhere(is_highest(table)).tolist())
 
 
 class _Fit(NamedTuple):
-    """A candidate of either class: ``row`` of the weight tables is its, ``cone`` what it was taken from."""
+    """A candidate of either class, with its row of the weight tables and the cone of tables it was chosen from."""
 
     loss: float
     q_tot: np.ndarray
@@ -186,7 +186,7 @@ def _monotonic(q: np.ndarray, tables: Weights, candidates: list[Candidate]) -> l
 
 
 def _best(q: np.ndarray, tables: Weights, fits: list[_Fit], *, proven: bool) -> Solution:
-    """Merges the same tables, and looks for a continuum where overestimates may weigh nothing."""
+    """Merges equal tables, and looks for a continuum if overestimates may have no weight."""
     loss = min(each.loss for each in fits)
     same = SAME * (np.ptp(q) or 1.0)
     merged: list[Minimiser] = []
@@ -205,7 +205,7 @@ def _best(q: np.ndarray, tables: Weights, fits: list[_Fit], *, proven: bool) -> 
 
 
 def _first_on_top(q_tot: np.ndarray) -> JointAction:
-    """The first of the maxima, each agent on its own, of a table that is a sum of utilities."""
+    """Returns the first maximum, agent by agent, of a table that is a sum of utilities."""
     return tuple(int(action) for action in np.argwhere(is_highest(q_tot)).min(0))
 
 

@@ -1,4 +1,4 @@
-"""The best monotonic table over all orderings of the agents' actions, or over those that a bounded search visits."""
+"""Finds the best monotonic table over all orderings of the agents' actions, or over those of a bounded search."""
 
 import itertools
 import math
@@ -11,10 +11,10 @@ from wqmix_jax.tabular.isotonic import MAX_UPPER_SETS, BestUpperSet, by_linear_p
 from wqmix_jax.tabular.weightings import JointAction, Weights, squared_loss
 
 MAX_ORDERINGS = 1_000_000
-"""More joint orderings are not enumerated: 2 agents with 6 actions have 518,400, 3 agents with 3 have 216."""
+"""The most joint orderings that are enumerated: 2 agents with 6 actions have 518,400, 3 agents with 3 have 216."""
 
 MAX_VISITS = 300
-"""Orderings that the bounded search tries."""
+"""The number of orderings that the bounded search tries."""
 
 _LOSS_TIE = 1e-9
 """Losses that differ by less than this part are equal."""
@@ -23,13 +23,13 @@ SAME = 1e-9
 """Tables that differ by less than this part of the payoff's range are one."""
 
 _ROUNDING = 1e-12
-"""What rounding may add to a loss, beside the loss of the best constant."""
+"""The part of the best constant's loss that rounding may add to a loss."""
 
 _CHUNKS = (64, 4096)
-"""Orderings that are fitted at once: at first few, to have a loss that rules out most of the others."""
+"""The numbers of orderings that are fitted in one call: few at first, for a loss that rules out most of the others."""
 
 Orders = tuple[np.ndarray, ...]
-"""Per agent some orderings of its actions, ``[K_a, A_a]``, the worst action first."""
+"""For each agent some orderings of its actions, ``[K_a, A_a]``, the worst action first."""
 
 
 class Candidate(NamedTuple):
@@ -37,8 +37,8 @@ class Candidate(NamedTuple):
 
     Attributes:
         loss: the weighted sum of squared errors.
-        q_tot: of the payoff's shape.
-        cells: ``[C]`` joint actions in the ordering's own C order, as flat indices; the last is the greedy one.
+        q_tot: the table, of the payoff's shape.
+        cells: ``[C]`` joint actions in the ordering's C order, as flat indices; the last is the greedy one.
     """
 
     loss: float
@@ -47,25 +47,25 @@ class Candidate(NamedTuple):
 
 
 def is_enumerable(shape: tuple[int, ...]) -> bool:
-    """Whether all orderings of games of this shape are tried, each over all upper sets of its grid."""
+    """Returns True if all orderings of games of this shape are tried, each over all upper sets of its grid."""
     return num_orderings(shape) <= MAX_ORDERINGS and enumerated(shape) is not None
 
 
 def num_orderings(shape: tuple[int, ...]) -> float:
-    """Joint orderings, the product of each agent's factorial; infinite past 170 actions."""
+    """Counts the joint orderings, the product of each agent's factorial; infinite above 170 actions."""
     return math.prod(math.factorial(length) if length <= 170 else math.inf for length in shape)
 
 
 def best_monotonic(q: np.ndarray, tables: Weights, greedy: JointAction | None) -> list[Candidate]:
-    """The tables of least loss over all orderings, for a shape that `is_enumerable`.
+    """Finds the tables of least loss over all orderings, for a shape that `is_enumerable`.
 
     Dropping all constraints but one agent's leaves chains, whose losses bound that of the grid from below. Orderings
-    are tried from the lowest bound on, until no bound is below the best loss any more.
+    are tried in ascending order of this bound, until no bound is below the best loss any more.
 
     Args:
         q: the payoff.
         tables: ``[G, C]``, see `weight_tables`.
-        greedy: what every ordering has on top, where only such are wanted.
+        greedy: if given, only orderings with these as the agents' top actions.
     """
     best_upper_set = enumerated(q.shape)
     if best_upper_set is None:
@@ -83,9 +83,9 @@ def best_monotonic(q: np.ndarray, tables: Weights, greedy: JointAction | None) -
 
 
 def search_monotonic(q: np.ndarray, tables: Weights, greedy: JointAction | None, seed: int = 0) -> list[Candidate]:
-    """The best tables that a bounded search over orderings finds; nothing proves that there are no better ones.
+    """Finds good tables by a bounded search over orderings; nothing proves that there are no better ones.
 
-    It starts from the actions' means, then from their maxima, then at random, and as long as the loss falls moves one
+    It starts from the actions' means, then from their maxima, then at random. As long as the loss falls, it moves one
     action of one agent to another rank, until `MAX_VISITS` orderings were fitted.
     """
     best_upper_set = enumerated(q.shape) or by_linear_programme(q.shape)
@@ -104,7 +104,7 @@ def search_monotonic(q: np.ndarray, tables: Weights, greedy: JointAction | None,
 
 
 class _Found:
-    """Fits orderings, and keeps those whose loss is the least so far."""
+    """Fits orderings, and keeps those with the least loss so far."""
 
     def __init__(self, q: np.ndarray, tables: Weights, best_upper_set: BestUpperSet) -> None:
         self._q, self._tables, self._best_upper_set = q, tables, best_upper_set
@@ -118,11 +118,11 @@ class _Found:
         self._rounding = _ROUNDING * float(squared_loss(q.ravel(), mean, first))
 
     def highest(self) -> float:
-        """The loss up to which a table still counts as one of the best."""
+        """Returns the loss up to which a table still counts as one of the best."""
         return self._lowest * (1 + _LOSS_TIE) + self._rounding
 
     def visit(self, orders: Orders) -> np.ndarray:
-        """The losses of joint orderings, ``[K]``, given per agent as ``[K, A_a]``."""
+        """Returns the losses of joint orderings, ``[K]``, given per agent as ``[K, A_a]``."""
         cells = _cells(self._q.shape, orders)
         row = cells[:, -1] if len(self._tables.under) > 1 else np.zeros(len(cells), int)
         q = self._q.ravel()[cells]
@@ -139,7 +139,7 @@ class _Found:
         return losses
 
     def candidates(self) -> list[Candidate]:
-        """The tables of least loss; of equal ones that whose greedy joint action comes first, if they may be merged."""
+        """Returns the tables of least loss; equal ones are merged if possible, with the first greedy joint action."""
         return [candidate for candidate in self._kept if candidate.loss <= self.highest()]
 
     def _keep(self, candidate: Candidate) -> None:
@@ -151,13 +151,13 @@ class _Found:
 
 
 def _orders(num_actions: int, top: int | None) -> np.ndarray:
-    """All orderings of one agent's actions, ``[K, A]``, or those with ``top`` as the best action."""
+    """Returns all orderings of one agent's actions, ``[K, A]``, or those with ``top`` as the best action."""
     orders = np.array(list(itertools.permutations(range(num_actions))))
     return orders if top is None else orders[orders[:, -1] == top]
 
 
 def _cells(shape: tuple[int, ...], orders: Orders) -> np.ndarray:
-    """Flat indices of the joint actions in each joint ordering's own C order, ``[K, C]``."""
+    """Returns flat indices of the joint actions in each joint ordering's C order, ``[K, C]``."""
     cells = np.zeros((len(orders[0]), 1), int)
     for length, each in zip(shape, orders, strict=True):
         cells = (cells[:, :, None] * length + each[:, None, :]).reshape(len(each), -1)
@@ -165,7 +165,7 @@ def _cells(shape: tuple[int, ...], orders: Orders) -> np.ndarray:
 
 
 def _bounds(q: np.ndarray, tables: Weights, orders: Orders) -> np.ndarray:
-    """A lower bound on the loss of each joint ordering, flat in C order: the best of the agents' own bounds."""
+    """Returns a lower bound on the loss of each joint ordering, flat in C order: the best of the agents' bounds."""
     least = Weights(*(table.min(0).reshape(q.shape) for table in tables))  # whatever the greedy joint action
     bounds = np.zeros(())
     for axis, each in enumerate(orders):
@@ -174,7 +174,7 @@ def _bounds(q: np.ndarray, tables: Weights, orders: Orders) -> np.ndarray:
 
 
 def _chain_losses(q: np.ndarray, weights: Weights, axis: int, orders: np.ndarray) -> np.ndarray:
-    """The loss that one agent's ordering alone enforces, ``[K]``: each line of the table along its axis on its own."""
+    """Returns the loss that one agent's ordering enforces, ``[K]``: the table's lines along its axis are separate."""
     chain = enumerated((q.shape[axis],))
     if chain is None:
         return np.zeros(len(orders))
@@ -199,7 +199,7 @@ def _chunks(order: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _starts(q: np.ndarray, greedy: JointAction | None, rng: np.random.Generator) -> Iterator[Orders]:
-    """Orderings by each action's mean, by its maximum, and random ones without end."""
+    """Yields orderings by each action's mean, by its maximum, and then random ones without end."""
 
     def with_top(order: np.ndarray, axis: int) -> np.ndarray:
         if greedy is None:
@@ -217,7 +217,7 @@ def _starts(q: np.ndarray, greedy: JointAction | None, rng: np.random.Generator)
 
 
 def _moves(here: Orders, greedy: JointAction | None) -> list[Orders]:
-    """Each action of each agent at each other rank; with ``greedy`` the top stays."""
+    """Returns the orderings with one action of one agent at another rank; with ``greedy`` the top action stays."""
     moves = []
     for axis, order in enumerate(here):
         ranks = range(len(order) - (greedy is not None))

@@ -16,14 +16,14 @@ JointAction = tuple[int, ...]
 NAMES = ("uniform", "central", "optimistic")
 
 TIE = 1e-10
-"""Values closer than this part of their table's range are equal."""
+"""Values that differ by less than this part of their table's range are equal."""
 
 _ROUNDING = 1e-13
-"""Part of the largest value that rounding may add."""
+"""The part of the largest value that rounding may add."""
 
 
 class Weights(NamedTuple):
-    """What a squared error counts, tables of Q's shape.
+    """The weights of squared errors, tables of Q's shape.
 
     Attributes:
         under: > 0, where Q_tot is at most Q.
@@ -39,7 +39,7 @@ class GreedyWeighting(abc.ABC):
 
     @abc.abstractmethod
     def weights(self, q: np.ndarray, greedy: JointAction) -> Weights:
-        """The weights of ``q`` where each agent likes its action in ``greedy`` best."""
+        """Returns the weights of ``q`` if ``greedy`` has each agent's best action."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +64,13 @@ class PracticalCentral(GreedyWeighting):
 
 @dataclasses.dataclass(frozen=True)
 class QTRAN(GreedyWeighting):
-    """QTRAN's loss as a weighting, eq. 11: nothing where Q_tot overestimates, unless the joint action is greedy.
+    """QTRAN's loss as a weighting, eq. 11: no weight where Q_tot overestimates, unless the joint action is greedy.
 
     The paper pairs it with the additive class.
 
     Attributes:
         lambda_opt: > 0, weight of the greedy joint action.
-        lambda_nopt: > 0, weight of those that are underestimated.
+        lambda_nopt: > 0, weight of the joint actions that are underestimated.
     """
 
     lambda_opt: float = 1.0
@@ -90,11 +90,11 @@ class QTRAN(GreedyWeighting):
 
 @dataclasses.dataclass(frozen=True)
 class EpsilonGreedy:
-    """How often an epsilon-greedy behaviour policy plays each joint action (sections 5 and 6): a fixed weighting.
+    """The probabilities of an epsilon-greedy behaviour policy (sections 5 and 6) as a fixed weighting.
 
     Attributes:
-        epsilon: in (0, 1], the share of steps in which an agent, on its own, draws uniformly from all its actions.
-        greedy: the joint action of the others.
+        epsilon: in (0, 1], the share of steps in which an agent, independently, draws uniformly from all its actions.
+        greedy: the joint action of the other steps.
     """
 
     epsilon: float
@@ -105,7 +105,7 @@ class EpsilonGreedy:
             raise ValueError(f"epsilon={self.epsilon!r} is not allowed: a number above 0 and at most 1 is needed")
 
     def __call__(self, q: np.ndarray) -> np.ndarray:
-        """The probability of every joint action."""
+        """Returns the probability of every joint action."""
         weights = np.ones(())
         for action, num_actions in zip(self.greedy, q.shape, strict=True):
             chances = np.full(num_actions, self.epsilon / num_actions)
@@ -121,10 +121,10 @@ Weighting = str | Callable[[np.ndarray], np.ndarray] | GreedyWeighting
 def weight_tables(
     q: np.ndarray, weighting: Weighting, *, alpha: float | None, central_ties: Literal["all", "one"]
 ) -> Weights:
-    """The weights as ``[G, C]`` tables, C joint actions in C order; arguments as in `project`.
+    """Returns the weights as ``[G, C]`` tables, C joint actions in C order; arguments as in `project`.
 
     Returns:
-        One row where they don't depend on the greedy joint action, else one per greedy joint action, in C order.
+        One row if they don't depend on the greedy joint action, else one per greedy joint action, in C order.
 
     Raises:
         ValueError: if an argument is not allowed.
@@ -138,7 +138,7 @@ def weight_tables(
 
 
 def squared_loss(q: np.ndarray, q_tot: np.ndarray, weights: Weights) -> np.ndarray:
-    """The weighted sum of squared errors over the last axis."""
+    """Returns the weighted sum of squared errors over the last axis."""
     error = q - q_tot
     return (np.where(error >= 0, weights.under, weights.over) * error**2).sum(-1)
 
@@ -163,7 +163,7 @@ def _fixed_weights(q: np.ndarray, weighting: Any, alpha: float | None, central_t
 
 
 def _optimal(q: np.ndarray, central_ties: str) -> np.ndarray:
-    """Where eq. 4 has weight 1: at all maxima of ``q``, or at the first in C order alone."""
+    """Returns True where eq. 4 has weight 1: at all maxima of ``q``, or only at the first in C order."""
     if central_ties not in ("all", "one"):
         raise ValueError(f"central_ties={central_ties!r} is not allowed: all or one is needed")
     if central_ties == "all":
@@ -172,15 +172,15 @@ def _optimal(q: np.ndarray, central_ties: str) -> np.ndarray:
 
 
 def is_highest(table: np.ndarray) -> np.ndarray:
-    """Where a table is at its maximum, up to `TIE` and rounding."""
+    """Returns True where a table is at its maximum, up to `TIE` and rounding."""
     return table >= table.max() - TIE * np.ptp(table) - _ROUNDING * np.abs(table).max()
 
 
 def checked_alpha(alpha: float | None) -> float:
-    """``alpha``, where it is in (0, 1].
+    """Returns ``alpha``.
 
     Raises:
-        ValueError: if it isn't.
+        ValueError: if it is not in (0, 1].
     """
     if alpha is None or not 0 < alpha <= 1:
         raise ValueError(f"alpha={alpha!r} is not allowed: a number above 0 and at most 1 is needed")

@@ -122,7 +122,7 @@ def make_batching(
         )
     num_parts = sharding.mesh.shape[BATCH_AXIS] if isinstance(sharding, NamedSharding) else 1
     rows = jax.ShapeDtypeStruct((algo.batch_size, replay.row_bytes), jnp.uint8)
-    whole = jax.eval_shape(functools.partial(replay.decode, num_steps=limit), rows)
+    whole = jax.eval_shape(lambda rows: replay.decode(rows, limit), rows)
     part_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(whole)) // num_parts
     return Batching(
         algo=algo,
@@ -198,7 +198,7 @@ def _cut_gradients(batching: Batching, seeds: Seeds) -> tuple[PyTree, dict[str, 
     rows, lengths, noise = _own_episodes(batching, (seeds.rows, seeds.lengths, seeds.noise))
 
     def on_first(num_steps: int, rows: Array, noise: PyTree) -> tuple[PyTree, dict[str, Array]]:
-        batch = jax.vmap(functools.partial(batching.replay.decode, num_steps=num_steps))(rows)
+        batch = jax.vmap(lambda rows: batching.replay.decode(rows, num_steps))(rows)
         # [S, B, T(+1), ..]: noise of a leaf with T+1 steps keeps one more than that of a leaf with T.
         noise = jax.tree.map(lambda leaf: leaf[:, :, : leaf.shape[2] - limit + num_steps], noise)
         gradient = jax.vmap(jax.grad(batching.algo.loss, has_aux=True))

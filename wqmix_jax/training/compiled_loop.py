@@ -193,7 +193,7 @@ class _Run(NamedTuple):
 
 
 def train_sharding(config: RunConfig, num_seeds: int) -> Sharding:
-    """Returns the devices that train ``num_seeds``; see `seed_sharding`, and `External.sharding` for its restrictions."""
+    """Returns the devices that train ``num_seeds``; see `seed_sharding`, and `External.sharding` for restrictions."""
     batch_size = config.algo.batch_size if is_mean_over_steps(config.algo) else 1
     return config.env.external.sharding() or seed_sharding(num_seeds, batch_size=batch_size)
 
