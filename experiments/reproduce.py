@@ -204,7 +204,8 @@ def train(line: Planned, failed: list[str]) -> None:
         folder = line.folder / f"seeds_{seeds[0]}-{seeds[-1]}"
         part = {"seed": seeds[0], "num_seeds": len(seeds), "run_dir": str(folder)}
         with _collecting(failed):
-            session.start({**line.values, **part}, algo=line.run.algo, env=line.run.env)
+            values = {**line.values, **part}
+            session.start(run_config(values), values, algo=line.run.algo, env=line.run.env)
 
 
 def _programs(values: dict[str, Any]) -> dict[str, Any]:

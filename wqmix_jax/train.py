@@ -388,7 +388,7 @@ def _start(
         print(note, file=sys.stderr, flush=True)
     from wqmix_jax.runs import session
 
-    session.start(values, algo=choices["algo"], env=choices["env"], config_dir=config_dir)
+    session.start(config, values, algo=choices["algo"], env=choices["env"], config_dir=config_dir)
 
 
 def _check_resume(parsed: Sequence[Override], multirun: bool) -> list[str]:

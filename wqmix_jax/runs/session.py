@@ -71,11 +71,19 @@ SETTINGS = "configuration of jax"
 """Name of `numeric_settings` in a checkpoint."""
 
 
-def start(values: Mapping[str, Any], *, algo: str, env: str, config_dir: str | os.PathLike[str] | None = None) -> Path:
+def start(
+    config: RunConfig,
+    values: Mapping[str, Any],
+    *,
+    algo: str,
+    env: str,
+    config_dir: str | os.PathLike[str] | None = None,
+) -> Path:
     """Trains a new run to its end.
 
     Args:
-        values: the options as nested mappings.
+        config: the options.
+        values: the same as nested mappings, from which `run_config` built ``config``.
         algo: the algorithm's name, for labels.
         env: the environment's.
         config_dir: the folder of own yamls and modules, for the command that continues the run.
@@ -88,7 +96,6 @@ def start(values: Mapping[str, Any], *, algo: str, env: str, config_dir: str | o
         RunError: if the run had to stop, or seeds of it failed.
         SystemExit: if a signal ended it.
     """
-    config = run_config(values)
     refuse_missing_wandb(config.logger)
     use_compilation_cache(config.compilation_cache)
     members = make_members(config.algo, config.seeds, config.sweep)
