@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from experiments import pictures, results
 from experiments.figures import Figure, Run, figure_names, load_figure, runs
 from wqmix_jax.cli.command import command
+from wqmix_jax.cli.overrides import load_config, load_values
 from wqmix_jax.cli.parser import OneLineParser
 from wqmix_jax.config import run_config
 from wqmix_jax.errors import REFUSED, SEEDS_FAILED, ConfigError, RunError
@@ -34,7 +35,6 @@ from wqmix_jax.records.run_dir import (
 from wqmix_jax.records.text_table import show
 from wqmix_jax.runs import session
 from wqmix_jax.runs.hosts import with_host
-from wqmix_jax.train import load_config, load_values
 from wqmix_jax.training.devices import claim_cores
 
 ROOT = Path(__file__).parent.parent

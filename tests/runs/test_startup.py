@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from wqmix_jax import load_config, make_trainer
+from wqmix_jax.cli.overrides import load_values
 from wqmix_jax.config import run_config
 from wqmix_jax.envs.base import GameOfPackage
 from wqmix_jax.errors import ConfigError
@@ -15,7 +16,6 @@ from wqmix_jax.records.metrics import load_header
 from wqmix_jax.records.run_dir import make_run_dir, new_run_dir, read_config
 from wqmix_jax.runs import session, startup
 from wqmix_jax.runs.startup import device_lines, plan_lines
-from wqmix_jax.train import load_values
 
 TRAINER = make_trainer(load_config("+algo=ow_qmix"))
 
