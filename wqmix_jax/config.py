@@ -144,6 +144,16 @@ class RunConfig:
         """The seeds that train here: those of this host."""
         return range(self.seed, self.seed + self.num_seeds)[_slice_of_host(self.num_seeds, self.hosts, self.host)]
 
+    @property
+    def steps_per_iteration(self) -> int:
+        """The most environment steps of one seed's iteration."""
+        return self.num_envs * self.env.spec.episode_limit
+
+    @property
+    def learner_steps_per_env_step(self) -> float:
+        """Learner steps per environment step, for full episodes and once enough of them are stored."""
+        return self.updates_per_iteration / self.steps_per_iteration
+
 
 def run_config(values: Mapping[str, Any]) -> RunConfig:
     """Builds a run from nested mappings, as ``config.yaml`` of a run folder holds them.
@@ -215,13 +225,3 @@ def run_defaults() -> dict[str, Any]:
     """Returns the default options of a run, without its algorithm and environment."""
     values = OmegaConf.load(CONFIG_DIR / "train.yaml")
     return plain_values({name: value for name, value in values.items() if name not in ("defaults", "hydra")})
-
-
-def steps_per_iteration(config: RunConfig) -> int:
-    """Returns the most environment steps of one seed's iteration."""
-    return config.num_envs * config.env.spec.episode_limit
-
-
-def learner_steps_per_env_step(config: RunConfig) -> float:
-    """Returns the learner steps per environment step, for full episodes and once enough of them are stored."""
-    return config.updates_per_iteration / steps_per_iteration(config)

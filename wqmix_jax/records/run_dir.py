@@ -33,7 +33,6 @@ try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None
-from wqmix_jax.config import learner_steps_per_env_step
 
 CONFIG_FILE, SUMMARY_FILE, CHECKPOINT_DIR = "config.yaml", "summary.json", "checkpoints"
 
@@ -298,7 +297,7 @@ def save_summary(run_dir: Path, config: RunConfig, trainer: Trainer, **facts: An
         **config.env.host.facts(),
         "final": {member_name(labels_of(line)): line for line in load_metrics(run_dir, kind="eval")},
         "replay_bytes_per_seed": trainer.replay_bytes,
-        "learner_steps_per_env_step": learner_steps_per_env_step(config),
+        "learner_steps_per_env_step": config.learner_steps_per_env_step,
         "device": {
             "platform": jax.default_backend(),
             "kind": jax.local_devices()[0].device_kind,

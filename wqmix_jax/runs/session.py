@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 import wqmix_jax
-from wqmix_jax.config import RunConfig, run_config, steps_per_iteration, with_checked_numbers
+from wqmix_jax.config import RunConfig, run_config, with_checked_numbers
 from wqmix_jax.envs.checks import check_environment
 from wqmix_jax.errors import SEEDS_FAILED, ConfigError, RunError, exit_code_of
 from wqmix_jax.ops.randomness import numeric_settings
@@ -414,7 +414,7 @@ class _Session:
 
     def _may_end_soon(self, steps: np.ndarray) -> bool:
         """Whether some seed may reach its total in the next chunk."""
-        most = self.trainer.chunk_iterations * steps_per_iteration(self.config)
+        most = self.trainer.chunk_iterations * self.config.steps_per_iteration
         return int(steps.max()) + most >= self.config.total_env_steps
 
     def _wall_seconds(self) -> float:
