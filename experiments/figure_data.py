@@ -14,12 +14,12 @@ import numpy as np
 
 from experiments.figures import Run
 from wqmix_jax.api import load_policies
-from wqmix_jax.evaluate import play_policies
 from wqmix_jax.records.atomic import write_whole
 from wqmix_jax.records.metrics import load_header, load_metrics, read_mapping
 from wqmix_jax.records.run_dir import failed_members, read_config, read_summary, refuse_common_seeds
 from wqmix_jax.records.statistics import Estimate, SeedCurves, horizon, iqm_estimate, quartiles, seed_curves
 from wqmix_jax.records.text_table import Row
+from wqmix_jax.runs.playing import play_policies
 from wqmix_jax.runs.saved_policies import BEST, POLICY_DIR
 from wqmix_jax.table import write_csv
 
@@ -84,17 +84,17 @@ def absolute_metric(folder: Path, factor: int) -> dict[str, Row]:
     if not (folder / POLICY_DIR / f"{BEST}.npz").is_file():
         return {}
     print(f"the best policies of {folder} play {episodes} episodes", flush=True)
-    played = wanted | {"seeds": _best_policies(folder, episodes, config["matmul_precision"])}
+    played = wanted | {"seeds": _best_policies(folder, episodes)}
     if read_summary(folder).get("status") == "finished":
         write_whole(kept, json.dumps(played) + "\n")
     return played["seeds"]
 
 
-def _best_policies(folder: Path, episodes: int, matmul_precision: Any) -> dict[str, Row]:
-    """Returns means over the episodes that each seed's best policy plays."""
+def _best_policies(folder: Path, episodes: int) -> dict[str, Row]:
+    """Means over the episodes that each seed's best policy plays."""
     env, policies = load_policies(folder, which=BEST)
-    played = play_policies(env, policies, episodes=episodes, seed=0, matmul_precision=matmul_precision)
-    return {seed: {name: float(values.mean()) for name, values in metrics.items()} for seed, metrics in played}
+    played = play_policies(env, policies, episodes=episodes, seed=0)
+    return {name: {what: float(values.mean()) for what, values in figures.items()} for name, figures in played}
 
 
 def curves(line: Line, metric: str) -> SeedCurves:

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from experiments import figure_data, pictures
 from experiments.figures import CONFIGS, Figure, Run, figure_names, load_figure, runs
 from wqmix_jax.cli.command import command
+from wqmix_jax.cli.overrides import load_config, load_values
 from wqmix_jax.cli.parser import OneLineParser
 from wqmix_jax.config import run_config
 from wqmix_jax.errors import REFUSED, SEEDS_FAILED, ConfigError, RunError
@@ -39,7 +40,6 @@ from wqmix_jax.records.run_dir import (
 from wqmix_jax.records.text_table import show
 from wqmix_jax.runs import session
 from wqmix_jax.runs.hosts import with_host
-from wqmix_jax.train import load_config, load_values
 from wqmix_jax.training.devices import claim_cores
 
 ROOT = Path(__file__).parent.parent
@@ -209,7 +209,8 @@ def train(line: Planned, failed: list[str]) -> None:
     for seeds in missing_seeds(line):
         part = {"seed": seeds[0], "num_seeds": len(seeds), "run_dir": str(line.folder / seeds_folder(seeds))}
         with _collecting(failed):
-            session.start({**line.values, **part}, algo=line.run.algo, env=line.run.env)
+            values = {**line.values, **part}
+            session.start(run_config(values), values, algo=line.run.algo, env=line.run.env)
 
 
 def seeds_folder(seeds: range) -> str:

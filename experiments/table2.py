@@ -14,9 +14,8 @@ from rich.table import Table
 from wqmix_jax import load_config, train_seeds
 from wqmix_jax.cli.command import command
 from wqmix_jax.cli.parser import OneLineParser, out_file
-from wqmix_jax.config import RunConfig
+from wqmix_jax.config import RunConfig, names
 from wqmix_jax.errors import ConfigError, refuse
-from wqmix_jax.train import names
 
 NUM_SEEDS = 10
 OPTIMUM = 8.0

@@ -10,10 +10,10 @@ import yaml
 from tests.envs.host.games import faked
 from wqmix_jax import load_config
 from wqmix_jax.algos.qmix import QMIX
-from wqmix_jax.config import RunConfig, run_config
+from wqmix_jax.cli.overrides import load_values
+from wqmix_jax.config import RunConfig, names, run_config
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import CONFIG_DIR, build
-from wqmix_jax.train import load_values, names
 
 
 def plain(**changes: Any) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def test_every_yaml_is_a_run(algo: str, env: str, tmp_path_factory: pytest.TempP
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("algo.lr", "abc", "algo.lr='abc' is not allowed: input should be a valid number"),
         ("algo.lr", -1, "algo.lr=-1 is not allowed: input should be greater than 0"),
@@ -88,22 +88,22 @@ def test_every_yaml_is_a_run(algo: str, env: str, tmp_path_factory: pytest.TempP
         ("unheard_of", 1, "unheard_of is unknown: known keys are algo, env, num_seeds, "),
     ],
 )
-def test_refused(key: str, value: Any, told: str) -> None:
+def test_refused(key: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError) as refused:
         run_config(plain(**{key: value}))
-    assert str(refused.value).startswith(told)
+    assert str(refused.value).startswith(message)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(("group", "contract"), [("algo", "algos.base.Algorithm"), ("env", "envs.base.Environment")])
 def test_a_class_that_is_not_of_its_group_is_refused(group: str, contract: str) -> None:
-    told = rf"^{group}\._target_='decimal.Decimal' is not allowed: it is no wqmix_jax\.{contract}$"
-    with pytest.raises(ConfigError, match=told):
+    message = rf"^{group}\._target_='decimal.Decimal' is not allowed: it is no wqmix_jax\.{contract}$"
+    with pytest.raises(ConfigError, match=message):
         run_config(plain(**{group: {"_target_": "decimal.Decimal"}}))
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("x = 1\ndef f(:\n", "invalid syntax (spoilt.py, line 2)"),
         ("x = 1\ny = undefined\n", "name 'undefined' is not defined (NameError in "),
@@ -113,7 +113,7 @@ def test_a_class_that_is_not_of_its_group_is_refused(group: str, contract: str) 
 )
 @pytest.mark.parametrize("target", ["spoilt.Spoilt", "{folder}.spoilt.Spoilt", "{folder}.spoilt:Spoilt"])
 def test_a_module_that_can_not_be_imported_tells_where(
-    target: str, text: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: str, text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "spoilt.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
@@ -121,7 +121,7 @@ def test_a_module_that_can_not_be_imported_tells_where(
     target = target.format(folder=tmp_path.name)
     with pytest.raises(ConfigError) as refused:
         run_config(plain(**{"algo._target_": target}))
-    assert str(refused.value).startswith(f"algo._target_={target!r} can't be imported: {told}")
+    assert str(refused.value).startswith(f"algo._target_={target!r} can't be imported: {message}")
     last_line = len(text.splitlines())
     assert re.search(rf"spoilt\.py, line {last_line}\)$", str(refused.value))
 
@@ -134,8 +134,8 @@ class WithoutOptions(QMIX):
 
 def test_a_class_that_forgets_to_declare_its_options_is_told() -> None:
     values = load_values("+algo=vdn")["algo"]
-    told = r"^algo\.temperature is unknown: WithoutOptions names it, but isn't declared with @options$"
-    with pytest.raises(ConfigError, match=told):
+    message = r"^algo\.temperature is unknown: WithoutOptions names it, but isn't declared with @options$"
+    with pytest.raises(ConfigError, match=message):
         build("algo", {**values, "_target_": f"{__name__}.WithoutOptions", "temperature": 1.0})
 
 

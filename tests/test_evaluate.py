@@ -20,13 +20,14 @@ from wqmix_jax import evaluate, load_config, load_policy, trained_policy
 from wqmix_jax.algos.base import TRACED
 from wqmix_jax.algos.iql import IQL
 from wqmix_jax.api import load_policies
+from wqmix_jax.cli.overrides import load_values
 from wqmix_jax.config import run_config
 from wqmix_jax.envs.predator_prey.task import CATCH, LEFT, RIGHT, STAY, PredatorPrey
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.interop.pymarl import save_checkpoint
 from wqmix_jax.options import build, options
+from wqmix_jax.runs import playing
 from wqmix_jax.runs.saved_policies import Policy, save_policy
-from wqmix_jax.train import load_values
 from wqmix_jax.training.members import Member, make_members
 from wqmix_jax.training.rollout import Figures
 
@@ -51,14 +52,14 @@ def checkpoint(folder: Path, preferred: list[int]) -> str:
         ([LEFT, RIGHT, STAY, CATCH], [("return", "1.00"), ("length", "1.00"), ("captures", "1.00")]),
         ([CATCH, STAY], [("return", "0.00"), ("length", "7.00"), ("captures", "0.00")]),
     ],
-    ids=["catches at once", "stays to the end"],
+    ids=["catches immediately", "stays to the end"],
 )
 def test_a_pymarl_agent_plays(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], preferred: list[int], printed: list[tuple[str, str]]
 ) -> None:
     evaluate.main([checkpoint(tmp_path, preferred), *HUNT, SHORT, "episodes=3"])
-    told = [f"{what} {mean} (95% interval {mean} to {mean}, standard deviation 0.00)" for what, mean in printed]
-    assert capsys.readouterr().out.splitlines() == [f"the agents of {tmp_path} play 3 greedy episodes", *told]
+    message = [f"{what} {mean} (95% interval {mean} to {mean}, standard deviation 0.00)" for what, mean in printed]
+    assert capsys.readouterr().out.splitlines() == [f"the agents of {tmp_path} play 3 greedy episodes", *message]
 
 
 def test_episodes_are_drawn_from_the_seed_and_failed_ones_left_out(
@@ -71,7 +72,7 @@ def test_episodes_are_drawn_from_the_seed_and_failed_ones_left_out(
         returns = jnp.array([[1.0, 3.0, 100.0]]) + seed
         return Figures(returns, returns, {"win_rate": jnp.array([[1.0, 0.0, 1.0]])}, jnp.array([[True, True, False]]))
 
-    monkeypatch.setattr(evaluate, "greedy_episodes", played)
+    monkeypatch.setattr(playing, "greedy_episodes", played)
     evaluate.main([checkpoint(tmp_path, [STAY]), *HUNT, "episodes=3", "seed=5"])
     # The mean 7 of 6 and 8: 12.7062 is the 97.5% point of Student's t with one degree of freedom, the standard error 1.
     assert capsys.readouterr().out.splitlines()[1:] == [
@@ -82,7 +83,7 @@ def test_episodes_are_drawn_from_the_seed_and_failed_ones_left_out(
 
 
 LIKED = {0: [LEFT, RIGHT, STAY, CATCH], 1: [CATCH, STAY], 2: [CATCH, STAY], 3: [LEFT, RIGHT, STAY, CATCH]}
-"""Of the seeds of `recorded`: the first and the last catch at once, the others stay to the end."""
+"""Of the seeds of `recorded`: the first and the last catch immediately, the others stay to the end."""
 
 
 @options
@@ -147,8 +148,10 @@ def test_it_says_what_it_plays_and_leaves_failed_seeds_out(tmp_path: Path, capsy
 
 def test_another_version_of_the_game_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate.main([recorded(tmp_path / "run", [5], simulator={"hunt": "2"}), "episodes=1"])
-    told = f"warning: {tmp_path / 'run'} has hunt=2, and this installation has hunt=unknown: this may be another game"
-    assert capsys.readouterr().out.splitlines()[0] == f"{told} than the one of the training"
+    message = (
+        f"warning: {tmp_path / 'run'} has hunt=2, and this installation has hunt=unknown: this may be another game"
+    )
+    assert capsys.readouterr().out.splitlines()[0] == f"{message} than the one of the training"
 
 
 def test_parameters_that_are_not_finite_are_never_played(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,9 +171,9 @@ def test_parameters_that_are_not_finite_are_never_played(tmp_path: Path, capsys:
     with pytest.raises(SystemExit) as ended:
         evaluate.main([run, "policy=last", f"render={tmp_path / 'film.gif'}"])
     assert ended.value.code == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err == "error: member=0 is not allowed: the parameters of seed 0 are not finite\n"
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "error: member=0 is not allowed: the parameters of seed 0 are not finite\n"
 
 
 def test_a_run_without_any_finite_parameters_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,8 +182,8 @@ def test_a_run_without_any_finite_parameters_is_refused(tmp_path: Path, capsys: 
         evaluate.main([run, "policy=last"])
     assert ended.value.code == 2
     path = tmp_path / "run" / "policies" / "last.npz"
-    told = f"error: {path} can't be played: no seed has finite parameters; try policy=best\n"
-    assert capsys.readouterr() == ("", told)
+    message = f"error: {path} can't be played: no seed has finite parameters; try policy=best\n"
+    assert capsys.readouterr() == ("", message)
 
 
 def test_python_refuses_or_names_parameters_that_are_not_finite(tmp_path: Path) -> None:
@@ -246,8 +249,8 @@ def test_an_episode_is_drawn_once(tmp_path: Path, capsys: pytest.CaptureFixture[
     written = picture.read_bytes()
     with pytest.raises(SystemExit):
         evaluate.main(arguments)
-    assert "render=" in (told := capsys.readouterr().err)
-    assert "is not allowed: the file is there already; overwrite=true replaces it" in told
+    assert "render=" in (message := capsys.readouterr().err)
+    assert "is not allowed: the file is there already; overwrite=true replaces it" in message
     assert picture.read_bytes() == written
     evaluate.main([*arguments, "overwrite=true", "seed=1"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["agent.th", "hunt.gif"]
@@ -291,29 +294,29 @@ def test_what_is_wrong_is_told_in_one_line(
     with pytest.raises(SystemExit) as ended:
         evaluate.main([*[checkpoint(tmp_path, [STAY]), *HUNT], *overrides])
     assert ended.value.code == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    [line] = told.err.splitlines()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    [line] = captured.err.splitlines()
     assert line.startswith("error: ")
     assert message in line
 
 
 @pytest.mark.parametrize(
-    ("holds", "told"),
+    ("holds", "message"),
     [
         (None, "there is no such folder"),
         ({}, "there is no config.yaml in it"),
     ],
 )
 def test_a_folder_that_is_no_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], holds: dict[str, str] | None, told: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], holds: dict[str, str] | None, message: str
 ) -> None:
     folder = tmp_path / "run"
     if holds is not None:
         folder.mkdir()
     with pytest.raises(SystemExit):
         evaluate.main([f"run_dir={folder}"])
-    assert capsys.readouterr().err == f"error: run_dir={folder} is not allowed: {told}\n"
+    assert capsys.readouterr().err == f"error: run_dir={folder} is not allowed: {message}\n"
 
 
 def test_a_run_without_policies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -321,11 +324,11 @@ def test_a_run_without_policies(tmp_path: Path, capsys: pytest.CaptureFixture[st
     shutil.copytree(kept, tmp_path / "run", ignore=shutil.ignore_patterns("policies"))
     with pytest.raises(SystemExit):
         evaluate.main([f"run_dir={tmp_path / 'run'}"])
-    told = capsys.readouterr().err
-    assert told.endswith(
+    message = capsys.readouterr().err
+    assert message.endswith(
         "is not there: a run writes its policies with its checkpoints; of a merged run the parts have them\n"
     )
-    assert told.count("\n") == 1
+    assert message.count("\n") == 1
 
 
 def test_what_has_no_viewer_is_refused_before_anything_is_compiled(

@@ -13,7 +13,9 @@ import pytest
 
 import wqmix_jax
 from tests.running import ROOT, make
-from wqmix_jax import evaluate, load_config, train
+from wqmix_jax import evaluate, load_config
+from wqmix_jax.cli.checks import check_overrides
+from wqmix_jax.cli.overrides import compose_evaluation, prepare
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -60,7 +62,7 @@ def test_the_options_of_every_training_compose(arguments: list[str]) -> None:
     multirun = "-m" in arguments
     config_dir = ROOT / "experiments" / "examples" / "my_project" / "configs" if "--config-dir" in arguments else None
     overrides = [text for text in arguments if "=" in text and not text.startswith("hydra/")]
-    train.check_overrides(train._prepared(overrides), config_dir, multirun=multirun)
+    check_overrides(prepare(overrides), config_dir, multirun=multirun)
     if not any(text.startswith("resume=") for text in overrides):
         for first in (0, -1) if multirun else (0,):
             one = [text.split("=", 1) for text in overrides]
@@ -72,7 +74,7 @@ def test_the_options_of_every_training_compose(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("arguments", of("wqmix_jax.evaluate"), ids=" ".join)
 def test_the_options_of_every_evaluation_compose(arguments: list[str]) -> None:
-    values = evaluate._compose(arguments, None)
+    values = compose_evaluation(arguments, None).values
     del values["env"], values["algo"]
     chosen = evaluate._options(values)
     played = {

@@ -1,12 +1,15 @@
 """The command line: what it refuses and how, what a run leaves behind, and a user's own parts."""
 
+import datetime
 import json
 import os
 import re
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import matplotlib.image
@@ -16,17 +19,19 @@ import yaml
 import wqmix_jax
 from tests.running import TINY, copy_user_folder, main, timeless
 from wqmix_jax import load_config, load_metrics, train
-from wqmix_jax.cli.overrides import as_text
-from wqmix_jax.config import RunConfig, run_config
+from wqmix_jax.cli.sweeps import make_sweep_dir
+from wqmix_jax.cli.syntax import as_text
+from wqmix_jax.config import RunConfig, names
 from wqmix_jax.errors import ConfigError
+from wqmix_jax.records import run_dir as run_dir_module
 from wqmix_jax.records.metrics import load_header
 from wqmix_jax.runs import session, startup
 
 ROOT = Path(__file__).parent.parent
-ALGORITHMS = ", ".join(sorted(["huber_iql", *train.names("algo").split(", ")]))
+ALGORITHMS = ", ".join(sorted(["huber_iql", *names("algo").split(", ")]))
 
 REFUSED = [
-    ([], f"an algorithm is missing: write +algo=NAME, NAME one of {train.names('algo')}"),
+    ([], f"an algorithm is missing: write +algo=NAME, NAME one of {names('algo')}"),
     (["algo=ow_qmix"], "algo=ow_qmix is not allowed: write +algo=ow_qmix"),
     (["+algo=nonsense"], "algo=nonsense is not allowed: choose one of cw_qmix, "),
     (["+algo=_base"], "algo._target_ is missing"),
@@ -99,10 +104,10 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "told"), REFUSED, ids=[" ".join(arguments) for arguments, _ in REFUSED])
+@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[" ".join(arguments) for arguments, _ in REFUSED])
 def test_refused_in_one_line_with_nothing_left_behind(
     arguments: list[str],
-    told: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -113,7 +118,7 @@ def test_refused_in_one_line_with_nothing_left_behind(
         train.main()
     out, err = capfd.readouterr()
     assert ended.value.code == 2
-    assert err.startswith(f"error: {told}")
+    assert err.startswith(f"error: {message}")
     assert err.count("\n") == 1
     assert err.endswith("\n")
     assert out == ""
@@ -150,8 +155,8 @@ def test_a_sweeps_folder_is_the_one_that_is_written(tmp_path: Path, monkeypatch:
     """Without its quotes, and not where hydra has yet to work it out."""
     monkeypatch.chdir(tmp_path)
     for name in ("'my runs'", "it's", "1e3", "a,b"):
-        train._make_sweep_dir(as_text([f"run_dir={name}"]))
-    assert train._make_sweep_dir(["run_dir=${oc.env:HOME}/runs"]) == "${oc.env:HOME}/runs"
+        make_sweep_dir(as_text([f"run_dir={name}"]))
+    assert make_sweep_dir(["run_dir=${oc.env:HOME}/runs"]) == "${oc.env:HOME}/runs"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1e3", "a,b", "it's", "my runs"]
 
 
@@ -159,10 +164,10 @@ def test_sweeps_that_start_in_the_same_second_have_a_folder_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    now = startup.datetime.datetime(2026, 11, 30, 12)
-    monkeypatch.setattr(startup, "datetime", SimpleNamespace(datetime=SimpleNamespace(now=lambda: now)))
+    now = datetime.datetime(2026, 11, 30, 12)
+    monkeypatch.setattr(run_dir_module, "datetime", SimpleNamespace(datetime=SimpleNamespace(now=lambda: now)))
     seen = []
-    monkeypatch.setattr(train, "_start", lambda values, *_: seen.append(values["run_dir"]))
+    monkeypatch.setattr(session, "start", lambda config, values, **_: seen.append(values["run_dir"]))
     for _ in range(2):
         assert main("-m", "+algo=qmix,vdn") == 0
     first = "outputs/2026-11-30_12-00-00_sweep"
@@ -180,13 +185,70 @@ def test_help_is_short_and_lists_what_there_is(capfd: pytest.CaptureFixture[str]
     assert out.startswith("Trains one algorithm on one environment")
     assert f"algo: {ALGORITHMS}\n" in out
     assert "Hydra" not in out
-    assert "total_env_steps: 1000000 # per seed\n" in out
+    assert re.search(
+        r"^total_env_steps: 1000000 +# environment steps after which a seed is finished\n", out, re.MULTILINE
+    )
+    assert re.search(r"^  every: 100000 +# environment steps ", out, re.MULTILINE)
     assert re.search(r"^  punishment: -2 +# reward, at most 0, ", out, re.MULTILINE)
     assert "lr:" not in out
     assert main("+algo=ow_qmix", "env=matrix_game", "--help") == 0
     out = capfd.readouterr().out
     assert re.search(r"^  alpha: 0.1 +# the weight of the other joint actions\n", out, re.MULTILINE)
     assert re.search(r"^  payoff: table2 +# the reward of every joint action ", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "printed"),
+    [
+        (["+algo=vdn", "algo.lr=0.25", "--cfg", "job"], "  lr: 0.25\n"),
+        (["+algo=vdn", "--cfg", "job", "--package", "checkpoint"], "# @package checkpoint\nevery: 100000\nkeep: 2\n"),
+    ],
+    ids=lambda value: "",
+)
+def test_flags_that_print_something_start_nothing(
+    arguments: list[str], printed: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(session, "start", None)
+    assert main(*arguments) == 0
+    assert printed in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "printed"),
+    [
+        (["--info", "searchpath"], "/configs"),
+        (["--hydra-help"], "== Flags =="),
+        (["--shell-completion", "install=bash"], "hydra_bash_completion"),
+    ],
+    ids=["info", "hydra-help", "shell-completion"],
+)
+def test_flags_of_hydra_itself(arguments: list[str], printed: str, tmp_path: Path) -> None:
+    """In another process, because hydra sets up logging there."""
+    ended = _process(*arguments, cwd=tmp_path)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert printed in ended.stdout
+
+
+def test_main_builds_the_options_once_and_starts_the_session_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[RunConfig] = []
+    started: list[tuple[RunConfig, list[str]]] = []
+
+    def count(values: Any, real: Any = train.run_config) -> RunConfig:
+        built.append(real(values))
+        return built[-1]
+
+    def start(config: RunConfig, values: Any, **names: Any) -> None:
+        stack = [frame for frame in traceback.extract_stack()[:-1] if f"{os.sep}wqmix_jax{os.sep}" in frame.filename]
+        started.append((config, [frame.name for frame in stack]))
+        assert (values["num_seeds"], names["algo"], names["env"]) == (2, "huber_iql", "coin")
+
+    for module in (train, session):
+        monkeypatch.setattr(module, "run_config", count)
+    monkeypatch.setattr(session, "start", start)
+    assert main(*TINY) == 0
+    [(config, frames)] = started
+    assert [id(config)] == [id(each) for each in built]
+    assert frames == ["run", "main"]  # the decorator that all commands have, and the command
 
 
 def test_load_config_reads_what_the_command_line_reads(tmp_path: Path) -> None:
@@ -222,7 +284,7 @@ def test_what_an_environment_passes_on_is_written_like_any_option(texts: list[st
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run as a user outside the repository makes it, in a process of its own."""
+    """A run as a user outside the repository makes it, in a separate process."""
     folder = copy_user_folder(tmp_path_factory.mktemp("outside") / "my project's, files")
     ended = _process(*TINY, "--config-dir", "configs", "run_dir=first/run", cwd=folder)  # in the midst of the options
     assert ended.returncode == 0, ended.stderr
@@ -245,7 +307,7 @@ def test_a_run_says_what_it_does(run_dir: Path) -> None:
     assert [line for line in said if line.startswith("compiled in ")]
     assert said[-1] == "done: first/run"
     shown = (run_dir.parent / "stderr").read_text()
-    # Before it jax may tell of an entry of the tests' compilation cache that a killed run left half written.
+    # Before it jax may warn of an entry of the tests' compilation cache that a killed run left half written.
     assert [line for line in shown.splitlines() if line.startswith("2 seeds | 0 of 37 steps | eval return ")]
     assert "37 of 37 steps" in shown.splitlines()[-1]
 
@@ -314,10 +376,10 @@ def test_another_process_gives_the_same_numbers(run_dir: Path, tmp_path: Path) -
 
 
 def test_an_option_without_effect_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    told = "warning: algo.td_lambda has no effect with algo.returns=one_step"
+    message = "warning: algo.td_lambda has no effect with algo.returns=one_step"
     short = ["env=matrix_game", "total_env_steps=2", "eval_interval=2", "eval_episodes=1", "algo.hidden_dim=2"]
     assert main("+algo=iql", *short, "algo.td_lambda=0.5", f"run_dir={tmp_path / 'in_vain'}") == 0
-    assert [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning")] == [told]
+    assert [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning")] == [message]
     assert main("+algo=iql", *short, f"run_dir={tmp_path / 'default'}") == 0
     assert "warning" not in capfd.readouterr().err
 
@@ -346,7 +408,7 @@ def test_whole_floats_are_integers_also_in_the_runs_folder(
 
 def test_whole_floats_are_integers_in_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(train, "_start", lambda values, *_: seen.append(run_config(values).total_env_steps))
+    monkeypatch.setattr(session, "start", lambda config, *_, **__: seen.append(config.total_env_steps))
     assert main("-m", "+algo=vdn", "total_env_steps=1e3,2e3", f"run_dir={tmp_path}") == 0
     assert seen == [1000, 2000]
     swept = load_config("+algo=vdn", "sweep.epsilon_anneal_steps=[5e4,100000]").sweep["epsilon_anneal_steps"]
@@ -375,7 +437,7 @@ def test_resume_takes_options_that_are_the_runs_own(
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "message"),
     [
         ("+algo=vdn", "+algo=vdn is not allowed with resume={run}: it has algo=huber_iql, and a run keeps its options"),
         (
@@ -386,26 +448,27 @@ def test_resume_takes_options_that_are_the_runs_own(
         ("algo.new=4", "algo.new=4 is not allowed with resume={run}: a run keeps its options, except total_env_steps"),
     ],
 )
-def test_resume_refuses_other_options(other: str, told: str, started: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_resume_refuses_other_options(
+    other: str, message: str, started: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     capfd.readouterr()
     assert main(other, f"resume={started}") == 2
-    assert capfd.readouterr().err.startswith(f"error: {told.format(run=started)}")
+    assert capfd.readouterr().err.startswith(f"error: {message.format(run=started)}")
 
 
 def test_a_run_knows_the_command_that_resumes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also how it got its own modules and yamls, whether it begins or goes on."""
-    hints: list[str] = []
-    monkeypatch.setattr(session.Session, "run", lambda self: hints.append(self.hint))
+    """The command names the folder of the user's modules and yamls, for a new run and a resumed one."""
+    commands: list[str] = []
+    monkeypatch.setattr(session, "_train", lambda *arguments: commands.append(arguments[-1].partition(": ")[2]))
     monkeypatch.chdir(tmp_path)
     project = copy_user_folder(tmp_path / "my project's")
     for arguments in ([*TINY, "run_dir=1e3"], ["resume=1e3"]):
         assert main(*arguments, config_dir=Path("my project's/configs")) == 0
     python = startup._python()
-    own = """--config-dir 'my project'"'"'s/configs'"""
-    assert hints == 2 * [f"to continue: {python} -m wqmix_jax.train {own} resume=1e3"]
+    assert commands == 2 * [f"""{python} -m wqmix_jax.train --config-dir 'my project'"'"'s/configs' resume=1e3"""]
     monkeypatch.setattr(sys, "argv", ["train", "+algo=vdn", "run_dir=no_own"])
     train.main()
-    assert hints[-1] == f"to continue: {python} -m wqmix_jax.train resume=no_own"
+    assert commands[-1] == f"{python} -m wqmix_jax.train resume=no_own"
     assert project.is_dir()
 
 

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wqmix_jax.api import load_policies, load_policy, train_seeds, trained_policy
+    from wqmix_jax.cli.overrides import load_config
     from wqmix_jax.records.metrics import load_metrics
     from wqmix_jax.runs.saved_policies import play_episode
-    from wqmix_jax.train import load_config
     from wqmix_jax.training.compiled_loop import make_trainer
 
 __version__ = "0.1.0"
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "load_config": "train",
+    "load_config": "cli.overrides",
     "load_metrics": "records.metrics",
     "load_policies": "api",
     "load_policy": "api",

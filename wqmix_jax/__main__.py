@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def usage() -> str:
-    """The commands and what each does."""
+    """Returns the list of commands with their descriptions."""
     lines = (f"  wqmix_jax {name:10}{what}" for name, what in COMMANDS.items())
     return "\n".join(["Weighted QMIX and its baselines in JAX.", "", *lines, "", "wqmix_jax COMMAND --help says more."])
 

@@ -1,11 +1,13 @@
-"""The run's own options with their ranges, and how any group of options is built or refused.
+"""The options of a run: descriptions, types, ranges, and how they are built from nested mappings.
 
-Values live in the yamls alone; types and ranges stand beside what they describe: a run's options here, those of an
-algorithm or environment in the class that its yaml names with ``_target_``. Such a class is declared with `options`,
-which makes it a frozen dataclass whose fields pydantic checks when it is built.
+Default values are in the yamls alone. Descriptions, types and ranges are in a class: `RunConfig` for the run itself,
+for an algorithm or environment the class that its yaml names with ``_target_``. Such a class is declared with
+`options`, which makes it a frozen dataclass whose fields pydantic checks when it is built.
 """
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
@@ -15,9 +17,6 @@ from pydantic import Field
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import CONFIG_DIR, PositiveInt, build, checked, options, plain_values, section
 
-IntPair = Annotated[tuple[int, int], Field(strict=False)]
-"""Two integers; a yaml list of two is taken as well."""
-
 
 def _cache_setting(value: Any) -> Any:
     if not isinstance(value, bool | str) or value in ("", "on", "off", "none", "null", "yes", "no"):
@@ -26,19 +25,15 @@ def _cache_setting(value: Any) -> Any:
 
 
 CacheSetting = Annotated[Any, pydantic.AfterValidator(_cache_setting)]
-"""Where compiled programs are kept: in the user's cache folder if true, in the named folder, or nowhere if false."""
-
+"""True, false or a folder, see ``RunConfig.compilation_cache``."""
 
 MAX_SEED = 2**31 - 1
 
-
 MAX_NUM_SEEDS = 100_000
-"""Of one run; whether as many fit into the memory is found out only once all of them are listed."""
-
+"""The most seeds of one run: all of them are listed before it is known how many fit into the memory."""
 
 PROGRAMS = ("worker_python", "simulator")
 """Options of ``env`` that name a program, see `wqmix_jax.runs.trust`."""
-
 
 RESUMABLE = ("total_env_steps", "distributed", "compilation_cache", "checkpoint", "logger")
 """Options that may differ when a run is resumed."""
@@ -46,11 +41,11 @@ RESUMABLE = ("total_env_steps", "distributed", "compilation_cache", "checkpoint"
 
 @options
 class CheckpointOptions:
-    """When and what is saved under ``RUN_DIR/checkpoints``.
+    """Checkpoints of the whole train state under ``RUN_DIR/checkpoints``.
 
     Attributes:
-        every: environment steps (of the slowest seed) between two checkpoints of the whole train state.
-        keep: how many of the latest are kept.
+        every: environment steps (of the slowest seed) between two checkpoints.
+        keep: number of the latest checkpoints that are kept.
     """
 
     every: PositiveInt
@@ -59,13 +54,13 @@ class CheckpointOptions:
 
 @options
 class LoggerOptions:
-    """Where records go beside ``metrics.jsonl``.
+    """Records in addition to ``metrics.jsonl``.
 
     Attributes:
-        wandb: Weights & Biases mode.
+        wandb: mode of Weights & Biases: ``disabled``, ``offline`` or ``online``.
         project: its project name.
-        group: its group name; after the run's folder when absent.
-        progress: whether a live progress bar is drawn on a terminal.
+        group: its group name; ``null``: the name of the run's folder.
+        progress: draws a progress bar on a terminal.
     """
 
     wandb: Literal["disabled", "offline", "online"]
@@ -76,28 +71,33 @@ class LoggerOptions:
 
 @options
 class RunConfig:
-    """A whole run.
+    """A run.
 
     Attributes:
         algo: the algorithm, built from its yaml.
         env: the environment, built from its yaml.
-        num_seeds: how many seeds train, ``seed .. seed + num_seeds - 1``, on all hosts together.
+        num_seeds: number of seeds that train in one call, ``seed .. seed + num_seeds - 1``, on all hosts together.
         seed: the first seed.
-        sweep: values of traced options of ``algo`` by their names; all seeds train with every combination, in one call.
-        hosts: over how many hosts the seeds are spread; the number of tasks of an srun step, or 1, when absent.
-        host: which of them this is, from 0; the number of this task when absent.
-        distributed: whether `jax.distributed` is started first, which then numbers the hosts.
-        num_envs: environments per seed that collect one episode each per iteration.
+        sweep: values of options of ``algo`` by their names: with ``sweep.alpha=[0.1,0.5]`` every seed trains with each
+            value of ``algo.alpha``, in the same call.
+        hosts: number of hosts over which the seeds are split; ``null``: over the tasks of an srun step, otherwise 1;
+            ``slurm``: over these and the elements of SLURM's job array.
+        host: number of this host, from 0; ``null``: the number of the task.
+        distributed: starts `jax.distributed` first, which numbers the hosts; TPU pods need it.
+        num_envs: environments per seed, each of which plays one episode per iteration.
         updates_per_iteration: learner steps per iteration, once ``batch_size`` episodes are stored.
         total_env_steps: environment steps after which a seed is finished.
         eval_interval: environment steps between evaluations, counted in iterations of full episodes.
         eval_episodes: greedy episodes of one evaluation.
         chunk_iterations: the most iterations of one compiled call; never changes a number.
-        matmul_precision: what `jax.default_matmul_precision` is set to; without effect on a CPU.
-        compute_dtype: of the matrices that nets multiply; all else, the parameters too, is float32.
-        compilation_cache: see `CacheSetting`.
-        run_dir: the run's folder; a dated one under ``outputs`` when absent.
-        resume: a run's folder to continue.
+        matmul_precision: precision in which float32 matrices are multiplied: ``float32``, ``tensorfloat32`` or
+            ``bfloat16``; without effect on a CPU.
+        compute_dtype: type of the matrices that nets multiply, ``float32`` or ``bfloat16``; everything else, the
+            parameters included, is float32.
+        compilation_cache: compiled programs are kept in the user's cache folder (``true``), in the named folder, or
+            nowhere (``false``).
+        run_dir: the run's folder; ``null``: a dated folder under ``outputs``.
+        resume: the folder of a run to continue.
         checkpoint: see `CheckpointOptions`.
         logger: see `LoggerOptions`.
     """
@@ -144,6 +144,16 @@ class RunConfig:
         """The seeds that train here: those of this host."""
         return range(self.seed, self.seed + self.num_seeds)[_slice_of_host(self.num_seeds, self.hosts, self.host)]
 
+    @property
+    def steps_per_iteration(self) -> int:
+        """The most environment steps of one seed's iteration."""
+        return self.num_envs * self.env.spec.episode_limit
+
+    @property
+    def learner_steps_per_env_step(self) -> float:
+        """Learner steps per environment step, for full episodes and once enough of them are stored."""
+        return self.updates_per_iteration / self.steps_per_iteration
+
 
 def run_config(values: Mapping[str, Any]) -> RunConfig:
     """Builds a run from nested mappings, as ``config.yaml`` of a run folder holds them.
@@ -178,8 +188,8 @@ def with_checked_numbers(values: Mapping[str, Any], config: RunConfig) -> dict[s
 
 def _as_checked(value: Any, checked: Any) -> Any:
     if isinstance(value, Mapping):
-        of = checked.get if isinstance(checked, Mapping) else lambda name, default: getattr(checked, name, default)
-        return {name: _as_checked(inner, of(name, inner)) for name, inner in value.items()}
+        get = checked.get if isinstance(checked, Mapping) else lambda name, default: getattr(checked, name, default)
+        return {name: _as_checked(inner, get(name, inner)) for name, inner in value.items()}
     if isinstance(value, (list, tuple)) and isinstance(checked, (list, tuple)) and len(value) == len(checked):
         return [_as_checked(*pair) for pair in zip(value, checked, strict=True)]
     is_same = type(value) in (int, float) and type(checked) in (int, float) and value == checked
@@ -187,7 +197,7 @@ def _as_checked(value: Any, checked: Any) -> Any:
 
 
 def _refuse_key_of_a_group(plain: Mapping[str, Any]) -> None:
-    """An option that lacks its group's name: ``lr`` for ``algo.lr``."""
+    """Refuses an option without the name of its group, ``lr`` for ``algo.lr``."""
     for name in sorted(plain.keys() - RunConfig.__dataclass_fields__.keys()):  # type: ignore[attr-defined]
         for group in ("algo", "env", "checkpoint", "logger"):
             if name in (plain.get(group) or {}):
@@ -200,21 +210,18 @@ def _slice_of_host(num_seeds: int, hosts: int | None, host: int | None) -> slice
 
 
 def load_group(group: str, option: str) -> dict[str, Any]:
-    """The plain values of ``configs/GROUP/OPTION.yaml``, for one that inherits nothing."""
+    """Returns the plain values of ``configs/GROUP/OPTION.yaml``, which must inherit nothing."""
     return plain_values(OmegaConf.load(CONFIG_DIR / group / f"{option}.yaml"))
 
 
+def names(group: str, config_dir: str | os.PathLike[str] | None = None) -> str:
+    """Lists the choices of ``algo``, ``env`` or ``preset``: the names of the yamls of the package and of the user."""
+    folders = [CONFIG_DIR] if config_dir is None else [CONFIG_DIR, Path(config_dir)]
+    stems = {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
+    return ", ".join(sorted(stem for stem in stems if not stem.startswith("_")))
+
+
 def run_defaults() -> dict[str, Any]:
-    """The options of a run beside its algorithm and environment, with their defaults."""
+    """Returns the default options of a run, without its algorithm and environment."""
     values = OmegaConf.load(CONFIG_DIR / "train.yaml")
     return plain_values({name: value for name, value in values.items() if name not in ("defaults", "hydra")})
-
-
-def steps_per_iteration(config: RunConfig) -> int:
-    """The most environment steps of one seed's iteration."""
-    return config.num_envs * config.env.spec.episode_limit
-
-
-def learner_steps_per_env_step(config: RunConfig) -> float:
-    """How often is learned, for full episodes and once enough of them are stored."""
-    return config.updates_per_iteration / steps_per_iteration(config)

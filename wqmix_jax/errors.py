@@ -12,11 +12,10 @@ class ConfigError(ValueError):
 
 
 FAULT, REFUSED, SEEDS_FAILED = 1, 2, 3
-"""Exit codes: something outside the run stopped it; an option was refused; the run is over but some seeds failed."""
-
+"""Exit codes: a fault outside the run stopped it; an option was refused; the run is over but some seeds failed."""
 
 CLOSED_PIPE = 128 + getattr(signal, "SIGPIPE", 13)
-"""Exit code of a command whose reader is gone, as a shell reports it."""
+"""Exit code of a command whose output is no longer read, as a shell reports it."""
 
 
 def refuse(message: str, exit_code: int = REFUSED) -> NoReturn:
@@ -29,7 +28,7 @@ class RunError(Exception):
     """A run that had to stop; the message is one line that says why and what to do.
 
     Attributes:
-        exit_code: of the process.
+        exit_code: the exit code of the process.
     """
 
     def __init__(self, message: str, exit_code: int = FAULT) -> None:
@@ -41,12 +40,12 @@ class RunError(Exception):
 
 
 def exit_code_of(signum: int) -> int:
-    """What a shell reports of a process that a signal ended: 143 for SIGTERM, 130 for SIGINT."""
+    """Returns the exit code that a shell reports for a process ended by a signal: 143 for SIGTERM, 130 for SIGINT."""
     return 128 + signum
 
 
 def install_extra(extra: str) -> str:
-    """The command that installs an extra here: make's in its own environment of a checkout, otherwise pip's."""
+    """Returns the command that installs an extra: make in the environment of a checkout, otherwise pip."""
     checkout = Path(__file__).parent.parent
     if (checkout / "Makefile").is_file() and Path(sys.prefix) == checkout / ".venv":
         return f"make setup EXTRAS={extra}"

@@ -1,4 +1,4 @@
-"""How a group of options is declared, built and refused."""
+"""Declares, builds and checks groups of options; errors are one line."""
 
 import contextlib
 import copy
@@ -23,19 +23,15 @@ from wqmix_jax.foreign_names import translated
 
 _PACKAGE = Path(__file__).parent
 
-
 CONFIG_DIR = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
-"""The yamls: inside an installed wheel, or beside the package in a checkout."""
-
+"""The yamls: inside an installed wheel, or next to the package in a checkout."""
 
 T = TypeVar("T")
 
-
 PositiveInt = Annotated[int, Field(gt=0)]
 
-
 CONTRACTS = {"algo": "wqmix_jax.algos.base.Algorithm", "env": "wqmix_jax.envs.base.Environment"}
-"""What the classes of a run's parts subclass, named as their ``_target_`` are: both import this module."""
+"""The parent classes of a run's parts, named like a ``_target_`` because both import this module."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -46,12 +42,12 @@ def options(cls: type[T]) -> type[T]:
 
 
 def whole(value: Any) -> Any:
-    """An integer for a float that is one, ``1e6`` say; any other value as it is."""
+    """Returns an integer for a float that is one, ``1e6`` say, and any other value as it is."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def add_import_paths(config_dir: str | os.PathLike[str] | None) -> None:
-    """Lets a ``_target_`` name a module in the current folder, in ``config_dir`` or beside it; they come last.
+    """Lets a ``_target_`` name a module in the current folder, in ``config_dir`` or next to it; they come last.
 
     Raises:
         ConfigError: if there is no such folder.
@@ -81,7 +77,7 @@ def build(name: str, values: Mapping[str, Any]) -> Any:
 
 
 def part_class(name: str, target: str | None) -> type:
-    """`target_class`, for a class that subclasses its contract.
+    """Returns `target_class`, which must subclass its contract.
 
     Args:
         name: a key of `CONTRACTS`.
@@ -97,7 +93,7 @@ def part_class(name: str, target: str | None) -> type:
 
 
 def target_class(name: str, target: str | None) -> type:
-    """The class that ``NAME._target_`` names.
+    """Returns the class that ``NAME._target_`` names.
 
     Raises:
         ConfigError: if it can't be found, its module can't be imported, or it is no class.
@@ -107,9 +103,11 @@ def target_class(name: str, target: str | None) -> type:
     try:
         _import_module_of(target)
         found = pkgutil.resolve_name(target)
-    except Exception as error:  # a module of a user's own may raise anything
+    except Exception as error:  # a user's module may raise anything
         absent = isinstance(error, ModuleNotFoundError) and _is_part(error.name, target)
-        where = "; start where the module lies, or name its folder with --config-dir" if absent else _where(error)
+        where = (
+            "; start in the folder of the module, or name that folder with --config-dir" if absent else _where(error)
+        )
         raise ConfigError(f"{name}._target_={target!r} can't be imported: {error}{where}") from error
     if not isinstance(found, type):
         raise ConfigError(f"{name}._target_={target!r} is not allowed: it is no class")
@@ -117,7 +115,7 @@ def target_class(name: str, target: str | None) -> type:
 
 
 def _import_module_of(target: str) -> None:
-    """Imports the module that a class lies in: `pkgutil.resolve_name` hides what is wrong with one in a package."""
+    """Imports the module of a class: `pkgutil.resolve_name` hides the errors of one in a package."""
     module = target.partition(":")[0] if ":" in target else target.rpartition(".")[0]
     try:
         importlib.import_module(module or target)
@@ -131,7 +129,7 @@ def _is_part(module: str | None, target: str) -> bool:
 
 
 def _where(error: Exception) -> str:
-    """In which line of a module it was raised; nothing where the module isn't to blame, or the error says so itself."""
+    """Returns the line of the module that raised it; nothing if the error says so itself or is not the module's."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     if isinstance(error, SyntaxError) or "importlib" in last.filename or last.filename == pkgutil.__file__:
         return ""
@@ -144,7 +142,7 @@ def section(cls: type) -> Any:
 
 
 def plain_values(values: Any, prefix: str = "") -> dict[str, Any]:
-    """A copy in dicts and lists, nothing evaluated.
+    """Returns a copy in dicts and lists, nothing evaluated.
 
     Raises:
         ConfigError: at the first value that is not plain data.
@@ -199,12 +197,12 @@ def checked(cls: type[T], values: Mapping[str, Any], *, prefix: str) -> T:
         if integers is not None:
             return checked(cls, integers, prefix=prefix)
         raise ConfigError(_one_line(_worst(error.errors()), cls, prefix)) from None
-    except TypeError as error:  # a plain dataclass of a user's own
+    except TypeError as error:  # a user's plain dataclass
         raise ConfigError(f"{prefix.rstrip('.')}: {error}") from None
 
 
 def _with_integers(values: Mapping[str, Any], errors: Sequence[Any]) -> dict[str, Any] | None:
-    """The values with integers for the whole floats that were refused for being floats; None where there is none."""
+    """Returns the values with integers for the whole floats that were refused; None if there are none."""
     refused = [error for error in errors if error["type"] == "int_type" and type(error["input"]) is float]
     changed = {
         name: copy.deepcopy(value) if isinstance(value, dict | list) else value for name, value in values.items()
@@ -222,12 +220,12 @@ def _with_integers(values: Mapping[str, Any], errors: Sequence[Any]) -> dict[str
 
 
 def _worst(errors: list[Any]) -> Any:
-    """An unknown key first: it may be the misspelt name of one that is missing."""
+    """Returns an unknown key first: it may be the misspelt name of one that is missing."""
     return next((error for error in errors if error["type"] == "unexpected_keyword_argument"), errors[0])
 
 
 def _keys(cls: type) -> list[str]:
-    """The names of its options; class variables are none."""
+    """Returns the names of its options, without class variables."""
     return [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
 
 
@@ -239,7 +237,7 @@ def _one_line(error: Any, cls: type, prefix: str) -> str:
             return f"{key} is unknown: {cls.__name__} names it, but isn't declared with @options"
         return f"{key} is unknown: {_hint(key, error['input'], cls, prefix)}"
     if error["type"] in ("missing", "missing_argument"):
-        if isinstance(error["loc"][-1], int):  # a list's value: pydantic names where it would stand
+        if isinstance(error["loc"][-1], int):  # a list's value: pydantic names its place
             whole, _, place = key.rpartition(".")
             return f"{whole}={error['input']!r} is not allowed: it has {place} value(s), which is too few"
         return f"{key} is missing"
@@ -267,7 +265,7 @@ def _hint(key: str, value: Any, cls: type, prefix: str) -> str:
 
 
 def _owners(group: str, name: str) -> list[str]:
-    """The algorithms or environments of this package whose yamls have an option."""
+    """Returns the algorithms or environments of this package whose yamls have an option."""
     folder = CONFIG_DIR / group
     if group not in CONTRACTS:
         return []
@@ -276,7 +274,7 @@ def _owners(group: str, name: str) -> list[str]:
 
 
 def _yaml_options(folder: Path, stem: str) -> set[str]:
-    """The options in a yaml and in those that it inherits."""
+    """Returns the options in a yaml and in those that it inherits."""
     values: Any = OmegaConf.to_container(OmegaConf.load(folder / f"{stem}.yaml"))
     inherited = (_yaml_options(folder, str(parent)) for parent in values.get("defaults", []))
     return set(values).union(*inherited) - {"defaults", "_target_"}

@@ -31,11 +31,10 @@ from wqmix_jax import load_config, make_trainer
 from wqmix_jax.algos.base import Context, hyperparams
 from wqmix_jax.cli.command import command
 from wqmix_jax.cli.parser import OneLineParser, out_file
-from wqmix_jax.config import RunConfig
+from wqmix_jax.config import RunConfig, names
 from wqmix_jax.errors import ConfigError, refuse
 from wqmix_jax.records.run_dir import versions
 from wqmix_jax.runs.memory import memory_plan
-from wqmix_jax.train import names
 from wqmix_jax.training.compiled_loop import Trainer, TrainState, compile_trainer, train_sharding
 from wqmix_jax.training.devices import claim_cores
 from wqmix_jax.training.members import make_members

@@ -17,9 +17,8 @@ from tests.running import main
 from wqmix_jax import load_config, load_metrics, train_seeds
 from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, hyperparams, is_mean_over_steps
 from wqmix_jax.algos.iql import IQL
-from wqmix_jax.config import RunConfig
+from wqmix_jax.config import RunConfig, names
 from wqmix_jax.envs.matrix_game import MatrixGame
-from wqmix_jax.train import names
 from wqmix_jax.training.learner import init_learner
 from wqmix_jax.training.replay import make_replay
 from wqmix_jax.types import EnvSpec, Episode, PyTree, StoredEpisode

@@ -1,4 +1,4 @@
-"""How command lines end: closed pipes, platforms that aren't there, an unsupported Python, copies of a checkout."""
+"""Ends of command lines: closed pipes, missing platforms, an unsupported Python, copies of a checkout."""
 
 import io
 import json
@@ -14,7 +14,7 @@ import pytest
 from tests.running import ROOT
 from wqmix_jax.cli import command
 from wqmix_jax.cli.command import copied_checkout
-from wqmix_jax.errors import CLOSED_PIPE, ConfigError
+from wqmix_jax.errors import CLOSED_PIPE, ConfigError, RunError
 from wqmix_jax.runs.output import lasting_output
 from wqmix_jax.training import devices
 from wqmix_jax.training.devices import refuse_missing_backend
@@ -100,6 +100,20 @@ def test_training_goes_on_without_a_reader(monkeypatch: pytest.MonkeyPatch) -> N
     assert sys.stdout is closed
 
 
+@pytest.mark.parametrize(
+    ("error", "exit_code"),
+    [(ConfigError("no\nsuch option"), 2), (RunError("no such option"), 1), (RunError("no such option", 3), 3)],
+)
+def test_an_error_is_one_line(error: Exception, exit_code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    @command.command
+    def fails() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        fails()
+    assert (ended.value.code, capsys.readouterr().err) == (exit_code, "error: no such option\n")
+
+
 def test_ctrl_c_ends_with_130() -> None:
     @command.command
     def interrupted() -> None:
@@ -111,7 +125,7 @@ def test_ctrl_c_ends_with_130() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (AssertionError(), "JAX_PLATFORMS=cuda can't be used here: no such device is found"),
         (
@@ -121,7 +135,7 @@ def test_ctrl_c_ends_with_130() -> None:
     ],
 )
 def test_a_platform_that_is_not_there_is_refused(
-    error: Exception, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail() -> None:
         raise error
@@ -129,13 +143,13 @@ def test_a_platform_that_is_not_there_is_refused(
     refuse_missing_backend()
     monkeypatch.setattr(jax, "local_devices", fail)
     monkeypatch.setattr(devices, "asked_platforms", lambda: "cuda")
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         refuse_missing_backend()
     with pytest.raises(SystemExit) as ended:
         command.command(fail)()
     err = capsys.readouterr().err
     assert (ended.value.code, err.count("\n")) == (2, 1)
-    assert told in err
+    assert message in err
 
 
 def test_a_fault_that_is_not_of_the_devices_stays_one() -> None:

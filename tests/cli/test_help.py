@@ -1,12 +1,12 @@
-"""What ``--help`` says of an algorithm's and an environment's options."""
+"""Descriptions of options in ``--help``."""
 
 import pytest
 
 from wqmix_jax import load_config
-from wqmix_jax.cli.help import attributes, described
+from wqmix_jax.cli.help import attributes, described_group
+from wqmix_jax.cli.overrides import load_values
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import CONFIG_DIR, options, target_class
-from wqmix_jax.train import load_values
 
 GROUPS = [
     (group, path.stem)
@@ -18,7 +18,7 @@ GROUPS = [
 
 @options
 class Parent:
-    """What is shared.
+    """Shared options.
 
     Attributes:
         width: in `cells`.
@@ -31,7 +31,7 @@ class Parent:
 
 @options
 class Child(Parent):
-    """A class of its own.
+    """A class that inherits options.
 
     Attributes:
         depth: how far down
@@ -56,7 +56,7 @@ def test_attributes_are_read_from_the_class_and_its_parents() -> None:
 
 def test_values_stand_beside_what_they_mean() -> None:
     values = {"_target_": f"{__name__}.Child", "width": 3, "depth": 1e-05, "names": ["a", "b"], "other": None}
-    assert described("env", values).splitlines() == [
+    assert described_group("env", values).splitlines() == [
         "env:",
         f"  _target_: {__name__}.Child  # the class of these options",
         "  width: 3                        # in cells",
@@ -68,7 +68,7 @@ def test_values_stand_beside_what_they_mean() -> None:
 
 def test_a_long_description_is_wrapped_in_its_column(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wqmix_jax.cli.help.WIDTH", 50)
-    assert described("algo", {"_target_": f"{__name__}.Child", "depth": 2}).splitlines()[-3:] == [
+    assert described_group("algo", {"_target_": f"{__name__}.Child", "depth": 2}).splitlines()[-3:] == [
         "  depth: 2                        # how far down a",
         "                                  # child goes: to",
         "                                  # width, say",
@@ -77,7 +77,7 @@ def test_a_long_description_is_wrapped_in_its_column(monkeypatch: pytest.MonkeyP
 
 def test_options_of_a_class_that_is_not_here_are_shown_without_a_word() -> None:
     for target in ("nowhere.Game", "os.getcwd"):
-        assert described("env", {"_target_": target, "size": 3}).splitlines()[2:] == ["  size: 3"]
+        assert described_group("env", {"_target_": target, "size": 3}).splitlines()[2:] == ["  size: 3"]
 
 
 @pytest.mark.parametrize(("group", "name"), GROUPS, ids="/".join)

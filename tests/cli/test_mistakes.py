@@ -1,4 +1,4 @@
-"""What a user may plausibly get wrong on each command line ends in one line that says what to do, with exit code 2."""
+"""Plausible mistakes on each command line end in one line that says what to do, with exit code 2."""
 
 import importlib
 import shlex
@@ -66,6 +66,7 @@ TRAIN = [
     ("+algo=ow_qmix wandb=online", "wandb is unknown: did you mean logger.wandb?"),
     ("+algo=ow_qmix checkpoint=10000", "checkpoint=10000 is not allowed: a group of options is needed"),
     ("+algo=ow_qmix -m hydra/launcher=joblob", "hydra/launcher=joblob is not allowed: choose one of basic"),
+    ("+algo=qmix --resolve", "--resolve is not allowed without --cfg"),
     ("-m +algo=qmix,vdn --cfg job", "--cfg is not allowed with --multirun: choose one of them"),
     ("+algo=ow_qmix --config-dir nowhere", "--config-dir nowhere is not allowed: there is no such folder"),
     # Folders.
@@ -205,26 +206,28 @@ def refused(
     return run
 
 
-@pytest.mark.parametrize(("arguments", "told"), TRAIN, ids=[arguments for arguments, _ in TRAIN])
-def test_train(arguments: str, told: str, refused: Callable[[str, str], str]) -> None:
-    assert told in refused("train", arguments)
+@pytest.mark.parametrize(("arguments", "message"), TRAIN, ids=[arguments for arguments, _ in TRAIN])
+def test_train(arguments: str, message: str, refused: Callable[[str, str], str]) -> None:
+    assert message in refused("train", arguments)
 
 
-@pytest.mark.parametrize(("arguments", "told"), EVALUATE, ids=[arguments for arguments, _ in EVALUATE])
-def test_evaluate(arguments: str, told: str, refused: Callable[[str, str], str]) -> None:
-    assert told in refused("evaluate", arguments)
+@pytest.mark.parametrize(("arguments", "message"), EVALUATE, ids=[arguments for arguments, _ in EVALUATE])
+def test_evaluate(arguments: str, message: str, refused: Callable[[str, str], str]) -> None:
+    assert message in refused("evaluate", arguments)
 
 
-@pytest.mark.parametrize(("command", "arguments", "told"), OTHERS, ids=[f"{name} {text}" for name, text, _ in OTHERS])
-def test_other_commands(command: str, arguments: str, told: str, refused: Callable[[str, str], str]) -> None:
-    assert told in refused(command, arguments)
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"), OTHERS, ids=[f"{name} {text}" for name, text, _ in OTHERS]
+)
+def test_other_commands(command: str, arguments: str, message: str, refused: Callable[[str, str], str]) -> None:
+    assert message in refused(command, arguments)
 
 
-@pytest.mark.parametrize(("arguments", "told"), MAKE, ids=[arguments for arguments, _ in MAKE])
-def test_make(arguments: str, told: str) -> None:
+@pytest.mark.parametrize(("arguments", "message"), MAKE, ids=[arguments for arguments, _ in MAKE])
+def test_make(arguments: str, message: str) -> None:
     ended = make("--dry-run", *shlex.split(arguments))
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
-    assert told in ended.stderr
+    assert message in ended.stderr
 
 
 def test_a_simulator_in_another_folder_is_found_with_config_dir() -> None:
@@ -236,10 +239,10 @@ def test_a_simulator_in_another_folder_is_found_with_config_dir() -> None:
 
 
 def test_the_command_of_all_commands(refused: Callable[[str, str], str]) -> None:
-    told = "the commands are train, evaluate, compare, table, merge, tabular"
+    message = "the commands are train, evaluate, compare, table, merge, tabular"
     for arguments, meant in {
         "trian": "did you mean train? ",
         "+algo=qmix": "did you mean wqmix_jax train +algo=qmix? ",
         "--config-dir": "",
     }.items():
-        assert refused("__main__", arguments) == f"error: {arguments} is unknown: {meant}{told}\n"
+        assert refused("__main__", arguments) == f"error: {arguments} is unknown: {meant}{message}\n"

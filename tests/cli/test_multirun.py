@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from tests.running import TINY, main
-from wqmix_jax import load_metrics, train
+from wqmix_jax import load_metrics
 from wqmix_jax.records.run_dir import find_runs, read_config
+from wqmix_jax.runs import session
 from wqmix_jax.table import table
 
 SHORT = (*(option for option in TINY if not option.startswith("total_env_steps")), "total_env_steps=9")
@@ -31,8 +32,6 @@ def test_a_refused_sweep_is_one_line_and_leaves_nothing(tmp_path: Path, capsys: 
 def test_a_sweep_over_algorithms_takes_options_of_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hydra by itself would look for them before an algorithm is chosen."""
     seen = []
-    monkeypatch.setattr(
-        train, "_start", lambda values, choices, *_: seen.append((choices["algo"], values["algo"]["lr"]))
-    )
+    monkeypatch.setattr(session, "start", lambda config, values, *, algo, **_: seen.append((algo, config.algo.lr)))
     assert main("-m", "+algo=qmix,ow_qmix", "algo.lr=0.25", "env.episode_limit=7", f"run_dir={tmp_path}") == 0
     assert seen == [("qmix", 0.25), ("ow_qmix", 0.25)]

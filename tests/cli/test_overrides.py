@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from wqmix_jax import load_config, train
-from wqmix_jax.cli.overrides import FOLDERS, NAMES, as_text, parse_overrides, quoted
+from wqmix_jax import load_config
+from wqmix_jax.cli.overrides import load_values, prepare
+from wqmix_jax.cli.syntax import FOLDERS, NAMES, as_text, parse_overrides, quoted
 from wqmix_jax.config import CheckpointOptions, LoggerOptions, RunConfig
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.evaluate import EvaluateOptions
 from wqmix_jax.options import CONFIG_DIR, target_class
 from wqmix_jax.runs import startup
-from wqmix_jax.runs.startup import command_to_continue
 
 NASTY = [
     "1e3", "2026_11_30", "outputs/c=d", "true", "on", "null", "None", "inf", "0x10", "1.50", "it's", 'say "hi"',
@@ -33,7 +34,7 @@ NASTY = [
 
 
 def value(text: str) -> Any:
-    """What hydra reads after `as_text`."""
+    """Returns the value that hydra reads after `as_text`."""
     return parse_overrides(as_text([text]))[0].value()
 
 
@@ -71,7 +72,7 @@ def test_names_can_be_swept_and_stay_names() -> None:
 
 
 def test_options_of_a_name_are_all_known() -> None:
-    """Of the package's classes; an option of a user's own class is quoted as hydra has it."""
+    """Covers the package's classes; an option of a user's class is quoted as hydra has it."""
     found = set()
     groups: dict[str, list[type]] = {"": [RunConfig, EvaluateOptions], "checkpoint": [CheckpointOptions]}
     groups |= {"logger": [LoggerOptions], "env": [], "algo": []}
@@ -101,6 +102,18 @@ def test_load_config_takes_paths_as_they_are() -> None:
     assert (config.run_dir, config.logger.group) == ("1e3", "2026_11_30")
 
 
+def test_values_may_refer_to_what_hydra_chose() -> None:
+    before = HydraConfig.instance().cfg
+    values = load_values("+algo=vdn", "run_dir=runs/${hydra:runtime.choices.algo}_${algo.lr}")
+    assert values["run_dir"] == "runs/vdn_0.0005"
+    assert HydraConfig.instance().cfg is before  # of an application that uses hydra itself
+
+
+def resuming(run_dir: str, config_dir: Path | str | None = None) -> str:
+    """Returns the printed command alone."""
+    return command_to_continue(Path(run_dir), config_dir).partition(": ")[2]
+
+
 FOLDER_NAMES = [name for name in NASTY if name not in ("..",)]
 
 
@@ -108,14 +121,14 @@ def test_the_printed_command_is_the_one_to_paste(tmp_path: Path, monkeypatch: py
     """Bash reads it, then the command line; what it names is the folder that was meant."""
     monkeypatch.chdir(tmp_path)
     folders = [*FOLDER_NAMES, *(str(tmp_path / name) for name in FOLDER_NAMES), "outputs/null", "outputs/'x'"]
-    commands = [command_to_continue(Path(folder)).partition("to continue: ")[2] for folder in folders]
+    commands = [resuming(folder) for folder in folders]
     script = "\n".join(f"printf '%s\\0' {command}; printf '\\1'" for command in commands)
     read = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
     for folder, command, words in zip(folders, commands, read.split("\1")[:-1], strict=True):
         arguments = words.split("\0")[:-1]
         assert arguments == shlex.split(command)
         assert arguments[1:3] == ["-m", "wqmix_jax.train"]
-        [text] = train._prepared(arguments[3:])
+        [text] = prepare(arguments[3:])
         read_back = OmegaConf.create({"resume": parse_overrides([text])[0].value()}).resume
         assert Path(read_back).absolute() == Path(folder).absolute()
 
@@ -126,23 +139,20 @@ def test_the_printed_command_starts_this_python(tmp_path: Path, monkeypatch: pyt
         (tmp_path / ".venv" / "bin" / name).symlink_to(sys.executable)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python3"))
-    assert command_to_continue(Path("r")) == "to continue: .venv/bin/python3 -m wqmix_jax.train resume=r"
+    assert resuming("r") == ".venv/bin/python3 -m wqmix_jax.train resume=r"
     monkeypatch.setenv("PATH", f"{tmp_path / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    assert command_to_continue(Path("r")) == "to continue: python -m wqmix_jax.train resume=r"
+    assert resuming("r") == "python -m wqmix_jax.train resume=r"
     monkeypatch.setattr(shutil, "which", lambda _: None)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert command_to_continue(Path("r")) == f"to continue: {shlex.quote(sys.executable)} -m wqmix_jax.train resume=r"
+    assert resuming("r") == f"{shlex.quote(sys.executable)} -m wqmix_jax.train resume=r"
 
 
 def test_the_printed_command_names_own_yamls_and_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(startup, "_python", lambda: "python")
     monkeypatch.chdir(tmp_path)
-    told = command_to_continue(Path("r"), tmp_path / "my configs")
-    assert told == "to continue: python -m wqmix_jax.train --config-dir 'my configs' resume=r"
-    assert command_to_continue(Path("r"), "/else where") == (
-        "to continue: python -m wqmix_jax.train --config-dir '/else where' resume=r"
-    )
+    assert resuming("r", tmp_path / "my configs") == "python -m wqmix_jax.train --config-dir 'my configs' resume=r"
+    assert resuming("r", "/else where") == "python -m wqmix_jax.train --config-dir '/else where' resume=r"
 
 
 def test_quoted_is_read_as_it_was() -> None:

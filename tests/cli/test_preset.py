@@ -6,9 +6,10 @@ import pytest
 import yaml
 
 from tests.running import ROOT
-from wqmix_jax import load_metrics
+from wqmix_jax import load_config, load_metrics
+from wqmix_jax.cli.checks import check_overrides
+from wqmix_jax.cli.overrides import load_values
 from wqmix_jax.errors import ConfigError
-from wqmix_jax.train import check_overrides, load_config, load_values
 
 PRESETS = sorted((ROOT / "configs" / "preset").glob("*.yaml"))
 
@@ -42,7 +43,7 @@ def test_a_preset_of_the_users_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["+algo=qmix", "+preset=smak"], "preset=smak is not allowed: choose one of smax"),
         (["+algo=qmix", "preset=smax"], r"preset=smax is not allowed: write \+preset=NAME, NAME one of smax"),
@@ -51,8 +52,8 @@ def test_a_preset_of_the_users_own(tmp_path: Path) -> None:
         (["+algo=qmix", "+preset=smax", "env=predator_prey"], "env.map is unknown"),
     ],
 )
-def test_what_does_not_fit_is_refused(overrides: list[str], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_what_does_not_fit_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         load_config(*overrides)
 
 

@@ -1,4 +1,4 @@
-"""Yamls of a user's own that have the names of built-in ones."""
+"""A user's yamls that have the names of built-in ones."""
 
 import re
 import sys
@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 
 from wqmix_jax import evaluate, load_config, train
+from wqmix_jax.cli.overrides import compose_evaluation
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import CONFIG_DIR
+from wqmix_jax.runs import session
 
 
 @pytest.fixture
 def mine(tmp_path: Path) -> Path:
-    """A folder with ``vdn``, ``_base``, which it inherits, ``matrix_game`` and an algorithm with a name of its own."""
+    """A folder with ``vdn``, ``_base``, which it inherits, ``matrix_game`` and an algorithm with another name."""
     for group in ("algo", "env"):
         (tmp_path / group).mkdir()
     base = (CONFIG_DIR / "algo" / "_base.yaml").read_text()
@@ -36,9 +38,11 @@ def seen(capfd: pytest.CaptureFixture[str]) -> list[str]:
 
 
 def start(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[dict[str, Any]]:
-    """The options of the runs that a command line would start."""
+    """Returns the options of the runs that a command line would start, and the names of their algorithms."""
     started: list[dict[str, Any]] = []
-    monkeypatch.setattr(train, "_start", lambda values, choices, *_: started.append({**values, "choices": choices}))
+    monkeypatch.setattr(
+        session, "start", lambda config, values, *, algo, **_: started.append({**values, "algo_name": algo})
+    )
     monkeypatch.setattr(sys, "argv", ["train", *arguments])
     train.main()
     return started
@@ -68,7 +72,7 @@ def test_what_is_inherited_is_the_users_too(mine: Path, capfd: pytest.CaptureFix
 def test_train_takes_the_users(mine: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     [values] = start(monkeypatch, "--config-dir", str(mine), "+algo=vdn", "env=matrix_game")
     assert (values["algo"]["gamma"], values["algo"]["rms_decay"], values["env"]["payoff"]) == (0.5, 0.75, "table1")
-    assert values["choices"]["algo"] == "vdn"
+    assert values["algo_name"] == "vdn"
     assert seen(capfd) == lines(mine, "algo/_base", "algo/vdn", "env/matrix_game")
 
 
@@ -77,7 +81,7 @@ def test_each_run_of_a_sweep_takes_the_users(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     runs = start(monkeypatch, "-m", "--config-dir", str(mine), "+algo=vdn,iql", "env=matrix_game", "run_dir=sweep")
-    found = [(run["choices"]["algo"], run["algo"]["gamma"], run["algo"]["rms_decay"]) for run in runs]
+    found = [(run["algo_name"], run["algo"]["gamma"], run["algo"]["rms_decay"]) for run in runs]
     assert found == [("vdn", 0.5, 0.75), ("iql", 0.5, 0.99)]
     assert seen(capfd) == lines(mine, "algo/_base", "algo/vdn", "env/matrix_game")
 
@@ -85,29 +89,28 @@ def test_each_run_of_a_sweep_takes_the_users(
 @pytest.mark.parametrize("source", ["pymarl=somewhere", "policy_file=best.npz"])
 def test_evaluate_takes_the_users(source: str, mine: Path, capfd: pytest.CaptureFixture[str]) -> None:
     overrides: Sequence[str] = [source, "env=matrix_game", *(["+algo=vdn"] if "policy" in source else [])]
-    values = evaluate._compose(overrides, str(mine))
+    values = compose_evaluation(overrides, str(mine)).values
     assert (values["env"]["payoff"], values["algo"]["gamma"]) == ("table1", 0.5)
     used = ["algo/_base", "env/matrix_game", *(["algo/vdn"] if "policy" in source else [])]
     assert seen(capfd) == lines(mine, *used)
 
 
 def test_evaluate_says_nothing_of_what_a_run_does_not_use(mine: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    evaluate._compose(["run_dir=somewhere"], str(mine))
+    compose_evaluation(["run_dir=somewhere"], str(mine))
     assert seen(capfd) == []
 
 
 def test_the_help_shows_the_users(
     mine: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    own = (CONFIG_DIR / "train.yaml").read_text().replace("num_envs: 1 ", "num_envs: 3 ")
+    own = (CONFIG_DIR / "train.yaml").read_text().replace("num_envs: 1\n", "num_envs: 3\n")
     (mine / "train.yaml").write_text(own)
-    with pytest.raises(SystemExit):
-        start(monkeypatch, "--config-dir", str(mine), "+algo=vdn", "--help")
-    out = capfd.readouterr().out
+    assert start(monkeypatch, "--config-dir", str(mine), "+algo=vdn", "--help") == []
+    out, err = capfd.readouterr()
     assert "gamma: 0.5 " in out
     assert "num_envs: 3 " in out
     assert load_config("+algo=vdn", config_dir=mine).num_envs == 3
-    assert "train" in "".join(seen(capfd))
+    assert sorted(err.splitlines()) == lines(mine, "algo/_base", "algo/vdn", "train")
 
 
 def test_hydras_own_way_to_add_a_folder_is_refused(mine: Path) -> None:

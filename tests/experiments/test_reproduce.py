@@ -20,6 +20,7 @@ from tests.recorded import evaluated, record_run
 from tests.running import shared_programs
 from wqmix_jax import load_metrics
 from wqmix_jax.api import load_policies
+from wqmix_jax.config import RunConfig, run_config
 from wqmix_jax.errors import SEEDS_FAILED, ConfigError, RunError
 from wqmix_jax.records.metrics import HEADER_FILE, METRICS_FILE, MetricsFile, load_header
 from wqmix_jax.records.run_dir import SUMMARY_FILE, held
@@ -75,7 +76,8 @@ class Faked:
         self.failing: tuple[int, ...] = ()
         self.status = "finished"
 
-    def start(self, values: dict[str, Any], *, algo: str, env: str) -> Path:
+    def start(self, config: RunConfig, values: dict[str, Any], *, algo: str, env: str) -> Path:
+        assert config.run_dir == values["run_dir"]
         folder = Path(values["run_dir"])
         seeds = list(range(values["seed"], values["seed"] + values["num_seeds"]))
         self.started.append((folder.as_posix(), seeds))
@@ -105,8 +107,8 @@ class Faked:
 @pytest.fixture
 def faked(monkeypatch: pytest.MonkeyPatch) -> Faked:
     training = Faked()
-    monkeypatch.setattr(reproduce.runner, "start", training.start)
-    monkeypatch.setattr(reproduce.runner, "resume", training.resume)
+    monkeypatch.setattr(reproduce.session, "start", training.start)
+    monkeypatch.setattr(reproduce.session, "resume", training.resume)
     monkeypatch.setattr(figure_data, "absolute_metric", lambda folder, factor: absolute(folder))
     monkeypatch.setattr(pictures, "draw", lambda path, *others: path)  # it takes most of the time
     return training
@@ -352,13 +354,14 @@ def test_what_another_process_has_trained_meanwhile_is_not_trained_again(
     """While the first line trains, the second gets its first two seeds."""
     start = faked.start
 
-    def start_both(values: dict[str, Any], *, algo: str, env: str) -> Path:
+    def start_both(config: RunConfig, values: dict[str, Any], *, algo: str, env: str) -> Path:
         if algo == "iql":
             folder = Path(values["run_dir"]).parent.parent / "vdn_slow" / "seeds_0-1"
-            start({**values, "num_seeds": 2, "run_dir": str(folder)}, algo="vdn", env=env)
-        return start(values, algo=algo, env=env)
+            part = {**values, "num_seeds": 2, "run_dir": str(folder)}
+            start(run_config(part), part, algo="vdn", env=env)
+        return start(config, values, algo=algo, env=env)
 
-    monkeypatch.setattr(reproduce.runner, "start", start_both)
+    monkeypatch.setattr(reproduce.session, "start", start_both)
     assert made(tmp_path, "num_seeds=3") == 0
     assert [(Path(folder).parent.name, seeds) for folder, seeds in faked.started] == [
         ("vdn_slow", [0, 1]),

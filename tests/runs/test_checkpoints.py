@@ -27,7 +27,7 @@ from wqmix_jax.errors import SEEDS_FAILED, ConfigError
 from wqmix_jax.networks import functional
 from wqmix_jax.records.metrics import METRICS_FILE, create_metrics, load_header
 from wqmix_jax.records.run_dir import SUMMARY_FILE, held
-from wqmix_jax.runs import checkpoint_pieces, checkpoints, session
+from wqmix_jax.runs import checkpoint_pieces, checkpoints, playing, session
 from wqmix_jax.runs.checkpoint_pieces import Pieces
 from wqmix_jax.training.compiled_loop import Trainer
 from wqmix_jax.training.host_loop import Loop
@@ -690,9 +690,9 @@ def test_policies_are_evaluated_as_they_were_trained_to_compute(
     run_dir = Path(shutil.copytree(straight, tmp_path / "run"))
     edit(run_dir / "config.yaml", "compute_dtype: float32\n", "compute_dtype: bfloat16\n")
     seen: list[str] = []
-    step = evaluate.greedy_episodes
+    step = playing.greedy_episodes
     multiplied = lambda *args, **kw: seen.append(functional._compute_dtype.get()) or step(*args, **kw)  # noqa: E731
-    monkeypatch.setattr(evaluate, "greedy_episodes", multiplied)
+    monkeypatch.setattr(playing, "greedy_episodes", multiplied)
     evaluate.main([f"run_dir={run_dir}", "episodes=2"])
     assert set(seen) == {"bfloat16"}
 

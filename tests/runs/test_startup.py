@@ -8,13 +8,13 @@ import jax
 import pytest
 
 from wqmix_jax import load_config, make_trainer
+from wqmix_jax.cli.overrides import load_values
 from wqmix_jax.envs.base import ExternalPackage
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.records.metrics import load_header
 from wqmix_jax.records.run_dir import make_run_dir, new_run_dir, read_config
 from wqmix_jax.runs import session, startup
 from wqmix_jax.runs.startup import device_lines, plan_lines
-from wqmix_jax.train import load_values
 
 TRAINER = make_trainer(load_config("+algo=ow_qmix"))
 

@@ -18,7 +18,7 @@ from tests.envs.host.running import WORKERS
 from tests.running import ROOT
 from wqmix_jax import evaluate, load_config, load_policy, train
 from wqmix_jax.api import policies_of_file
-from wqmix_jax.cli.overrides import as_text
+from wqmix_jax.cli.syntax import as_text
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import CONFIG_DIR
 from wqmix_jax.runs import session

@@ -14,8 +14,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from tests.running import ROOT, TINY, main, process
+from wqmix_jax import load_config
 from wqmix_jax.errors import ConfigError
-from wqmix_jax.train import load_config
 from wqmix_jax.training import compile_cache
 from wqmix_jax.training.compile_cache import compile_program, default_folder, use_compilation_cache
 

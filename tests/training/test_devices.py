@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from tests.running import ROOT
-from wqmix_jax import evaluate, train
+from wqmix_jax import evaluate
+from wqmix_jax.cli import sweeps
 from wqmix_jax.training import devices
 from wqmix_jax.training.devices import seed_sharding
 
@@ -73,7 +74,7 @@ def test_runs_side_by_side_share_a_gpu_unless_the_user_has_decided(
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    train._share_gpu_if_side_by_side([f"hydra/launcher={launcher}", "+algo=vdn,iql"])
+    sweeps._share_gpu_if_side_by_side([f"hydra/launcher={launcher}", "+algo=vdn,iql"])
     assert os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE") == expected
     monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
 

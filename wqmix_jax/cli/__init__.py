@@ -1,1 +1,1 @@
-"""How options are composed, checked and explained."""
+"""Command lines: composes, checks and explains options, and ends commands with one line."""

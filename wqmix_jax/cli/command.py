@@ -1,16 +1,18 @@
-"""Behaviour that all command lines share: how they end if the reader, the Python or the devices are missing."""
+"""Behaviour that all command lines share: exit codes and one-line errors."""
 
+import contextlib
 import functools
 import importlib.metadata
 import json
 import sys
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ParamSpec
 
-from wqmix_jax.errors import CLOSED_PIPE, refuse
+from wqmix_jax.errors import CLOSED_PIPE, ConfigError, RunError, refuse
+from wqmix_jax.runs.hosts import abandon_others
 from wqmix_jax.runs.output import discard, is_broken
 
 P = ParamSpec("P")
@@ -22,8 +24,9 @@ FIRST_UNSUPPORTED = (3, 14)
 def command(main: Callable[P, None]) -> Callable[P, None]:
     """Makes ``main`` end as a program should.
 
-    A reader that is gone (``| head``) ends it quietly with exit code 141, Ctrl-C with 130. Devices that JAX can't start
-    (``JAX_PLATFORMS=cuda`` without a GPU) and an unsupported Python are refused in one line, with exit code 2.
+    A `ConfigError` is printed as one line, with exit code 2; so are devices that JAX can't start
+    (``JAX_PLATFORMS=cuda`` without a GPU) and an unsupported Python. A `RunError` is printed with its own exit code. A
+    reader that is gone (``| head``) ends it quietly with exit code 141, Ctrl-C with 130.
     """
 
     @functools.wraps(main)
@@ -35,7 +38,8 @@ def command(main: Callable[P, None]) -> Callable[P, None]:
             )
         try:
             try:
-                main(*args, **kwargs)
+                with _one_line_errors():
+                    main(*args, **kwargs)
             finally:
                 sys.stdout.flush()
         except BrokenPipeError:
@@ -46,15 +50,35 @@ def command(main: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt:
             sys.exit(130)
         except Exception:
-            if (told := _backend_failure()) is None:
+            if (reason := _backend_failure()) is None:
                 raise
-            refuse(told)
+            refuse(reason)
 
     return run
 
 
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        try:
+            refuse(str(error))
+        finally:
+            abandon_others()
+    except RunError as error:
+        refuse(str(error), error.exit_code)
+
+
+def warn_of_copied_checkout() -> None:
+    """Prints a warning if the checkout's environment holds a copy of this package, which edits don't reach."""
+    if (checkout := copied_checkout()) is not None:
+        reason = f"edits in {checkout} have no effect on its copy in .venv; make setup replaces the copy"
+        print(f"warning: {reason}", file=sys.stderr)
+
+
 def copied_checkout() -> Path | None:
-    """The checkout in whose ``.venv`` this package is a copy, made by ``pip install .``; None where it is none.
+    """Returns the checkout in whose ``.venv`` this package is a copy, made by ``pip install .``; None otherwise.
 
     Edits in the checkout don't reach a copy.
     """
@@ -71,7 +95,7 @@ def copied_checkout() -> Path | None:
 
 
 def _backend_failure() -> str | None:
-    """Says why JAX can't start its devices, where something has imported it."""
+    """Explains why JAX can't start its devices, if something has imported it; None otherwise."""
     if "jax" not in sys.modules:
         return None
     from wqmix_jax.training.devices import backend_failure

@@ -10,15 +10,15 @@ from wqmix_jax.errors import refuse
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Tells what is wrong in one line, where argparse would add its usage."""
+    """Prints an error as one line, where argparse would add its usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Ends the process as an option that is refused does."""
+        """Ends the process with exit code 2."""
         refuse(message)
 
 
 def out_file(text: str) -> Path:
-    """An argument's type: a file that is written in the end, so that what forbids it is told before the work.
+    """An argument's type: a file to be written, checked before the work begins.
 
     Raises:
         ArgumentTypeError: if it can't be written.

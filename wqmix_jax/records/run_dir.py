@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import wqmix_jax
-from wqmix_jax.config import RESUMABLE, RunConfig, learner_steps_per_env_step, run_defaults
+from wqmix_jax.config import RESUMABLE, RunConfig, run_defaults
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import refuse_what_is_not_data
 from wqmix_jax.records.atomic import write_whole
@@ -319,7 +319,7 @@ def save_summary(run_dir: Path, config: RunConfig, trainer: Trainer, **facts: An
         **config.env.external.facts(),
         "final": {member_name(labels_of(line)): line for line in load_metrics(run_dir, kind="eval")},
         "replay_bytes_per_seed": trainer.replay_bytes,
-        "learner_steps_per_env_step": learner_steps_per_env_step(config),
+        "learner_steps_per_env_step": config.learner_steps_per_env_step,
         "device": {
             "platform": jax.default_backend(),
             "kind": jax.local_devices()[0].device_kind,

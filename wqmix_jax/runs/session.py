@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 import wqmix_jax
-from wqmix_jax.config import RunConfig, run_config, steps_per_iteration, with_checked_numbers
+from wqmix_jax.config import RunConfig, run_config, with_checked_numbers
 from wqmix_jax.envs.checks import check_environment
 from wqmix_jax.errors import SEEDS_FAILED, ConfigError, RunError, exit_code_of
 from wqmix_jax.ops.randomness import numeric_settings
@@ -69,11 +69,19 @@ SETTINGS = "configuration of jax"
 """Name of `numeric_settings` in a checkpoint."""
 
 
-def start(values: Mapping[str, Any], *, algo: str, env: str, config_dir: str | os.PathLike[str] | None = None) -> Path:
+def start(
+    config: RunConfig,
+    values: Mapping[str, Any],
+    *,
+    algo: str,
+    env: str,
+    config_dir: str | os.PathLike[str] | None = None,
+) -> Path:
     """Trains a new run to its end.
 
     Args:
-        values: the options as nested mappings.
+        config: the options.
+        values: the same as nested mappings, from which `run_config` built ``config``.
         algo: the algorithm's name, for labels.
         env: the environment's.
         config_dir: the folder of own yamls and modules, for the command that continues the run.
@@ -86,7 +94,6 @@ def start(values: Mapping[str, Any], *, algo: str, env: str, config_dir: str | o
         RunError: if the run had to stop, or seeds of it failed.
         SystemExit: if a signal ended it.
     """
-    config = run_config(values)
     refuse_missing_wandb(config.logger)
     use_compilation_cache(config.compilation_cache)
     members = make_members(config.algo, config.seeds, config.sweep)
@@ -427,7 +434,7 @@ class Session:
 
     def _may_end_soon(self, steps: np.ndarray) -> bool:
         """Returns True if some seed may reach its total in the next chunk; ``steps`` ``[S]``."""
-        most = self.trainer.chunk_iterations * steps_per_iteration(self.config)
+        most = self.trainer.chunk_iterations * self.config.steps_per_iteration
         return int(steps.max()) + most >= self.config.total_env_steps
 
     def _wall_seconds(self) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from wqmix_jax.config import PROGRAMS, RunConfig, learner_steps_per_env_step, steps_per_iteration
+from wqmix_jax.config import PROGRAMS, RunConfig
 from wqmix_jax.errors import ConfigError, install_extra
 from wqmix_jax.records.run_dir import read_config
 from wqmix_jax.training.compiled_loop import Trainer
@@ -130,12 +130,12 @@ def plan_lines(config: RunConfig, trainer: Trainer, num_members: int) -> Iterato
         yield f"algo.{name}: every seed with each of {', '.join(map(str, swept))}"
     total = trainer.replay_bytes * num_members
     yield f"replay: {megabytes(trainer.replay_bytes)} per seed, {megabytes(total)} in total"
-    steps = trainer.eval_iterations * steps_per_iteration(config)
+    steps = trainer.eval_iterations * config.steps_per_iteration
     iterations = "1 iteration" if trainer.eval_iterations == 1 else f"{trainer.eval_iterations:,} iterations"
     yield f"evaluation: every {iterations} ({steps:,} environment steps of full episodes)"
     episodes = "full episode" if config.num_envs == 1 else f"{config.num_envs} full episodes"
     yield (
-        f"learner steps per environment step: {learner_steps_per_env_step(config):.4g} "
+        f"learner steps per environment step: {config.learner_steps_per_env_step:.4g} "
         f"({config.updates_per_iteration} per {episodes} of {config.env.spec.episode_limit} steps)"
     )
 

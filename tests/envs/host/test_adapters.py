@@ -13,10 +13,10 @@ import pytest
 from tests.envs.host.games import faked
 from tests.envs.host.running import called, idle_where
 from wqmix_jax import load_config
+from wqmix_jax.cli.overrides import load_values
 from wqmix_jax.config import run_config
 from wqmix_jax.envs.host import adapters
 from wqmix_jax.errors import ConfigError
-from wqmix_jax.train import load_values
 
 SEEDS = np.array([11, 12])
 
