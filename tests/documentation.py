@@ -1,0 +1,155 @@
+"""The commands and programs of the README and of the pages in ``docs/pages``, as a reader would paste them."""
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import wqmix_jax
+from tests.running import ROOT
+
+PAGES = ("README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs/pages").rglob("*.md")))
+
+FENCED = re.compile(
+    r"^(?P<indent>[ ]*)```(?P<language>\w+)?(?P<options>[^\n]*)\n(?P<text>.*?)^(?P=indent)```$", re.M | re.S
+)
+
+SHELL = ("sh", "bash", "console")
+
+# These make a run of seconds of any training; with `resume` only the first may change.
+SHORT = ("total_env_steps=200", "eval_episodes=2", "algo.batch_size=2", "algo.buffer_size=8")
+SHORT_EPISODES = "env.episode_limit=20"
+
+CLONE = ("configs", "experiments", "tests", "wqmix_jax", "Makefile", "pyproject.toml")
+
+
+class Block(NamedTuple):
+    """A fenced block.
+
+    Attributes:
+        page: the page's path in the repository.
+        language: of its fence.
+        title: the file that the block shows, where it names one.
+        text: without the indentation of the fence.
+    """
+
+    page: str
+    language: str
+    title: str | None
+    text: str
+
+
+def blocks(page: str) -> list[Block]:
+    """All fenced blocks of a page."""
+    return [_block(page, found) for found in FENCED.finditer((ROOT / page).read_text())]
+
+
+def _block(page: str, found: re.Match[str]) -> Block:
+    title = re.search(r'title="([^"]+)"', found["options"])
+    text = re.sub(f"^{found['indent']}", "", found["text"], flags=re.MULTILINE)
+    return Block(page, found["language"] or "", title and title[1], text)
+
+
+def commands(page: str) -> list[str]:
+    """The lines of a page's shell blocks; in a console block those after a ``$``."""
+    shell = [block for block in blocks(page) if block.language in SHELL and block.title is None]
+    return [command for block in shell for command in commands_of(block)]
+
+
+def commands_of(block: Block) -> Iterator[str]:
+    """The commands of a shell block, each on one line and without its comment."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        if block.language == "console":
+            line = line.removeprefix("$ ") if line.startswith("$ ") else ""
+        if line.strip() and not line.startswith("#"):
+            yield " ".join(line.partition(" # ")[0].split())
+
+
+def programs(page: str) -> list[str]:
+    """The Python blocks of a page that are no file."""
+    return [block.text for block in blocks(page) if block.language == "python" and block.title is None]
+
+
+def arguments_of(module: str, command: str) -> list[str] | None:
+    """What a command hands to ``python -m MODULE``; None where it runs something else."""
+    words = shlex.split(command)
+    name = module.removeprefix("wqmix_jax.")
+    for start in (["python", "-m", module], ["python", "-m", "wqmix_jax", name], ["wqmix_jax", name]):
+        for index in range(len(words)):
+            if words[index : index + len(start)] == start:
+                return words[index + len(start) :]
+    return None
+
+
+def shortened(command: str) -> str:
+    """The command with options that make its training one of seconds; others as they are."""
+    arguments = arguments_of("wqmix_jax.train", command)
+    if arguments is None or "--help" in arguments or "--cfg" in arguments:
+        return command
+    if any(text.startswith("resume=") for text in arguments):
+        command = re.sub(r" total_env_steps=\S+", "", command)
+        return f"{command} total_env_steps=400"
+    known = [text for text in SHORT if not re.search(rf" {text.partition('=')[0]}=\S*,", command)]
+    for text in known:
+        command = re.sub(rf" {re.escape(text.partition('=')[0])}=\S+", "", command)
+    return " ".join([command, *known, *_short_episodes(arguments)])
+
+
+def _short_episodes(arguments: Sequence[str]) -> list[str]:
+    """The option that shortens episodes, where the environment has it."""
+    chosen = next((text[4:] for text in arguments if text.startswith("env=")), "predator_prey")
+    return [SHORT_EPISODES] if chosen == "predator_prey" and "+preset=smax" not in arguments else []
+
+
+def make_clone(folder: Path) -> None:
+    """Fills a folder with what a clone holds: folders, and links to this checkout's files."""
+    for name in CLONE:
+        if (ROOT / name).is_file():
+            (folder / name).symlink_to(ROOT / name)
+            continue
+        for path in (ROOT / name).rglob("*"):
+            inside = folder / path.relative_to(ROOT)
+            if path.is_file() and "__pycache__" not in path.parts and "outputs" not in path.parts:
+                inside.parent.mkdir(parents=True, exist_ok=True)
+                inside.symlink_to(path)
+
+
+def texts_of_package() -> str:
+    """All string constants of the package and the experiments, a line each; of an f-string its fixed parts."""
+    sources = [*(ROOT / "wqmix_jax").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")]
+    nodes = (node for path in sources for node in ast.walk(ast.parse(path.read_text())))
+    constants = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return "\n".join([*constants, (ROOT / "Makefile").read_text()])
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a command as in a shell, with this interpreter as ``python``."""
+    return _run(["bash", "-c", f'python() {{ {shlex.quote(sys.executable)} "$@"; }}; {command}'], folder)
+
+
+def run_program(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a program in a process of its own, its trainings shortened."""
+    return _run([sys.executable, "-c", f"from tests.documentation import shorten; shorten()\n{program}"], folder)
+
+
+def shorten() -> None:
+    """Makes `wqmix_jax.load_config` add options of a short training."""
+    real = wqmix_jax.load_config
+
+    def short(*overrides: str, **options: Any) -> Any:
+        given = [text for text in overrides if text.partition("=")[0] not in [each.partition("=")[0] for each in SHORT]]
+        return real(*given, *SHORT, *_short_episodes(given), **options)
+
+    wqmix_jax.load_config = short  # type: ignore[assignment]
+
+
+def _run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    fast = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compilation is most of a short run's time
+    env = os.environ | fast | {"PYTHONPATH": paths}
+    return subprocess.run(arguments, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=1200)
