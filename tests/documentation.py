@@ -19,6 +19,9 @@ FENCED = re.compile(
     r"^(?P<indent>[ ]*)```(?P<language>\w+)?(?P<options>[^\n]*)\n(?P<text>.*?)^(?P=indent)```$", re.M | re.S
 )
 
+INCLUDED = re.compile(r'^--8<-- "(?P<path>[^"]+)"\n', re.M)
+"""A line that the site replaces by a file of the repository."""
+
 SHELL = ("sh", "bash", "console")
 
 # These make a run of seconds of any training; with `resume` only the first may change.
@@ -52,6 +55,7 @@ def blocks(page: str) -> list[Block]:
 def _block(page: str, found: re.Match[str]) -> Block:
     title = re.search(r'title="([^"]+)"', found["options"])
     text = re.sub(f"^{found['indent']}", "", found["text"], flags=re.MULTILINE)
+    text = INCLUDED.sub(lambda line: (ROOT / line["path"]).read_text(), text)
     return Block(page, found["language"] or "", title and title[1], text)
 
 
@@ -104,6 +108,16 @@ def _short_episodes(arguments: Sequence[str]) -> list[str]:
     """The option that shortens episodes, where the environment has it."""
     chosen = next((text[4:] for text in arguments if text.startswith("env=")), "predator_prey")
     return [SHORT_EPISODES] if chosen == "predator_prey" and "+preset=smax" not in arguments else []
+
+
+def write_files(page: str, folder: Path) -> None:
+    """Writes the files that a page shows with their names."""
+    for block in blocks(page):
+        if block.title is not None:
+            path = folder / block.title
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)  # in a clone it may be a link
+            path.write_text(block.text)
 
 
 def make_clone(folder: Path) -> None:
