@@ -134,11 +134,36 @@ def make_clone(folder: Path) -> None:
 
 
 def texts_of_package() -> str:
-    """All string constants of the package and the experiments, a line each; of an f-string its fixed parts."""
+    """The strings of the package and the experiments, a line each; of an f-string its fixed parts."""
     sources = [*(ROOT / "wqmix_jax").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")]
-    nodes = (node for path in sources for node in ast.walk(ast.parse(path.read_text())))
-    constants = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    return "\n".join([*constants, (ROOT / "Makefile").read_text()])
+    nodes = [node for path in sources for node in ast.walk(ast.parse(path.read_text()))]
+    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    constants = [node for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    texts = [str(node.value) for node in constants if id(node) not in docstrings]
+    makefile = (ROOT / "Makefile").read_text().splitlines()
+    return "\n".join(["", *(_bare(text) for text in (*texts, *makefile)), ""])
+
+
+def unknown_part(message: str, texts: str) -> str:
+    """The first part of a message that the texts don't make up; empty where they make up all of it.
+
+    Names and values differ between messages: words in capitals, and those with an equals sign, are skipped. What is
+    between two of these is a part of one text, or the end of one and the start of another.
+    """
+    shortened = message.removeprefix("error: ").removeprefix("warning: ")
+    parts = map(_bare, re.split(r"\S*[A-Z][A-Z_]+\S*|\S+=\S*", shortened))
+    return next((part for part in parts if part not in texts and not _is_joined(part.split(), texts)), "")
+
+
+def _is_joined(words: list[str], texts: str) -> bool:
+    """Whether the words are the end of one text and then the start of others."""
+    splits = ((_bare(" ".join(words[:n])), _bare(" ".join(words[n:]))) for n in range(1, len(words)))
+    return any(f"{end}\n" in texts and f"\n{start}" in texts for end, start in splits)
+
+
+def _bare(text: str) -> str:
+    """A text on one line, without the punctuation around it."""
+    return " ".join(text.split()).strip(" :;,()?.'\"@")
 
 
 def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
