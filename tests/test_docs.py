@@ -33,7 +33,7 @@ from wqmix_jax import evaluate, foreign_names, load_config, train
 NOT_RUN = {
     "* env.worker_python=/path/to/python": "needs StarCraft II",
     "* hydra/launcher=*": "needs the extra `launchers`, or SLURM",
-    "* pymarl=FOLDER *": "needs a checkpoint of PyMARL",
+    "*FOLDER*": "names a folder of the reader's own",
     "srun *": "needs SLURM",
     "wandb sync *": "needs the network",
     "make *": "needs the package index, or takes minutes; a dry run checks the target",
@@ -189,3 +189,7 @@ def test_the_commands_and_programs_of_a_page_run_in_their_order(page: str, tmp_p
                 if not not_run(command):
                     ended = run(shortened(command), tmp_path)
                     assert ended.returncode == 0, (command, ended.stdout, ended.stderr)
+                other_host = command.replace(" host=0", " host=1")
+                if other_host != command and other_host not in commands(page):  # which the page runs elsewhere
+                    ended = run(shortened(other_host), tmp_path)
+                    assert ended.returncode == 0, (other_host, ended.stdout, ended.stderr)

@@ -29,7 +29,7 @@ TABLES = {
         Row(
             ("test_interval",),
             ("eval_interval",),
-            "counted in iterations of full episodes: where episodes end early, evaluations lie as much closer",
+            "counted in iterations of full episodes: where episodes end early, evaluations come closer together",
         ),
         Row(("test_nepisode",), ("eval_episodes",)),
         Row(("batch_size_run",), ("num_envs",), "per seed"),
