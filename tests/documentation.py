@@ -80,7 +80,7 @@ def programs(page: str) -> list[str]:
 
 
 def arguments_of(module: str, command: str) -> list[str] | None:
-    """What a command hands to ``python -m MODULE``; None where it runs something else."""
+    """Returns the arguments of ``python -m MODULE`` in a command; None if it runs something else."""
     words = shlex.split(command)
     name = module.removeprefix("wqmix_jax.")
     for start in (["python", "-m", module], ["python", "-m", "wqmix_jax", name], ["wqmix_jax", name]):
@@ -121,7 +121,7 @@ def write_files(page: str, folder: Path) -> None:
 
 
 def make_clone(folder: Path) -> None:
-    """Fills a folder with what a clone holds: folders, and links to this checkout's files."""
+    """Fills a folder as a clone: with folders, and links to the files of this checkout."""
     for name in CLONE:
         if (ROOT / name).is_file():
             (folder / name).symlink_to(ROOT / name)
@@ -156,7 +156,7 @@ def unknown_part(message: str, texts: str) -> str:
 
 
 def _is_joined(words: list[str], texts: str) -> bool:
-    """Whether the words are the end of one text and then the start of others."""
+    """Returns True if the words are the end of one text and then the start of another."""
     splits = ((_bare(" ".join(words[:n])), _bare(" ".join(words[n:]))) for n in range(1, len(words)))
     return any(f"{end}\n" in texts and f"\n{start}" in texts for end, start in splits)
 
@@ -172,7 +172,7 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def run_program(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs a program in a process of its own, its trainings shortened."""
+    """Runs a program in a new process, its trainings shortened."""
     return _run([sys.executable, "-c", f"from tests.documentation import shorten; shorten()\n{program}"], folder)
 
 

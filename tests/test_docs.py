@@ -53,7 +53,7 @@ EVALUATIONS = [(page, command) for page, command in COMMANDS if arguments_of("wq
 
 
 def not_run(command: str) -> bool:
-    """Whether the list of commands that are not run has this one."""
+    """Returns True if `NOT_RUN` lists the command."""
     return any(fnmatch.fnmatchcase(command, pattern) for pattern in NOT_RUN)
 
 
