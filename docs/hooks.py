@@ -17,6 +17,9 @@ LINK = re.compile(r"(\]\()([^)\s:#]+)(#[^)\s]*)?(\))")
 EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 """An equation as `pymdownx.arithmatex` leaves it in its generic mode."""
 
+CASES = re.compile(r'<mo stretchy="true" fence="true" form="prefix">&#x0007B;</mo><mtable>')
+"""The brace of LaTeX's ``cases``. A browser stretches it only in a mathematical font, so the site's style draws it."""
+
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
     """Points relative links that leave ``docs/pages`` at the same file in the repository.
@@ -44,6 +47,6 @@ def on_page_content(content: str, **_: Any) -> str:
 
     def mathml(found: re.Match[str]) -> str:
         display = "block" if found[1] == "div" else "inline"
-        return convert(html.unescape(found[3]).strip(), display=display)
+        return CASES.sub('<mtable class="cases">', convert(html.unescape(found[3]).strip(), display=display))
 
     return EQUATION.sub(mathml, content)
