@@ -44,7 +44,7 @@ CHOSEN   := $(if $(and $(filter file,$(origin ALGO)),$(findstring resume=,$(ARGS
 WORKERS  := -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train test test-slow lint format benchmark clean replace-copy
+.PHONY: help setup demo train test test-slow lint format docs benchmark clean replace-copy
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ lint: $(DEVELOP) ## check style, formatting and types
 format: $(DEVELOP) ## format the code and fix what can be fixed
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+
+docs: $(DEVELOP) ## build the documentation into build/site (ARGS=serve shows it on a local address)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs $(or $(ARGS),build) --strict -f docs/mkdocs.yml
 
 benchmark: $(USE) ## measure speed on this machine
 	$(RUN) -m experiments.benchmark $(ARGS)

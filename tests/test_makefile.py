@@ -51,6 +51,12 @@ def test_train(checkout: Path, arguments: list[str], command: str) -> None:
     assert planned(checkout, "train", *arguments) == [command]
 
 
+@pytest.mark.parametrize(("arguments", "command"), [([], "build"), (["ARGS=serve"], "serve")])
+def test_docs(checkout: Path, arguments: list[str], command: str) -> None:
+    [planned_command] = planned(checkout, "docs", *arguments)
+    assert planned_command.endswith(f".venv/bin/python -m mkdocs {command} --strict -f docs/mkdocs.yml")
+
+
 def test_a_new_extra_is_installed_once(checkout: Path) -> None:
     assert planned(checkout, "train", "EXTRAS=torch")[0] == ".venv/bin/pip install  -e '.[torch]'"
     assert planned(checkout, "setup", "EXTRAS=torch,smax")[0] == ".venv/bin/pip install  -e '.[dev,torch,smax]'"
@@ -68,7 +74,9 @@ def test_a_copy_in_the_environment_is_replaced(checkout: Path, target: str, extr
     ]
 
 
-@pytest.mark.parametrize("target", ["help", "setup", "demo", "train", "test", "test-slow", "lint", "format", "clean"])
+@pytest.mark.parametrize(
+    "target", ["help", "setup", "demo", "train", "test", "test-slow", "lint", "format", "docs", "clean"]
+)
 def test_every_target_refuses_a_variable_that_nothing_reads(checkout: Path, target: str) -> None:
     (checkout / ".venv" / ".installed").unlink()
     ended = make(target, "num_seeds=4", cwd=checkout)

@@ -65,7 +65,7 @@ def test_metadata(wheel: Path) -> None:
     assert set(metadata["Requires-Python"].split(",")) == {">=3.11", "<3.14"}
     assert metadata["License-Expression"] == "Apache-2.0"
     assert {name.rsplit("/", 1)[-1] for name in names if "/licenses/" in name} == {"LICENSE", "NOTICE"}
-    extras = {"cuda", "tpu", "smax", "torch", "launchers", "notebooks", "dev"}
+    extras = {"cuda", "tpu", "smax", "torch", "launchers", "notebooks", "docs", "dev"}
     assert set(metadata.get_all("Provides-Extra", [])) == extras
 
 
@@ -160,6 +160,8 @@ def test_the_repository_has_one_address() -> None:
     repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
     owner, name = repository.removeprefix("https://github.com/").split("/")
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["repository-code"] == repository
+    site = re.findall(r"^(repo_url|repo_name): (\S+)", (ROOT / "docs" / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert site == [("repo_url", repository), ("repo_name", f"{owner}/{name}")]
     for path in ("README.md", "experiments/examples/demo.ipynb", "experiments/examples/tabular.ipynb"):
         text = (ROOT / path).read_text()
         assert repository in text
@@ -171,12 +173,6 @@ def test_the_repository_has_one_address() -> None:
 
 def test_changelog_has_this_version() -> None:
     assert f"## [{wqmix_jax.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
-
-
-def test_the_readme_has_the_tables_of_the_error_messages() -> None:
-    readme = (ROOT / "README.md").read_text()
-    for library in foreign_names.TABLES:
-        assert f"\n\n{foreign_names.table(library)}\n\n" in readme
 
 
 def test_every_name_of_ours_in_the_tables_exists() -> None:

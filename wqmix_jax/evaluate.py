@@ -24,7 +24,7 @@ from wqmix_jax.cli.overrides import compose_evaluation
 from wqmix_jax.cli.parser import OneLineParser
 from wqmix_jax.cli.syntax import as_text, parse_overrides
 from wqmix_jax.config import PROGRAMS, CacheSetting
-from wqmix_jax.envs.base import Environment
+from wqmix_jax.envs.base import Environment, Viewer
 from wqmix_jax.envs.checks import check_environment
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.interop import pymarl

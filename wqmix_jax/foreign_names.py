@@ -1,4 +1,4 @@
-"""Names that options have in PyMARL, EPyMARL and JaxMARL, and here: data for error messages and for the README."""
+"""Names that options have in PyMARL, EPyMARL and JaxMARL, and here: data for error messages and the documentation."""
 
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ TABLES = {
         Row(
             ("test_interval",),
             ("eval_interval",),
-            "counted in iterations of full episodes; evaluations come closer together where episodes end early",
+            "counted in iterations of full episodes: where episodes end early, evaluations come closer together",
         ),
         Row(("test_nepisode",), ("eval_episodes",)),
         Row(("batch_size_run",), ("num_envs",), "per seed"),
@@ -112,7 +112,7 @@ TABLES = {
         Row(("LR_LINEAR_DECAY",), (), "the learning rate is constant"),
     ),
 }
-"""The rows of each library, in the order of the README."""
+"""The rows of each library, in the order of docs/pages/coming_from.md."""
 
 
 class Translation(NamedTuple):
@@ -149,7 +149,7 @@ def translated(key: str) -> Translation | None:
 
 
 def table(library: str) -> str:
-    """Writes the rows of a library as a table in markdown, as the README shows it."""
+    """Writes the rows of a library as a table in markdown, as docs/pages/coming_from.md shows it."""
 
     def cell(names: tuple[str, ...]) -> str:
         return ", ".join(f"`{name}`" for name in dict.fromkeys(names))

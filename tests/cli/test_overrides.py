@@ -22,6 +22,7 @@ from wqmix_jax.errors import ConfigError
 from wqmix_jax.evaluate import EvaluateOptions
 from wqmix_jax.options import CONFIG_DIR, target_class
 from wqmix_jax.runs import startup
+from wqmix_jax.runs.startup import command_to_continue
 
 NASTY = [
     "1e3", "2026_11_30", "outputs/c=d", "true", "on", "null", "None", "inf", "0x10", "1.50", "it's", 'say "hi"',
