@@ -164,6 +164,13 @@ def test_an_override_of_a_former_name_is_refused(former: str, member: Any, name:
         check_environment(changed(**{former: member}))
 
 
+@pytest.mark.parametrize("name", ["no_such_module:Viewer", "wqmix_jax.envs.viewer:NoSuchViewer", "no name"])
+def test_a_viewer_that_cannot_be_imported_is_refused_in_one_line(name: str) -> None:
+    assert changed().viewer() is None
+    with pytest.raises(ConfigError, match=f"^Changed.viewer_class='{name}' can't be imported: .+$"):
+        changed(viewer_class=name).viewer()
+
+
 def test_an_option_may_have_a_former_name() -> None:
     check_environment(changed(host="localhost"))
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
+from wqmix_jax.errors import ConfigError
 from wqmix_jax.types import Array, EnvSpec, Moment, Observation, PRNGKey, PyTree, StepOutcome
 
 EnvState = Any
@@ -173,8 +174,19 @@ class Environment(abc.ABC):
         return jax.vmap(self.step)(env_state, joint_action, keys)
 
     def viewer(self) -> Viewer | None:
-        """Returns a new object of `viewer_class`, None where that is None."""
-        return None if self.viewer_class is None else pkgutil.resolve_name(self.viewer_class)(self)
+        """Returns a new object of `viewer_class`, None where that is None.
+
+        Raises:
+            ConfigError: if the class can't be imported.
+        """
+        if self.viewer_class is None:
+            return None
+        try:
+            viewer = pkgutil.resolve_name(self.viewer_class)
+        except (ImportError, AttributeError, ValueError) as error:
+            where = f"{type(self).__name__}.viewer_class={self.viewer_class!r}"
+            raise ConfigError(f"{where} can't be imported: {error}") from error
+        return viewer(self)
 
     # The rest is for environments outside of JAX, where a step may fail and games must be ended.
 
