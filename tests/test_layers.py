@@ -50,11 +50,8 @@ INSIDE = {
     ),
     "records": (("atomic", "metrics", "statistics", "text_table"), ("run_dir",), ("plotting",)),
     "runs": (
-        (
-            "checkpoint_pieces", "hosts", "loggers", "output", "progress", "saved_policies", "signals", "startup",
-            "trust",
-        ),
-        ("checkpoints", "memory", "playing"),
+        ("checkpoint_pieces", "hosts", "loggers", "output", "progress", "saved_policies", "signals", "startup"),
+        ("checkpoints", "memory", "playing", "trust"),
         ("session",),
     ),
     "cli": (("command", "help", "parser", "syntax"), ("checks",), ("overrides",), ("arguments",), ("sweeps",)),
