@@ -38,7 +38,7 @@ USE      := $(VENV)/.installed$(if $(EXTRAS),-$(EXTRAS))
 DEVELOP  := $(VENV)/.installed-dev$(if $(EXTRAS),-$(EXTRAS))
 # `pip install .` in .venv leaves a copy of the package there, which hides later edits: it is replaced by the checkout.
 COPY     := $(if $(wildcard $(VENV)/lib/python*/site-packages/wqmix_jax/__init__.py),replace-copy)
-# A resumed run has an algorithm of its own.
+# A resumed run keeps its algorithm.
 CHOSEN   := $(if $(and $(filter file,$(origin ALGO)),$(findstring resume=,$(ARGS))),,+algo=$(ALGO))
 # A test process per core, each with tests that stand together, which share what they have compiled.
 WORKERS  := -n auto --dist worksteal

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "wqmix_jax"
 
-# From the bottom to the top. A module or package imports those below it, never others of its own entry.
+# From the bottom to the top. A module or package imports those below it, never others of the same entry.
 LAYERS = (
     (("foreign_names", "types", "errors"), ("options",), ("config",)),
     (("ops", "networks", "interop"),),

@@ -584,7 +584,7 @@ def test_policies_in_the_repository_are_those_of_the_best_evaluations(path: Path
     _, policies = load_policies(run_dir, which="best")
     assert list(policies) == list(returns)
     with np.load(path) as file:
-        assert file["episode_return"].tolist() == [max(of_seed) for of_seed in returns.values()]
+        assert file["episode_return"].tolist() == [max(values) for values in returns.values()]
 
 
 def columns(path: Path) -> list[dict[str, str]]:
