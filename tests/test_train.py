@@ -395,7 +395,7 @@ def test_whole_floats_are_integers_also_in_the_runs_folder(
     texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[RunConfig] = []
-    monkeypatch.setattr(session, "_train", lambda config, *_: trained.append(config))
+    monkeypatch.setattr(session.Session, "run", lambda self: trained.append(self.config))
     assert main("+algo=vdn", *texts, "algo.max_grad_norm=10", f"run_dir={tmp_path}") == 0
     [config] = trained
     integers = (config.total_env_steps, config.num_seeds, config.algo.batch_size, *config.env.world_shape, config.hosts)
@@ -418,7 +418,7 @@ def test_whole_floats_are_integers_in_sweeps(tmp_path: Path, monkeypatch: pytest
 @pytest.fixture
 def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that has just begun, and whose resumption trains nothing either."""
-    monkeypatch.setattr(session, "_train", lambda *_: None)
+    monkeypatch.setattr(session.Session, "run", lambda self: None)
     folder = tmp_path / "it's a, run\\"
     assert main(*TINY, f"run_dir={folder}") == 0
     return folder
@@ -431,7 +431,7 @@ def test_resume_takes_options_that_are_the_runs_own(
     repeated: list[str], started: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resumed: list[int] = []
-    monkeypatch.setattr(session, "_train", lambda config, *_: resumed.append(config.total_env_steps))
+    monkeypatch.setattr(session.Session, "run", lambda self: resumed.append(self.config.total_env_steps))
     assert main(*repeated, f"resume={started}") == 0
     assert resumed == [100 if "total_env_steps=1e2" in repeated else 37]
 
@@ -459,7 +459,7 @@ def test_resume_refuses_other_options(
 def test_a_run_knows_the_command_that_resumes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command names the folder of the user's modules and yamls, for a new run and a resumed one."""
     commands: list[str] = []
-    monkeypatch.setattr(session, "_train", lambda *arguments: commands.append(arguments[-1].partition(": ")[2]))
+    monkeypatch.setattr(session.Session, "run", lambda self: commands.append(self.hint.partition(": ")[2]))
     monkeypatch.chdir(tmp_path)
     project = copy_user_folder(tmp_path / "my project's")
     for arguments in ([*TINY, "run_dir=1e3"], ["resume=1e3"]):
