@@ -14,17 +14,19 @@ import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
+import yaml
 from omegaconf import OmegaConf
 
 from experiments import figure_data, pictures
 from experiments.figures import CONFIGS, Figure, Run, figure_names, load_figure, runs
 from wqmix_jax.cli.command import command
+from wqmix_jax.cli.help import described
 from wqmix_jax.cli.overrides import load_config, load_values
 from wqmix_jax.cli.parser import OneLineParser
 from wqmix_jax.config import run_config
-from wqmix_jax.errors import REFUSED, SEEDS_FAILED, ConfigError, RunError
+from wqmix_jax.errors import SEEDS_FAILED, ConfigError, RunError, refuse
 from wqmix_jax.options import PositiveInt, checked, options
 from wqmix_jax.records.metrics import HEADER_FILE, load_header, load_metrics
 from wqmix_jax.records.plotting import styles
@@ -59,12 +61,12 @@ class ReproduceOptions:
     """Options of this command: the lines to draw, and how much to train.
 
     Attributes:
-        num_seeds: seeds of every line.
-        quick: shortens all runs by ``quick_overrides``.
+        num_seeds: seeds of every line; the paper doesn't give its number.
+        quick: shortens all runs by ``quick_overrides``, to check that everything works.
         train: trains the missing seeds; if false, only existing runs are drawn.
-        env: one of the figure's environments.
-        lines: the lines to draw, by the names of their folders; all of them if None.
-        out: the folder of one environment's runs and figures.
+        env: one of the figure's environments; null: the first that is installed.
+        lines: the lines to draw, by the names of their folders, ``[cw_qmix,qmix]`` for example; null: all of them.
+        out: the folder of one environment's runs and figures; null: outputs/figures/ENV, or outputs/figures_quick/ENV.
         absolute_factor: the final evaluation of the best policies plays this many times ``eval_episodes``.
         quick_overrides: options of the runs if ``quick`` is set.
     """
@@ -105,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = OneLineParser(
         prog="python -m experiments.reproduce",
         description="Reproduces a figure of the paper: trains the missing seeds, evaluates and draws.",
-        epilog=DEFAULTS.read_text(),
+        epilog="\n".join(described(ReproduceOptions, yaml.safe_load(DEFAULTS.read_text()))),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("figure", help=", ".join(figure_names()))
@@ -113,16 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "options", nargs="*", default=[], metavar="key=value", help="an option of this command (below) or of every run"
     )
     args = parser.parse_args(arguments)
-    try:
-        failed = reproduce(args.figure, args.options)
-    except ConfigError as error:
-        _end(str(error), REFUSED)
-    except RunError as error:
-        _end(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    failed = reproduce(args.figure, args.options)
     if failed:
-        _end("; ".join(failed), SEEDS_FAILED)
+        refuse("; ".join(failed), SEEDS_FAILED)
 
 
 def reproduce(name: str, texts: Sequence[str]) -> list[str]:
@@ -367,11 +362,6 @@ def _publish(
     print("\n".join(title))
     show(rows)
     print(f"picture and data: {picture.parent}")
-
-
-def _end(message: str, exit_code: int) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(exit_code)
 
 
 if __name__ == "__main__":

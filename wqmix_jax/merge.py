@@ -12,7 +12,7 @@ from typing import Any
 
 from wqmix_jax.cli.command import command
 from wqmix_jax.cli.parser import OneLineParser
-from wqmix_jax.errors import ConfigError, refuse
+from wqmix_jax.errors import ConfigError
 from wqmix_jax.records.metrics import HEADER_FILE, METRICS_FILE, load_header, load_metrics
 from wqmix_jax.records.plotting import plot_run
 from wqmix_jax.records.run_dir import (
@@ -41,10 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of them")
     parser.add_argument("--out", required=True, type=Path, help="a new folder for the joined run")
     args = parser.parse_args(arguments)
-    try:
-        merge(find_runs(args.runs), args.out)
-    except ValueError as error:
-        refuse(str(error))
+    merge(find_runs(args.runs), args.out)
     print(f"merged: {args.out}")
 
 
