@@ -15,8 +15,8 @@ from tests.parity.comparison import EXACT, Report, Tolerance
 from wqmix_jax import load_config
 from wqmix_jax.algos import masac
 from wqmix_jax.algos.base import Algorithm, Context, Hyperparams, hyperparams
-from wqmix_jax.algos.q_learning import UNAVAILABLE
 from wqmix_jax.interop import pymarl
+from wqmix_jax.ops.action_selection import UNAVAILABLE
 from wqmix_jax.options import CONFIG_DIR
 from wqmix_jax.training.learner import LearnerState, apply_gradients, init_learner
 from wqmix_jax.types import EnvSpec, Episode, PyTree

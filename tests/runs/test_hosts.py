@@ -242,20 +242,20 @@ from pathlib import Path
 import time
 from types import SimpleNamespace
 import jax, numpy as np
-from wqmix_jax import checkpoint, hosts, pieces
+from wqmix_jax.runs import checkpoint_pieces, checkpoints, hosts
 import orbax.checkpoint as ocp
 hosts.connected({{"distributed": True, "hosts": 2, "host": {host}}}, {{hosts.ADDRESS: "{address}"}})
 folder = Path("{folder}") / "{host}"
 folder.mkdir()
-manager = checkpoint._manager(folder, 2)
+manager = checkpoints._manager(folder, 2)
 client = jax._src.distributed.global_state.client
 for step in range(60):
     client.wait_at_barrier(f"step {{step}}", 60_000)  # both simultaneously
-    arrays = {{"a.b": pieces.Pieces(np.full((50, 50), step + {host}, np.float32))}}
+    arrays = {{"a.b": checkpoint_pieces.Pieces(np.full((50, 50), step + {host}, np.float32))}}
     manager.save(step, args=ocp.args.Composite(arrays=ocp.args.PyTreeSave(arrays), host=ocp.args.JsonSave({{}})))
     manager.wait_until_finished()
 restored = manager.restore(59, args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore()))["arrays"]
-assert (pieces.assemble_on_host(restored["a.b"], restored["a.b"]) == 59 + {host}).all()
+assert (checkpoint_pieces.assemble_on_host(restored["a.b"], restored["a.b"]) == 59 + {host}).all()
 manager.close()
 time.sleep({lasts})
 """

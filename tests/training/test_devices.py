@@ -48,7 +48,7 @@ import os
 os.environ.pop("XLA_FLAGS", None)
 import jax
 {setting}
-from wqmix_jax import devices
+from wqmix_jax.training import devices
 devices.num_cores = lambda: 4
 print(len(devices.seed_sharding({seeds}, batch_size=32).device_set))
 """

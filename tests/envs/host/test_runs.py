@@ -151,7 +151,7 @@ def test_an_evaluation_without_a_complete_episode_is_no_result(
     with pytest.raises(
         RunError, match=r"^all 2 episodes of seed 7 failed in the simulator: the warnings above say why$"
     ):
-        list(play_policies(env, {"7": policy}, episodes=2, seed=0, matmul_precision="float32"))
+        list(play_policies(env, {"7": policy}, episodes=2, seed=0))
     assert capsys.readouterr().err.count("the toy broke") == 2
 
 
