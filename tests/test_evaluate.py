@@ -326,7 +326,8 @@ def test_a_run_without_policies(tmp_path: Path, capsys: pytest.CaptureFixture[st
         evaluate.main([f"run_dir={tmp_path / 'run'}"])
     message = capsys.readouterr().err
     assert message.endswith(
-        "is not there: a run writes its policies with its checkpoints, and the policies of a merged run are in its parts\n"
+        "is not there: a run writes its policies with its checkpoints, "
+        "and the policies of a merged run are in its parts\n"
     )
     assert message.count("\n") == 1
 
