@@ -27,8 +27,8 @@ class Noise(NamedTuple):
     """Standard Gumbel noise of the draws from two policies.
 
     Attributes:
-        online: ``[B, T+1, N, A]``, of the actors'.
-        target: ``[B, T+1, N, A]``, of their target copies'.
+        online: ``[B, T+1, N, A]``, for the actors' draws.
+        target: ``[B, T+1, N, A]``, for the draws of their target copies.
     """
 
     online: Array

@@ -19,7 +19,7 @@ eval, one per seed and evaluation, the first before any learning:
     ``seed``                    in a sweep followed by the swept options: ``algo.alpha``, ..
     ``env_steps``               environment steps of training so far
     ``learner_steps``           optimiser steps so far
-    ``episodes``                whole training episodes so far
+    ``episodes``                training episodes so far, including those that a failing environment cut
     ``episode_return``          mean over the evaluation's greedy episodes
     ``episode_return_std``      standard deviation over these episodes
     ``episode_length``          mean over these episodes
@@ -59,7 +59,7 @@ SCHEMA = 1
 METRICS_FILE, HEADER_FILE = "metrics.jsonl", "run.json"
 
 
-COUNTERS = ("kind", "seed", "env_steps", "learner_steps", "episodes")
+IDENTITY, COUNTERS = ("kind", "seed"), ("env_steps", "learner_steps", "episodes")
 
 
 class MetricsFile:

@@ -294,7 +294,7 @@ def refuse_common_seeds(runs: Iterable[Path]) -> None:
     """Refuses runs that have a member in common.
 
     Raises:
-        ConfigError: if two do.
+        ConfigError: if two runs have a member in common.
     """
     found: dict[str, Path] = {}
     for run in runs:
