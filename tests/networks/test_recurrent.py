@@ -76,7 +76,7 @@ def test_written_backward_pass_equals_autodiff(num_steps, starts):
 @pytest.mark.parametrize("starts", [None, SHARED])
 @pytest.mark.parametrize("num_places", [1, 4, 7])
 def test_only_the_first_steps_are_taken(num_places, starts):
-    """The others' hidden states are zero, and a gradient that reaches those is lost; compared with a shorter sequence."""
+    """The others' hidden states are zero, and gradients that reach those are lost; compared with a shorter sequence."""
     weights, carry, _ = weights_and_inputs(7)
     inputs = jax.random.normal(jax.random.key(4), (7, len(carry), 6))
     args = (encoder_of(inputs), weights, carry, inputs)

@@ -149,7 +149,7 @@ def plain(composed: DictConfig) -> dict[str, Any]:
     """Returns a composed config as nested mappings, interpolations resolved.
 
     Raises:
-        ConfigError: if one can't be resolved.
+        ConfigError: if an interpolation can't be resolved.
     """
     try:
         return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]

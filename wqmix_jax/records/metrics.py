@@ -73,7 +73,7 @@ class MetricsFile:
         """Opens the file to append to it, cut to its first ``num_bytes``.
 
         Raises:
-            ConfigError: if it is shorter.
+            ConfigError: if the file is shorter than that.
         """
         path = run_dir / METRICS_FILE
         self.num_bytes = num_bytes
@@ -226,7 +226,7 @@ def record_from_json(text: str) -> "Line":
     """Reads one line of ``metrics.jsonl``; a null is read as nan.
 
     Raises:
-        ValueError: if it is not a record.
+        ValueError: if ``text`` is not a record.
     """
     line = json.loads(text)
     if not isinstance(line, dict) or not line.keys() >= {"kind", "seed"}:

@@ -219,7 +219,7 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
     """Returns the folders of runs among ``folders`` and inside them, in their order.
 
     Raises:
-        ConfigError: if one holds none.
+        ConfigError: if one of ``folders`` holds no run.
     """
     found: list[Path] = []
     for folder in folders:
