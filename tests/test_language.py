@@ -48,6 +48,14 @@ def test_texts(path: Path) -> None:
     assert list(words(path.read_text())) == []
 
 
+def test_the_axis_letters_are_the_same_everywhere() -> None:
+    files = ("wqmix_jax/types.py", "docs/pages/architecture.md", "docs/pages/api.md")
+    texts = [" ".join((ROOT / file).read_text().replace("`", "").split()) for file in files]
+    legends = [re.findall(r"S seeds \(.*?leading axes\.", text) for text in texts]
+    assert [len(legend) for legend in legends] == [1, 1, 1]
+    assert legends[0] == legends[1] == legends[2]
+
+
 def test_what_is_avoided_is_found() -> None:
     source = '"""What a run says."""\ntold = f"{1} stands beside it"  # lies\n'
     assert list(starts(source)) == ["line 1: 'What a run says.'"]

@@ -20,7 +20,7 @@ from wqmix_jax.options import options
 from wqmix_jax.types import Array, Episode, PRNGKey, PyTree
 
 Floor = Annotated[float, Field(gt=0, le=1), TRACED]
-"""Must be positive: epsilon = 0 marks evaluation."""
+"""The type of an epsilon floor, which must be positive: epsilon = 0 marks evaluation."""
 
 
 class Noise(NamedTuple):

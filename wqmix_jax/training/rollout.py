@@ -235,7 +235,10 @@ def _first(env: Environment, algo: Algorithm, reset_keys: PRNGKey, num_seeds: in
 def _write(
     env: Environment, play: _Play, stopped: Array, env_state: EnvState, joint_action: Array, outcome: StepOutcome
 ) -> StoredEpisode:
-    """Records the step of every environment that had not stopped before it: the action at t, the state at t + 1."""
+    """Records the action at t and the state at t + 1 of every environment but the ``stopped``, bool ``[F]``.
+
+    Those have ended before this step, or failed in it.
+    """
     record, step = play.record, play.step
 
     # Zeros are written for environments that have stopped, so that padding is zero in the replay too.
