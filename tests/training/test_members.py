@@ -88,7 +88,8 @@ def test_a_member_that_fails_is_frozen_and_spoils_no_other(tmp_path: Path, capfd
     for failure in summary["failed"]:
         assert 1 <= failure["learner_steps"] <= 3
         assert failure["env_steps"] < 13
-        warning = f"not finite (seed {failure['seed']}, algo.lr {1e38:,}, env_steps {failure['env_steps']},"
+        cause = f"diverged (non-finite loss or parameters) at {failure['env_steps']} environment steps"
+        warning = f"warning: seed {failure['seed']}-lr{1e38} {cause}"
         assert warning in err
     assert set(summary["final"]) == {"3-lr0.0005", "4-lr0.0005", "3-lr1e+38", "4-lr1e+38"}
 
