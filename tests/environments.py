@@ -174,6 +174,15 @@ class Counting(Algorithm):
 
 
 @options
+class WithoutLossMetric(Counting):
+    """Leaves its loss out of the metrics."""
+
+    def loss(self, params: Any, target: Any, batch: Any, hp: Any, ctx: Context, noise: Any) -> tuple[Array, Aux]:
+        loss, _ = super().loss(params, target, batch, hp, ctx, noise)
+        return loss, Aux({"value": loss}, {})
+
+
+@options
 class EpsilonTeller(Counting):
     """Plays action 1 where epsilon is what it was at the start of the first episode, action 0 otherwise."""
 

@@ -130,7 +130,7 @@ def _picture_file(text: str) -> Path:
     """Converts an argument to a file in a format that matplotlib writes.
 
     Raises:
-        ArgumentTypeError: if it has another format or can't be written.
+        ArgumentTypeError: if the file has another format or can't be written.
     """
     path, known = out_file(text), FigureCanvasBase.get_supported_filetypes().keys() - NEED_TEX
     if path.suffix.removeprefix(".").lower() not in known:
@@ -319,7 +319,7 @@ def _joined(groups: Sequence[Group]) -> list[Group]:
     """Joins groups with equal options.
 
     Raises:
-        ConfigError: if they have a seed in common.
+        ConfigError: if groups that are joined have a seed in common.
     """
     joined: list[Group] = []
     for group in groups:

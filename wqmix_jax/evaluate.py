@@ -151,7 +151,7 @@ def _refuse_foreign(overrides: Sequence[str]) -> None:
     """Refuses options that a run or a checkpoint defines itself.
 
     Raises:
-        ConfigError: if one was given.
+        ConfigError: if such an option was given.
     """
     parsed = _parsed(overrides)
     played = {override.key_or_group for override in parsed if override.value() is not None}
@@ -185,7 +185,7 @@ def _options(values: Mapping[str, Any]) -> EvaluateOptions:
     """Returns the checked options.
 
     Raises:
-        ConfigError: if one is not allowed.
+        ConfigError: if an option is not allowed.
     """
     sources = ("run_dir", "policy_file", "pymarl")
     played = [name for name in sources if values[name] is not None]
@@ -236,7 +236,7 @@ def _viewer(env: Environment, chosen: EvaluateOptions, path: Path) -> Viewer:
     """Returns the viewer that draws the episode.
 
     Raises:
-        ConfigError: if the environment has none, or the file can't be written.
+        ConfigError: if the environment has no viewer, or the file can't be written.
     """
     refused = f"render={chosen.render} is not allowed: "
     if path.suffix.lower() != ".gif":

@@ -1,7 +1,9 @@
 """The structures that several modules share, and the axis legend.
 
-Axes: ``S`` seeds, ``B`` batch of episodes, ``T`` time steps, ``N`` agents, ``A`` actions, ``O`` observation features,
-``D`` state features. ``..`` means any leading batch axes.
+Axes: ``S`` seeds (in a sweep: members), ``B`` batch of episodes, ``R`` rows of a batch, ``T`` time steps, ``N`` agents,
+``A`` actions, ``O`` observation features, ``D`` state features, ``H`` hidden units, ``E`` environments of one seed,
+``F`` all environments (``S * E``), ``K`` iterations, ``P`` prey; in nets, ``I`` and ``F`` are input and output
+features, and ``K`` attention heads. ``..`` is any number of leading axes.
 """
 
 from typing import Any, NamedTuple

@@ -25,7 +25,7 @@ from wqmix_jax.cli.command import command
 from wqmix_jax.cli.parser import OneLineParser, count
 from wqmix_jax.runs.checkpoints import Checkpoints, Origin
 from wqmix_jax.runs.saved_policies import no_policy
-from wqmix_jax.training.compiled_loop import abstract_state, make_trainer
+from wqmix_jax.training.compiled_loop import abstract_interval, abstract_state, make_trainer
 from wqmix_jax.training.host_loop import Loop
 from wqmix_jax.training.members import make_members
 
@@ -92,7 +92,7 @@ def measure(num_seeds: int, folder: Path) -> dict[str, float]:
     best = no_policy(config.algo.acting_params(state.learner.params))
     loop = Loop(state, members, (), np.zeros(num_seeds, np.int32), 0.0)
     origin = Origin("measured", {}, {})
-    checkpoints = Checkpoints(folder, trainer, members, best, origin, keep=1)
+    checkpoints = Checkpoints(folder, trainer, members, abstract_interval(trainer, members), best, origin, keep=1)
     with PeakMemory() as saving:
         started = time.perf_counter()
         checkpoints.save(loop, best, metrics_bytes=0, wall_seconds=0.0)

@@ -121,6 +121,35 @@ def test_a_batchs_gradient_is_the_mean_of_its_parts_by_their_steps(algo: str) ->
         np.testing.assert_allclose(got, known, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["+algo=vdn"], {"mixer_embed_dim", "hypernet_dim", "num_heads"}),
+        (["+algo=qmix"], {"num_heads"}),
+        (["+algo=qatten"], set()),
+        (["+algo=ow_qmix"], {"num_heads"}),
+        (["+algo=qmix_ow"], {"num_heads", "q_star_dim"}),
+        (["+algo=qmix_qstar"], {"num_heads", "alpha"}),
+        (["+algo=ow_qmix", "algo.mixer=vdn"], {"mixer_embed_dim", "hypernet_dim", "num_heads"}),
+        (["+algo=ow_qmix", "algo.mixer=vdn", "algo.q_star=attention"], {"mixer_embed_dim", "num_heads"}),
+    ],
+)
+def test_options_that_change_no_parameter_and_no_loss_are_known(overrides: list[str], expected: set[str]) -> None:
+    """Sizes are compared by the parameters that they change; `alpha` and `td_lambda` change the loss."""
+    algo = load_config(*overrides).algo
+    unused = algo.without_effect()
+    assert unused.keys() == expected | {"td_lambda"}
+    spec = EnvSpec(num_agents=2, num_actions=3, obs_dim=3, state_dim=2, episode_limit=1)
+
+    def shapes(algo: Algorithm) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf.shape, jax.eval_shape(lambda: algo.init(jax.random.key(0), spec)))
+
+    for name in ("mixer_embed_dim", "hypernet_dim", "num_heads", "q_star_dim"):
+        if hasattr(algo, name):
+            larger = dataclasses.replace(algo, **{name: getattr(algo, name) + 1})
+            assert (shapes(larger) == shapes(algo)) == (name in unused), name
+
+
 @pytest.mark.parametrize("algo", ALGORITHMS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_no_parameters_make_an_agent_play_what_is_unavailable(algo: str, value: float) -> None:

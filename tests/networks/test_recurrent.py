@@ -74,28 +74,28 @@ def test_written_backward_pass_equals_autodiff(num_steps, starts):
 
 
 @pytest.mark.parametrize("starts", [None, SHARED])
-@pytest.mark.parametrize("num_steps", [1, 4, 7])
-def test_only_the_first_steps_are_taken(num_steps, starts):
-    """As a shorter sequence does; the others' hidden states are zero, and a gradient that reaches those is lost."""
+@pytest.mark.parametrize("num_places", [1, 4, 7])
+def test_only_the_first_steps_are_taken(num_places, starts):
+    """The others' hidden states are zero, and gradients that reach those are lost; compared with a shorter sequence."""
     weights, carry, _ = weights_and_inputs(7)
     inputs = jax.random.normal(jax.random.key(4), (7, len(carry), 6))
     args = (encoder_of(inputs), weights, carry, inputs)
     target = jax.random.normal(jax.random.key(2), (7, *carry.shape))
 
     @jax.jit
-    def first(num_steps):
+    def first(num_places):
         def value(*args):
-            hiddens = encoded_unroll(*args, starts, num_steps)
+            hiddens = encoded_unroll(*args, starts, num_places)
             return (hiddens * target).sum(), hiddens
 
         return jax.grad(value, argnums=(0, 1, 2, 3), has_aux=True)(*args)
 
     def shorter(encoder, weights, carry, inputs):
-        cut = None if starts is None else starts[:num_steps]
-        hiddens = encoded_unroll(encoder, weights, carry, inputs[:num_steps], cut)
-        return (hiddens * target[:num_steps]).sum(), jnp.zeros_like(target).at[:num_steps].set(hiddens)
+        cut = None if starts is None else starts[:num_places]
+        hiddens = encoded_unroll(encoder, weights, carry, inputs[:num_places], cut)
+        return (hiddens * target[:num_places]).sum(), jnp.zeros_like(target).at[:num_places].set(hiddens)
 
-    ours, expected = first(num_steps), jax.grad(shorter, argnums=(0, 1, 2, 3), has_aux=True)(*args)
+    ours, expected = first(num_places), jax.grad(shorter, argnums=(0, 1, 2, 3), has_aux=True)(*args)
     for one, other in zip(*map(jax.tree.leaves, (ours, expected)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 

@@ -9,6 +9,7 @@ import pytest
 
 from wqmix_jax import load_config, make_trainer
 from wqmix_jax.cli.overrides import load_values
+from wqmix_jax.config import run_config
 from wqmix_jax.envs.base import ExternalPackage
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.records.metrics import load_header
@@ -92,7 +93,8 @@ def test_runs_that_begin_in_the_same_second_each_train_in_their_own_folder(
     monkeypatch.setattr(session, "new_run_dir", lambda *_, **__: Path("outputs/now"))
     trained: list[str] = []
     monkeypatch.setattr(session.Session, "run", lambda self: trained.append(self.run_dir.as_posix()))
-    folders = [session.start(load_values("+algo=vdn", f"seed={seed}"), algo="vdn", env="x") for seed in (3, 4)]
+    given = [load_values("+algo=vdn", f"seed={seed}") for seed in (3, 4)]
+    folders = [session.start(run_config(values), values, algo="vdn", env="x") for values in given]
     assert trained == [folder.as_posix() for folder in folders] == ["outputs/now", "outputs/now_2"]
     assert [load_header(folder)["seeds"] for folder in folders] == [[3], [4]]
     assert [read_config(folder)["run_dir"] for folder in folders] == trained

@@ -1,6 +1,7 @@
 """The loop as a whole, on small nets: what it counts, when it learns, and that company and chunks change nothing."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from tests.environments import TINY, Clock, tiny_maddpg, tiny_masac, tiny_run, tiny_wqmix
 from tests.training.test_replay import plain_episode, stacked
 from wqmix_jax.algos.wqmix import WQMIX
+from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import build
 from wqmix_jax.training import batch_gradients
 from wqmix_jax.training.batch_gradients import _static_lengths, make_batching, num_groups
@@ -381,6 +383,14 @@ def test_an_unmarked_loss_is_not_packed():
     algo = build("algo", {"_target_": "tests.environments.ContextTeller", **TINY})
     with pytest.raises(ValueError, match="batches=packed is not allowed: the loss of ContextTeller"):
         make_trainer(tiny_run(algo, LONG), batches="packed")
+
+
+def test_a_loss_that_does_not_report_itself_is_refused():
+    """A run would not notice that it diverges."""
+    algo = build("algo", {"_target_": "tests.environments.WithoutLossMetric", **TINY})
+    message = "algo._target_=tests.environments.WithoutLossMetric is not allowed: its Aux.metrics lacks loss, "
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        make_trainer(tiny_run(algo, LONG))
 
 
 def test_a_batch_without_a_step_teaches_nothing():

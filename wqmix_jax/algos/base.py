@@ -1,8 +1,8 @@
 """The contract of an algorithm: options, and pure functions of parameters.
 
 A new algorithm is one subclass of `Algorithm` (or of an existing family) in one file and one yaml in
-``configs/algo``. The learner owns what every algorithm needs once: the optimiser, the target copies, schedules and
-counters.
+``configs/algo``. ``training/learner.py`` has the optimiser and the target copies, ``training/compiled_loop.py`` the
+epsilon schedule and the counters, once for all algorithms.
 """
 
 import abc
@@ -62,8 +62,9 @@ class Aux(NamedTuple):
     """The results of a loss in addition to its value.
 
     Attributes:
-        metrics: scalars for the log.
-        values: the intermediate arrays, by their names in the glossary; compiled away if unused.
+        metrics: scalars for the records. ``loss``, the loss itself, must be among them: a run looks for divergence in
+            it.
+        values: intermediate arrays by name, for subclasses and tests; compiled away if unused.
     """
 
     metrics: dict[str, Array]
@@ -112,7 +113,7 @@ class Algorithm(abc.ABC):
         return self
 
     def without_effect(self) -> dict[str, str]:
-        """Returns options without an effect, each with the value of another that makes it so; none by default."""
+        """Maps each option that has no effect to the setting that disables it; none by default."""
         return {}
 
     @abc.abstractmethod
@@ -136,7 +137,8 @@ class Algorithm(abc.ABC):
     def sample_noise(self, key: PRNGKey, batch: Episode) -> PyTree:
         """Draws all random numbers that `loss` uses, leaves ``[B, T, ..]`` or ``[B, T+1, ..]``; nothing by default.
 
-        Only shapes and dtypes may be read of ``batch``: noise is drawn for whole episodes, cut or packed as they are.
+        Only the shapes and dtypes of ``batch`` may be read. The trainer later cuts or packs the noise in the same way
+        as the episodes.
         """
         del key, batch
         return ()
@@ -145,7 +147,17 @@ class Algorithm(abc.ABC):
     def loss(
         self, params: PyTree, target: PyTree, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree
     ) -> tuple[Array, Aux]:
-        """Returns the scalar loss of ``batch`` (rows of episodes, ``[B, T, ..]``), the sum over all trained parts."""
+        """Returns the scalar loss of one seed's batch, the sum over all trained parts, and an `Aux`.
+
+        Args:
+            params: the online parameters, as `init` returns them.
+            target: their last hard copy.
+            batch: rows of one or several episodes, ``[B, T(+1), ..]``. ``starts`` marks where one begins (None: one per
+                row), ``num_places`` bounds the unroll.
+            hp: the traced options by name.
+            ctx: the progress of training of this seed.
+            noise: what `sample_noise` drew; ``()`` by default.
+        """
 
 
 Loss = TypeVar("Loss", bound=Callable[..., tuple[Array, Aux]])

@@ -67,7 +67,6 @@ class FactoredQLearner(TDLearner):
         target_qs = self.unroll(target["agent"], batch)[:, 1:]
         next_actions = self.next_actions(greedy, batch)
         next_q, next_parts = self.mix(target["mixer"], target_qs, next_actions, seen_after(batch))
-        # [B, T], as are Q_tot and the mask.
         y = self.td_targets(batch, hp, next_q)
         loss = masked_mean_square(q_tot - y, batch.mask)
         metrics = {

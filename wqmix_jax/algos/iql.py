@@ -21,7 +21,7 @@ class IQL(TDLearner):
     Attributes:
         weighting: ``uniform``, or ``optimistic``: hysteretic Q-learning (Matignon et al. 2007; with recurrent agents
             Omidshafiei et al., arXiv 1703.06182), which learns less from a target below the utility.
-        alpha: how much less: the lower learning rate over the higher one.
+        alpha: ratio of the lower to the higher learning rate.
     """
 
     weighting: Literal["uniform", "optimistic"]

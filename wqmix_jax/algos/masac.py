@@ -20,15 +20,15 @@ from wqmix_jax.options import options
 from wqmix_jax.types import Array, Episode, PRNGKey, PyTree
 
 Floor = Annotated[float, Field(gt=0, le=1), TRACED]
-"""Must be positive: epsilon = 0 marks evaluation."""
+"""The type of an epsilon floor, which must be positive: epsilon = 0 marks evaluation."""
 
 
 class Noise(NamedTuple):
     """Standard Gumbel noise of the draws from two policies.
 
     Attributes:
-        online: ``[B, T+1, N, A]``, of the actors'.
-        target: ``[B, T+1, N, A]``, of their target copies'.
+        online: ``[B, T+1, N, A]``, for the actors' draws.
+        target: ``[B, T+1, N, A]``, for the draws of their target copies.
     """
 
     online: Array

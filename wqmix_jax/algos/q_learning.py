@@ -17,7 +17,10 @@ from wqmix_jax.types import Array, EnvSpec, Episode, Observation, PRNGKey, PyTre
 
 @options
 class QLearner(Algorithm):
-    """Parameters ``{"agent": ..}``; acts epsilon-greedily on the utilities."""
+    """Recurrent agents that act epsilon-greedily on their outputs; parameters ``{"agent": ..}``.
+
+    The base of `TDLearner`, whose outputs are utilities, and of `ActorCritic`, whose outputs are logits.
+    """
 
     def init(self, key: PRNGKey, env_spec: EnvSpec) -> PyTree:
         """Draws the agent's parameters; families with more nets add to this."""
@@ -81,7 +84,7 @@ class TDLearner(QLearner):
     Attributes:
         returns: ``one_step`` (double Q-learning); ``td_lambda``, lambda-returns over the greedy joint actions' values;
             or ``sarsa_lambda``, over those of the joint actions taken (SMIX(lambda), Wen et al., arXiv 1911.04094).
-        td_lambda: the weight of longer returns, unless they are of one step.
+        td_lambda: lambda; unused with ``one_step``.
     """
 
     returns: Literal["one_step", "td_lambda", "sarsa_lambda"]

@@ -26,12 +26,12 @@ class Bootstrap(NamedTuple):
     """The central estimate under the target nets.
 
     Attributes:
-        now: ``[B, T]``, of the greedy joint action at the state that the action was taken in.
-        next: ``[B, T]``, of `TDLearner.next_actions` at the state after it.
+        greedy_value: ``[B, T]``, of the greedy joint action at the state that the action was taken in.
+        next_value: ``[B, T]``, of `TDLearner.next_actions` at the state after it.
     """
 
-    now: Array
-    next: Array
+    greedy_value: Array
+    next_value: Array
 
 
 @options
@@ -40,7 +40,7 @@ class WQMIX(QMIX):
 
     Attributes:
         weighting: ``optimistic`` (OW, eq. 5), ``central`` (CW, eq. 10) or ``uniform`` (none).
-        alpha: the weight of the other joint actions.
+        alpha: the weight of joint actions that the weighting does not set to 1.
         q_star: the central estimate that targets and CW read: ``feedforward`` (figure 1), ``attention`` (figure 6) or
             ``none``, which takes the target Q_tot.
         q_star_dim: width of Q*'s mixing layers.
@@ -60,8 +60,14 @@ class WQMIX(QMIX):
 
     def without_effect(self) -> dict[str, str]:
         """See `Algorithm.without_effect`."""
-        unused = {"alpha": "algo.weighting=uniform"} if self.weighting == "uniform" else {}
-        return super().without_effect() | unused
+        unused = super().without_effect()
+        if self.weighting == "uniform":
+            unused |= {"alpha": "algo.weighting=uniform"}
+        if self.q_star == "none":
+            unused |= {"q_star_dim": "algo.q_star=none"}
+        elif self.q_star == "attention":
+            unused.pop("hypernet_dim", None)  # its hypernetwork has this width, too
+        return unused
 
     def init(self, key: PRNGKey, env_spec: EnvSpec) -> PyTree:
         """Draws the parameters of QMIX's nets and of Q*'s."""
@@ -84,7 +90,7 @@ class WQMIX(QMIX):
         greedy = greedy_actions(agent_qs, batch.avail_actions)
         q_tot, _ = self.mix(params["mixer"], agent_qs[:, :-1], batch.joint_action, seen_before(batch))
         bootstrap = self._bootstrap(target, batch, greedy)
-        y = self.td_targets(batch, hp, bootstrap.next)
+        y = self.td_targets(batch, hp, bootstrap.next_value)
         # The paper's td_error is Q_tot - y: negative where Q_tot underestimates.
         weights = self._weights(q_tot - y, y, greedy, bootstrap, batch, hp)
         qmix_loss = masked_mean_square(q_tot - y, batch.mask, weights)
@@ -98,8 +104,8 @@ class WQMIX(QMIX):
         values |= {
             "td_error": q_tot - y,
             "weights": weights,
-            "next_value": bootstrap.next,
-            "greedy_value": bootstrap.now,
+            "next_value": bootstrap.next_value,
+            "greedy_value": bootstrap.greedy_value,
         }
         if self.q_star == "none":
             return qmix_loss, Aux(metrics, values)
@@ -127,9 +133,9 @@ class WQMIX(QMIX):
         # With q_star="none", an ablation of appendix C, the central estimate is the target Q_tot itself: then this is
         # QMIX's double-Q target, and CW compares with Q_tot. The greedy actions are always those of the online agents.
         #
-        # ``now`` is needed at the first T steps and ``next`` at the last T. One call at all T+1 gives both where both
-        # are of greedy actions. SARSA(lambda) bootstraps from the actions taken, and needs a second call for ``next``;
-        # ``now`` stays at the greedy actions, which is what eq. 10 compares y with.
+        # ``greedy_value`` is needed at the first T steps and ``next_value`` at the last T. One call at all T+1 gives
+        # both where both are of greedy actions. SARSA(lambda) bootstraps from the actions taken, and needs a second
+        # call for ``next_value``; ``greedy_value`` stays at the greedy actions: eq. 10 compares y with them.
         agent_qs = self.unroll(target["agent" if self.q_star == "none" else "q_star_agent"], batch)
         seen = Observation(batch.obs, batch.state, batch.avail_actions)
         estimate = jax.lax.stop_gradient(self.central_estimate(target, agent_qs, greedy, seen))
@@ -138,7 +144,7 @@ class WQMIX(QMIX):
             following = self.central_estimate(
                 target, agent_qs[:, 1:], self.next_actions(greedy, batch), seen_after(batch)
             )
-        return Bootstrap(now=estimate[:, :-1], next=following)
+        return Bootstrap(greedy_value=estimate[:, :-1], next_value=following)
 
     def _weights(
         self, td_error: Array, y: Array, greedy: Array, bootstrap: Bootstrap, batch: Episode, hp: Hyperparams
@@ -149,4 +155,4 @@ class WQMIX(QMIX):
             return jax.lax.stop_gradient(weighting.optimistic(td_error, hp.alpha))
         # A joint action is greedy if every agent took its greedy action: [B, T, N] -> [B, T].
         is_greedy = (batch.joint_action == greedy[:, :-1]).all(-1)
-        return weighting.central(is_greedy, y, bootstrap.now, hp.alpha)
+        return weighting.central(is_greedy, y, bootstrap.greedy_value, hp.alpha)

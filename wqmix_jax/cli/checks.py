@@ -35,7 +35,7 @@ def check_overrides(
         The overrides to compose: all but those that only repeat the options of the run that is resumed.
 
     Raises:
-        ConfigError: if one is not allowed.
+        ConfigError: if an override is not allowed.
     """
     parsed = parse_overrides(overrides)
     by_key = {override.key_or_group: override for override in parsed}
@@ -62,7 +62,7 @@ def refuse_incomplete(config_dir: str | os.PathLike[str] | None) -> None:
     """Refuses a user's ``train.yaml`` that lacks some of the built-in keys.
 
     Raises:
-        ConfigError: if it does, or can't be read.
+        ConfigError: if the file lacks a key, or can't be read.
     """
     own = Path(config_dir or "", "train.yaml")
     if config_dir is None or not own.is_file():

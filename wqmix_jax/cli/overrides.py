@@ -59,7 +59,7 @@ def load_config(*overrides: str, config_dir: str | os.PathLike[str] | None = Non
 
 
 def load_values(*overrides: str, config_dir: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-    """Returns the same as nested mappings, every default included, as in ``config.yaml`` of a run folder.
+    """Returns the options as nested mappings, every default included, as in ``config.yaml`` of a run folder.
 
     Raises:
         ConfigError: if an option is not known; values are checked by `run_config`.
@@ -149,7 +149,7 @@ def plain(composed: DictConfig) -> dict[str, Any]:
     """Returns a composed config as nested mappings, interpolations resolved.
 
     Raises:
-        ConfigError: if one can't be resolved.
+        ConfigError: if an interpolation can't be resolved.
     """
     try:
         return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]

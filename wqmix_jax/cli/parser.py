@@ -21,7 +21,7 @@ def out_file(text: str) -> Path:
     """An argument's type: a file to be written, checked before the work begins.
 
     Raises:
-        ArgumentTypeError: if it can't be written.
+        ArgumentTypeError: if the file can't be written.
     """
     path = Path(text)
     if path.is_dir():
@@ -37,7 +37,7 @@ def count(text: str) -> int:
     """An argument's type: a whole number above 0, ``1e3`` and the like included.
 
     Raises:
-        ArgumentTypeError: if it is something else.
+        ArgumentTypeError: if ``text`` is no whole number above 0.
     """
     number = integer(text)
     if number < 1:
@@ -49,7 +49,7 @@ def integer(text: str) -> int:
     """An argument's type: a whole number, ``1e3`` and the like included.
 
     Raises:
-        ArgumentTypeError: if it is something else.
+        ArgumentTypeError: if ``text`` is no whole number.
     """
     with contextlib.suppress(ValueError):
         return int(text)

@@ -57,7 +57,7 @@ def make_sweep_dir(overrides: Sequence[str]) -> str:
         The folder as the value of an override.
 
     Raises:
-        ConfigError: if it can't be made, or isn't empty.
+        ConfigError: if the folder can't be made, or isn't empty.
     """
     from wqmix_jax.records.run_dir import make_run_dir, new_run_dir
 

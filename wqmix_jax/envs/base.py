@@ -166,11 +166,11 @@ class Environment(abc.ABC):
         return jnp.float32
 
     def reset_batch(self, keys: PRNGKey) -> EnvState:
-        """`reset` over a leading axis of keys."""
+        """Applies `reset` over a leading axis of keys."""
         return jax.vmap(self.reset)(keys)
 
     def step_batch(self, env_state: EnvState, joint_action: Array, keys: PRNGKey) -> tuple[EnvState, StepOutcome]:
-        """`step` over a leading axis."""
+        """Applies `step` over a leading axis."""
         return jax.vmap(self.step)(env_state, joint_action, keys)
 
     def viewer(self) -> Viewer | None:

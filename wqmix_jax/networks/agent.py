@@ -41,7 +41,7 @@ class RecurrentAgent(nn.Module):
     num_actions: int
 
     def setup(self) -> None:
-        """Names the layers."""
+        """Creates the layers; their parameters have the names of the attributes."""
         self.encoder = Linear(self.hidden_dim)
         self.gru = GRU(self.hidden_dim)
         self.head = Linear(self.num_actions)
@@ -60,17 +60,24 @@ class RecurrentAgent(nn.Module):
         return hiddens[-1], utilities
 
     def unroll(
-        self, carry: Array, inputs: Array, starts: Array | None = None, num_steps: Array | None = None
+        self, carry: Array, inputs: Array, starts: Array | None = None, num_places: Array | None = None
     ) -> tuple[Array, Array]:
-        """As a call, but with the hidden states after every step, ``[T, .., H]``.
+        """Unrolls a sequence as `__call__` does, but returns the hidden states of all steps.
 
-        Before a step where ``starts`` ``[T, ..]`` is true the hidden state is ``carry`` again; of all but the first
-        ``num_steps`` it is zero.
+        Args:
+            carry: ``[.., H]``, the hidden state before the first step.
+            inputs: ``[T, .., I]``.
+            starts: ``[T, ..]`` bool, where the hidden state before the step is ``carry`` again; None for nowhere.
+            num_places: scalar int32, the number of steps that are taken, the hidden states of the others being zero;
+                None for all.
+
+        Returns:
+            The hidden states ``[T, .., H]`` and the utilities ``[T, .., A]``.
         """
         encoder, gru = self.encoder.weights(inputs.shape[-1]), self.gru(self.hidden_dim)
         # Any batch axes become one of rows, [T, R, I]: the GRU works on matrices.
         rows = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
         starts = None if starts is None else starts.reshape(len(rows), -1)
-        hiddens = encoded_unroll(encoder, gru, carry.reshape(-1, self.hidden_dim), rows, starts, num_steps)
+        hiddens = encoded_unroll(encoder, gru, carry.reshape(-1, self.hidden_dim), rows, starts, num_places)
         hiddens = hiddens.reshape(*inputs.shape[:-1], self.hidden_dim)
         return hiddens, self.head(hiddens)

@@ -11,7 +11,7 @@ from wqmix_jax.types import Array
 
 
 def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default for weights and biases alike."""
+    """Returns the initialiser U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default for weights and biases alike."""
     bound = fan_in**-0.5
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -28,9 +28,10 @@ def product(inputs: Array, kernel: Array) -> Array:
 
 @jax.custom_vjp
 def _product_side_by_side(kernel: Array, *inputs: Array) -> Array:
-    """Returns the `product` of the concatenated inputs, whose gradient by each of them is a separate product.
+    """Returns the `product` of the concatenated inputs, whose gradient with respect to each is a separate product.
 
-    Autodiff would compute the gradient by all of them in one product, even if most are data, for example a state.
+    Autodiff would compute the gradient with respect to all of them in one product, even if most are data, for example a
+    state.
     """
     return product(jnp.concatenate(inputs, axis=-1), kernel)
 
@@ -60,7 +61,7 @@ class LinearWeights(NamedTuple):
 
 
 class Linear(nn.Module):
-    """``[.., F] -> [.., features]``; flax's Dense can't initialise its bias from the fan-in."""
+    """A linear layer, ``[.., I] -> [.., features]``; flax's Dense can't initialise its bias from the fan-in."""
 
     features: int
 
@@ -73,36 +74,36 @@ class Linear(nn.Module):
         )
 
     def __call__(self, *inputs: Array) -> Array:
-        """Applies the layer to ``[.., F_1]``, ``[.., F_2]``, .. concatenated."""
+        """Applies the layer to ``[.., I_1]``, ``[.., I_2]``, .. concatenated."""
         kernel, bias = self.weights(sum(part.shape[-1] for part in inputs))
         outputs = product(*inputs, kernel) if len(inputs) == 1 else _product_side_by_side(kernel, *inputs)
         return outputs + bias.reshape((1,) * (outputs.ndim - 1) + (-1,))
 
 
 class TwoLayer(nn.Module):
-    """Linear-ReLU-Linear, ``[.., F] -> [.., features]``."""
+    """Linear-ReLU-Linear, ``[.., I] -> [.., features]``."""
 
     hidden_dim: int
     features: int
 
     def setup(self) -> None:
-        """Names the layers."""
+        """Creates the layers; their parameters have the names of the attributes."""
         self.hidden = Linear(self.hidden_dim)
         self.out = Linear(self.features)
 
     def __call__(self, inputs: Array) -> Array:
-        """Applies both layers."""
+        """Returns ``[.., features]`` of ``[.., I]``."""
         return self.out(nn.relu(self.hidden(inputs)))
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLUs between them, ``[.., F] -> [.., features[-1]]``."""
+    """Linear layers with ReLUs between them, ``[.., I] -> [.., features[-1]]``."""
 
     features: tuple[int, ...]
 
     @nn.compact
     def __call__(self, inputs: Array) -> Array:
-        """Applies all layers."""
+        """Returns ``[.., features[-1]]`` of ``[.., I]``; the last layer has no ReLU."""
         outputs = Linear(self.features[0], name="layer_0")(inputs)
         for layer, width in enumerate(self.features[1:], start=1):
             outputs = Linear(width, name=f"layer_{layer}")(nn.relu(outputs))

@@ -13,7 +13,7 @@ class VDNMixer(nn.Module):
     """Q_tot is the sum of the utilities (Sunehag et al., arXiv 1706.05296)."""
 
     def __call__(self, chosen_qs: Array, state: Array) -> Array:
-        """``[.., N]``, ``[.., D]`` -> ``[..]``."""
+        """Returns Q_tot: ``[.., N]``, ``[.., D]`` -> ``[..]``."""
         del state
         return chosen_qs.sum(-1)
 
@@ -31,7 +31,7 @@ class QMIXMixer(nn.Module):
 
     @nn.compact
     def __call__(self, chosen_qs: Array, state: Array) -> Array:
-        """``[.., N]``, ``[.., D]`` -> ``[..]``, non-decreasing in every utility."""
+        """Returns Q_tot, non-decreasing in every utility: ``[.., N]``, ``[.., D]`` -> ``[..]``."""
         chex.assert_equal_shape_prefix([chosen_qs, state], chosen_qs.ndim - 1)
         num_agents = chosen_qs.shape[-1]
         # Hypernetworks make the weights of the state; their absolute values keep the mix monotonic.
@@ -40,7 +40,7 @@ class QMIXMixer(nn.Module):
         b_1 = Linear(self.embed_dim, name="hyper_b_1")(state)
         w_final = magnitude(TwoLayer(self.hypernet_dim, self.embed_dim, name="hyper_w_final")(state))
         v = TwoLayer(self.embed_dim, 1, name="v")(state)
-        # [.., N] x [.., N, E] -> [.., E]
+        # [.., N] x [.., N, embed_dim] -> [.., embed_dim]
         hidden = nn.elu(jnp.einsum("...n,...ne->...e", chosen_qs, w_1) + b_1)
         return (hidden * w_final).sum(-1) + v[..., 0]
 
@@ -63,7 +63,7 @@ class QattenMixer(nn.Module):
 
     @nn.compact
     def __call__(self, chosen_qs: Array, state: Array, features: Array) -> Array:
-        """``[.., N]``, ``[.., D]``, ``[.., N, F]`` -> ``[..]``, non-decreasing in every utility."""
+        """Returns Q_tot, non-decreasing in every utility: ``[.., N]``, ``[.., D]``, ``[.., N, I]`` -> ``[..]``."""
         chex.assert_equal_shape_prefix([chosen_qs, state, features], chosen_qs.ndim - 1)
         heads = (self.num_heads, self.embed_dim)
         query = TwoLayer(self.hypernet_dim, self.num_heads * self.embed_dim, name="query")(state)

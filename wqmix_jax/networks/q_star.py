@@ -9,7 +9,7 @@ from wqmix_jax.types import Array
 
 
 class FeedForwardQStar(nn.Module):
-    """Three ReLU layers on the state and the chosen utilities of Q*'s own agents, plus V(s).
+    """Three ReLU layers on the state and the chosen utilities of Q*'s agents, plus V(s).
 
     Figure 1 (right) of the paper; V(s) is in the authors' code (``src/modules/mixers/qmix_central_no_hyper.py``) only.
     """
@@ -17,7 +17,7 @@ class FeedForwardQStar(nn.Module):
     hidden_dim: int
 
     def setup(self) -> None:
-        """Names the layers."""
+        """Creates the layers; their parameters have the names of the attributes."""
         self.net_0 = Linear(self.hidden_dim)
         self.net_1 = Linear(self.hidden_dim)
         self.net_2 = Linear(self.hidden_dim)
@@ -25,11 +25,11 @@ class FeedForwardQStar(nn.Module):
         self.v = TwoLayer(self.hidden_dim, 1)
 
     def __call__(self, chosen_qs: Array, state: Array) -> Array:
-        """``[.., N]``, ``[.., D]`` -> ``[..]``, without any restriction of sign."""
+        """Returns Q*(s, u), whose weights may have any sign: ``[.., N]``, ``[.., D]`` -> ``[..]``."""
         return self._after_first_layer(self._first_layer(chosen_qs, state)) + self.v(state)[..., 0]
 
     def deviations(self, agent_qs: Array, chosen_qs: Array, state: Array) -> Array:
-        """The estimates of all joint actions in which one agent alone deviates.
+        """Returns the estimates of all joint actions in which one agent alone deviates.
 
         The first layer is computed once and corrected by what one utility changes, and V(s) doesn't depend on them.
 
@@ -76,7 +76,7 @@ class AttentionQStar(nn.Module):
 
     @nn.compact
     def __call__(self, chosen_qs: Array, state: Array) -> Array:
-        """``[.., N]``, ``[.., D]`` -> ``[..]``, without any restriction of sign."""
+        """Returns Q*(s, u), whose weights may have any sign: ``[.., N]``, ``[.., D]`` -> ``[..]``."""
         chex.assert_equal_shape_prefix([chosen_qs, state], chosen_qs.ndim - 1)
         num_agents = chosen_qs.shape[-1]
         logits = TwoLayer(self.hypernet_dim, num_agents * self.hidden_dim, name="attention")(state)

@@ -39,7 +39,7 @@ class AdvantageWeights(nn.Module):
 
     @nn.compact
     def __call__(self, state: Array, actions: Array) -> Array:
-        """``[.., D]``, one-hot ``[.., N, A]`` -> ``[.., N]``."""
+        """Returns each agent's weight: ``[.., D]``, one-hot ``[.., N, A]`` -> ``[.., N]``."""
         num_agents = actions.shape[-2]
         with_actions = jnp.concatenate([state, actions.reshape(*state.shape[:-1], -1)], axis=-1)
         keys = magnitude(self._heads("key_extractors", 1)(state)) + TINY
@@ -48,7 +48,7 @@ class AdvantageWeights(nn.Module):
         return (keys * agents * taken).sum(0)
 
     def _heads(self, name: str, features: int) -> Any:
-        """One network per head, outputs ``[K, .., features]``; their parameters are stacked."""
+        """Creates one network per head, outputs ``[K, .., features]``; their parameters are stacked."""
         heads: Any = nn.vmap(
             MLP,
             variable_axes={"params": 0},
@@ -76,7 +76,7 @@ class QPLEXMixer(nn.Module):
 
     @nn.compact
     def __call__(self, chosen_qs: Array, greedy_qs: Array, actions: Array, state: Array) -> Duel:
-        """Mixes.
+        """Returns the two parts of Q_tot.
 
         Args:
             chosen_qs: ``[.., N]``, utilities of the joint action.

@@ -37,7 +37,7 @@ class QTRANJoint(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: Array, actions: Array, state: Array) -> JointValue:
-        """``[.., N, H]``, one-hot ``[.., N, A]``, ``[.., D]`` -> two of ``[..]``."""
+        """Returns Q and V: ``[.., N, H]``, one-hot ``[.., N, A]``, ``[.., D]`` -> ``[..]`` each."""
         chex.assert_equal_shape_prefix([hidden, actions], hidden.ndim - 1)
         chex.assert_equal_shape_prefix([hidden, state], state.ndim - 1)
         features = (self.hidden_dim,) * self.num_layers + (1,)

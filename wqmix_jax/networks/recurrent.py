@@ -49,16 +49,24 @@ def encoded_unroll(
     carry: Array,
     inputs: Array,
     starts: Array | None = None,
-    num_steps: Array | None = None,
+    num_places: Array | None = None,
 ) -> Array:
-    """Returns all hidden states of a sequence: ``[R, H]``, ``[T, R, I]`` -> ``[T, R, H]``.
+    """Returns all hidden states of a sequence; a linear layer and a ReLU come before the unit.
 
-    Where ``starts`` ``[T, R]`` is true, the hidden state before the step is ``carry`` again. With ``num_steps``, a
-    scalar, only so many steps are taken: the hidden states of the others are zero and have no gradient.
+    The backward pass is written out: the forward one stores its gates, and the weights' gradients are added up step by
+    step while what they are made of is in the cache, where autodiff would store every intermediate and reread it.
 
-    A linear layer and a ReLU come before the unit. The backward pass is written out: the forward one stores its gates,
-    and the weights' gradients are added up step by step while what they are made of is in the cache, where autodiff
-    would store every intermediate and reread it.
+    Args:
+        encoder: the linear layer, ``[I, F]`` and ``[F]``.
+        weights: the unit, see `GRUWeights`.
+        carry: ``[R, H]``, the hidden state before the first step.
+        inputs: ``[T, R, I]``.
+        starts: ``[T, R]`` bool, where the hidden state before the step is ``carry`` again; None for nowhere.
+        num_places: scalar int32, the number of steps that are taken; None for all. The hidden states of the others are
+            zero and have no gradient.
+
+    Returns:
+        ``[T, R, H]``.
     """
 
     def step(hidden: Array, at: tuple[Array, Array | None]) -> tuple[Array, Array]:
@@ -66,22 +74,22 @@ def encoded_unroll(
         hidden = gru_step(weights, _restarted(hidden, carry, start), _encode(encoder, x))
         return hidden, hidden
 
-    return _scan(step, carry, (inputs, starts), num_steps)[1]
+    return _scan(step, carry, (inputs, starts), num_places)[1]
 
 
 def _scan(
     step: Callable[[Any, Any], tuple[Any, Any]],
     carry: Any,
     xs: PyTree,
-    num_steps: Array | None,
+    num_places: Array | None,
     *,
     reverse: bool = False,
 ) -> tuple[Any, PyTree]:
-    """Scans like `jax.lax.scan`, or over the first ``num_steps`` alone, where the outputs of the others are zero.
+    """Scans like `jax.lax.scan`, or over the first ``num_places`` alone, where the outputs of the others are zero.
 
-    ``num_steps`` may be traced, since nothing is differentiated here.
+    ``num_places`` may be traced, since nothing is differentiated here.
     """
-    if num_steps is None:
+    if num_places is None:
         return jax.lax.scan(step, carry, xs, reverse=reverse)
 
     # A loop of dynamic length, which autodiff couldn't reverse; outputs are written into arrays of full length.
@@ -90,7 +98,7 @@ def _scan(
 
     def one(count: Array, state: tuple[Any, PyTree]) -> tuple[Any, PyTree]:
         carry, outs = state
-        index = num_steps - 1 - count if reverse else count
+        index = num_places - 1 - count if reverse else count
         carry, out = step(carry, at(index))
         put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
         return carry, jax.tree.map(put, outs, out)
@@ -98,7 +106,7 @@ def _scan(
     shapes = jax.eval_shape(lambda: step(carry, at(jnp.int32(0)))[1])
     length = len(jax.tree.leaves(xs)[0])
     nothing = jax.tree.map(lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype), shapes)
-    return jax.lax.fori_loop(0, num_steps, one, (carry, nothing))
+    return jax.lax.fori_loop(0, num_places, one, (carry, nothing))
 
 
 def _restarted(hidden: Array, carry: Array, start: Array | None) -> Array:
@@ -134,7 +142,7 @@ class _Residuals(NamedTuple):
     carry: Array
     inputs: Array
     starts: Array | None
-    num_steps: Array | None
+    num_places: Array | None
     encoded: Array
     hiddens: Array
     gates: _Gates
@@ -146,7 +154,7 @@ def _unroll_forward(
     carry: Array,
     inputs: Array,
     starts: Array | None,
-    num_steps: Array | None,
+    num_places: Array | None,
 ) -> tuple[Array, _Residuals]:
     def step(hidden: Array, at: tuple[Array, Array | None]) -> tuple[Array, tuple[Array, Array, _Gates]]:
         x, start = at
@@ -155,23 +163,25 @@ def _unroll_forward(
         hidden = _next_hidden(gates, hidden)
         return hidden, (encoded, hidden, gates)
 
-    encoded, hiddens, gates = _scan(step, carry, (inputs, starts), num_steps)[1]
-    return hiddens, _Residuals(encoder, weights, carry, inputs, starts, num_steps, encoded, hiddens, gates)
+    encoded, hiddens, gates = _scan(step, carry, (inputs, starts), num_places)[1]
+    return hiddens, _Residuals(encoder, weights, carry, inputs, starts, num_places, encoded, hiddens, gates)
 
 
 def _unroll_backward(
     residuals: _Residuals, d_hiddens: Array
 ) -> tuple[LinearWeights, GRUWeights, Array, Array, None, None]:
-    """Backpropagates through time: ``[T, R, H]`` -> the gradients by all differentiable arguments.
+    """Backpropagates through time: ``[T, R, H]`` -> the gradients with respect to all differentiable arguments.
 
-    ``d_before`` ``[R, H]`` is the gradient by the hidden state before the step that comes next, in reverse time.
+    ``d_before`` ``[R, H]`` is the gradient of the loss with respect to the hidden state that the current step outputs,
+    as far as it comes from later steps.
     """
-    # One loop from the last step to the first. Each step turns the gradient by its hidden state into those by the gates
-    # before their nonlinearities (``d_from_inputs``, ``d_from_hidden``, ``[R, 3H]``), by its input and by the hidden
-    # state before it, and adds its terms of the weights' gradients while its activations are in the cache. Hidden
-    # states before a step are read from ``hiddens``, shifted by one, and not stored a second time.
-    encoder, weights, carry, inputs, starts, num_steps, encoded, hiddens, gates = residuals
-    narrow = weights.hidden_kernel.dtype
+    # One loop from the last step to the first. Each step turns the gradient with respect to its hidden state into those
+    # with respect to the gates before their nonlinearities (``d_from_inputs``, ``d_from_hidden``, ``[R, 3H]``), to its
+    # input and to the hidden state before it, and adds its terms of the weights' gradients while its activations are in
+    # the cache. Hidden states before a step are read from ``hiddens``, shifted by one, and not stored a second time.
+    encoder, weights, carry, inputs, starts, num_places, encoded, hiddens, gates = residuals
+    hidden_dim = carry.shape[-1]
+    narrow = weights.hidden_kernel.dtype  # that of matrix products: bfloat16 with `compute_in("bfloat16")`
     # Transposed once: within the loop XLA would do it at every step.
     encoder_kernel, input_kernel, hidden_kernel = encoder.kernel.T, weights.input_kernel.T, weights.hidden_kernel.T
 
@@ -197,20 +207,21 @@ def _unroll_backward(
                 product(features.T, d_from_inputs.astype(narrow)),
                 product(before.T, d_from_hidden.astype(narrow)),
                 d_input_bias,
-                jnp.concatenate([d_input_bias[: -hidden_kernel.shape[-1]], d_hidden_new.sum(0)]),
+                jnp.concatenate([d_input_bias[:-hidden_dim], d_hidden_new.sum(0)]),
             ),
         )
         d_before = d_hidden * update + product(d_from_hidden, hidden_kernel)
-        if start is not None:  # the step began an episode: its gradient is by ``carry``, not by the step before
+        if start is not None:  # the step began an episode: this gradient is with respect to ``carry``
             d_carry += jnp.where(start[:, None], d_before, 0)
             d_before = jnp.where(start[:, None], 0, d_before)
         return (d_carry, d_before, jax.tree.map(jnp.add, d_weights, d_step)), product(d_encoded, encoder_kernel)
 
     both = (encoder, weights)
-    none = jnp.zeros_like(carry)
-    begin = none, none, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, carry.dtype), both)
+    zero = jnp.zeros_like(carry)
+    begin = zero, zero, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, carry.dtype), both)
     steps = jnp.arange(len(inputs)), inputs, starts, encoded, d_hiddens, gates
-    (d_carry, d_before, d_both), d_inputs = _scan(step, begin, steps, num_steps, reverse=True)
+    (d_carry, d_before, d_both), d_inputs = _scan(step, begin, steps, num_places, reverse=True)
+    # The sums have the dtype of ``carry``, float32; a gradient must have that of its argument.
     d_encoder, d_weights = jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), d_both, both)
     return d_encoder, d_weights, d_carry + d_before, d_inputs, None, None
 

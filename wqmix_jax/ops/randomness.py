@@ -20,7 +20,7 @@ _NO_NUMBERS = ("--xla_force_host_platform_device_count", "--xla_dump")
 
 @contextlib.contextmanager
 def pinned_draws() -> Iterator[None]:
-    """Inside, draws don't depend on the user's settings of JAX's random number generator.
+    """Makes draws inside the context independent of the user's settings of JAX's random number generator.
 
     Also a decorator. A key's implementation is pinned where it is made; ``jax_threefry_partitionable`` decides what is
     drawn from it, and ``jax_default_prng_impl`` how libraries read raw key data. The pinned values are JAX's defaults
@@ -31,7 +31,7 @@ def pinned_draws() -> Iterator[None]:
 
 
 def numeric_settings() -> str:
-    """The other settings of JAX and XLA that change numbers, where they are not the defaults: one line."""
+    """Returns, in one line, the other settings of JAX and XLA that change numbers and are not the defaults."""
     known = jax.config.values
     found = {name: getattr(jax.config, name, known.get(name, default)) for name, default in _RECORDED.items()}
     changed = [f"{name}={value}" for name, value in found.items() if value != _RECORDED[name]]

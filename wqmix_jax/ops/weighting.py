@@ -10,7 +10,7 @@ def optimistic(td_error: Array, alpha: Array) -> Array:
 
     Args:
         td_error: ``Q_tot - y``, any shape.
-        alpha: scalar in (0, 1].
+        alpha: scalar in [0, 1]; QTRAN passes 0.
     """
     return jnp.where(td_error < 0, jnp.ones_like(td_error), alpha)
 

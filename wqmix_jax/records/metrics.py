@@ -19,7 +19,7 @@ eval, one per seed and evaluation, the first before any learning:
     ``seed``                    in a sweep followed by the swept options: ``algo.alpha``, ..
     ``env_steps``               environment steps of training so far
     ``learner_steps``           optimiser steps so far
-    ``episodes``                whole training episodes so far
+    ``episodes``                training episodes so far, including those that a failing environment cut
     ``episode_return``          mean over the evaluation's greedy episodes
     ``episode_return_std``      standard deviation over these episodes
     ``episode_length``          mean over these episodes
@@ -59,7 +59,7 @@ SCHEMA = 1
 METRICS_FILE, HEADER_FILE = "metrics.jsonl", "run.json"
 
 
-COUNTERS = ("kind", "seed", "env_steps", "learner_steps", "episodes")
+IDENTITY, COUNTERS = ("kind", "seed"), ("env_steps", "learner_steps", "episodes")
 
 
 class MetricsFile:
@@ -73,7 +73,7 @@ class MetricsFile:
         """Opens the file to append to it, cut to its first ``num_bytes``.
 
         Raises:
-            ConfigError: if it is shorter.
+            ConfigError: if the file is shorter than that.
         """
         path = run_dir / METRICS_FILE
         self.num_bytes = num_bytes
@@ -226,7 +226,7 @@ def record_from_json(text: str) -> "Line":
     """Reads one line of ``metrics.jsonl``; a null is read as nan.
 
     Raises:
-        ValueError: if it is not a record.
+        ValueError: if ``text`` is not a record.
     """
     line = json.loads(text)
     if not isinstance(line, dict) or not line.keys() >= {"kind", "seed"}:

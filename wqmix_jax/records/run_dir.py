@@ -219,7 +219,7 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
     """Returns the folders of runs among ``folders`` and inside them, in their order.
 
     Raises:
-        ConfigError: if one holds none.
+        ConfigError: if one of ``folders`` holds no run.
     """
     found: list[Path] = []
     for folder in folders:
@@ -294,7 +294,7 @@ def refuse_common_seeds(runs: Iterable[Path]) -> None:
     """Refuses runs that have a member in common.
 
     Raises:
-        ConfigError: if two do.
+        ConfigError: if two runs have a member in common.
     """
     found: dict[str, Path] = {}
     for run in runs:

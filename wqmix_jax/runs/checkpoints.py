@@ -111,6 +111,7 @@ class Checkpoints:
         directory: Path,
         trainer: Trainer,
         members: tuple[Member, ...],
+        interval: TrainRecord,
         best: Policy,
         origin: Origin,
         *,
@@ -122,7 +123,8 @@ class Checkpoints:
         Args:
             directory: the folder.
             trainer: the run's trainer.
-            members: the trainings.
+            members: the members.
+            interval: the shapes of the records of an evaluation interval, see `abstract_interval`.
             best: a policy with the shapes of this run.
             origin: the run and this machine.
             keep: how many of the latest checkpoints are kept.
@@ -130,9 +132,8 @@ class Checkpoints:
         """
         self._members, self._origin, self._sharding = members, origin, trainer.sharding
         self._state = abstract_state(trainer, members)
-        self._interval = abstract_interval(trainer, members)
-        self._best = best
-        self._abstract = _named(_raw_shapes(self._state), self._interval, best)
+        self._interval, self._best = interval, best
+        self._abstract = _named(_raw_shapes(self._state), interval, best)
         self._memory_left = memory_left
         self.num_bytes = _num_bytes(self._abstract)
         _hush_orbax()
@@ -189,7 +190,7 @@ class Checkpoints:
         """Looks for a checkpoint that could not be written.
 
         Raises:
-            RunError: if there is one.
+            RunError: if a checkpoint could not be written.
         """
         with self._writing():
             self._manager.check_for_errors()
@@ -206,16 +207,17 @@ class Checkpoints:
     def restore(self, total_env_steps: int) -> Restored | None:
         """Reads the checkpoint from which a run to ``total_env_steps`` continues, and removes those after it.
 
-        Usually this is the latest. If a seed had already stopped there and the longer run would train it further, it is
-        the latest checkpoint before any seed stopped (if it was kept), so that the result equals that of an
-        uninterrupted run. A checkpoint that can't be read, doesn't fit, or belongs to another run is reported and moved
-        aside, and another one is used.
+        Usually this is the latest. It is an earlier one if the longer run would train a seed further that has stopped
+        in the latest: then the last one in which no seed has stopped, if it was kept, so that the result equals that of
+        an uninterrupted run. A checkpoint that can't be read, doesn't fit, or belongs to another run is reported and
+        moved aside, and another one is used.
 
         Returns:
             The run, with its new total, or None if there is no checkpoint.
 
         Raises:
             ConfigError: if a checkpoint was made with other options, or none can be used; nothing was removed then.
+            RunError: if the memory is too small to read a checkpoint.
         """
         hosts: dict[int, dict[str, Any]] = {}
         unusable: dict[int, str] = {}
@@ -265,6 +267,7 @@ class Checkpoints:
         if host["schema"] != SCHEMA:
             raise ConfigError(f"{path} has schema {host['schema']}; this version of wqmix_jax reads schema {SCHEMA}")
         here = self._origin.options
+        # Options newer than the checkpoint count as their defaults.
         newer = {name: value for name, value in run_defaults().items() if name in here}
         there = {**newer, **host["options"]}
         for name in sorted(differing(there, here)):

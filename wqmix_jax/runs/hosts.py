@@ -205,7 +205,7 @@ def refuse_unexpected_processes(values: Mapping[str, Any]) -> None:
     """Refuses to run if JAX connects this process with others unasked; looking for them starts the backend.
 
     Raises:
-        ConfigError: if it does.
+        ConfigError: if JAX connects processes although ``distributed`` is false.
     """
     import jax
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from wqmix_jax.config import LoggerOptions
 from wqmix_jax.errors import ConfigError
-from wqmix_jax.records.metrics import COUNTERS, METRICS_FILE, load_header, record_from_json
+from wqmix_jax.records.metrics import COUNTERS, IDENTITY, METRICS_FILE, load_header, record_from_json
 from wqmix_jax.training.host_loop import Line
 from wqmix_jax.training.members import labels_of, member_name
 
@@ -103,11 +103,11 @@ class WandbRuns:
         self._num_bytes += len(data)
         for line in map(record_from_json, data.decode().splitlines()):
             labels = labels_of(line)
-            measured = {name: value for name, value in line.items() if name not in (*COUNTERS, *labels)}
+            measured = {name: value for name, value in line.items() if name not in (*IDENTITY, *COUNTERS, *labels)}
             values = {f"{line['kind']}/{name}": value for name, value in measured.items()}
             run, step = self._runs[member_name(labels)], _step_of(line)
             if step >= run.starting_step:  # not 0 if W&B has earlier records of an online run
-                run.log({name: line[name] for name in COUNTERS[2:]} | values, step=step, commit=True)
+                run.log({name: line[name] for name in COUNTERS} | values, step=step, commit=True)
 
 
 def _step_of(line: Line) -> int:
@@ -136,7 +136,7 @@ def refuse_missing_wandb(options: LoggerOptions) -> None:
     """Refuses a run, before anything starts, that asks for W&B where it isn't installed.
 
     Raises:
-        ConfigError: if it does.
+        ConfigError: if W&B is not installed, but was asked for.
     """
     if options.wandb != "disabled" and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"logger.wandb={options.wandb} is not allowed here: pip install wandb first")

@@ -50,7 +50,7 @@ class MemoryPlan(NamedTuple):
 
     @property
     def total(self) -> int:
-        """The sum."""
+        """Bytes of states, temporaries and checkpoint."""
         return self.state + self.temporaries + self.checkpoint
 
     @property
@@ -70,7 +70,7 @@ def refuse_small_memory(trainer: Trainer, members: Sequence[Member]) -> None:
     """Refuses seeds whose train states alone would not fit, before anything compiles.
 
     Raises:
-        ConfigError: if so.
+        ConfigError: if the train states need more than the available memory.
     """
     num_bytes, limit = _state_bytes(trainer, members), memory_limit(trainer)
     if limit is not None and num_bytes > limit:
@@ -114,7 +114,7 @@ def memory_faults_in_one_line() -> Iterator[None]:
     """Turns JAX's errors about a full memory into one line that says what to do.
 
     Raises:
-        RunError: if there is one.
+        RunError: if JAX reports a full memory.
     """
     try:
         yield

@@ -50,7 +50,15 @@ from wqmix_jax.runs.signals import StopSignals
 from wqmix_jax.runs.startup import checkpoint_lines, command_to_continue, device_lines, plan_lines, refuse_full_disk
 from wqmix_jax.runs.trust import Named, open_config
 from wqmix_jax.training.compile_cache import use_compilation_cache
-from wqmix_jax.training.compiled_loop import Compilation, Trainer, abstract_state, make_trainer, train_sharding
+from wqmix_jax.training.compiled_loop import (
+    Compilation,
+    Trainer,
+    TrainRecord,
+    abstract_interval,
+    abstract_state,
+    make_trainer,
+    train_sharding,
+)
 from wqmix_jax.training.devices import claim_cores, refuse_missing_backend
 from wqmix_jax.training.host_loop import (
     Line,
@@ -84,7 +92,7 @@ def start(
         values: the same as nested mappings, from which `run_config` built ``config``.
         algo: the algorithm's name, for labels.
         env: the environment's.
-        config_dir: the folder of own yamls and modules, for the command that continues the run.
+        config_dir: the folder of the user's yamls and modules, for the command that continues the run.
 
     Returns:
         The run's folder.
@@ -125,7 +133,7 @@ def resume(run_dir: Path, changes: Mapping[str, Any], *, config_dir: str | os.Pa
         changes: nested mappings. ``total_env_steps``, ``distributed``, ``compilation_cache``, ``checkpoint`` and
             ``logger`` may differ from the run's ``config.yaml``; ``env`` repeats the programs that it may start
             (`config.PROGRAMS`).
-        config_dir: a folder of own yamls, from which modules may be imported, see `wqmix_jax.runs.trust`.
+        config_dir: a folder of the user's yamls, from which modules may be imported, see `wqmix_jax.runs.trust`.
 
     Returns:
         The run's folder.
@@ -141,7 +149,7 @@ def resume(run_dir: Path, changes: Mapping[str, Any], *, config_dir: str | os.Pa
     if "merged" in header:
         raise ConfigError(f"resume={run_dir} is not allowed: it was merged from {', '.join(header['merged'])}")
     refuse_lost_checkpoints(run_dir)
-    old = _opened(run_dir, recorded["env"], changes.get("env", {}), config_dir)
+    old = _open_options(run_dir, recorded["env"], changes.get("env", {}), config_dir)
     values = _trusted_cache(_merged(old, changes), changes)
     values = connected(values, os.environ)
     refuse_missing_backend()
@@ -169,7 +177,7 @@ def _trusted_cache(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dic
     return {**values, "compilation_cache": True}
 
 
-def _opened(
+def _open_options(
     run_dir: Path, recorded: Mapping[str, Any], programs: Mapping[str, str], config_dir: str | os.PathLike[str] | None
 ) -> dict[str, Any]:
     """Returns the run's options.
@@ -229,6 +237,7 @@ class Session:
         trainer: compiled when `run` begins.
         members: the trainings, one per seed and combination of swept values.
         hint: the command that continues the run, see `command_to_continue`.
+        interval: the shapes of the records of an evaluation interval.
         best: the policies of the best evaluations so far.
         compilation: facts about the trainer's compilation.
         seconds_before: wall-clock seconds that earlier processes spent on the run.
@@ -240,6 +249,7 @@ class Session:
     trainer: Trainer
     members: tuple[Member, ...]
     hint: str
+    interval: TrainRecord = dataclasses.field(init=False)
     best: Policy = dataclasses.field(init=False)
     signals: StopSignals = dataclasses.field(init=False)
     checkpoints: Checkpoints = dataclasses.field(init=False)
@@ -251,18 +261,20 @@ class Session:
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
+        # Here and not where checkpoints are opened: this is where a resumed run is first traced.
+        self.interval = abstract_interval(self.trainer, self.members)
         self.best = _no_policy(self.config, self.trainer, self.members)
 
     def run(self) -> None:
         """Trains to the end, or until a signal asks to stop, and saves; every way out of a run leads through here.
 
-        The trainer is compiled in this very function: what JAX traces should have few frames above it.
+        The trainer is compiled in this function itself, so that few frames are above those that JAX traces.
 
         Raises:
             RunError: if the run had to stop, or seeds failed.
             SystemExit: if a signal ended it.
         """
-        with self._opened() as restored:
+        with self._opened_files() as restored:
             with make_display(self.config.total_env_steps, live=self.config.logger.progress) as display:
                 with self.signals.immediate():
                     if restored is None or not is_finished(restored.loop):
@@ -272,12 +284,12 @@ class Session:
                         )
                         _print_lines((str(self.compilation), *notes))
                     loop, lines = begin(self.trainer, self.members) if restored is None else (restored.loop, [])
-                loop = self._train(loop, lines, display)
+                loop = self._run_chunks(loop, lines, display)
             self._write_summary(loop, "finished" if is_finished(loop) else "interrupted")
         self._conclude(loop)
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[Restored | None]:
+    def _opened_files(self) -> Iterator[Restored | None]:
         """Locks the folder, handles signals, opens the files and yields what the last checkpoint holds, if any."""
         stopping = StopSignals(lambda: report(f"ended immediately, without saving; {self.hint}"))
         with lasting_output(), held(self.run_dir), stopping as self.signals, _faults(self.run_dir, self.hint):
@@ -304,6 +316,7 @@ class Session:
             self.run_dir / CHECKPOINT_DIR,
             self.trainer,
             self.members,
+            self.interval,
             self.best,
             Origin(load_header(self.run_dir)["run"], kept_options(self.values), _machine(self.trainer)),
             keep=self.config.checkpoint.keep,
@@ -317,7 +330,7 @@ class Session:
         if is_finished(restored.loop):
             print("this run has already finished; pass a larger total_env_steps=N to extend it", flush=True)
 
-    def _train(self, loop: Loop, lines: list[Line], display: Display) -> Loop:
+    def _run_chunks(self, loop: Loop, lines: list[Line], display: Display) -> Loop:
         """Runs compiled chunks; after each it writes records, shows progress and saves a checkpoint if one is due."""
         before: tuple[np.ndarray, int] | None = None
         while True:
@@ -392,7 +405,8 @@ class Session:
     def _save_if_due(self, loop: Loop, before: tuple[np.ndarray, int] | None) -> None:
         """Saves after every ``checkpoint.every`` steps, and when a seed may end in the next chunk.
 
-        A longer run continues from the last of the latter as if it had never been cut, see `Checkpoints.restore`.
+        If the run is extended later, it continues from the last checkpoint of the second kind, and its numbers are
+        those of a run that was longer from the start, see `Checkpoints.restore`.
         """
         now, every = slowest_steps(loop), self.config.checkpoint.every
         due = before is not None and now // every > before[1] // every

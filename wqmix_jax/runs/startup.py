@@ -25,7 +25,7 @@ def command_to_continue(run_dir: Path, config_dir: str | os.PathLike[str] | None
 
     Args:
         run_dir: the run's folder.
-        config_dir: the folder of own yamls and modules that it was started with.
+        config_dir: the folder of the user's yamls and modules that it was started with.
     """
     parts = [_python(), "-m", "wqmix_jax.train"]
     if config_dir is not None:

@@ -89,7 +89,7 @@ def _checked_target(run_dir: Path, group: str, target: Any, named: Named) -> lis
     """Returns the modules that a class's import will execute, without importing anything.
 
     Raises:
-        ConfigError: if one of them is not allowed.
+        ConfigError: if such a module is not allowed.
     """
     option = f"{group}._target_={target!r}"
     match = _TARGET.fullmatch(target) if isinstance(target, str) else None

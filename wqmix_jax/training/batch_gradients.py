@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, Sharding
 
 from wqmix_jax.algos.base import Algorithm, Context, Hyperparams, hyperparams, is_mean_over_steps
 from wqmix_jax.envs.base import Environment
+from wqmix_jax.errors import ConfigError
 from wqmix_jax.training.devices import BATCH_AXIS
 from wqmix_jax.training.learner import LearnerState
 from wqmix_jax.training.replay import Replay
@@ -31,14 +32,14 @@ MAX_LENGTHS, MIN_LENGTH = 4, 16
 
 LARGE_TILE, SMALL_TILE = 64, 16
 """Sizes of tiles in rows times agents, for a CPU, where a learner step costs what it computes. Measured with OW-QMIX on
-predator-prey: larger tiles than the large one cost no less per row; small ones cost more, but leave fewer empty rows in
-the last tile."""
+predator-prey: tiles above `LARGE_TILE` are no cheaper per row. `SMALL_TILE` costs more per row, but wastes fewer rows
+at the end."""
 
 Batches = Literal["whole", "cut", "packed"]
 
 CPU_CACHE_BYTES = 4 * 2**20
-"""On a CPU, seeds learn together while their decoded batches are no larger: eight seeds of predator-prey that learn one
-after the other take three quarters of the time that they take together, and an eighth of the temporaries."""
+"""On a CPU, seeds learn together while their decoded batches are no larger: for eight seeds of predator-prey, learning
+in turn takes 25% less time than together, and an eighth of the temporaries."""
 
 
 class Batching(NamedTuple):
@@ -67,7 +68,7 @@ class Batching(NamedTuple):
     cache_seeds: int | None
 
 
-class Seeds(NamedTuple):
+class LearnerInputs(NamedTuple):
     """The input of one learner step of several seeds, leaves ``[S, ..]``.
 
     Attributes:
@@ -111,6 +112,7 @@ def make_batching(
 
     Raises:
         ValueError: ``batches`` are to be packed for a loss that isn't marked.
+        ConfigError: the loss has no metric ``loss``.
     """
     limit, on_cpu = env.spec.episode_limit, next(iter(sharding.device_set)).platform == "cpu"
     lengths = _static_lengths(limit)
@@ -169,13 +171,13 @@ def batch_gradients(
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), batching.whole)
     noise = jax.vmap(lambda key: batching.algo.sample_noise(key, zeros))(keys)
     lengths = jnp.where(ready[:, None], jax.vmap(batching.replay.lengths)(rows), 0)
-    seeds = Seeds(learner, rows, lengths, noise, hp, ctx)
+    inputs = LearnerInputs(learner, rows, lengths, noise, hp, ctx)
     gradients = functools.partial(_cut_gradients if batching.tiles is None else _packed_gradients, batching)
     groups = num_groups(batching, len(rows))
     if groups == 1:
-        terms = gradients(seeds)
+        terms = gradients(inputs)
     else:  # [S, ..] -> [groups, S / groups, ..], one group after another, and back
-        grouped = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, *leaf.shape[1:]), seeds)
+        grouped = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, *leaf.shape[1:]), inputs)
         terms = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), jax.lax.map(gradients, grouped))
     return terms if batching.num_parts == 1 else jax.lax.psum(terms, BATCH_AXIS)
 
@@ -192,31 +194,31 @@ def num_groups(batching: Batching, num_seeds: int) -> int:
     return next(number for number in range(least, num_seeds + 1) if num_seeds % number == 0)
 
 
-def _cut_gradients(batching: Batching, seeds: Seeds) -> tuple[PyTree, dict[str, Array]]:
+def _cut_gradients(batching: Batching, inputs: LearnerInputs) -> tuple[PyTree, dict[str, Array]]:
     """Learns from the batches cut to the shortest static length that holds their longest episode."""
     limit = batching.lengths[-1]
-    rows, lengths, noise = _own_episodes(batching, (seeds.rows, seeds.lengths, seeds.noise))
+    rows, lengths, noise = _own_episodes(batching, (inputs.rows, inputs.lengths, inputs.noise))
 
-    def on_first(num_steps: int, rows: Array, noise: PyTree) -> tuple[PyTree, dict[str, Array]]:
+    def at_length(num_steps: int, rows: Array, noise: PyTree) -> tuple[PyTree, dict[str, Array]]:
         batch = jax.vmap(lambda rows: batching.replay.decode(rows, num_steps))(rows)
         # [S, B, T(+1), ..]: noise of a leaf with T+1 steps keeps one more than that of a leaf with T.
         noise = jax.tree.map(lambda leaf: leaf[:, :, : leaf.shape[2] - limit + num_steps], noise)
         gradient = jax.vmap(jax.grad(batching.algo.loss, has_aux=True))
-        grads, aux = gradient(seeds.learner.params, seeds.learner.target, batch, seeds.hp, seeds.ctx, noise)
+        grads, aux = gradient(inputs.learner.params, inputs.learner.target, batch, inputs.hp, inputs.ctx, noise)
         return grads, {name: metric.astype(jnp.float32) for name, metric in aux.metrics.items()}
 
     # One compiled copy of the loss per length. The longest episode of any seed chooses: a branch can't depend on the
     # seed, since under `vmap` all copies would run.
     choice = (lengths.max() > jnp.asarray(batching.lengths[:-1], jnp.int32)).sum()
-    branches = [functools.partial(on_first, length) for length in batching.lengths]
+    branches = [functools.partial(at_length, length) for length in batching.lengths]
     means = jax.lax.switch(choice, branches, rows, noise)
     if batching.num_parts == 1:
         return means
-    share = lengths.sum(-1) / jnp.maximum(seeds.lengths.sum(-1), 1)
+    share = lengths.sum(-1) / jnp.maximum(inputs.lengths.sum(-1), 1)
     return jax.tree.map(functools.partial(jax.vmap(jnp.multiply), share), means)
 
 
-def _packed_gradients(batching: Batching, seeds: Seeds) -> tuple[PyTree, dict[str, Array]]:
+def _packed_gradients(batching: Batching, inputs: LearnerInputs) -> tuple[PyTree, dict[str, Array]]:
     """Learns from the batches packed into few rows, one tile of rows after another.
 
     A mean over steps is the sum of the tiles' means, each times the tile's share of the steps. The number of tiles is
@@ -226,31 +228,34 @@ def _packed_gradients(batching: Batching, seeds: Seeds) -> tuple[PyTree, dict[st
     assert batching.tiles is not None
     limit, (large, small) = batching.lengths[-1], batching.tiles
     pack = jax.vmap(functools.partial(first_fit_rows, episode_limit=limit))
-    layout, num_rows = _own_rows(batching, *pack(seeds.lengths))  # [S, R, T+1] and [S], R = B / parts
+    layout, num_rows = _own_rows(batching, *pack(inputs.lengths))  # [S, R, T+1] and [S], R = B / parts
     # The last tile may reach past the last row.
     layout = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, large), (0, 0))), layout)
-    num_steps = jnp.maximum(seeds.lengths.sum(-1), 1)
-    # All seeds' losses in one call; the number of places to unroll is common to them.
+    num_steps = jnp.maximum(inputs.lengths.sum(-1), 1)
+    # Every argument has the seed axis, except `batch.num_places`.
     axes = (0, 0, Episode(*[0] * 8, num_places=None), 0, 0, 0)  # type: ignore[arg-type]
     gradient = jax.vmap(jax.grad(batching.algo.loss, has_aux=True), in_axes=axes)
 
     def add_tile(size: int, so_far: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
         first, sums = so_far
         tile = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, size, axis=1), layout)
+        # The unroll ends after the last place that is filled in any row of any seed.
         num_places = jnp.where(tile.filled.any((0, 1)), jnp.arange(1, limit + 2), 0).max()
-        batch = jax.vmap(batching.replay.decode_packed)(seeds.rows, tile)._replace(num_places=num_places)
-        noise = jax.vmap(_noise_at)(seeds.noise, tile)
-        grads, aux = gradient(seeds.learner.params, seeds.learner.target, batch, seeds.hp, seeds.ctx, noise)
+        batch = jax.vmap(batching.replay.decode_packed)(inputs.rows, tile)._replace(num_places=num_places)
+        noise = jax.vmap(_noise_at)(inputs.noise, tile)
+        grads, aux = gradient(inputs.learner.params, inputs.learner.target, batch, inputs.hp, inputs.ctx, noise)
         terms = jax.vmap(_times_share)(batch.mask.sum((1, 2)) / num_steps, (grads, aux.metrics))
         return first + size, jax.tree.map(jnp.add, sums, terms)
 
     def is_left(least: int, so_far: tuple[Array, PyTree]) -> Array:
         return num_rows.max() - so_far[0] >= least
 
-    metrics = dict.fromkeys(batching.metric_names, jnp.zeros(len(seeds.rows), jnp.float32))
-    so_far = jnp.int32(0), (jax.tree.map(jnp.zeros_like, seeds.learner.params), metrics)
-    # A large tile is taken where small ones would cover about as many rows.
-    for size, least in [(large, large - small + 1)] + [(small, 1)] * (small < large):
+    metrics = dict.fromkeys(batching.metric_names, jnp.zeros(len(inputs.rows), jnp.float32))
+    so_far = jnp.int32(0), (jax.tree.map(jnp.zeros_like, inputs.learner.params), metrics)
+    stages = [(large, large - small + 1)]  # large tiles, until small ones would cover the rest with fewer empty rows
+    if small < large:  # where the sizes are equal, the large tiles cover all rows
+        stages.append((small, 1))
+    for size, least in stages:
         so_far = jax.lax.while_loop(functools.partial(is_left, least), functools.partial(add_tile, size), so_far)
     return so_far[1]
 
@@ -259,8 +264,8 @@ def _noise_at(noise: PyTree, layout: RowLayout) -> PyTree:
     """Returns the noise of each place: ``[B, T(+1), ..]`` and a layout ``[R, T+1]`` -> ``[R, T(+1), ..]``."""
 
     def at(leaf: Array) -> Array:
-        num_steps = leaf.shape[1]
-        return leaf[layout.episode[:, :num_steps], layout.step[:, :num_steps]]
+        num_places = leaf.shape[1]
+        return leaf[layout.episode[:, :num_places], layout.step[:, :num_places]]
 
     return jax.tree.map(at, noise)
 
@@ -300,6 +305,9 @@ def _metric_names(env: Environment, algo: Algorithm, whole: Episode) -> tuple[st
     """Returns the names of the loss's metrics: the loop needs them for zeros where nothing was learned.
 
     The loss is traced on shapes, which costs less than a trace of the loop in each place that needs them.
+
+    Raises:
+        ConfigError: ``loss`` is not among them.
     """
 
     def metrics(batch: Episode) -> dict[str, Array]:
@@ -308,7 +316,13 @@ def _metric_names(env: Environment, algo: Algorithm, whole: Episode) -> tuple[st
         ctx = Context(epsilon=jnp.float32(0), env_steps=jnp.int32(0), learner_steps=jnp.int32(0))
         return algo.loss(params, params, batch, hp, ctx, algo.sample_noise(key, batch))[1].metrics
 
-    return tuple(jax.eval_shape(metrics, whole))
+    found = tuple(jax.eval_shape(metrics, whole))
+    if "loss" not in found:
+        name = f"{type(algo).__module__}.{type(algo).__qualname__}"
+        raise ConfigError(
+            f"algo._target_={name} is not allowed: its Aux.metrics lacks loss, in which a run looks for divergence"
+        )
+    return found
 
 
 def _tiles(num_agents: int, batch_size: int) -> tuple[int, int]:

@@ -59,7 +59,7 @@ def use_compilation_cache(setting: bool | str) -> None:
     folder that can't be used costs a warning on stderr and nothing else.
 
     Args:
-        setting: true for `default_folder`, a folder of the user's own, or false for none.
+        setting: true for `default_folder`, a folder, or false for none.
     """
     if _setting("jax_compilation_cache_dir") != _Process.folder or not _setting("jax_enable_compilation_cache"):
         return

@@ -55,7 +55,7 @@ class Counters(NamedTuple):
 
     Attributes:
         env_steps: environment steps of training.
-        episodes: whole training episodes.
+        episodes: training episodes, including those that a failing environment cut.
         learner_steps: optimiser steps.
     """
 
@@ -74,8 +74,8 @@ class TrainState(NamedTuple):
         keys: see `Keys`.
         hp: the traced hyperparameters.
         total_env_steps: int32, the environment steps after which a seed stops: from then on its state stays as it is.
-        failed: bool, whether a loss or parameter was not finite: from then on its state stays as it is too, so that
-            the counters show when that was.
+        failed: bool, whether a loss or parameter was not finite after the learner steps of an iteration: from then on
+            its state stays as it is too, so that the counters show when that was.
     """
 
     learner: LearnerState
@@ -214,6 +214,7 @@ def make_trainer(
 
     Raises:
         ValueError: ``batches`` are to be packed for a loss that isn't marked.
+        ConfigError: the loss has no metric ``loss``.
     """
     sharding = SingleDeviceSharding(jax.local_devices()[0]) if sharding is None else sharding
     env, algo = config.env, config.algo
@@ -223,7 +224,7 @@ def make_trainer(
     # The interval is in environment steps of full episodes. A chunk divides it, so that evaluations are between chunks.
     eval_iterations = max(1, config.eval_interval // (config.num_envs * env.spec.episode_limit))
     chunk_iterations = max(k for k in range(1, config.chunk_iterations + 1) if eval_iterations % k == 0)
-    train = functools.partial(_train, run, chunk_iterations)
+    train = functools.partial(_run_iterations, run, chunk_iterations)
     return Trainer(
         init_program=jax.jit(_spread(functools.partial(_init, run), sharding), out_shardings=sharding),
         train=jax.jit(_spread(train, sharding, has_records=True), donate_argnums=0),
@@ -327,7 +328,7 @@ def _init(run: _Run, seeds: Array) -> TrainState:
         return jax.vmap(one_seed)(seeds)
 
 
-def _train(run: _Run, most: int, state: TrainState, num_iterations: Array) -> tuple[TrainState, TrainRecord]:
+def _run_iterations(run: _Run, most: int, state: TrainState, num_iterations: Array) -> tuple[TrainState, TrainRecord]:
     """Runs ``num_iterations`` iterations, a traced number of at most ``most``; see `Trainer.train`.
 
     A loop of traced length instead of a scan: one program runs chunks of all lengths.
@@ -354,8 +355,8 @@ def _no_records(run: _Run, num_seeds: int, num_iterations: int) -> TrainRecord:
 def _iteration(run: _Run, index: Array, carry: tuple[TrainState, TrainRecord]) -> tuple[TrainState, TrainRecord]:
     """Plays one episode per environment, stores it, and learns once enough episodes are stored.
 
-    A seed that has reached its total or has failed keeps its state to the bit, whatever the others still do; so does
-    one that could play nothing.
+    The state of a finished or failed seed is left unchanged, and so is that of a seed whose episodes all failed at
+    their first step.
 
     Returns:
         The state after it, and the records ``[K, S]`` with row ``index`` filled.
@@ -388,8 +389,9 @@ def _iteration(run: _Run, index: Array, carry: tuple[TrainState, TrainRecord]) -
         episode_length=_mean_where(played.whole, played.episodes.length),
         losses=losses,
     )
-    # A seed fails at the first learner step after which a number isn't finite, and keeps its parameters of then.
-    failed = state.failed | (ready & ~_is_finite((learner.params, losses.get("loss", ()))))
+    # Checked once per iteration, after all its learner steps: a seed fails in the first iteration that ends with a
+    # number that isn't finite, and keeps its parameters from then on.
+    failed = state.failed | (ready & ~_is_finite((learner.params, losses["loss"])))
     set_row = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
     records = jax.tree.map(set_row, records, record)
     return state._replace(learner=learner, counters=counters, failed=failed), records
@@ -413,7 +415,7 @@ def _learn(
 ) -> tuple[LearnerState, dict[str, Array]]:
     """Takes the learner steps of one iteration; the learners of seeds that aren't ``ready`` ``[S]`` stay as they are.
 
-    Each step samples a batch per seed, follows the gradient of its loss, and copies the targets when that is due.
+    Each step samples a batch per seed, takes an optimiser step, and copies the targets when that is due.
 
     Returns:
         The learners, leaves ``[S, ..]``, and the metrics' means over the steps, ``[S]`` float32, 0 for the others.

@@ -29,7 +29,7 @@ MIN_PART = 4
 
 
 def seed_sharding(num_seeds: int, *, batch_size: int = 1) -> Sharding:
-    """Spreads ``num_seeds`` over as many of this process's devices as hold equally many each.
+    """Spreads ``num_seeds`` over as many of this process's devices as possible, with equally many seeds on each.
 
     Args:
         num_seeds: how many train in one call.
@@ -66,7 +66,7 @@ def claim_cores() -> None:
 
 
 def asked_platforms() -> str | None:
-    """The platforms that ``JAX_PLATFORMS`` or a program's own setting names; None if neither does."""
+    """Returns the platforms that ``JAX_PLATFORMS`` or a program's own setting names; None if neither does."""
     return jax.config.values["jax_platforms"] or None
 
 
@@ -94,7 +94,7 @@ def share_gpu() -> None:
 
 
 def num_cores() -> int:
-    """The cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -66,22 +66,22 @@ def begin(trainer: Trainer, members: Sequence[Member]) -> tuple[Loop, list[Line]
 def _with_swept(hp: Hyperparams, members: Sequence[Member], sharding: Sharding) -> Hyperparams:
     """Replaces swept options (leaves ``[S]``) by each member's own values."""
     swept = [dict(member.swept) for member in members]
-    values = {name: np.array([own[name] for own in swept], getattr(hp, name).dtype) for name in swept[0]}
+    values = {name: np.array([options[name] for options in swept], getattr(hp, name).dtype) for name in swept[0]}
     return hp._replace(**{name: jax.device_put(value, sharding) for name, value in values.items()})
 
 
 def advance(trainer: Trainer, loop: Loop) -> tuple[Loop, list[Line]]:
     """Trains for one chunk; at the end of an evaluation interval, and of the run, it evaluates too.
 
-    An evaluation that is due already, since it failed when the run was interrupted, is made first and alone. A chunk
+    An evaluation that failed when the run was interrupted is repeated, without training. A chunk
     takes about `AIMED_SECONDS`, or one iteration where that is longer.
 
     Returns:
-        The run after it, and at an evaluation a train and an eval line of each member that trained since the one
-        before; of one that has failed since then the train line alone.
+        The new loop state, and the new records: none unless an evaluation was made; otherwise one train and one eval
+        record for each member that trained. A member that failed gets no eval record.
     """
     if not _evaluation_is_due(trainer, loop):
-        loop = _train(trainer, loop)
+        loop = _train_chunk(trainer, loop)
     if not _evaluation_is_due(trainer, loop):
         return loop, []
     # Lines are made here alone, of whole intervals, so that their numbers don't depend on the sizes of chunks.
@@ -94,7 +94,7 @@ def advance(trainer: Trainer, loop: Loop) -> tuple[Loop, list[Line]]:
     return loop._replace(pending=(), evaluated_at=env_steps(loop), seconds=0.0), lines
 
 
-def _train(trainer: Trainer, loop: Loop) -> Loop:
+def _train_chunk(trainer: Trainer, loop: Loop) -> Loop:
     started = time.perf_counter()
     iterations, iterations_until_learning = _next_iterations(trainer, loop)
     state, record = trainer.train(loop.state, np.int32(iterations))
@@ -139,7 +139,7 @@ def failed(loop: Loop) -> np.ndarray:
 
 
 def failures(loop: Loop) -> list[Line]:
-    """Returns the labels of each member that has failed, and its counters after the first step that was not finite."""
+    """Returns the labels of each failed member, and its counters after the iteration in which it failed."""
     return [
         {**loop.members[index].labels, **_counts(jax.tree.map(lambda leaf, at=index: leaf[at], loop.state.counters))}
         for index in np.flatnonzero(failed(loop))

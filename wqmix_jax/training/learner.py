@@ -42,7 +42,7 @@ def apply_gradients(learner: LearnerState, grads: PyTree, hp: Hyperparams) -> tu
 
     Args:
         learner: one seed's learner.
-        grads: the gradients of the loss by its parameters.
+        grads: the gradients of the loss with respect to its parameters.
         hp: the traced options.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The trainings of one call: every seed, and every seed again for each combination of swept options."""
+"""The members of one call: every seed, and every seed again for each combination of swept options."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,11 +9,11 @@ from wqmix_jax.errors import ConfigError
 
 
 class Member(NamedTuple):
-    """One training.
+    """One run of training: a seed with its swept values.
 
     Attributes:
-        seed: its seed.
-        swept: its values of the swept options, by their names in ``algo``.
+        seed: the seed.
+        swept: the values of the swept options, by their names in ``algo``.
     """
 
     seed: int

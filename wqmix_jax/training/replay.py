@@ -27,8 +27,8 @@ class Replay(NamedTuple):
 
     Attributes:
         init: ``() -> state``, empty.
-        add: ``(state, episodes, keep) -> state``, stores ``StoredEpisode`` leaves ``[E, ..]`` where ``keep`` (a scalar
-            bool) is true and leaves the state as it was elsewhere, in place in both cases.
+        add: ``(state, episodes, is_active) -> state``, stores ``StoredEpisode`` leaves ``[E, ..]`` if ``is_active`` (a
+            scalar bool) is true and otherwise leaves the state unchanged, in place in both cases.
         sample: ``(state, key) -> rows``, a batch ``[B, row_bytes]`` drawn uniformly with replacement.
         lengths: ``rows -> [B]`` int32, the episodes' lengths.
         decode: ``(rows, num_steps) -> Episode``, cut to the first ``num_steps`` (static) steps.
@@ -60,16 +60,16 @@ def make_replay(env: Environment, *, buffer_size: int, batch_size: int) -> Repla
         state = buffer.init(jnp.zeros(row_bytes, jnp.uint8))
         return state.replace(experience=jnp.zeros(state.experience.shape, jnp.uint8))
 
-    def add(state: ReplayState, episodes: StoredEpisode, keep: Array) -> ReplayState:
+    def add(state: ReplayState, episodes: StoredEpisode, is_active: Array) -> ReplayState:
         rows = jax.vmap(_to_row)(episodes)  # [E, row_bytes]
         # The replay is by far the largest array of a run, and it must stay in place: a select between the replay before
         # and after would copy all of it in every iteration. So rows are written in any case, either the new ones or
         # those that are already there, and only the two small counters are selected.
         places = (state.current_index + jnp.arange(rows.shape[0])) % buffer_size
-        added = buffer.add(state, jnp.where(keep, rows, state.experience[0, places]))
+        added = buffer.add(state, jnp.where(is_active, rows, state.experience[0, places]))
         return added.replace(
-            current_index=jnp.where(keep, added.current_index, state.current_index),
-            is_full=jnp.where(keep, added.is_full, state.is_full),
+            current_index=jnp.where(is_active, added.current_index, state.current_index),
+            is_full=jnp.where(is_active, added.is_full, state.is_full),
         )
 
     def sample(state: ReplayState, key: PRNGKey) -> Array:
@@ -97,7 +97,7 @@ def _first_steps(env: Environment, stored: StoredEpisode, num_steps: int) -> Epi
         _seen(env, jax.tree.map(lambda leaf: leaf[:, : num_steps + 1], stored.steps), steps <= stored.length[:, None]),
         joint_action=stored.joint_action[:, :num_steps],
         reward=stored.reward[:, :num_steps],
-        ends=stored.terminated[:, None] & (steps[:, :-1] == stored.length[:, None] - 1),
+        terminated=stored.terminated[:, None] & (steps[:, :-1] == stored.length[:, None] - 1),
         mask=steps[:, :-1] < stored.length[:, None],
     )
 
@@ -116,30 +116,39 @@ def _packed_rows(env: Environment, stored: StoredEpisode, layout: RowLayout) -> 
         _seen(env, jax.tree.map(lambda leaf: leaf[layout.episode, layout.step], stored.steps), layout.filled),
         joint_action=jnp.where(mask[..., None], stored.joint_action[episode, step], 0),
         reward=jnp.where(mask, stored.reward[episode, step], 0.0),
-        ends=mask & stored.terminated[episode] & (step == stored.length[episode] - 1),
+        terminated=mask & stored.terminated[episode] & (step == stored.length[episode] - 1),
         mask=mask,
     )
     return packed._replace(starts=layout.filled & (layout.step == 0))
 
 
-def _seen(env: Environment, steps: PyTree, real: Array) -> Observation:
-    """Returns the observations of compact states, leaves ``[R, T+1, ..]``, zero where not ``real`` ``[R, T+1]``.
+def _seen(env: Environment, steps: PyTree, is_filled: Array) -> Observation:
+    """Returns the observations of compact states, leaves ``[R, T+1, ..]``, zero where not ``is_filled`` ``[R, T+1]``.
 
     An agent without an available action gets action 0, see `with_idle_action`; in padding nothing is available.
     """
     seen = jax.vmap(jax.vmap(env.decompress))(steps)
     seen = seen._replace(avail_actions=with_idle_action(seen.avail_actions))
-    return jax.tree.map(lambda leaf: jax.vmap(jax.vmap(jnp.where))(real, leaf, jnp.zeros_like(leaf)), seen)
+    return jax.tree.map(lambda leaf: jax.vmap(jax.vmap(jnp.where))(is_filled, leaf, jnp.zeros_like(leaf)), seen)
 
 
-def _episode(seen: Observation, *, joint_action: Array, reward: Array, ends: Array, mask: Array) -> Episode:
+def _episode(seen: Observation, *, joint_action: Array, reward: Array, terminated: Array, mask: Array) -> Episode:
+    """Builds rows of an `Episode`, with the dtypes that losses get.
+
+    Args:
+        seen: leaves ``[.., T+1, ..]``.
+        joint_action: ``[.., T, N]``.
+        reward: ``[.., T]``.
+        terminated: ``[.., T]`` bool, at the last step of an episode that the task ended.
+        mask: ``[.., T]`` bool.
+    """
     return Episode(
         obs=seen.obs,
         state=seen.state,
         avail_actions=seen.avail_actions,
         joint_action=joint_action.astype(jnp.int32),
         reward=reward,
-        discount=1.0 - ends.astype(jnp.float32),
+        discount=1.0 - terminated.astype(jnp.float32),
         mask=mask.astype(jnp.float32),
     )
 

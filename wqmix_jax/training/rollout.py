@@ -107,7 +107,7 @@ def rollout(
 
     reset_keys, play_keys = _split_keys(keys, num_envs)
 
-    def advance(play: _Play) -> _Play:
+    def step_all(play: _Play) -> _Play:
         seen = jax.vmap(env.observe)(play.env_state)
         avail_actions = with_idle_action(seen.avail_actions)
         inputs = jax.tree.map(by_seed, AgentInputs(seen.obs, play.last_action, avail_actions))
@@ -126,7 +126,7 @@ def rollout(
     def unfinished(play: _Play) -> Array:
         return (play.step < env.spec.episode_limit) & ~play.done.all()
 
-    play = jax.lax.while_loop(unfinished, advance, _first(env, algo, reset_keys, num_seeds, num_envs))
+    play = jax.lax.while_loop(unfinished, step_all, _first(env, algo, reset_keys, num_seeds, num_envs))
     record = play.record
     timed = (record.steps, record.joint_action, record.reward)  # [T(+1), F, ..] -> [S, E, T(+1), ..]
     timed = jax.tree.map(lambda leaf: by_seed(jnp.moveaxis(leaf, 0, 1)), timed)
@@ -148,7 +148,7 @@ def greedy_episodes(
 ) -> Figures:
     """Plays ``num_episodes`` greedy episodes of each seed; arguments as in `rollout`.
 
-    A simulator outside of JAX has fewer games than that: then it plays them in several turns, each with own keys.
+    A simulator outside of JAX has fewer games than that: then it plays them in several turns, with separate keys.
     """
     greedy = ctx._replace(epsilon=jnp.zeros_like(ctx.epsilon))
     in_parallel = env.episodes_at_once(num_episodes)
@@ -211,6 +211,7 @@ def _split_keys(keys: PRNGKey, num_envs: int) -> tuple[PRNGKey, _Keys]:
 
 
 def _first(env: Environment, algo: Algorithm, reset_keys: PRNGKey, num_seeds: int, num_envs: int) -> _Play:
+    """Returns the loop's state before the first step: reset environments, and a record of their first states alone."""
     env_state = env.reset_batch(reset_keys)
     # The record is as long as the longest episode: its shape can't depend on when episodes end.
     num_flat, num_agents = num_seeds * num_envs, env.spec.num_agents
@@ -234,7 +235,10 @@ def _first(env: Environment, algo: Algorithm, reset_keys: PRNGKey, num_seeds: in
 def _write(
     env: Environment, play: _Play, stopped: Array, env_state: EnvState, joint_action: Array, outcome: StepOutcome
 ) -> StoredEpisode:
-    """Records the step of every environment that had not stopped before it: the action at t, the state at t + 1."""
+    """Records the action at t and the state at t + 1 of every environment but the ``stopped``, bool ``[F]``.
+
+    Those have ended before this step, or failed in it.
+    """
     record, step = play.record, play.step
 
     # Zeros are written for environments that have stopped, so that padding is zero in the replay too.
