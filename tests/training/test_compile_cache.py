@@ -202,7 +202,7 @@ def test_two_processes_write_at_once(tmp_path: Path) -> None:
     code = f"""
 {UNSET}
 import jax, jax.numpy as jnp
-from wqmix_jax import compile_cache
+from wqmix_jax.training import compile_cache
 compile_cache._SETTINGS["jax_persistent_cache_min_compile_time_secs"] = 0.0
 compile_cache.use_compilation_cache({str(tmp_path)!r})
 x = jnp.zeros(3)
