@@ -17,7 +17,7 @@ from wqmix_jax.types import Array, EnvSpec, Episode, Observation, PRNGKey, PyTre
 
 @options
 class QLearner(Algorithm):
-    """Parameters ``{"agent": ..}``; acts epsilon-greedily on the utilities."""
+    """A learner that acts epsilon-greedily on its agents' utilities; parameters ``{"agent": ..}``."""
 
     def init(self, key: PRNGKey, env_spec: EnvSpec) -> PyTree:
         """Draws the agent's parameters; families with more nets add to this."""
