@@ -115,7 +115,7 @@ class WQMIX(QMIX):
         return loss, Aux(metrics, values | {"q_star": q_star})
 
     def central_estimate(self, params: PyTree, agent_qs: Array, joint_action: Array, seen: Observation) -> Array:
-        """Returns ``Q*(s, u)``, or ``Q_tot`` without a ``Q*``, ``[..]``; arguments as in `FactoredQLearner.mixer_inputs`."""
+        """Returns ``Q*(s, u)``, or ``Q_tot`` without a ``Q*``, ``[..]``; see `FactoredQLearner.mixer_inputs`."""
         if self.q_star == "none":
             return self.mix(params["mixer"], agent_qs, joint_action, seen)[0]
         chosen_qs = gather_actions(agent_qs, joint_action)

@@ -1,4 +1,4 @@
-"""The paper's operators on finite multi-agent MDPs: ``T*``, ``T*_Qmix``, ``T*_w`` and ``T*_WQMIX`` (eq. 1, section 3, eq. 6, 7).
+"""The paper's operators on finite multi-agent MDPs: ``T*``, ``T*_Qmix``, ``T*_w`` and ``T*_WQMIX``.
 
 The projections have several minimisers, of which the paper's operators draw one at random. Here the draw is seeded: a
 seed makes an operator a function, so that it may have a fixed point, and other seeds are the restarts. With a
