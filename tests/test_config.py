@@ -97,7 +97,7 @@ def test_refused(key: str, value: Any, message: str) -> None:
 
 @pytest.mark.parametrize(("group", "contract"), [("algo", "algos.base.Algorithm"), ("env", "envs.base.Environment")])
 def test_a_class_that_is_not_of_its_group_is_refused(group: str, contract: str) -> None:
-    message = rf"^{group}\._target_='decimal.Decimal' is not allowed: it is no wqmix_jax\.{contract}$"
+    message = rf"^{group}\._target_='decimal.Decimal' is not allowed: it is not a subclass of wqmix_jax\.{contract}$"
     with pytest.raises(ConfigError, match=message):
         run_config(plain(**{group: {"_target_": "decimal.Decimal"}}))
 

@@ -160,8 +160,10 @@ def test_the_repository_has_one_address() -> None:
     repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
     owner, name = repository.removeprefix("https://github.com/").split("/")
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["repository-code"] == repository
-    site = re.findall(r"^(repo_url|repo_name): (\S+)", (ROOT / "docs" / "mkdocs.yml").read_text(), re.MULTILINE)
-    assert site == [("repo_url", repository), ("repo_name", f"{owner}/{name}")]
+    addresses = r"^(site_url|repo_url|repo_name): (\S+)"
+    site = dict(re.findall(addresses, (ROOT / "docs" / "mkdocs.yml").read_text(), re.MULTILINE))
+    pages = f"https://{owner}.github.io/{name}/"
+    assert site == {"site_url": pages, "repo_url": repository, "repo_name": f"{owner}/{name}"}
     for path in ("README.md", "experiments/examples/demo.ipynb", "experiments/examples/tabular.ipynb"):
         text = (ROOT / path).read_text()
         assert repository in text

@@ -62,7 +62,7 @@ def train_seeds(
     Returns:
         The final train state, leaves ``[S, ..]`` in the order of ``seeds`` (with ``config.sweep`` all seeds with the
         first values, then all with the second, and so on), and all records: the same dicts as the lines of
-        ``metrics.jsonl``, see `wqmix_jax.records.metrics`.
+        [`metrics.jsonl`](running.md#metricsjsonl).
 
     Raises:
         ConfigError: if an option or a seed is not allowed, or the environment doesn't fit its spec.
@@ -150,6 +150,9 @@ def load_policy(
         simulator: the run's ``env.simulator``, which must be repeated if it is neither in the current folder nor in
             ``config_dir``.
 
+    Returns:
+        The policy.
+
     Raises:
         ConfigError: if there is no such policy, if it doesn't fit ``config``, if its parameters are not finite, or if
             the folder names code that may not be executed.
@@ -167,21 +170,34 @@ def load_policy(
 
 
 def load_policies(
-    run_dir: str | os.PathLike[str], *, which: Literal["best", "last"] = "best", named: Named = NOTHING_NAMED
+    run_dir: str | os.PathLike[str],
+    *,
+    which: Literal["best", "last"] = "best",
+    config_dir: str | os.PathLike[str] | None = None,
+    worker_python: str | None = None,
+    simulator: str | None = None,
+    named: Named | None = None,
 ) -> tuple[Environment, dict[str, GreedyPolicy]]:
-    """Loads the environment of a run, and the policies of all members by their names (`members.member_name`).
+    """Loads the environment of a run and the greedy policies of all its members.
 
     A policy whose parameters are not finite is left out, with a warning.
 
     Args:
         run_dir: the run's folder.
-        which: the policies of the best evaluations, or of the last checkpoint.
-        named: the places and programs from which the folder may have code executed.
+        which: the policies of the best evaluations since learning began, or of the last checkpoint.
+        config_dir: as in `load_policy`.
+        worker_python: as in `load_policy`.
+        simulator: as in `load_policy`.
+        named: the last three as one value; the three are ignored if it is given.
+
+    Returns:
+        The environment, and a dict from a member's name (``"0"``; in a sweep ``"0-alpha0.1"``) to its policy.
 
     Raises:
-        ConfigError: see `open_policies`.
+        ConfigError: if the folder holds no such policies, or none with finite parameters, if it names code that may not
+            be executed, or if the environment doesn't fit its spec.
     """
-    opened = open_policies(run_dir, which=which, named=named)
+    opened = open_policies(run_dir, which=which, named=named or Named(config_dir, worker_python, simulator))
     for name in opened.names:
         if name not in opened.policies:
             warnings.warn(f"{run_dir}: seed {name} is left out: its parameters are not finite", stacklevel=2)
@@ -284,6 +300,9 @@ def trained_policy(config: RunConfig, state: TrainState, *, member: int = 0) -> 
         config: the options that were passed to `train_seeds`.
         state: the state that it returned.
         member: the number of the member, counted from 0.
+
+    Returns:
+        The policy.
 
     Raises:
         ConfigError: if there is no such member, or its parameters are not finite.

@@ -71,7 +71,7 @@ class LoggerOptions:
 
 @options
 class RunConfig:
-    """A run.
+    """The options of a run.
 
     Attributes:
         algo: the algorithm, built from its yaml.

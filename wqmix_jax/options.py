@@ -29,6 +29,7 @@ CONFIG_DIR = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKA
 T = TypeVar("T")
 
 PositiveInt = Annotated[int, Field(gt=0)]
+"""The type of an option that is an integer above 0."""
 
 CONTRACTS = {"algo": "wqmix_jax.algos.base.Algorithm", "env": "wqmix_jax.envs.base.Environment"}
 """The parent classes of a run's parts, named like a ``_target_`` because both import this module."""
@@ -88,7 +89,7 @@ def part_class(name: str, target: str | None) -> type:
     """
     cls = target_class(name, target)
     if not issubclass(cls, pkgutil.resolve_name(CONTRACTS[name])):
-        raise ConfigError(f"{name}._target_={target!r} is not allowed: it is no {CONTRACTS[name]}")
+        raise ConfigError(f"{name}._target_={target!r} is not allowed: it is not a subclass of {CONTRACTS[name]}")
     return cls
 
 

@@ -95,11 +95,11 @@ def by_load_policy(run_dir: Path) -> None:
 MALICIOUS: dict[str, tuple[Callable[[Path, str], dict[str, Any]], str]] = {
     "a program as the environment": (
         lambda run, mark: {"env": {"_target_": "subprocess.Popen", "args": ["touch", mark]}},
-        "env._target_='subprocess.Popen' is not allowed: it is no wqmix_jax.envs.base.Environment",
+        "env._target_='subprocess.Popen' is not allowed: it is not a subclass of wqmix_jax.envs.base.Environment",
     ),
     "a program as the algorithm": (
         lambda run, mark: {"algo": {"_target_": "subprocess.Popen", "args": ["touch", mark]}},
-        "algo._target_='subprocess.Popen' is not allowed: it is no wqmix_jax.algos.base.Algorithm",
+        "algo._target_='subprocess.Popen' is not allowed: it is not a subclass of wqmix_jax.algos.base.Algorithm",
     ),
     "a function": (
         lambda run, mark: {"env": {"_target_": "os.system", "command": f"touch {mark}"}},
@@ -119,7 +119,7 @@ MALICIOUS: dict[str, tuple[Callable[[Path, str], dict[str, Any]], str]] = {
     ),
     "another class of the package": (
         lambda run, mark: {"env": {"_target_": "wqmix_jax.records.run_dir.Path"}},
-        "it is no wqmix_jax.envs.base.Environment",
+        "it is not a subclass of wqmix_jax.envs.base.Environment",
     ),
     "a module in the run's folder": (
         lambda run, mark: {"env": env(_target_="outputs.run.planted.Game")},

@@ -12,7 +12,9 @@ from wqmix_jax.types import Array, EnvSpec, PRNGKey, PyTree
 
 @options
 class ActorCritic(QLearner):
-    """Parameters ``{"agent", "q_star_agent", "q_star_mixer"}``: the actors, the critic's utilities and their mixer.
+    """Decentralised actors and a central critic of the joint action.
+
+    Parameters: ``{"agent", "q_star_agent", "q_star_mixer"}``, the actors, the critic's utilities and their mixer.
 
     One loss is the sum of the actors' and the critic's. Each leaves the other's parameters alone, so that the sum's
     gradient holds both, and one optimiser with one joint clip moves them, as in the authors' code.

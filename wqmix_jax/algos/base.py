@@ -23,8 +23,13 @@ TRACED = "traced"
 """Marks an option that the compiled loop takes as a traced scalar, so that changing it doesn't recompile."""
 
 Fraction = Annotated[float, Field(ge=0, le=1), TRACED]
+"""The type of a traced option in [0, 1]."""
+
 PositiveFraction = Annotated[float, Field(gt=0, le=1), TRACED]
+"""The type of a traced option in (0, 1]."""
+
 PositiveFloat = Annotated[float, Field(gt=0), TRACED]
+"""The type of a traced option above 0."""
 
 Hyperparams = Any
 """A NamedTuple of the traced options' values, named as the options are."""

@@ -17,7 +17,10 @@ from wqmix_jax.types import Array, EnvSpec, Episode, Observation, PRNGKey, PyTre
 
 @options
 class FactoredQLearner(TDLearner):
-    """Parameters ``{"agent", "mixer"}``; Q_tot learns the double-Q target of eq. 3 in the paper's section 2.1."""
+    """A learner whose mixer joins the utilities to Q_tot, which learns the double-Q target of the paper's eq. 3.
+
+    Parameters: ``{"agent", "mixer"}``.
+    """
 
     @property
     @abc.abstractmethod

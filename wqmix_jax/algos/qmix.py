@@ -14,7 +14,9 @@ from wqmix_jax.types import Array, Observation
 
 @options
 class QMIX(FactoredQLearner):
-    """Q_tot never falls in a utility, so that each agent's greedy action is part of the greedy joint action.
+    """QMIX, VDN and Qatten: a monotonic mixer of the utilities.
+
+    Q_tot never falls in a utility, so that each agent's greedy action is part of the greedy joint action.
 
     Attributes:
         mixer: how the chosen utilities become Q_tot: ``qmix``, ``vdn`` or ``qatten``, whose keys are the

@@ -36,7 +36,9 @@ class Bootstrap(NamedTuple):
 
 @options
 class WQMIX(QMIX):
-    """Parameters of QMIX plus, with a Q*, ``{"q_star_agent", "q_star_mixer"}``.
+    """Weighted QMIX: QMIX with a weighting of its loss and an optional ``Q*``.
+
+    Parameters: those of QMIX plus, with a ``Q*``, ``{"q_star_agent", "q_star_mixer"}``.
 
     Attributes:
         weighting: ``optimistic`` (OW, eq. 5), ``central`` (CW, eq. 10) or ``uniform`` (none).
@@ -119,7 +121,7 @@ class WQMIX(QMIX):
         return loss, Aux(metrics, values | {"q_star": q_star})
 
     def central_estimate(self, params: PyTree, agent_qs: Array, joint_action: Array, seen: Observation) -> Array:
-        """Returns Q*(s, u), or Q_tot if there is no Q*, ``[..]``; arguments as in `FactoredQLearner.mixer_inputs`."""
+        """Returns ``Q*(s, u)``, or ``Q_tot`` without a ``Q*``, ``[..]``; see `FactoredQLearner.mixer_inputs`."""
         if self.q_star == "none":
             return self.mix(params["mixer"], agent_qs, joint_action, seen)[0]
         chosen_qs = gather_actions(agent_qs, joint_action)

@@ -52,6 +52,9 @@ def load_config(*overrides: str, config_dir: str | os.PathLike[str] | None = Non
         *overrides: as on the command line: ``"+algo=ow_qmix", "num_seeds=8"``.
         config_dir: a folder with your own yamls, as ``--config-dir``.
 
+    Returns:
+        The options, with the algorithm and the environment built.
+
     Raises:
         ConfigError: if an option is not allowed.
     """

@@ -163,7 +163,7 @@ def load_checkpoint(
         nets: the keys of `NETS` to read; by default all that have files, at least the agent and a mixer.
 
     Returns:
-        The nets that were read, by our names: ``params | load_checkpoint(folder, params)`` replaces them.
+        The nets that were read, by our names. ``params | load_checkpoint(folder, params)`` replaces them.
 
     Raises:
         PyMARLError: if a file or a tensor is missing, unexpected or of another kind.

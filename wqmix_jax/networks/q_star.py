@@ -39,7 +39,7 @@ class FeedForwardQStar(nn.Module):
             state: ``[.., D]``.
 
         Returns:
-            ``[.., N, A]``: what `__call__` gives with ``chosen_qs[.., n]`` replaced by ``agent_qs[.., n, a]``.
+            The outputs of `__call__` with ``chosen_qs[.., n]`` replaced by ``agent_qs[.., n, a]``, ``[.., N, A]``.
         """
         num_agents = chosen_qs.shape[-1]
         first = self._first_layer(chosen_qs, state)

@@ -224,12 +224,15 @@ GREEDY = Context(epsilon=np.float32(0), env_steps=np.int32(0), learner_steps=np.
 
 @pinned_draws()
 def play_episode(env: Environment, policy: GreedyPolicy, key: PRNGKey) -> list[Moment]:
-    """Plays one greedy episode and returns its moments, from the first state to the last.
+    """Plays one greedy episode.
 
     Args:
         env: the environment.
         policy: the policy of all agents.
         key: a key for the environment's randomness.
+
+    Returns:
+        The moments of the episode, from the first state to the last: one more than its steps.
     """
 
     @jax.jit

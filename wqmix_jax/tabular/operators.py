@@ -1,4 +1,4 @@
-"""The paper's operators on finite multi-agent MDPs: T* (eq. 1), T*_Qmix (section 3), T*_w and T*_WQMIX (eq. 6 and 7).
+"""The paper's operators on finite multi-agent MDPs: ``T*``, ``T*_Qmix``, ``T*_w`` and ``T*_WQMIX``.
 
 The projections have several minimisers, of which the paper's operators draw one at random. Here the draw is seeded: a
 seed makes an operator a function, so that it may have a fixed point, and other seeds are the restarts. With a
@@ -86,19 +86,19 @@ def two_steps(payoff: np.ndarray, discount: float) -> MMDP:
 
 
 def bellman(mmdp: MMDP, q: np.ndarray) -> np.ndarray:
-    """Applies T* (eq. 1), a contraction by the discount; ``q`` ``[X, *A]``."""
+    """Applies ``T*`` (eq. 1), a contraction by the discount; ``q`` ``[X, *A]``."""
     return _backup(mmdp, q.reshape(len(q), -1).max(1))
 
 
 def qmix(mmdp: MMDP, q_tot: np.ndarray, *, seed: Seed = 0) -> np.ndarray:
-    """Applies T*_Qmix = Pi_Qmix T* (section 3): Bellman targets of Q_tot itself, projected without a weighting."""
+    """Applies ``T*_Qmix = Pi_Qmix T*`` (section 3): Bellman targets of Q_tot itself, projected without a weighting."""
     return np.stack([each.q_tot for each in _projected(bellman(mmdp, q_tot), seed)])
 
 
 def weighted(
     mmdp: MMDP, q_hat: np.ndarray, *, plays: Plays = "decentralised", seed: Seed = 0, **how: Any
 ) -> np.ndarray:
-    """Applies T*_w (eq. 6) in the form of corollary 3: Q-hat of the joint action that its projection ``Pi_w`` plays.
+    """Applies ``T*_w`` (eq. 6) in the form of corollary 3: Q-hat of what its projection ``Pi_w`` plays.
 
     Args:
         mmdp: the task.
@@ -115,7 +115,7 @@ def weighted(
 def weighted_q_tot(
     mmdp: MMDP, q_hat: np.ndarray, *, plays: Plays = "decentralised", seed: Seed = 0, **how: Any
 ) -> np.ndarray:
-    """Applies T*_WQMIX = Pi_w T*_w (eq. 7), the Q_tot that belongs to the next Q-hat; arguments as in `weighted`."""
+    """Applies ``T*_WQMIX = Pi_w T*_w`` (eq. 7), Q_tot of the next Q-hat; arguments as in `weighted`."""
     rng = np.random.default_rng(seed)
     target = weighted(mmdp, q_hat, plays=plays, seed=rng, **how)
     return np.stack([each.q_tot for each in _projected(target, rng, **how)])

@@ -212,6 +212,9 @@ def make_trainer(
             `wqmix_jax.training.batch_gradients.num_groups`.
         batches: how padded steps are skipped, see `make_batching`.
 
+    Returns:
+        The jitted functions of the run.
+
     Raises:
         ValueError: ``batches`` are to be packed for a loss that isn't marked.
         ConfigError: the loss has no metric ``loss``.

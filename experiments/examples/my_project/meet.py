@@ -1,6 +1,6 @@
 """A custom environment: agents on a ring of cells get a reward when all are in the same cell."""
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,8 @@ class Meet(Environment):
         num_cells: the number of cells of the ring.
         episode_limit: steps after which an episode is cut.
     """
+
+    viewer_class: ClassVar[str | None] = "meet_viewer:MeetViewer"
 
     num_agents: Annotated[int, Field(gt=1)]
     num_cells: Annotated[int, Field(gt=1)]
