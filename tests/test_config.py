@@ -1,8 +1,9 @@
 """Refusals of the schema: one line that names the key, the value and what is allowed."""
 
+import importlib.util
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -13,7 +14,7 @@ from wqmix_jax.algos.qmix import QMIX
 from wqmix_jax.cli.overrides import load_values
 from wqmix_jax.config import RunConfig, names, run_config
 from wqmix_jax.errors import ConfigError
-from wqmix_jax.options import CONFIG_DIR, build
+from wqmix_jax.options import CONFIG_DIR, MOVED, build, options, target_class
 
 
 def plain(**changes: Any) -> dict[str, Any]:
@@ -156,3 +157,26 @@ def test_a_missing_key_is_named() -> None:
     del values["punishment"]
     with pytest.raises(ConfigError, match=r"^env\.punishment is missing$"):
         build("env", values)
+
+
+@pytest.mark.parametrize("old", sorted(MOVED))
+def test_an_old_module_is_reported_with_its_new_place(
+    old: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user's algorithm from before the modules moved names them by their old places."""
+    assert importlib.util.find_spec(MOVED[old])
+    name = f"from_{old.replace('.', '_')}"
+    (tmp_path / f"{name}.py").write_text(f"import {old}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=f"; import {MOVED[old]} instead$"):
+        target_class("algo", f"{name}.Algorithm")
+
+
+def test_a_subclass_of_qmix_may_have_another_mixer() -> None:
+    @options
+    class Summed(QMIX):
+        mixer: Literal["qmix", "sum"]  # type: ignore[assignment]
+
+    values = load_values("+algo=qmix", "algo.mixer=qmix")["algo"]
+    del values["_target_"]
+    assert "mixer_embed_dim" not in Summed(**{**values, "mixer": "sum"}).without_effect()

@@ -26,6 +26,18 @@ _PACKAGE = Path(__file__).parent
 CONFIG_DIR = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 """The yamls: inside an installed wheel, or next to the package in a checkout."""
 
+MOVED = {
+    "wqmix_jax.td": "wqmix_jax.ops.td",
+    "wqmix_jax.weighting": "wqmix_jax.ops.weighting",
+    "wqmix_jax.exploration": "wqmix_jax.ops.action_selection",
+    "wqmix_jax.policies": "wqmix_jax.ops.action_selection",
+    "wqmix_jax.trainer": "wqmix_jax.training.compiled_loop",
+    "wqmix_jax.logger": "wqmix_jax.records.metrics",
+    "wqmix_jax.statistics": "wqmix_jax.records.statistics",
+    "wqmix_jax.policy": "wqmix_jax.runs.saved_policies",
+}
+"""Today's modules by names that users' modules may still import."""
+
 T = TypeVar("T")
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -106,9 +118,11 @@ def target_class(name: str, target: str | None) -> type:
         found = pkgutil.resolve_name(target)
     except Exception as error:  # a user's module may raise anything
         absent = isinstance(error, ModuleNotFoundError) and _is_part(error.name, target)
+        moved = MOVED.get(getattr(error, "name", None) or "")
         where = (
             "; start in the folder of the module, or name that folder with --config-dir" if absent else _where(error)
         )
+        where = f"; import {moved} instead" if moved is not None else where
         raise ConfigError(f"{name}._target_={target!r} can't be imported: {error}{where}") from error
     if not isinstance(found, type):
         raise ConfigError(f"{name}._target_={target!r} is not allowed: it is no class")

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from wqmix_jax import load_config
 from wqmix_jax.cli.command import command
 from wqmix_jax.training.compiled_loop import compile_trainer, make_trainer
-from wqmix_jax.training.devices import SEED_AXIS
+from wqmix_jax.training.devices import BATCH_AXIS, SEED_AXIS
 from wqmix_jax.training.host_loop import advance, begin, is_finished
 from wqmix_jax.training.members import make_members
 
@@ -40,7 +40,7 @@ def main() -> None:
     one = SingleDeviceSharding(jax.devices()[0])
     alone, _ = train(range(NUM_SEEDS), one, compilations)
     for count in (1, 2, 4, 8):
-        mesh = jax.sharding.Mesh(np.array(jax.devices()[:count]), SEED_AXIS)
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:count]).reshape(count, 1), (SEED_AXIS, BATCH_AXIS))
         spread, compiled = train(range(NUM_SEEDS), NamedSharding(mesh, PartitionSpec(SEED_AXIS)), compilations)
         group, _ = train(range(NUM_SEEDS // count), one, compilations)
         size = NUM_SEEDS // count

@@ -76,6 +76,10 @@ TRAIN = [
     (r"+algo=ow_qmix 'run_dir=\${x}'", "run_dir='${x}' is not allowed: "),
     ("-m +algo=vdn,qmix run_dir=run", "run_dir=run is not allowed: it isn't empty"),
     ("+algo=ow_qmix hydra.run.dir=x", "hydra.run.dir=x is not allowed: write run_dir=FOLDER"),
+    (
+        "+algo=ow_qmix hydra.verbose=true",
+        "hydra.verbose=true is not allowed without -m: hydra's settings are those of a sweep",
+    ),
     ("-m +algo=ow_qmix,vdn hydra.sweep.dir=x", "hydra.sweep.dir=x is not allowed: write run_dir=FOLDER"),
     # Resuming.
     ("resume=", "resume= is not allowed: it names no folder"),

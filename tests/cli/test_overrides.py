@@ -107,6 +107,7 @@ def test_values_may_refer_to_what_hydra_chose() -> None:
     before = HydraConfig.instance().cfg
     values = load_values("+algo=vdn", "run_dir=runs/${hydra:runtime.choices.algo}_${algo.lr}")
     assert values["run_dir"] == "runs/vdn_0.0005"
+    assert load_values("+algo=vdn", "run_dir=${hydra:job.name}")["run_dir"] == "train"
     assert HydraConfig.instance().cfg is before  # of an application that uses hydra itself
 
 

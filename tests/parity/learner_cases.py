@@ -125,7 +125,7 @@ QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emi
 
 FLOAT64 = Tolerance(absolute=1e-11, relative=1e-9)
 STORED_FLOAT32 = Tolerance(absolute=1e-11, relative=float(np.finfo(np.float32).eps))
-FLOAT32_VALUE = Tolerance(of_largest=1e-5)
+FLOAT32_VALUE = Tolerance(relative_to_largest=1e-5)
 FLOAT32_PARAMETER = Tolerance(absolute=1e-5)
 FLOAT32_OF_LARGEST_STEP = 1e-5
 

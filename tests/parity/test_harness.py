@@ -237,8 +237,8 @@ def test_another_folder(tmp_path: Path) -> None:
         (Tolerance(absolute=0.009), False),
         (Tolerance(relative=0.011), True),
         (Tolerance(relative=0.009), False),
-        (Tolerance(of_largest=0.0011), True),
-        (Tolerance(of_largest=0.0009), False),
+        (Tolerance(relative_to_largest=0.0011), True),
+        (Tolerance(relative_to_largest=0.0009), False),
     ],
 )
 def test_a_tolerance_is_kept(tolerance: Tolerance, passes: bool) -> None:

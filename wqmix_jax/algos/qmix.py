@@ -34,7 +34,7 @@ class QMIX(FactoredQLearner):
     def without_effect(self) -> dict[str, str]:
         """See `Algorithm.without_effect`."""
         sizes = {"vdn": ("mixer_embed_dim", "hypernet_dim", "num_heads"), "qmix": ("num_heads",), "qatten": ()}
-        return super().without_effect() | dict.fromkeys(sizes[self.mixer], f"algo.mixer={self.mixer}")
+        return super().without_effect() | dict.fromkeys(sizes.get(self.mixer, ()), f"algo.mixer={self.mixer}")
 
     @property
     def mixer_net(self) -> nn.Module:

@@ -1,6 +1,7 @@
 """Checks of overrides that hydra would accept, or refuse less clearly: chosen groups, several values, ``resume``."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def check_overrides(
     if multirun:
         _check_hosts_of_sweep(by_key)
     else:
+        _check_settings_of_hydra(parsed)
         _check_single_values(parsed)
     _check_env(by_key.get("env"), config_dir, multirun)
     _check_algo([override for override in parsed if override.key_or_group == "algo"], config_dir, multirun)
@@ -88,6 +90,16 @@ def _check_hosts_of_sweep(by_key: Mapping[str, Override]) -> None:
         raise ConfigError(f"{by_key['distributed'].input_line} is not allowed with -m: connected hosts train one run")
     if "hosts" in by_key and by_key["hosts"].value() == SLURM:
         raise ConfigError(f"hosts={SLURM} is not allowed with -m: each run of a sweep trains all its seeds")
+
+
+def _check_settings_of_hydra(parsed: Sequence[Override]) -> None:
+    """Refuses hydra's own settings, which have an effect on the runs of a sweep only."""
+    for override in parsed:
+        if re.match(r"hydra[./]", override.key_or_group) and override.key_or_group not in (
+            "hydra.job.name",
+            "hydra.mode",
+        ):
+            raise ConfigError(f"{override.input_line} is not allowed without -m: hydra's settings are those of a sweep")
 
 
 def _check_single_values(parsed: Sequence[Override]) -> None:

@@ -139,10 +139,10 @@ def _hydra_split_off(composed: DictConfig) -> Iterator[None]:
     """Removes hydra's own values; others may refer to them, as in ``run_dir=outputs/${hydra:runtime.choices.algo}``."""
     current = HydraConfig.instance()
     before = current.cfg
-    current.set_config(composed)
-    with open_dict(composed):
-        del composed["hydra"]
     try:
+        current.set_config(composed)
+        with open_dict(composed):
+            del composed["hydra"]
         yield
     finally:
         current.cfg = before

@@ -183,7 +183,7 @@ class Environment(abc.ABC):
             return None
         try:
             viewer = pkgutil.resolve_name(self.viewer_class)
-        except (ImportError, AttributeError, ValueError) as error:
+        except Exception as error:  # a user's module may raise anything
             where = f"{type(self).__name__}.viewer_class={self.viewer_class!r}"
             raise ConfigError(f"{where} can't be imported: {error}") from error
         return viewer(self)
