@@ -104,7 +104,11 @@ TABLES = {
         Row(("LR",), ("algo.lr",)),
         Row(("GAMMA",), ("algo.gamma",)),
         Row(("MAX_GRAD_NORM",), ("algo.max_grad_norm",)),
-        Row(("TARGET_UPDATE_INTERVAL",), ("algo.target_update_interval",), "episodes; there, updates: rollouts, with `NUM_EPOCHS` learner steps each"),
+        Row(
+            ("TARGET_UPDATE_INTERVAL",),
+            ("algo.target_update_interval",),
+            "episodes; there, updates: rollouts, with `NUM_EPOCHS` learner steps each",
+        ),
         Row(("EPS_START",), ("algo.epsilon_start",)),
         Row(("EPS_FINISH",), ("algo.epsilon_finish",)),
         Row(("EPS_DECAY",), ("algo.epsilon_anneal_steps",), "environment steps; there, a share of all updates"),
