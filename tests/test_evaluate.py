@@ -83,7 +83,7 @@ def test_episodes_are_drawn_from_the_seed_and_failed_ones_left_out(
 
 
 LIKED = {0: [LEFT, RIGHT, STAY, CATCH], 1: [CATCH, STAY], 2: [CATCH, STAY], 3: [LEFT, RIGHT, STAY, CATCH]}
-"""Of the seeds of `recorded`: the first and the last catch immediately, the others stay to the end."""
+"""The seeds of `recorded`: the first and the last catch immediately, the others stay to the end."""
 
 
 @options

@@ -71,6 +71,10 @@ def starts(source: str) -> Iterator[str]:
             text = ast.get_docstring(node) or ""
             if NO_SENTENCE_STARTS_SO.match(text):
                 yield f"line {getattr(node, 'lineno', 1)}: {text.splitlines()[0]!r}"
+            for statement in node.body[1:]:  # the descriptions of constants and attributes
+                match statement:
+                    case ast.Expr(value=ast.Constant(value=str(text))) if NO_SENTENCE_STARTS_SO.match(text):
+                        yield f"line {statement.lineno}: {text.splitlines()[0]!r}"
 
 
 def words_of_python(source: str) -> Iterator[str]:

@@ -53,7 +53,7 @@ def test_one_step_is_torchs_cell():
 
 
 SHARED = jnp.array([[1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0]], bool)
-"""Where the episodes of three rows begin, ``[T, R]``; the last row is one episode and says so nowhere."""
+"""The starts of episodes in three rows, ``[T, R]``; the last row is one episode without a mark."""
 
 
 @pytest.mark.parametrize(("num_steps", "starts"), [*((number, None) for number in range(1, 8)), (7, SHARED)])

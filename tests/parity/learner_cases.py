@@ -82,7 +82,7 @@ SIZES = {
 """The recordings' options with a counterpart of ours."""
 
 WORDS = {"small": 2, "big": 3}
-"""What the recordings' options call otherwise: hidden layers of QTRAN's networks."""
+"""Options with other names in the recordings: hidden layers of QTRAN's networks."""
 
 LOSSES = {
     "loss": "loss",

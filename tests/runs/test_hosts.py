@@ -20,22 +20,22 @@ from wqmix_jax.records.metrics import load_header
 from wqmix_jax.runs.hosts import ADDRESS, connected, refuse_step_of_tasks, unused_tasks, with_host
 
 BATCH = {"SLURM_JOB_ID": "17", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}
-"""Of ``sbatch --ntasks=4`` without srun: one process, and no step."""
+"""Variables of ``sbatch --ntasks=4`` without srun: one process, and no step."""
 
 STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_NTASKS": "3", "SLURM_STEP_NUM_TASKS": "3"}
-"""Of the third of three tasks of srun."""
+"""Variables of the third of three tasks of srun."""
 
 ONE_TASK = BATCH | {"SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "1"}
-"""Of ``srun --ntasks=1`` in a larger allocation, as submitit starts its jobs."""
+"""Variables of ``srun --ntasks=1`` in a larger allocation, as submitit starts its jobs."""
 
 INTERACTIVE = BATCH | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}
-"""Of the shell that salloc opens on a node."""
+"""Variables of the shell that salloc opens on a node."""
 
 ARRAY = {
     f"SLURM_ARRAY_TASK_{key}": value
     for key, value in {"ID": "7", "COUNT": "3", "MIN": "5", "MAX": "9", "STEP": "2"}.items()
 }
-"""Of the second of three elements of ``sbatch --array=5-9:2``."""
+"""Variables of the second of three elements of ``sbatch --array=5-9:2``."""
 
 SUBMITIT = ONE_TASK | {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
 

@@ -298,7 +298,7 @@ def test_a_batch_is_cut_to_the_shortest_static_length_that_holds_it(algo):
 
 
 LENGTHS = [[20, 28, 32, 17, 16], [7, 0, 8, 7, 9]]
-"""Of two seeds' five episodes: whichever five are drawn, they fill five rows of 32 steps, and at most two."""
+"""The lengths of two seeds' five episodes: any five of them fill five rows of 32 steps, and at most two."""
 
 
 def learned_from_lengths(algo, batches):

@@ -16,7 +16,7 @@ from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import target_class
 
 COLUMN = 34
-"""Where descriptions begin, unless a value reaches further."""
+"""The column of descriptions, unless a value reaches further."""
 
 WIDTH = 120
 
