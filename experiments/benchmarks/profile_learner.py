@@ -7,7 +7,6 @@ only if the program uses one core (``taskset -c 0 python -m ..``).
 """
 
 import collections
-import dataclasses
 import functools
 import gzip
 import json
@@ -21,12 +20,11 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from experiments.benchmarks.benchmark import CALLS, next_step, one_after_another, with_episodes
+from experiments.benchmarks.benchmark import CALLS, next_step, of_one_batch, one_after_another, with_episodes
 from wqmix_jax import load_config, make_trainer
 from wqmix_jax.cli.command import command
 from wqmix_jax.cli.parser import OneLineParser, count
 from wqmix_jax.config import RunConfig
-from wqmix_jax.errors import ConfigError, refuse
 
 
 class Operation(NamedTuple):
@@ -47,17 +45,12 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="options of a run, as for wqmix_jax.train")
     parser.add_argument("--top", type=count, default=40, help="the number of operations to list")
     args = parser.parse_args()
-    try:
-        config = load_config(f"+algo={args.algo}", *args.overrides)
-    except ConfigError as error:
-        refuse(str(error))
-    show(profiled(config), args.top)
+    show(profiled(load_config(f"+algo={args.algo}", *args.overrides)), args.top)
 
 
 def profiled(config: RunConfig) -> list[Operation]:
     """Returns the operations of a learner call, the longest first."""
-    one_batch = dataclasses.replace(config, algo=dataclasses.replace(config.algo, buffer_size=config.algo.batch_size))
-    trainer = make_trainer(one_batch, batches="whole")
+    trainer = make_trainer(of_one_batch(config), batches="whole")
     lengths = jnp.full(config.algo.batch_size, config.env.spec.episode_limit)
     state = with_episodes(trainer, config, lengths)
     call = jax.jit(lambda state: one_after_another(functools.partial(next_step, trainer), state)).lower(state).compile()

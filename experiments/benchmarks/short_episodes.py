@@ -5,14 +5,13 @@ and packed (as on a CPU); see `wqmix_jax.training.batch_gradients.make_batching`
 seed's share of a call of all ``num_seeds``. No other program should run at the same time.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, get_args
 
 import jax.numpy as jnp
 
-from experiments.benchmarks.benchmark import Row, learner_calls, run, timed_in_turn, with_episodes
+from experiments.benchmarks.benchmark import Row, learner_calls, of_one_batch, run, timed_in_turn, with_episodes
 from wqmix_jax import load_config, make_trainer
 from wqmix_jax.cli.command import command
 from wqmix_jax.config import RunConfig
@@ -42,8 +41,7 @@ def batch_lengths(config: RunConfig) -> dict[str, Array]:
 
 def measured(config: RunConfig, name: str) -> list[Row]:
     """Times every treatment of padding on every batch."""
-    algo = dataclasses.replace(config.algo, buffer_size=config.algo.batch_size)
-    one_batch = dataclasses.replace(config, algo=algo)
+    one_batch = of_one_batch(config)
     cases: dict[tuple[str, str], Callable[[], Any]] = {}
     for way in get_args(Batches):
         trainer = make_trainer(one_batch, sharding=train_sharding(config, config.num_seeds), batches=way)
