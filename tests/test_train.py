@@ -193,7 +193,7 @@ def test_help_is_short_and_lists_what_there_is(capfd: pytest.CaptureFixture[str]
     assert "lr:" not in out
     assert main("+algo=ow_qmix", "env=matrix_game", "--help") == 0
     out = capfd.readouterr().out
-    assert re.search(r"^  alpha: 0.1 +# the weight of the other joint actions\n", out, re.MULTILINE)
+    assert re.search(r"^  alpha: 0.1 +# the weight of joint actions ", out, re.MULTILINE)
     assert re.search(r"^  payoff: table2 +# the reward of every joint action ", out, re.MULTILINE)
 
 

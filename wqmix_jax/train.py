@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from wqmix_jax.cli.arguments import read_arguments, show
+from wqmix_jax.cli.checks import refuse_settings_of_hydra
 from wqmix_jax.cli.command import command, warn_of_copied_checkout
 from wqmix_jax.cli.overrides import Composed, compose_run, given_values, load_config
 from wqmix_jax.cli.sweeps import composed_by_hydra, run_sweep
@@ -34,6 +35,7 @@ def main() -> None:
     if arguments.multirun:
         run_sweep(arguments, _train_one_of_several)
         return
+    refuse_settings_of_hydra(arguments.overrides)
     run = compose_run(arguments.overrides, arguments.config_dir)
     if run.values["resume"] is None:
         config, values = _built(run, os.environ)

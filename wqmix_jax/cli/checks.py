@@ -53,7 +53,6 @@ def check_overrides(
     if multirun:
         _check_hosts_of_sweep(by_key)
     else:
-        _check_settings_of_hydra(parsed)
         _check_single_values(parsed)
     _check_env(by_key.get("env"), config_dir, multirun)
     _check_algo([override for override in parsed if override.key_or_group == "algo"], config_dir, multirun)
@@ -92,9 +91,13 @@ def _check_hosts_of_sweep(by_key: Mapping[str, Override]) -> None:
         raise ConfigError(f"hosts={SLURM} is not allowed with -m: each run of a sweep trains all its seeds")
 
 
-def _check_settings_of_hydra(parsed: Sequence[Override]) -> None:
-    """Refuses hydra's own settings, which have an effect on the runs of a sweep only."""
-    for override in parsed:
+def refuse_settings_of_hydra(overrides: Sequence[str]) -> None:
+    """Refuses hydra's own settings for a single run, where they would have no effect.
+
+    Raises:
+        ConfigError: if one is among them.
+    """
+    for override in parse_overrides(overrides):
         if re.match(r"hydra[./]", override.key_or_group) and override.key_or_group not in (
             "hydra.job.name",
             "hydra.mode",
