@@ -142,7 +142,7 @@ def learner_rows(config: RunConfig, name: str) -> list[Row]:
 
     Times it also on shorter episodes, of 5% to 55% of the time limit, 30% on average.
     """
-    batch_size, one_batch = config.algo.batch_size, of_one_batch(config)
+    batch_size, one_batch = config.algo.batch_size, one_batch_config(config)
     trainer, limit = make_trainer(one_batch, sharding=train_sharding(config, 1)), config.env.spec.episode_limit
     full = with_episodes(trainer, config, jnp.full(batch_size, limit))
     short = with_episodes(trainer, config, jnp.linspace(limit / 20, limit * 11 / 20, batch_size))
@@ -171,7 +171,7 @@ def learner_rows(config: RunConfig, name: str) -> list[Row]:
     return rows
 
 
-def of_one_batch(config: RunConfig) -> RunConfig:
+def one_batch_config(config: RunConfig) -> RunConfig:
     """Returns the options of a trainer whose `learn` takes one step, and whose replay holds one batch."""
     algo = dataclasses.replace(config.algo, buffer_size=config.algo.batch_size)
     return dataclasses.replace(config, algo=algo, updates_per_iteration=1)

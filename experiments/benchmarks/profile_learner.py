@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from experiments.benchmarks.benchmark import CALLS, next_step, of_one_batch, one_after_another, with_episodes
+from experiments.benchmarks.benchmark import CALLS, next_step, one_after_another, one_batch_config, with_episodes
 from wqmix_jax import load_config, make_trainer
 from wqmix_jax.cli.command import command
 from wqmix_jax.cli.parser import OneLineParser, count
@@ -50,7 +50,7 @@ def main() -> None:
 
 def profiled(config: RunConfig) -> list[Operation]:
     """Returns the operations of a learner call, the longest first."""
-    trainer = make_trainer(of_one_batch(config), batches="whole")
+    trainer = make_trainer(one_batch_config(config), batches="whole")
     lengths = jnp.full(config.algo.batch_size, config.env.spec.episode_limit)
     state = with_episodes(trainer, config, lengths)
     call = jax.jit(lambda state: one_after_another(functools.partial(next_step, trainer), state)).lower(state).compile()

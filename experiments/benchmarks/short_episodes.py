@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import jax.numpy as jnp
 
-from experiments.benchmarks.benchmark import Row, learner_calls, of_one_batch, run, timed_in_turn, with_episodes
+from experiments.benchmarks.benchmark import Row, learner_calls, one_batch_config, run, timed_in_turn, with_episodes
 from wqmix_jax import load_config, make_trainer
 from wqmix_jax.cli.command import command
 from wqmix_jax.config import RunConfig
@@ -41,7 +41,7 @@ def batch_lengths(config: RunConfig) -> dict[str, Array]:
 
 def measured(config: RunConfig, name: str) -> list[Row]:
     """Times every treatment of padding on every batch."""
-    one_batch = of_one_batch(config)
+    one_batch = one_batch_config(config)
     cases: dict[tuple[str, str], Callable[[], Any]] = {}
     for way in get_args(Batches):
         trainer = make_trainer(one_batch, sharding=train_sharding(config, config.num_seeds), batches=way)
