@@ -63,11 +63,11 @@ class FactoredQLearner(TDLearner):
     ) -> tuple[Array, Aux]:
         """Returns the mean square TD error of Q_tot."""
         del ctx, noise
-        agent_qs = self.unroll(params["agent"], batch)
+        online, delayed = self.unroll_nets(batch, [params["agent"]], [target["agent"]])
+        agent_qs, target_qs = online.utilities, delayed.utilities[:, 1:]
         greedy = greedy_actions(agent_qs, batch.avail_actions)
         q_tot, parts = self.mix(params["mixer"], agent_qs[:, :-1], batch.joint_action, seen_before(batch))
         # Double Q-learning: the online agents choose the next joint action, the target nets say its value.
-        target_qs = self.unroll(target["agent"], batch)[:, 1:]
         next_actions = self.next_actions(greedy, batch)
         next_q, next_parts = self.mix(target["mixer"], target_qs, next_actions, seen_after(batch))
         y = self.td_targets(batch, hp, next_q)

@@ -38,10 +38,11 @@ class IQL(TDLearner):
     ) -> tuple[Array, Aux]:
         """Returns the mean square TD error over steps and agents, weighted unless ``weighting`` is uniform."""
         del ctx, noise
-        agent_qs = self.unroll(params["agent"], batch)
+        online, delayed = self.unroll_nets(batch, [params["agent"]], [target["agent"]])
+        agent_qs = online.utilities
         chosen_qs = gather_actions(agent_qs[:, :-1], batch.joint_action)
         next_actions = self.next_actions(greedy_actions(agent_qs, batch.avail_actions), batch)
-        next_qs = gather_actions(self.unroll(target["agent"], batch)[:, 1:], next_actions)
+        next_qs = gather_actions(delayed.utilities[:, 1:], next_actions)
         y = self.td_targets(batch, hp, next_qs)
         # Every agent counts: the mask of steps, repeated per agent, [B, T, N].
         mask = jnp.broadcast_to(batch.mask[..., None], chosen_qs.shape)

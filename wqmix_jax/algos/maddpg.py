@@ -38,12 +38,11 @@ class MADDPG(ActorCritic):
         The target bootstraps from the online actors' greedy joint action.
         """
         del ctx
-        logits = self.unroll(params["agent"], batch)
+        nets = self.unroll_nets(batch, [params["agent"], params["q_star_agent"]], [target["q_star_agent"]])
+        logits, critic_qs, target_qs = (net.utilities for net in nets)
         greedy = greedy_actions(logits, batch.avail_actions)
-        target_qs = self.unroll(target["q_star_agent"], batch)
         next_q = self.critic_values(target["q_star_mixer"], target_qs[:, 1:], greedy[:, 1:], batch.state[:, 1:])
         y = jax.lax.stop_gradient(td_target(batch.reward, batch.discount, hp.gamma, next_q))
-        critic_qs = self.unroll(params["q_star_agent"], batch)
         q_star = self.critic_values(params["q_star_mixer"], critic_qs[:, :-1], batch.joint_action, batch.state[:, :-1])
         q_star_loss = masked_mean_square(q_star - y, batch.mask)
         # [B, T, N, A]: the worth of each action of each agent, when the others play greedily.

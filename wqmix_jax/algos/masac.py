@@ -75,17 +75,19 @@ class MASAC(ActorCritic):
 
         The target's policy keeps the first floor: in the authors' code its copy of the schedule never advances.
         """
-        policy = epsilon_floor(self.unroll(params["agent"], batch), batch.avail_actions, ctx.epsilon)
-        target_policy = epsilon_floor(self.unroll(target["agent"], batch), batch.avail_actions, hp.epsilon_start)
+        trained, frozen = ([tree["agent"], tree["q_star_agent"]] for tree in (params, target))
+        nets = self.unroll_nets(batch, trained, frozen)
+        logits, critic_qs, target_logits, target_qs = (net.utilities for net in nets)
+        policy = epsilon_floor(logits, batch.avail_actions, ctx.epsilon)
+        target_policy = epsilon_floor(target_logits, batch.avail_actions, hp.epsilon_start)
         drawn, target_drawn = draw(policy, noise.online), draw(target_policy, noise.target)
         # The soft value: the target critic's, of a drawn joint action, minus alpha_ent times its log-probability.
-        target_qs = self.unroll(target["q_star_agent"], batch)
         next_q = self.critic_values(target["q_star_mixer"], target_qs[:, 1:], target_drawn[:, 1:], batch.state[:, 1:])
         target_log_probs = jnp.log(gather_actions(target_policy, target_drawn)).sum(-1)
         next_value = next_q - hp.alpha_ent * target_log_probs[:, 1:]
         y = jax.lax.stop_gradient(td_target(batch.reward, batch.discount, hp.gamma, next_value))
         # The critic learns the value of the joint action taken; the actors, that of the one just drawn from them.
-        critic_qs, state = self.unroll(params["q_star_agent"], batch)[:, :-1], batch.state[:, :-1]
+        critic_qs, state = critic_qs[:, :-1], batch.state[:, :-1]
         q_star, drawn_q = (
             self.critic_values(params["q_star_mixer"], critic_qs, joint_action, state)
             for joint_action in (batch.joint_action, drawn[:, :-1])

@@ -1,5 +1,6 @@
 """The base of all algorithms with a recurrent utility network: unroll it, act with it, read values from it."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import flax.linen as nn
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, Fraction, Hyperparams
-from wqmix_jax.networks.agent import RecurrentAgent, agent_inputs
+from wqmix_jax.networks.agent import RecurrentAgent, Unrolled, agent_inputs, unroll_agents
 from wqmix_jax.networks.functional import apply_net, init_net
 from wqmix_jax.ops.action_selection import epsilon_greedy
 from wqmix_jax.ops.td import lambda_return, td_target
@@ -53,12 +54,21 @@ class QLearner(Algorithm):
 
     def unroll(self, agent_params: PyTree, batch: Episode) -> Array:
         """Returns the utilities of whole episodes from a fresh recurrent state: ``[B, T+1, N, A]``."""
-        return self.unroll_hidden(agent_params, batch)[1]
+        return self.unroll_nets(batch, [agent_params])[0].utilities
 
-    def unroll_hidden(self, agent_params: PyTree, batch: Episode) -> tuple[Array, Array]:
-        """Returns hidden states ``[B, T+1, N, H]``, after each observation, and utilities ``[B, T+1, N, A]``.
+    def unroll_nets(self, batch: Episode, trained: Sequence[PyTree], frozen: Sequence[PyTree] = ()) -> list[Unrolled]:
+        """Unrolls whole episodes from a fresh recurrent state under several agent networks.
 
-        Past the batch's ``num_places`` they have no meaning.
+        A loss calls this once for all its networks: an accelerator unrolls them together.
+
+        Args:
+            batch: the episodes.
+            trained: the parameters of networks that have gradients.
+            frozen: those of networks that have none, for example target copies.
+
+        Returns:
+            For each network, the trained ones first, hidden states ``[B, T+1, N, H]``, after each observation, and
+            utilities ``[B, T+1, N, A]``; past the batch's ``num_places`` they have no meaning.
         """
         # Time comes first inside, ``[T+1, B, N, ..]``, as the scan over time needs it.
         num_actions = batch.avail_actions.shape[-1]
@@ -73,8 +83,8 @@ class QLearner(Algorithm):
         features = agent_inputs(batch.obs.swapaxes(0, 1), last_action.swapaxes(0, 1), num_actions)
         carry = self.initial_carry(features.shape[1:3]).astype(features.dtype)
         agent = RecurrentAgent(self.hidden_dim, num_actions)
-        hiddens, agent_qs = apply_net(agent, agent_params, carry, features, starts, batch.num_places, method="unroll")
-        return hiddens.swapaxes(0, 1), agent_qs.swapaxes(0, 1)
+        unrolled = unroll_agents(agent, trained, frozen, carry, features, starts, batch.num_places)
+        return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), unrolled)
 
 
 @options

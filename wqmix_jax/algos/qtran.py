@@ -62,8 +62,7 @@ class QTRAN(TDLearner):
         The gradient reaches the agents through their hidden states, too; to Q_tot's losses Q* is a constant.
         """
         del ctx, noise
-        hidden, agent_qs = self.unroll_hidden(params["agent"], batch)
-        target_hidden = self.unroll_hidden(target["agent"], batch)[0]
+        (hidden, agent_qs), (target_hidden, _) = self.unroll_nets(batch, [params["agent"]], [target["agent"]])
         greedy = greedy_actions(agent_qs, batch.avail_actions)
         before, after = seen_before(batch), seen_after(batch)
         taken = self.joint_value(params["mixer"], hidden[:, :-1], batch.joint_action, before)

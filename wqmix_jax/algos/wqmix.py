@@ -88,10 +88,10 @@ class WQMIX(QMIX):
     ) -> tuple[Array, Aux]:
         """Returns the weighted loss of Q_tot (eq. 8) plus, with a Q*, its own unweighted loss (eq. 9)."""
         del ctx, noise
-        agent_qs = self.unroll(params["agent"], batch)
+        agent_qs, central_qs, target_qs = self._utilities(params, target, batch)
         greedy = greedy_actions(agent_qs, batch.avail_actions)
         q_tot, _ = self.mix(params["mixer"], agent_qs[:, :-1], batch.joint_action, seen_before(batch))
-        bootstrap = self._bootstrap(target, batch, greedy)
+        bootstrap = self._bootstrap(target, target_qs, batch, greedy)
         y = self.td_targets(batch, hp, bootstrap.next_value)
         # The paper's td_error is Q_tot - y: negative where Q_tot underestimates.
         weights = self._weights(q_tot - y, y, greedy, bootstrap, batch, hp)
@@ -113,7 +113,6 @@ class WQMIX(QMIX):
             return qmix_loss, Aux(metrics, values)
         # Q* learns the same target, unweighted, from separate agents with separate parameters: no gradient of this loss
         # reaches the utilities, and none of the weighted loss reaches Q*.
-        central_qs = self.unroll(params["q_star_agent"], batch)
         q_star = self.central_estimate(params, central_qs[:, :-1], batch.joint_action, seen_before(batch))
         q_star_loss = masked_mean_square(q_star - y, batch.mask)
         loss = qmix_loss + q_star_loss
@@ -127,7 +126,19 @@ class WQMIX(QMIX):
         chosen_qs = gather_actions(agent_qs, joint_action)
         return apply_net(self.q_star_net, params["q_star_mixer"], chosen_qs, seen.state)
 
-    def _bootstrap(self, target: PyTree, batch: Episode, greedy: Array) -> Bootstrap:
+    def _utilities(self, params: PyTree, target: PyTree, batch: Episode) -> tuple[Array, Array, Array]:
+        """Returns the utilities of the agents, of Q*'s and of the target's that bootstrap, all ``[B, T+1, N, A]``.
+
+        Without a Q* the second are the first, and the target's are those of the agents' copy.
+        """
+        if self.q_star == "none":
+            online, delayed = self.unroll_nets(batch, [params["agent"]], [target["agent"]])
+            return online.utilities, online.utilities, delayed.utilities
+        trained = [params["agent"], params["q_star_agent"]]
+        online, central, delayed = self.unroll_nets(batch, trained, [target["q_star_agent"]])
+        return online.utilities, central.utilities, delayed.utilities
+
+    def _bootstrap(self, target: PyTree, agent_qs: Array, batch: Episode, greedy: Array) -> Bootstrap:
         """Returns the target nets' central estimate, at the greedy actions and at those to bootstrap from.
 
         With a Q* the target copies of the agent and the mixer never enter the loss.
@@ -138,7 +149,6 @@ class WQMIX(QMIX):
         # ``greedy_value`` is needed at the first T steps and ``next_value`` at the last T. One call at all T+1 gives
         # both where both are of greedy actions. SARSA(lambda) bootstraps from the actions taken, and needs a second
         # call for ``next_value``; ``greedy_value`` stays at the greedy actions: eq. 10 compares y with them.
-        agent_qs = self.unroll(target["agent" if self.q_star == "none" else "q_star_agent"], batch)
         seen = Observation(batch.obs, batch.state, batch.avail_actions)
         estimate = jax.lax.stop_gradient(self.central_estimate(target, agent_qs, greedy, seen))
         following = estimate[:, 1:]

@@ -1,13 +1,38 @@
 """The recurrent utility network that all agents share."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from wqmix_jax.networks.linear import Linear
-from wqmix_jax.networks.recurrent import GRU, encoded_unroll
-from wqmix_jax.types import Array
+from wqmix_jax.networks.blocked_recurrent import UnrollPlan, block_length, blocked_unroll, stack
+from wqmix_jax.networks.functional import apply_net, steps_inline
+from wqmix_jax.networks.linear import Linear, LinearWeights, product
+from wqmix_jax.networks.recurrent import GRU, GRUWeights, encoded_unroll
+from wqmix_jax.types import Array, PyTree
+
+
+class Unrolled(NamedTuple):
+    """A sequence under one agent network.
+
+    Attributes:
+        hiddens: ``[.., H]``, the hidden states after each step.
+        utilities: ``[.., A]``.
+    """
+
+    hiddens: Array
+    utilities: Array
+
+
+class AgentWeights(NamedTuple):
+    """The weights of a `RecurrentAgent`, layer by layer."""
+
+    encoder: LinearWeights
+    gru: GRUWeights
+    head: LinearWeights
 
 
 def agent_inputs(obs: Array, last_action: Array, num_actions: int) -> Array:
@@ -59,9 +84,14 @@ class RecurrentAgent(nn.Module):
         hiddens, utilities = self.unroll(carry, inputs)
         return hiddens[-1], utilities
 
+    def weights(self, num_inputs: int) -> AgentWeights:
+        """Returns the layers' weights for inputs of this width."""
+        layers = self.encoder.weights(num_inputs), self.gru(self.hidden_dim), self.head.weights(self.hidden_dim)
+        return AgentWeights(*layers)
+
     def unroll(
         self, carry: Array, inputs: Array, starts: Array | None = None, num_places: Array | None = None
-    ) -> tuple[Array, Array]:
+    ) -> Unrolled:
         """Unrolls a sequence as `__call__` does, but returns the hidden states of all steps.
 
         Args:
@@ -72,7 +102,7 @@ class RecurrentAgent(nn.Module):
                 None for all.
 
         Returns:
-            The hidden states ``[T, .., H]`` and the utilities ``[T, .., A]``.
+            Leaves ``[T, ..]``.
         """
         encoder, gru = self.encoder.weights(inputs.shape[-1]), self.gru(self.hidden_dim)
         # Any batch axes become one of rows, [T, R, I]: the GRU works on matrices.
@@ -80,4 +110,46 @@ class RecurrentAgent(nn.Module):
         starts = None if starts is None else starts.reshape(len(rows), -1)
         hiddens = encoded_unroll(encoder, gru, carry.reshape(-1, self.hidden_dim), rows, starts, num_places)
         hiddens = hiddens.reshape(*inputs.shape[:-1], self.hidden_dim)
-        return hiddens, self.head(hiddens)
+        return Unrolled(hiddens, self.head(hiddens))
+
+
+def unroll_agents(
+    agent: RecurrentAgent,
+    trained: Sequence[PyTree],
+    frozen: Sequence[PyTree],
+    carry: Array,
+    inputs: Array,
+    starts: Array | None = None,
+    num_places: Array | None = None,
+) -> list[Unrolled]:
+    """Unrolls the same sequence under several agent networks: one after another, or all together in blocks of steps.
+
+    `wqmix_jax.networks.functional.unroll_in_blocks` chooses the form; the two agree to rounding.
+
+    Args:
+        agent: the module of all of them.
+        trained: the parameters of networks that have gradients.
+        frozen: those of networks that have none, for example target copies.
+        carry: as in `RecurrentAgent.unroll`, as the other arguments are.
+        inputs: see above.
+        starts: see above.
+        num_places: see above.
+
+    Returns:
+        One `Unrolled` for each network, the trained ones first, leaves ``[T, ..]``.
+    """
+    nets, inline = [*trained, *frozen], steps_inline()
+    if inline is None:
+        return [apply_net(agent, params, carry, inputs, starts, num_places, method="unroll") for params in nets]
+    layers = [apply_net(agent, params, inputs.shape[-1], method="weights") for params in nets]
+    block = block_length(len(inputs))
+    plan = UnrollPlan(num_trained=len(trained), block=block, unroll=min(inline, block))
+    rows = inputs.reshape(len(inputs), -1, inputs.shape[-1])
+    starts = None if starts is None else starts.reshape(len(rows), -1)
+    stacked = stack([weights.encoder for weights in layers], [weights.gru for weights in layers])
+    hiddens = blocked_unroll(plan, stacked, carry.reshape(-1, agent.hidden_dim), rows, starts, num_places)
+    unrolled = []
+    for net, (kernel, bias) in enumerate(weights.head for weights in layers):
+        one = hiddens[net].reshape(*inputs.shape[:-1], agent.hidden_dim)
+        unrolled.append(Unrolled(one, product(one, kernel) + bias.reshape((1,) * (one.ndim - 1) + (-1,))))
+    return unrolled

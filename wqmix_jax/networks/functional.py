@@ -11,6 +11,7 @@ import jax
 from wqmix_jax.types import PRNGKey, PyTree
 
 _compute_dtype = contextvars.ContextVar("compute_dtype", default="float32")
+_steps_inline: contextvars.ContextVar[int | None] = contextvars.ContextVar("steps_inline", default=None)
 
 
 @contextlib.contextmanager
@@ -25,6 +26,28 @@ def compute_in(dtype: str) -> Iterator[None]:
         yield
     finally:
         _compute_dtype.reset(token)
+
+
+@contextlib.contextmanager
+def unroll_in_blocks(steps_inline: int | None) -> Iterator[None]:
+    """Traces recurrent nets so that they are unrolled in blocks of steps, the form for accelerators.
+
+    A context for the same reason as `compute_in`: the platform decides, and algorithms don't differ by it.
+
+    Args:
+        steps_inline: steps of a block that are compiled as straight-line code; None for an unroll step by step, the
+            form for a CPU.
+    """
+    token = _steps_inline.set(steps_inline)
+    try:
+        yield
+    finally:
+        _steps_inline.reset(token)
+
+
+def steps_inline() -> int | None:
+    """Returns the value of the innermost `unroll_in_blocks`; None outside of one."""
+    return _steps_inline.get()
 
 
 def init_net(net: nn.Module, key: PRNGKey, *inputs: Any) -> PyTree:

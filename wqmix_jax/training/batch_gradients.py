@@ -12,15 +12,17 @@ Words for a batch and its parts, from large to small:
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, Sharding
 
-from wqmix_jax.algos.base import Algorithm, Context, Hyperparams, hyperparams, is_mean_over_steps
+from wqmix_jax.algos.base import Algorithm, Aux, Context, Hyperparams, hyperparams, is_mean_over_steps
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.errors import ConfigError
+from wqmix_jax.networks.functional import unroll_in_blocks
 from wqmix_jax.training.devices import BATCH_AXIS
 from wqmix_jax.training.learner import LearnerState
 from wqmix_jax.training.replay import Replay
@@ -35,7 +37,11 @@ LARGE_TILE, SMALL_TILE = 64, 16
 predator-prey: tiles above `LARGE_TILE` are no cheaper per row. `SMALL_TILE` costs more per row, but wastes fewer rows
 at the end."""
 
-Batches = Literal["whole", "cut", "packed"]
+STEPS_INLINE = {"gpu": 32, "cuda": 32, "rocm": 32, "tpu": 1}
+"""The platforms whose recurrent nets are unrolled in blocks, and how many steps of a block are straight-line code. A GPU
+saves the kernels that a loop spends on its counter and its slices; a TPU, for which these are cheap, saves code."""
+
+Batches = Literal["whole", "cut", "bounded", "packed"]
 
 CPU_CACHE_BYTES = 4 * 2**20
 """On a CPU, seeds learn together while their decoded batches are no larger: for eight seeds of predator-prey, learning
@@ -51,7 +57,9 @@ class Batching(NamedTuple):
         whole: shapes and dtypes of a decoded batch, ``[B, T(+1), ..]``.
         metric_names: the names of the loss's metrics.
         lengths: the numbers of steps that a batch may be cut to, ascending; the last is ``T``.
-        tiles: rows of a large and of a small tile where batches are packed; None where they are cut.
+        tiles: rows of a large and of a small tile where batches are packed; None where they aren't.
+        is_bounded: whether a batch is whole, and its unroll bounded by `Episode.num_places`.
+        steps_inline: see `wqmix_jax.networks.functional.unroll_in_blocks`.
         num_parts: how many devices share a batch.
         memory_groups: the least number of groups, so that the temporaries fit into the memory; see `num_groups`.
         cache_seeds: the most seeds of a group whose decoded batches fit into a CPU's caches; None elsewhere.
@@ -63,6 +71,8 @@ class Batching(NamedTuple):
     metric_names: tuple[str, ...]
     lengths: list[int]
     tiles: tuple[int, int] | None
+    is_bounded: bool
+    steps_inline: int | None
     num_parts: int
     memory_groups: int
     cache_seeds: int | None
@@ -96,6 +106,7 @@ def make_batching(
     *,
     memory_groups: int = 1,
     batches: Batches | None = None,
+    platform: str | None = None,
 ) -> Batching:
     """Chooses how padded steps are skipped and how many seeds learn simultaneously on these devices.
 
@@ -105,20 +116,24 @@ def make_batching(
         replay: decodes a batch.
         sharding: the devices; those along the batch axis share a batch.
         memory_groups: the least number of groups, see `num_groups`.
-        batches: ``packed`` into few rows needs a loss that is marked by `mean_over_steps`, and is the default with one
-            on a CPU, unless even the longest episodes are too short to be cut. ``cut`` to one of a few lengths, see
-            `MAX_LENGTHS`, is the default elsewhere, where a loop costs by its length. Both save time, and make the
-            rounding of a seed's numbers depend on the other seeds; ``whole`` batches are for tests and benchmarks.
+        batches: ``packed`` into few rows is the default on a CPU, unless even the longest episodes are too short to be
+            cut. ``bounded`` is the default elsewhere: whole batches, whose unroll ends with the longest episode. Both
+            need a loss that is marked by `mean_over_steps`. Without one, batches are ``cut`` to one of a few lengths,
+            see `MAX_LENGTHS`. All of these save time, and make the rounding of a seed's numbers depend on the other
+            seeds; ``whole`` batches are for tests and benchmarks.
+        platform: decides the form of the recurrent part, see `STEPS_INLINE`, and the defaults; that of the devices if
+            absent.
 
     Raises:
-        ValueError: ``batches`` are to be packed for a loss that isn't marked.
+        ValueError: ``batches`` are to be packed or bounded for a loss that isn't marked.
         ConfigError: the loss has no metric ``loss``.
     """
-    limit, on_cpu = env.spec.episode_limit, next(iter(sharding.device_set)).platform == "cpu"
-    lengths = _static_lengths(limit)
+    limit, platform = env.spec.episode_limit, platform or next(iter(sharding.device_set)).platform
+    lengths, on_cpu = _static_lengths(limit), platform == "cpu"
     if batches is None:
-        batches = "packed" if on_cpu and is_mean_over_steps(algo) and len(lengths) > 1 else "cut"
-    elif batches == "packed" and not is_mean_over_steps(algo):
+        skips_all = is_mean_over_steps(algo) and len(lengths) > 1
+        batches = "cut" if not skips_all else "packed" if on_cpu else "bounded"
+    elif batches in ("packed", "bounded") and not is_mean_over_steps(algo):
         raise ValueError(
             f"batches={batches} is not allowed: the loss of {type(algo).__name__} isn't marked `mean_over_steps`"
         )
@@ -131,8 +146,10 @@ def make_batching(
         replay=replay,
         whole=whole,
         metric_names=_metric_names(env, algo, whole),
-        lengths=[limit] if batches == "whole" else lengths,
+        lengths=[limit] if batches in ("whole", "bounded") else lengths,
         tiles=_tiles(env.spec.num_agents, algo.batch_size // num_parts) if batches == "packed" else None,
+        is_bounded=batches == "bounded",
+        steps_inline=STEPS_INLINE.get(platform),
         num_parts=num_parts,
         memory_groups=memory_groups,
         cache_seeds=max(1, CPU_CACHE_BYTES // part_bytes) if on_cpu else None,
@@ -172,7 +189,7 @@ def batch_gradients(
     noise = jax.vmap(lambda key: batching.algo.sample_noise(key, zeros))(keys)
     lengths = jnp.where(ready[:, None], jax.vmap(batching.replay.lengths)(rows), 0)
     inputs = LearnerInputs(learner, rows, lengths, noise, hp, ctx)
-    gradients = functools.partial(_cut_gradients if batching.tiles is None else _packed_gradients, batching)
+    gradients = functools.partial(_packed_gradients if batching.tiles is not None else _cut_gradients, batching)
     groups = num_groups(batching, len(rows))
     if groups == 1:
         terms = gradients(inputs)
@@ -195,15 +212,19 @@ def num_groups(batching: Batching, num_seeds: int) -> int:
 
 
 def _cut_gradients(batching: Batching, inputs: LearnerInputs) -> tuple[PyTree, dict[str, Array]]:
-    """Learns from the batches cut to the shortest static length that holds their longest episode."""
+    """Learns from the batches cut to the shortest static length that holds their longest episode.
+
+    Bounded batches have one length, the whole one, and the unroll ends with their longest episode.
+    """
     limit = batching.lengths[-1]
     rows, lengths, noise = _own_episodes(batching, (inputs.rows, inputs.lengths, inputs.noise))
 
     def at_length(num_steps: int, rows: Array, noise: PyTree) -> tuple[PyTree, dict[str, Array]]:
         batch = jax.vmap(lambda rows: batching.replay.decode(rows, num_steps))(rows)
+        batch = batch._replace(num_places=lengths.max() + 1 if batching.is_bounded else None)
         # [S, B, T(+1), ..]: noise of a leaf with T+1 steps keeps one more than that of a leaf with T.
         noise = jax.tree.map(lambda leaf: leaf[:, :, : leaf.shape[2] - limit + num_steps], noise)
-        gradient = jax.vmap(jax.grad(batching.algo.loss, has_aux=True))
+        gradient = _seeds_gradient(batching, batch)
         grads, aux = gradient(inputs.learner.params, inputs.learner.target, batch, inputs.hp, inputs.ctx, noise)
         return grads, {name: metric.astype(jnp.float32) for name, metric in aux.metrics.items()}
 
@@ -232,9 +253,6 @@ def _packed_gradients(batching: Batching, inputs: LearnerInputs) -> tuple[PyTree
     # The last tile may reach past the last row.
     layout = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, large), (0, 0))), layout)
     num_steps = jnp.maximum(inputs.lengths.sum(-1), 1)
-    # Every argument has the seed axis, except `batch.num_places`.
-    axes = (0, 0, Episode(*[0] * 8, num_places=None), 0, 0, 0)  # type: ignore[arg-type]
-    gradient = jax.vmap(jax.grad(batching.algo.loss, has_aux=True), in_axes=axes)
 
     def add_tile(size: int, so_far: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
         first, sums = so_far
@@ -243,6 +261,7 @@ def _packed_gradients(batching: Batching, inputs: LearnerInputs) -> tuple[PyTree
         num_places = jnp.where(tile.filled.any((0, 1)), jnp.arange(1, limit + 2), 0).max()
         batch = jax.vmap(batching.replay.decode_packed)(inputs.rows, tile)._replace(num_places=num_places)
         noise = jax.vmap(_noise_at)(inputs.noise, tile)
+        gradient = _seeds_gradient(batching, batch)
         grads, aux = gradient(inputs.learner.params, inputs.learner.target, batch, inputs.hp, inputs.ctx, noise)
         terms = jax.vmap(_times_share)(batch.mask.sum((1, 2)) / num_steps, (grads, aux.metrics))
         return first + size, jax.tree.map(jnp.add, sums, terms)
@@ -258,6 +277,17 @@ def _packed_gradients(batching: Batching, inputs: LearnerInputs) -> tuple[PyTree
     for size, least in stages:
         so_far = jax.lax.while_loop(functools.partial(is_left, least), functools.partial(add_tile, size), so_far)
     return so_far[1]
+
+
+def _seeds_gradient(batching: Batching, batch: Episode) -> Callable[..., tuple[PyTree, Aux]]:
+    """Returns the loss's gradient and `Aux` of all seeds; every argument has the seed axis but `Episode.num_places`."""
+    axes = jax.tree.map(lambda _: 0, batch)._replace(num_places=None)
+
+    def gradient(*args: PyTree) -> tuple[PyTree, Aux]:
+        with unroll_in_blocks(batching.steps_inline):
+            return jax.grad(batching.algo.loss, has_aux=True)(*args)
+
+    return jax.vmap(gradient, in_axes=(0, 0, axes, 0, 0, 0))
 
 
 def _noise_at(noise: PyTree, layout: RowLayout) -> PyTree:

@@ -199,7 +199,12 @@ def train_sharding(config: RunConfig, num_seeds: int) -> Sharding:
 
 
 def make_trainer(
-    config: RunConfig, *, sharding: Sharding | None = None, memory_groups: int = 1, batches: Batches | None = None
+    config: RunConfig,
+    *,
+    sharding: Sharding | None = None,
+    memory_groups: int = 1,
+    batches: Batches | None = None,
+    platform: str | None = None,
 ) -> Trainer:
     """Binds a run's options and jits its functions; nothing is compiled before one of them is called.
 
@@ -211,6 +216,7 @@ def make_trainer(
         memory_groups: the least number of equal groups in which the seeds of a device take their learner steps, see
             `wqmix_jax.training.batch_gradients.num_groups`.
         batches: how padded steps are skipped, see `make_batching`.
+        platform: the platform whose form of the learner step is used; tests force one. That of the devices if absent.
 
     Returns:
         The jitted functions of the run.
@@ -222,7 +228,9 @@ def make_trainer(
     sharding = SingleDeviceSharding(jax.local_devices()[0]) if sharding is None else sharding
     env, algo = config.env, config.algo
     replay = make_replay(env, buffer_size=algo.buffer_size, batch_size=algo.batch_size)
-    batching = make_batching(env, algo, replay, sharding, memory_groups=memory_groups, batches=batches)
+    batching = make_batching(
+        env, algo, replay, sharding, memory_groups=memory_groups, batches=batches, platform=platform
+    )
     run = _Run(config, replay, batching)
     # The interval is in environment steps of full episodes. A chunk divides it, so that evaluations are between chunks.
     eval_iterations = max(1, config.eval_interval // (config.num_envs * env.spec.episode_limit))
