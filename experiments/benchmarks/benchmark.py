@@ -262,20 +262,26 @@ def endless(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, env=Endless(**fields))
 
 
-def rollout_rows(config: RunConfig, name: str) -> list[Row]:
-    """Times playing without learning: one iteration's episodes of all seeds, at random."""
+def rollout_rows(config: RunConfig, name: str, *, repetitions: int = REPETITIONS) -> list[Row]:
+    """Times playing without learning: one iteration's episodes of all seeds, at random.
+
+    The time of a step is that of one step of all environments, until the longest episode ends.
+    """
     algo, env, num_seeds = config.algo, config.env, config.num_seeds
     keys = jax.random.split(jax.random.key(0), num_seeds)
     params = jax.vmap(lambda key: algo.init(key, env.spec))(keys)
     hp, ctx = jax.tree.map(lambda leaf: jnp.full(num_seeds, leaf), (hyperparams(algo), at_random()))
     call = jax.jit(lambda params, keys: rollout(env, algo, params, hp, ctx, keys, num_envs=config.num_envs))
-    seconds, played = timed(call, params, keys)
-    steps_per_second = float(played.episodes.length.sum()) / seconds
-    return [Row("rollout_env_steps_per_second", steps_per_second, "1/s", name, num_seeds)]
+    seconds, played = timed(call, params, keys, repetitions=repetitions)
+    lengths = played.episodes.length
+    return [
+        Row("rollout_env_steps_per_second", float(lengths.sum()) / seconds, "1/s", name, num_seeds),
+        Row("rollout_seconds_per_step", seconds / float(lengths.max()), "s", name, num_seeds),
+    ]
 
 
-def loop_rows(config: RunConfig, name: str) -> list[Row]:
-    """Times the compiled loop as a run uses it, from the first chunk in which every iteration learns.
+def loop_rows(config: RunConfig, name: str, *, chunks: int = CHUNKS) -> list[Row]:
+    """Times the compiled loop as a run uses it, ``chunks`` times from the first chunk in which every iteration learns.
 
     Rates are sums over seeds. Returns no rows if the planned memory doesn't fit.
     """
@@ -286,7 +292,7 @@ def loop_rows(config: RunConfig, name: str) -> list[Row]:
     if not plan.fits:
         return []
     state, rates = trainer.init(config.seeds), []
-    while len(rates) < CHUNKS:
+    while len(rates) < chunks:
         before, started = int(state.counters.env_steps.sum()), time.perf_counter()
         state, record = jax.block_until_ready(trainer.train_chunk(state))
         seconds = time.perf_counter() - started
@@ -309,20 +315,20 @@ def at_random() -> Context:
     return Context(epsilon=jnp.float32(1), env_steps=jnp.int32(0), learner_steps=jnp.int32(0))
 
 
-def timed(call: Callable[..., Any], *args: Any) -> tuple[float, Any]:
+def timed(call: Callable[..., Any], *args: Any, repetitions: int = REPETITIONS) -> tuple[float, Any]:
     """Returns the median seconds of a call after one that compiles it, and the call's result."""
     result, times = jax.block_until_ready(call(*args)), []
-    for _ in range(REPETITIONS):
+    for _ in range(repetitions):
         started = time.perf_counter()
         result = jax.block_until_ready(call(*args))
         times.append(time.perf_counter() - started)
     return statistics.median(times), result
 
 
-def timed_in_turn(calls: list[Callable[[], Any]]) -> list[float]:
+def timed_in_turn(calls: list[Callable[[], Any]], *, repetitions: int = REPETITIONS) -> list[float]:
     """Returns each function's median seconds per call (of `CALLS`); they take turns, so that other load affects all."""
     times: list[list[float]] = [[] for _ in calls]
-    for _ in range(1 + REPETITIONS):
+    for _ in range(1 + repetitions):
         for call, its_times in zip(calls, times, strict=True):
             started = time.perf_counter()
             jax.block_until_ready(call())

@@ -1,6 +1,8 @@
 """Counts and ratios of the benchmark, without its times."""
 
+import json
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from experiments.benchmarks import (
     benchmark,
     bridge_benchmark,
     checkpoint_cost,
+    device_benchmark,
     profile_learner,
     short_episodes,
     smax_benchmark,
@@ -79,6 +82,15 @@ def test_a_call_is_timed_next_to_the_authors_where_they_have_the_algorithm(name,
         (benchmark, ["seeds=3"], "seeds=3 is not allowed: seeds=all times 1, 2, 4, .. seeds, num_seeds=N that many"),
         (benchmark, ["algo=all", "seeds=all"], "seeds=all is not allowed with algo=all"),
         (benchmark, ["--out", "nowhere/a.json"], "argument --out: nowhere/a.json is not allowed: there is no folder"),
+        (device_benchmark, ["algo=nonsense"], "algo=nonsense is not allowed: choose one of"),
+        (device_benchmark, ["num_seeds=2"], "num_seeds=2 is not allowed: --seeds chooses the numbers of seeds"),
+        (device_benchmark, ["compute_dtype=bfloat16"], "compute_dtype=bfloat16 is not allowed: each precision is"),
+        (device_benchmark, ["--seeds", "8", "0"], "argument --seeds: 0 is not allowed: choose a whole number above 0"),
+        (device_benchmark, ["--seeds", "999999999"], "num_seeds=999999999 is not allowed"),
+        (device_benchmark, ["--repeats", "few"], "argument --repeats: few is not allowed: choose a whole number"),
+        (device_benchmark, ["--budget", "0"], "argument --budget: 0 is not allowed: choose a whole number above 0"),
+        (device_benchmark, ["--trace", __file__], f"argument --trace: {__file__} is not allowed: choose a new"),
+        (device_benchmark, ["--out", "nowhere/a.json"], "argument --out: nowhere/a.json is not allowed: there is no"),
         (short_episodes, ["algo=nonsense"], "algo=nonsense is not allowed: choose one of"),
         (table2, ["iql", "nonsense"], "algo=nonsense is not allowed: choose one of"),
         (profile_learner, ["nonsense"], "algo=nonsense is not allowed: choose one of"),
@@ -94,7 +106,7 @@ def test_a_call_is_timed_next_to_the_authors_where_they_have_the_algorithm(name,
 )
 def test_wrong_options_are_refused_in_one_line(command, arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["experiment", *arguments])
-    for module in (benchmark, smax_benchmark):
+    for module in (benchmark, device_benchmark, smax_benchmark):
         monkeypatch.setattr(module, "claim_cores", lambda: None)
     with pytest.raises(SystemExit) as ended:
         command.main()
@@ -109,3 +121,64 @@ def test_short_episodes_are_timed_with_every_way_with_padding():
     rows = short_episodes.measured(load_config("+algo=vdn", *options), "vdn")
     assert len(rows) == 4 * 3
     assert all(row.value > 0 and row.num_seeds == 2 for row in rows)
+
+
+def test_a_device_is_measured_from_few_seeds_to_many():
+    plan = device_benchmark.measurements("vdn", SMALL, [4, 2, 1, 4], repeats=1)
+    kinds = ("training", "learner call", "rollout")
+    expected = [f"{kind}, 1 seed, float32" for kind in kinds]
+    expected += [f"{kind}, 2 seeds, float32" for kind in kinds]
+    expected += [f"{kind}, 2 seeds, {name}" for name in ("tensorfloat32", "bfloat16") for kind in kinds[:2]]
+    expected += [f"{kind}, 4 seeds, float32" for kind in kinds]
+    assert list(map(str, plan)) == expected
+
+
+def test_a_device_is_measured_and_traced(monkeypatch, tmp_path):
+    out, trace = tmp_path / "rows.json", tmp_path / "trace"
+    options = [*SMALL, "algo=vdn", "algo.buffer_size=16", "chunk_iterations=4"]
+    arguments = ["--seeds", "2", "--repeats", "2", "--budget", "600", "--out", str(out), "--trace", str(trace)]
+    monkeypatch.setattr(sys, "argv", ["", *options, *arguments])
+    monkeypatch.setattr(device_benchmark, "claim_cores", lambda: None)
+    monkeypatch.setattr(device_benchmark, "peak_memory", iter(range(100, 200)).__next__)
+    monkeypatch.delitem(device_benchmark.PRECISIONS, "tensorfloat32")
+
+    device_benchmark.main()
+
+    machine, *rows = json.loads(out.read_text())
+    assert machine["not_measured"] == ""
+    assert machine["options"] == " ".join(options)
+    assert all(row["value"] > 0 and row["num_seeds"] == 2 for row in rows)
+    names = {row["name"] for row in rows}
+    assert names >= {"end_to_end_env_steps_per_second", "learner_call_seconds", "rollout_seconds_per_step"}
+    assert names >= {"compile_seconds", "planned_memory_bytes", "peak_memory_bytes", "peak_memory_vs_planned"}
+    assert names >= {"bfloat16_learner_call_seconds", "bfloat16_end_to_end_env_steps_per_second"}
+    assert list(trace.rglob("*.trace.json.gz"))
+
+
+def test_what_does_not_fit_into_the_budget_or_the_memory_is_left_out(monkeypatch):
+    def fake(seconds, rows=1):
+        def measure(config):
+            nonlocal now
+            now += seconds
+            if not rows:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore")
+            return [benchmark.Row("row", 1.0, "s", "vdn", config.num_seeds)]
+
+        return measure
+
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    one, two = (load_config("+algo=vdn", *SMALL, f"num_seeds={number}") for number in (1, 2))
+    plan = [
+        device_benchmark.Measurement("training", "float32", one, fake(10)),
+        device_benchmark.Measurement("rollout", "float32", one, fake(1)),
+        device_benchmark.Measurement("trace", "float32", one, fake(1, rows=0)),
+        device_benchmark.Measurement("training", "float32", two, fake(20)),  # on a CPU, expected to take twice as long
+        device_benchmark.Measurement("rollout", "bfloat16", two, fake(1)),
+    ]
+    taken = list(device_benchmark.measured(plan, end=25.0))
+    assert [[row.name for row in rows] for rows, _ in taken] == [["row"], ["row"], [], [], ["bfloat16_row"]]
+    assert [reason for _, reason in taken if reason] == [
+        "trace, 1 seed, float32: RESOURCE_EXHAUSTED: out of memory",
+        "training, 2 seeds, float32: it would end after the budget",
+    ]

@@ -1,8 +1,11 @@
 """The notebooks run from the first cell to the last, with small numbers in their cell of parameters."""
 
 import ast
+import glob
 import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -14,6 +17,7 @@ import nbformat
 import pytest
 
 from tests.running import ROOT
+from tests.test_language import words
 
 FOLDER = ROOT / "experiments" / "examples"
 
@@ -71,6 +75,11 @@ def test_a_notebook_is_committed_as_run_from_top_to_bottom_and_says_nothing_of_t
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_is_in_plain_english(name: str) -> None:
+    assert [word for cell in read(name).cells for word in words(cell.source)] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_opens_in_colab_and_installs_the_package_from_its_repository(name: str) -> None:
     repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
     cells = [cell.source for cell in read(name).cells]
@@ -81,21 +90,74 @@ def test_a_notebook_opens_in_colab_and_installs_the_package_from_its_repository(
     assert install == next(cell.source for cell in read(NAMES[0]).cells if "subprocess" in cell.source)
 
 
+def install_cell() -> str:
+    [cell] = [cell.source for cell in read("demo").cells if "subprocess" in cell.source]
+    return cell
+
+
 @pytest.mark.parametrize("present", [True, False])
 def test_a_notebook_installs_only_where_the_package_is_missing(
     present: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    [install] = [cell.source for cell in read("demo").cells if "subprocess" in cell.source]
     commands: list[list[str]] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: importlib.util if present else None)
     monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command))
-    exec(install, {"REPOSITORY": "https://example.org/wqmix"})
+    no_accelerator(monkeypatch)
+    exec(install_cell(), {"REPOSITORY": "https://example.org/wqmix"})
     assert [command[-1] for command in commands] == ([] if present else ["wqmix_jax @ git+https://example.org/wqmix"])
     if not present:
         held = Path("held.txt").read_text().splitlines()
         assert f"jax=={jax.__version__}" in held
         assert not [line for line in held if line.startswith("jaxmarl")]
+
+
+def no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("COLAB_TPU_1VM", "TPU_ACCELERATOR_TYPE", "TPU_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(glob, "glob", lambda _: [])
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("variables", "shown", "kind"),
+    [
+        ({"COLAB_TPU_1VM": ""}, None, ""),
+        ({"COLAB_TPU_1VM": "1", "TPU_ACCELERATOR_TYPE": "v5e-1"}, None, "tpu"),
+        ({}, "| Driver Version: 580.65  CUDA Version: 13.0 |", "cuda13"),
+        ({}, "| Driver Version: 550.54  CUDA Version: 12.4 |", "cuda12"),
+        ({}, "No devices were found", ""),
+    ],
+)
+def test_a_notebook_finds_the_accelerator(
+    variables: dict[str, str], shown: str | None, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_accelerator(monkeypatch)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    names: dict[str, Any] = {}
+    exec(install_cell(), names)
+    monkeypatch.setattr(shutil, "which", lambda _: shown and "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, shown))
+    assert names["accelerator"]() == kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "present", "needed"),
+    [
+        ("", ["jax"], ["wqmix_jax @ git+there"]),
+        ("tpu", ["jax"], ["wqmix_jax[tpu] @ git+there"]),
+        ("tpu", ["jax", "libtpu"], ["wqmix_jax @ git+there"]),  # as in Colab
+        ("cuda13", ["jax"], ["wqmix_jax[cuda] @ git+there"]),
+        ("cuda12", ["jax"], ["wqmix_jax @ git+there", "jax[cuda12]"]),
+        ("cuda12", ["jax", "jax-cuda12-plugin"], ["wqmix_jax @ git+there"]),  # as in Colab
+        ("cuda13", ["jax", "jax_cuda12_plugin"], ["wqmix_jax @ git+there"]),  # a second plugin would disturb the first
+    ],
+)
+def test_a_notebook_adds_the_plugin_that_is_missing(kind: str, present: list[str], needed: list[str]) -> None:
+    names: dict[str, Any] = {"REPOSITORY": "there"}
+    exec(install_cell(), names)
+    assert names["requirements"](kind, present) == needed
 
 
 def test_the_tour_of_the_tabular_laboratory(tmp_path: Path) -> None:
@@ -106,8 +168,10 @@ def test_the_tour_of_the_tabular_laboratory(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_demo(tmp_path: Path) -> None:
-    small = {"NUM_SEEDS": 2, "TOTAL_ENV_STEPS": 1500, "SEEDS_TO_TIME": (1, 2), "TIMED_ITERATIONS": 5}
+    small = {"NUM_SEEDS": 2, "TOTAL_ENV_STEPS": 1500, "SEEDS_TO_TIME": (1, 2), "TIMED_ITERATIONS": 10}
     printed = run("demo", tmp_path, **small)
-    assert "ow_qmix: 2 seeds in " in printed
+    for algo in ("ow_qmix", "qmix"):
+        assert re.search(rf"{algo}, 2 seeds: compiled in .*\nmemory: .* per seed", printed)
+        assert f"{algo}: 2 seeds of 1,500 steps in " in printed
     table = printed[printed.index("seeds   env steps/s") :].splitlines()
     assert [row.split()[0] for row in table[1:3]] == ["1", "2"]
