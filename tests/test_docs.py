@@ -41,6 +41,7 @@ NOT_RUN = {
     "wandb sync *": "needs the network",
     "make *": "needs the package index, or takes minutes; a dry run checks the target",
     "cd wqmix_jax": "follows git clone",
+    "python -m experiments.accelerators *": "needs the extras `tpu` and `cuda`, and takes minutes",
     "mkdir *": "makes the folders of the files that a page shows",
     "git clone *": "needs the network",
     "pip install *": "needs the package index",

@@ -1,0 +1,70 @@
+"""Counts of a traced program's operations, which need no compiler: those that decide how many kernels run in sequence.
+
+A compiler fuses many of them into one kernel, so the numbers are no counts of kernels, but grow and shrink with them.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+LONG = 100
+"""Loops with more trips are long: each of their operations costs its time as often."""
+
+_DRAWS = {"random_bits", "random_fold_in", "random_split", "threefry2x32"}
+
+
+class Operations(NamedTuple):
+    """Operations in sequence, each counted as often as it runs.
+
+    Attributes:
+        total: all of them.
+        dots: matrix products.
+        draws_in_loops: operations inside loops that draw random numbers or make keys.
+        long_loops: loops with more than `LONG` trips.
+    """
+
+    total: int = 0
+    dots: int = 0
+    draws_in_loops: int = 0
+    long_loops: int = 0
+
+    def plus(self, other: "Operations") -> "Operations":
+        """Returns the sums."""
+        return Operations(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+
+def count_sequential(function: Callable[..., Any], *args: Any, unknown_trips: int = 1) -> Operations:
+    """Counts a function's operations in sequence; of several branches, the one with the most operations.
+
+    Args:
+        function: is traced, and not run.
+        args: its arguments, or their shapes.
+        unknown_trips: the trips of a loop whose number is decided when the program runs.
+    """
+    return _count(jax.make_jaxpr(function)(*args).jaxpr, unknown_trips, in_loop=False)
+
+
+def _count(jaxpr: Any, unknown_trips: int, *, in_loop: bool) -> Operations:
+    counts = Operations()
+    for eqn in jaxpr.eqns:
+        counts = counts.plus(_count_one(eqn, unknown_trips, in_loop=in_loop))
+    return counts
+
+
+def _count_one(eqn: Any, unknown_trips: int, *, in_loop: bool) -> Operations:
+    name, params = eqn.primitive.name, eqn.params
+    if name in ("scan", "while"):
+        trips = params["length"] if name == "scan" else unknown_trips
+        bodies = [params[key].jaxpr for key in ("jaxpr", "cond_jaxpr", "body_jaxpr") if key in params]
+        inside = Operations()
+        for body in bodies:
+            inside = inside.plus(_count(body, unknown_trips, in_loop=True))
+        return Operations(*(trips * each for each in inside)).plus(Operations(long_loops=trips > LONG))
+    if name == "cond":
+        branches = [_count(branch.jaxpr, unknown_trips, in_loop=in_loop) for branch in params["branches"]]
+        return max(branches).plus(Operations(total=1))
+    within = [inner for value in params.values() if hasattr(inner := getattr(value, "jaxpr", value), "eqns")]
+    if within:
+        return _count(within[0], unknown_trips, in_loop=in_loop)
+    return Operations(1, name == "dot_general", in_loop and name in _DRAWS, 0)

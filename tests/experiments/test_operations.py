@@ -1,0 +1,84 @@
+"""Operations in sequence of small functions, counted by hand, and limits for the programs of a run."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.benchmarks.operations import Operations, count_sequential
+from wqmix_jax import load_config, make_trainer
+from wqmix_jax.training.compiled_loop import Trainer, TrainState, abstract_state
+from wqmix_jax.training.members import make_members
+
+LEARNER_CALL = {
+    "qmix": Operations(total=24_900, dots=2_690, draws_in_loops=11, long_loops=3),
+    "ow_qmix": Operations(total=44_000, dots=4_700, draws_in_loops=11, long_loops=5),
+}
+"""Limits for one learner call on whole episodes, as accelerators make it: 10% above the numbers."""
+
+ENV_STEP = Operations(total=2_130, dots=4, draws_in_loops=9, long_loops=0)
+"""Limits for one step of the loop that plays: acting and the environment."""
+
+
+@functools.cache
+def traced(algo: str) -> tuple[Trainer, TrainState]:
+    config = load_config(f"+algo={algo}")
+    trainer = make_trainer(config, batches="cut")
+    return trainer, abstract_state(trainer, make_members(config.algo, config.seeds, {}))
+
+
+@pytest.mark.parametrize("algo", LEARNER_CALL)
+def test_the_operations_of_a_learner_call_stay_below_their_limits(algo: str) -> None:
+    trainer, state = traced(algo)
+    counts = count_sequential(trainer.learn, state)
+    assert above(counts, LEARNER_CALL[algo]) == {}
+
+
+def test_the_operations_of_an_environment_step_stay_below_their_limits() -> None:
+    trainer, state = traced("qmix")
+    one, two = (count_sequential(trainer.evaluate, state, unknown_trips=trips) for trips in (1, 2))
+    step = Operations(*(more - less for more, less in zip(two, one, strict=True)))
+    assert step.dots > 0
+    assert above(step, ENV_STEP) == {}
+
+
+def above(counts: Operations, limits: Operations) -> dict[str, tuple[int, int]]:
+    """Returns the counts that exceed their limits, by name."""
+    both = zip(counts._fields, counts, limits, strict=True)
+    return {name: (count, limit) for name, count, limit in both if count > limit}
+
+
+def test_operations_in_loops_are_counted_as_often_as_they_run() -> None:
+    x = jnp.ones((3, 3))
+
+    def step(x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return jnp.sin(x @ x), None
+
+    assert count_sequential(jnp.matmul, x, x) == Operations(1, 1, 0, 0)
+    assert count_sequential(lambda x: jax.lax.scan(step, x, None, length=7), x) == Operations(14, 7, 0, 0)
+    assert count_sequential(lambda x: jax.lax.scan(step, x, None, length=101), x) == Operations(202, 101, 0, 1)
+
+
+def test_loops_of_unknown_length_take_the_given_number_of_trips() -> None:
+    def until(x: jax.Array) -> jax.Array:
+        return jax.lax.while_loop(lambda x: x < 9.0, lambda x: x * 2.0 + 1.0, x)
+
+    assert [count_sequential(until, jnp.float32(1), unknown_trips=trips).total for trips in (1, 5)] == [3, 15]
+
+
+def test_the_branch_with_the_most_operations_counts() -> None:
+    def choose(x: jax.Array) -> jax.Array:
+        return jax.lax.switch(jnp.int32(1), [jnp.sin, lambda x: (x @ x) @ x, lambda x: x], x)
+
+    counts = count_sequential(choose, jnp.ones((3, 3)))
+    assert (counts.dots, counts.total) == (2, 3 + 1)  # the index is clamped
+
+
+def test_random_numbers_count_inside_of_loops_alone() -> None:
+    def draw(key: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda i: jax.random.uniform(jax.random.fold_in(key, i)), jnp.arange(4))
+
+    key = jax.random.key(0)
+    assert count_sequential(jax.random.uniform, key).draws_in_loops == 0
+    assert count_sequential(draw, key).draws_in_loops == 4 * 2
