@@ -6,13 +6,16 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from tests.environments import Clock, tiny_run, tiny_wqmix
 from tests.running import TINY, main, to_continue
+from tests.topologies import tpu_devices
 from wqmix_jax.errors import ConfigError, RunError
 from wqmix_jax.runs import memory, session
 from wqmix_jax.runs.checkpoint_pieces import buffer_bytes
 from wqmix_jax.runs.memory import (
+    MemoryPlan,
     compile_within_memory,
     memory_faults_in_one_line,
     memory_limit,
@@ -20,7 +23,7 @@ from wqmix_jax.runs.memory import (
     refuse_small_memory,
 )
 from wqmix_jax.training.compiled_loop import Compilation, abstract_state, make_trainer
-from wqmix_jax.training.devices import seed_sharding
+from wqmix_jax.training.devices import TPU_MEMORY, device_memory, seed_sharding
 from wqmix_jax.training.members import make_members
 
 CONFIG = tiny_run(tiny_wqmix(hidden_dim=16, batch_size=4, buffer_size=512), Clock(episode_limit=64, ends_from=64))
@@ -54,7 +57,7 @@ def test_the_plan_is_the_programs_own_and_nothing_copies_the_replay(programs):
 def test_the_plan_has_room_for_a_checkpoint(programs):
     plan = memory_plan(programs[1], MEMBERS)
     assert plan.checkpoint == buffer_bytes(plan.state) > 0
-    assert plan.total == plan.state + plan.temporaries + plan.checkpoint
+    assert plan.total == plan.state + plan.temporaries + plan.code + plan.checkpoint
     assert plan._replace(limit=plan.total).fits
     assert not plan._replace(limit=plan.total - 1).fits
     assert f"{plan.checkpoint / 1e6:,.1f} MB for checkpoints" in str(plan)
@@ -73,6 +76,16 @@ def test_groups_take_less_memory_and_give_the_same_numbers(programs):
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=1e-6)
 
 
+def test_code_is_counted_where_the_compiler_reports_it(programs):
+    plan = memory_plan(programs[1], MEMBERS)
+    all_three = (programs[1].train, programs[1].evaluate, programs[1].init_program)
+    assert plan.code == sum(program.memory_analysis().generated_code_size_in_bytes for program in all_three)
+    with_code = plan._replace(code=plan.code + 5_000_000)
+    assert with_code.total == plan.total + 5_000_000
+    assert " MB of code" in str(with_code)
+    assert "of code" not in str(plan._replace(code=0))
+
+
 @pytest.mark.parametrize("shortage", ["none", "some", "most", "too much"])
 def test_as_few_groups_as_fit(programs, shortage, monkeypatch):
     whole, least = (memory_plan(programs[groups], MEMBERS).total for groups in (1, 4))
@@ -88,6 +101,118 @@ def test_as_few_groups_as_fit(programs, shortage, monkeypatch):
     trainer, _, lines = compile_within_memory(CONFIG, grouped(1), MEMBERS)
     expected = {"none": (1, []), "some": (2, ["2 seeds"]), "most": (4, ["1 seed"])}[shortage]
     assert (trainer.memory_groups, re.findall(r"they learn (.*) at a time", " ".join(lines))) == expected
+
+
+PLAN = MemoryPlan(64, state=200, temporaries=640, least_temporaries=40, code=5, checkpoint=0, limit=0)
+
+
+@pytest.mark.parametrize(
+    ("limit", "groups", "expected"),
+    [
+        (844, 1, 2),  # half of the temporaries fit
+        (365, 1, 4),
+        (364, 1, 8),
+        (245, 1, 16),  # as small as the temporaries that no groups save
+        (244, 1, None),  # which don't fit
+        (365, 2, 8),  # two groups needed more than half of what one needs
+        (844, 32, 64),
+        (844, 64, None),
+    ],
+)
+def test_the_next_number_of_groups_is_the_least_that_should_do(limit, groups, expected):
+    assert memory._more_groups(PLAN._replace(limit=limit), groups, 64) == expected
+
+
+@pytest.mark.parametrize(
+    ("groups", "num_seeds", "expected"), [(1, 64, 2), (2, 64, 4), (1, 9, 3), (3, 9, 9), (4, 4, None)]
+)
+def test_a_refusal_without_numbers_at_least_halves_the_groups(groups, num_seeds, expected):
+    assert memory._more_groups(None, groups, num_seeds) == expected
+
+
+REFUSED = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (16.00G) exceeds "
+    "available HBM (15.75G).\nLargest allocations: .."
+)
+REFUSED_OLD = (
+    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 21.95G of 15.48G "
+    "hbm. Exceeded hbm capacity by 6.47G.\n\nTotal hbm usage >= 22.47G:"
+)
+
+
+def refuse_below(groups, message, programs, monkeypatch):
+    """Makes a compiler that refuses programs of fewer groups, and returns the list of the numbers that it got."""
+    tried = []
+
+    def compile_or_refuse(trainer, *_, **__):
+        tried.append(trainer.memory_groups)
+        if trainer.memory_groups < groups:
+            raise jax.errors.JaxRuntimeError(message)
+        return programs[trainer.memory_groups], Compilation(1.0, True)
+
+    monkeypatch.setattr(memory, "memory_limit", lambda _: None)
+    monkeypatch.setattr(memory, "compile_trainer", compile_or_refuse)
+    return tried
+
+
+@pytest.mark.parametrize("message", [REFUSED, REFUSED_OLD])
+def test_a_program_that_the_compiler_refuses_gets_more_groups(message, programs, monkeypatch):
+    tried = refuse_below(4, message, programs, monkeypatch)
+    trainer, compilation, lines = compile_within_memory(CONFIG, grouped(1), MEMBERS)
+    assert tried == [1, 2, 4]
+    assert trainer is programs[4]
+    assert compilation.seconds >= 1
+    assert not compilation.from_cache
+    assert lines[1] == "memory: not all seeds fit simultaneously: on each device they learn 1 seed at a time"
+
+
+def test_a_program_that_the_compiler_always_refuses_ends_the_run_in_one_line(programs, monkeypatch):
+    tried = refuse_below(5, REFUSED, programs, monkeypatch)
+    with pytest.raises(RunError) as caught:
+        compile_within_memory(CONFIG, grouped(1), MEMBERS)
+    assert tried == [1, 2, 4]
+    assert str(caught.value) == f"too little memory, train fewer seeds: {REFUSED.splitlines()[0]}"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "INTERNAL: Mosaic failed to compile TPU kernel",
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 17.00M of 16.00M vmem.",
+    ],
+)
+def test_other_errors_of_the_compiler_are_not_about_the_number_of_seeds(message, programs, monkeypatch):
+    tried = refuse_below(4, message, programs, monkeypatch)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message.split(":")[0]):
+        compile_within_memory(CONFIG, grouped(1), MEMBERS)
+    assert tried == [1]
+
+
+class Device(SimpleNamespace):
+    """A device with the given statistics, or one that is only compiled for."""
+
+    def memory_stats(self):
+        if self.stats == "compile only":
+            raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: MemoryStats is only supported for addressable devices.")
+        return self.stats
+
+
+@pytest.mark.parametrize(
+    ("kind", "stats", "expected"),
+    [
+        ("TPU v5 lite", {"bytes_limit": 7, "bytes_in_use": 3}, 7),
+        ("TPU v5 lite", None, TPU_MEMORY["TPU v5 lite"]),
+        ("TPU v6 lite", {}, TPU_MEMORY["TPU v6 lite"]),
+        ("TPU v4", "compile only", TPU_MEMORY["TPU v4"]),
+        ("NVIDIA H100 80GB HBM3", None, None),
+    ],
+)
+def test_the_memory_of_an_accelerator_is_what_it_reports_or_what_its_kind_has(kind, stats, expected, monkeypatch):
+    device = Device(platform="tpu", device_kind=kind, stats=stats)
+    assert device_memory(device) == expected
+    monkeypatch.setattr(memory, "_device", lambda _: device)
+    limit = memory_limit(grouped(1))
+    assert limit == (None if expected is None else int(memory.USABLE_SHARE * expected))
 
 
 def test_states_that_can_never_fit_are_refused_before_anything_compiles(monkeypatch):
@@ -180,3 +305,31 @@ def test_a_run_on_a_full_gpu_ends_with_one_line(tmp_path, monkeypatch, capsys):
     [line] = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: out of memory (RESOURCE_EXHAUSTED: ")
     assert line.endswith(to_continue(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_seeds_that_exceed_a_tpu_are_refused_by_its_compiler_and_learn_in_groups(monkeypatch):
+    """64 seeds with large batches on one v5e core, whose 16 GB hold the states but not all temporaries."""
+    device = tpu_devices("v5e:2x2", monkeypatch)[0]
+    algo = tiny_wqmix(batch_size=512, buffer_size=512, hidden_dim=64)
+    config, members = tiny_run(algo, Clock(episode_limit=15, ends_from=15)), make_members(algo, range(64), {})
+    refusals, compile_trainer = [], memory.compile_trainer
+
+    def watched(trainer, *args, **options):
+        try:
+            return compile_trainer(trainer, *args, **options)
+        except jax.errors.JaxRuntimeError as error:
+            refusals.append((trainer.memory_groups, str(error).splitlines()[0]))
+            raise
+
+    monkeypatch.setattr(memory, "compile_trainer", watched)
+    trainer = make_trainer(config, sharding=SingleDeviceSharding(device))
+    refuse_small_memory(trainer, members)
+    compiled, _, lines = compile_within_memory(config, trainer, members)
+    assert refusals[0][0] == 1
+    assert re.match("RESOURCE_EXHAUSTED: Ran out of memory", refusals[0][1])
+    plan = memory_plan(compiled, members)
+    assert plan.fits
+    assert plan.code > 0
+    assert compiled.memory_groups > 1
+    assert " of code)" in lines[0]

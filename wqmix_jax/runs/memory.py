@@ -1,12 +1,14 @@
 """The memory that a run needs, read from its compiled programs before anything is allocated.
 
-If the backward passes of all seeds don't fit simultaneously, the seeds learn in groups, one after another.
+If the backward passes of all seeds don't fit simultaneously, the seeds learn in groups, one after another. A TPU's
+compiler refuses a program that doesn't fit; that leads to more groups too.
 """
 
 import contextlib
 import math
 import os
 import re
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +20,7 @@ from wqmix_jax.errors import ConfigError, RunError
 from wqmix_jax.runs.checkpoint_pieces import buffer_bytes
 from wqmix_jax.runs.startup import megabytes
 from wqmix_jax.training.compiled_loop import Compilation, Trainer, abstract_state, compile_trainer, make_trainer
+from wqmix_jax.training.devices import device_memory
 from wqmix_jax.training.members import Member
 
 MAX_REASON = 200
@@ -27,6 +30,14 @@ _NO_MEMORY = re.compile(
     r"RESOURCE_EXHAUSTED|out of memory|ALLOC_FAILED|failed to (create|allocate).*(handle|memory)", re.IGNORECASE
 )
 """JAX's messages about a full device; cuBLAS and cuDNN can't make their handles then."""
+
+_SMALL_MEMORY = re.compile(r"memory space (vmem|smem|sflag)", re.IGNORECASE)
+"""A TPU's memories next to its processor, which a kernel fills, however many seeds there are."""
+
+USABLE_SHARE = 0.95
+"""The share of an accelerator's memory that is planned with; the rest is for gaps between arrays, which no array fits.
+
+A compiled program has one block for all its temporaries, so many small gaps are of no use to it."""
 
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
@@ -38,6 +49,8 @@ class MemoryPlan(NamedTuple):
         members: the number of trainings that share it.
         state: their train states, replays included.
         temporaries: intermediate arrays of the programs, and their records.
+        least_temporaries: those of the programs that don't learn, the same in any number of groups.
+        code: the compiled programs, where they are in this memory and the compiler reports their sizes.
         checkpoint: the most that writing or reading a checkpoint takes in addition to the states.
         limit: the available bytes; None if unknown.
     """
@@ -45,13 +58,15 @@ class MemoryPlan(NamedTuple):
     members: int
     state: int
     temporaries: int
+    least_temporaries: int
+    code: int
     checkpoint: int
     limit: int | None
 
     @property
     def total(self) -> int:
-        """Bytes of states, temporaries and checkpoint."""
-        return self.state + self.temporaries + self.checkpoint
+        """Bytes of states, temporaries, code and checkpoint."""
+        return self.state + self.temporaries + self.code + self.checkpoint
 
     @property
     def fits(self) -> bool:
@@ -60,6 +75,7 @@ class MemoryPlan(NamedTuple):
 
     def __str__(self) -> str:
         parts = f"{megabytes(self.state)} of states and replay buffers, {megabytes(self.temporaries)} of temporaries"
+        parts += f", {megabytes(self.code)} of code" if self.code else ""
         parts += f", {megabytes(self.checkpoint)} for checkpoints" if self.checkpoint else ""
         there = "" if self.limit is None else f"; {megabytes(self.limit)} available"
         each = megabytes(self.total / self.members)
@@ -96,17 +112,53 @@ def compile_within_memory(
     Raises:
         RunError: if the seeds don't fit one by one either.
     """
-    trainer, compilation = compile_trainer(trainer, members, fresh=fresh)
-    plan = memory_plan(trainer, members)
-    for groups in _memory_groups(plan, _seeds_per_device(trainer, members)):
+    num_seeds, compilation = _seeds_per_device(trainer, members), Compilation(0.0, from_cache=True)
+    while True:
+        compiled, more, refusal = _compile(trainer, members, fresh=fresh)
+        plan, compilation = None if compiled is None else memory_plan(compiled, members), compilation + more
+        if compiled is not None and plan is not None and plan.fits:
+            return compiled, compilation, list(_lines(compiled, members, plan))
+        groups = _more_groups(plan, trainer.memory_groups, num_seeds)
+        if groups is None:
+            raise RunError(f"too little memory, train fewer seeds: {refusal if plan is None else plan}")
         trainer = make_trainer(config, sharding=trainer.sharding, memory_groups=groups)
-        trainer, more = compile_trainer(trainer, members, fresh=fresh)
-        plan, compilation = memory_plan(trainer, members), compilation + more
-        if plan.fits:
-            break
-    if not plan.fits:
-        raise RunError(f"too little memory, train fewer seeds: {plan}")
-    return trainer, compilation, list(_lines(trainer, members, plan))
+
+
+def _compile(
+    trainer: Trainer, members: Sequence[Member], *, fresh: bool
+) -> tuple[Trainer | None, Compilation, str | None]:
+    """Compiles a trainer.
+
+    Returns:
+        The compiled trainer, None if the compiler refuses a program because it needs more memory than the device has;
+        facts about the compilation; and the compiler's message if it refuses.
+    """
+    started = time.perf_counter()
+    try:
+        return *compile_trainer(trainer, members, fresh=fresh), None
+    except jax.errors.JaxRuntimeError as error:
+        message = str(error)
+        if not _NO_MEMORY.search(message) or _SMALL_MEMORY.search(message):
+            raise
+        return None, Compilation(time.perf_counter() - started, from_cache=False), _first_line(message)
+
+
+def _more_groups(plan: MemoryPlan | None, groups: int, num_seeds: int) -> int | None:
+    """Returns how many groups to try after ``groups`` were too few; None if no number will do.
+
+    That is the least divisor of ``num_seeds`` that should do by the ``plan``. Without a plan, because the compiler
+    refused the program, it is the least that at least halves the groups' size: compiling may take minutes.
+    """
+    more = [number for number in range(groups + 1, num_seeds + 1) if num_seeds % number == 0]
+    if plan is None:
+        return next((number for number in more if number >= 2 * groups), None)
+    if not plan._replace(temporaries=plan.least_temporaries).fits:
+        return None
+
+    def should_do(number: int) -> bool:
+        return plan._replace(temporaries=max(plan.temporaries * groups // number, plan.least_temporaries)).fits
+
+    return next(filter(should_do, more), more[-1] if more else None)
 
 
 @contextlib.contextmanager
@@ -126,7 +178,7 @@ def memory_faults_in_one_line() -> Iterator[None]:
 
 def _out_of_memory(message: str, device: Any) -> str:
     """Returns the one line; several processes may share a GPU, for example an evaluation while another run trains."""
-    reason = f"out of memory ({message.splitlines()[0][:MAX_REASON]}); train fewer seeds"
+    reason = f"out of memory ({_first_line(message)}); train fewer seeds"
     preallocates = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower() not in ("false", "0")
     if device.platform not in ("gpu", "cuda", "rocm") or not preallocates:
         return reason
@@ -134,22 +186,28 @@ def _out_of_memory(message: str, device: Any) -> str:
     return f"{reason}, {cause}: set XLA_PYTHON_CLIENT_PREALLOCATE=false for each process to share it"
 
 
+def _first_line(message: str) -> str:
+    return message.splitlines()[0][:MAX_REASON]
+
+
 def memory_plan(trainer: Trainer, members: Sequence[Member]) -> MemoryPlan:
     """Sums up the memory analyses of a compiled trainer's programs."""
-    programs: Any = (trainer.train, trainer.evaluate)  # compiled
-    train, evaluate = (program.memory_analysis() for program in programs)
-    temporaries = max(
-        train.temp_size_in_bytes + train.output_size_in_bytes - train.alias_size_in_bytes,
-        evaluate.temp_size_in_bytes + evaluate.output_size_in_bytes,
-    )
+    programs: Any = [trainer.train, trainer.evaluate]  # compiled
+    if isinstance(trainer.init_program, jax.stages.Compiled):  # not that of a resumed run
+        programs.append(trainer.init_program)
+    train, evaluate, *init = (program.memory_analysis() for program in programs)
+    # The output of `train` replaces its donated argument, and that of `init` is the state itself.
+    learning = train.temp_size_in_bytes + train.output_size_in_bytes - train.alias_size_in_bytes
+    others = evaluate.temp_size_in_bytes + evaluate.output_size_in_bytes, *(part.temp_size_in_bytes for part in init)
     sharing = _devices_per_memory(trainer)
-    num_members = len(members) if sharing > 1 else _seeds_per_device(trainer, members)
     state = sharing * train.argument_size_in_bytes
     on_host = _device(trainer).platform == "cpu"  # where checkpoints are written from
     return MemoryPlan(
-        members=num_members,
+        members=len(members) if sharing > 1 else _seeds_per_device(trainer, members),
         state=state,
-        temporaries=sharing * temporaries,
+        temporaries=sharing * max(learning, *others),
+        least_temporaries=sharing * max(others),
+        code=sum(part.generated_code_size_in_bytes for part in (train, evaluate, *init)),
         checkpoint=buffer_bytes(state) if on_host else 0,
         limit=memory_limit(trainer),
     )
@@ -158,12 +216,13 @@ def memory_plan(trainer: Trainer, members: Sequence[Member]) -> MemoryPlan:
 def memory_limit(trainer: Trainer) -> int | None:
     """Returns the bytes for arrays in the memory of a device of the trainer, including arrays that are there now.
 
-    On a CPU, the least that Linux has left for everyone, for this process (``ulimit -v``) and for its control group
-    (version 2).
+    On an accelerator, `USABLE_SHARE` of what JAX may use; None if unknown. On a CPU, the least that Linux has left for
+    everyone, for this process (``ulimit -v``) and for its control group (version 2).
     """
     device = _device(trainer)
     if device.platform != "cpu":
-        return (device.memory_stats() or {}).get("bytes_limit")
+        usable = device_memory(device)
+        return None if usable is None else int(USABLE_SHARE * usable)
     left = host_memory_left()
     return None if left is None else left + sum(array.nbytes for array in jax.live_arrays())
 
@@ -201,15 +260,6 @@ def _control_group_left() -> int | None:
 
 def _lines_of(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
-
-
-def _memory_groups(plan: MemoryPlan, num_seeds: int) -> Iterator[int]:
-    """Yields the numbers of groups to try if the seeds don't fit in one: the least that should do, then one by one."""
-    if plan.fits or num_seeds == 1:
-        return
-    divisors = [number for number in range(2, num_seeds + 1) if num_seeds % number == 0]
-    should_do = (number for number in divisors if plan._replace(temporaries=plan.temporaries // number).fits)
-    yield from dict.fromkeys((next(should_do, num_seeds), num_seeds))
 
 
 def _lines(trainer: Trainer, members: Sequence[Member], plan: MemoryPlan) -> Iterator[str]:

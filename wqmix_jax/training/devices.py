@@ -6,6 +6,8 @@ cores share a seed, and each learns from a part of its batches.
 
 import contextlib
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,19 +26,37 @@ _GPU_MEMORY = {
 }
 """Variables by which a user decides how JAX takes a GPU's memory."""
 
+TPU_MEMORY = {
+    kind: int(gibibytes * 2**30)
+    for kinds, gibibytes in [
+        (("TPU v2",), 7.48),
+        (("TPU v3",), 15.48),
+        (("TPU v4",), 30.75),
+        (("TPU v5 lite", "TPU v5e"), 15.75),
+        (("TPU v5", "TPU v5p"), 95.74),
+        (("TPU v6 lite", "TPU v6e"), 31.25),
+    ]
+    for kind in kinds
+}
+"""Bytes that a program may use on a device, by its kind: the memory of a chip, or of a core where a device is one (v2
+and v3), less what a TPU keeps for itself. These are the limits that libtpu 0.0.42 names when it refuses a program. Only
+for v4 it names half of it: there the compiler alone takes each core of a chip for a device, a real machine the chip."""
+
 MIN_PART = 4
 """Episodes, or rows that episodes share; a batch is not cut into smaller parts."""
 
 
-def seed_sharding(num_seeds: int, *, batch_size: int = 1) -> Sharding:
-    """Spreads ``num_seeds`` over as many of this process's devices as possible, with equally many seeds on each.
+def seed_sharding(num_seeds: int, *, batch_size: int = 1, devices: Sequence[Any] | None = None) -> Sharding:
+    """Spreads ``num_seeds`` over as many devices as possible, with equally many seeds on each.
 
     Args:
         num_seeds: how many train in one call.
         batch_size: episodes of a learner step, where devices of a CPU may share them; 1 where they may not.
+        devices: the devices, for example those of a topology that is only compiled for; this process's if absent.
     """
-    claim_cores()
-    devices = jax.local_devices()
+    if devices is None:
+        claim_cores()
+        devices = jax.local_devices()
     # As many devices as possible, and as few as possible of them per seed: sharing a batch costs a sum over devices in
     # every learner step, spreading seeds costs nothing.
     most = batch_size // MIN_PART if devices[0].platform == "cpu" else 1
@@ -63,6 +83,18 @@ def claim_cores() -> None:
         return
     with contextlib.suppress(RuntimeError):  # the backend runs already
         jax.config.update("jax_num_cpu_devices", num_cores())
+
+
+def device_memory(device: Any) -> int | None:
+    """Returns the bytes of an accelerator's memory that JAX may use, arrays that are there included; None if unknown.
+
+    Args:
+        device: a device of this machine, or one of a topology that is only compiled for, which has no statistics.
+    """
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        if "bytes_limit" in (stats := device.memory_stats() or {}):
+            return stats["bytes_limit"]
+    return TPU_MEMORY.get(device.device_kind)
 
 
 def asked_platforms() -> str | None:
