@@ -56,7 +56,9 @@ class QLearner(Algorithm):
         """Returns the utilities of whole episodes from a fresh recurrent state: ``[B, T+1, N, A]``."""
         return self.unroll_nets(batch, [agent_params])[0].utilities
 
-    def unroll_nets(self, batch: Episode, trained: Sequence[PyTree], frozen: Sequence[PyTree] = ()) -> list[Unrolled]:
+    def unroll_nets(
+        self, batch: Episode, trained: Sequence[PyTree], frozen: Sequence[PyTree] = (), *, keeps_hiddens: bool = False
+    ) -> list[Unrolled]:
         """Unrolls whole episodes from a fresh recurrent state under several agent networks.
 
         A loss calls this once for all its networks: an accelerator unrolls them together.
@@ -65,10 +67,11 @@ class QLearner(Algorithm):
             batch: the episodes.
             trained: the parameters of networks that have gradients.
             frozen: those of networks that have none, for example target copies.
+            keeps_hiddens: whether hidden states are returned, too, which costs memory on an accelerator.
 
         Returns:
-            For each network, the trained ones first, hidden states ``[B, T+1, N, H]``, after each observation, and
-            utilities ``[B, T+1, N, A]``; past the batch's ``num_places`` they have no meaning.
+            For each network, the trained ones first, utilities ``[B, T+1, N, A]`` and, if kept, hidden states ``[B,
+            T+1, N, H]``, after each observation; past the batch's ``num_places`` they have no meaning.
         """
         # Time comes first inside, ``[T+1, B, N, ..]``, as the scan over time needs it.
         num_actions = batch.avail_actions.shape[-1]
@@ -80,10 +83,11 @@ class QLearner(Algorithm):
             starts = jnp.broadcast_to(starts[..., None], last_action.shape)
             last_action = jnp.where(starts, -1, last_action)
             starts = starts.swapaxes(0, 1)
-        features = agent_inputs(batch.obs.swapaxes(0, 1), last_action.swapaxes(0, 1), num_actions)
-        carry = self.initial_carry(features.shape[1:3]).astype(features.dtype)
+        obs, last_action = batch.obs.swapaxes(0, 1), last_action.swapaxes(0, 1)
+        carry = self.initial_carry(last_action.shape[1:]).astype(obs.dtype)
         agent = RecurrentAgent(self.hidden_dim, num_actions)
-        unrolled = unroll_agents(agent, trained, frozen, carry, features, starts, batch.num_places)
+        sequence = obs, last_action, starts, batch.num_places
+        unrolled = unroll_agents(agent, trained, frozen, carry, *sequence, keeps_hiddens=keeps_hiddens)
         return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), unrolled)
 
 

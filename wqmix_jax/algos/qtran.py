@@ -62,7 +62,8 @@ class QTRAN(TDLearner):
         The gradient reaches the agents through their hidden states, too; to Q_tot's losses Q* is a constant.
         """
         del ctx, noise
-        (hidden, agent_qs), (target_hidden, _) = self.unroll_nets(batch, [params["agent"]], [target["agent"]])
+        nets = self.unroll_nets(batch, [params["agent"]], [target["agent"]], keeps_hiddens=True)
+        (hidden, agent_qs), (target_hidden, _) = nets
         greedy = greedy_actions(agent_qs, batch.avail_actions)
         before, after = seen_before(batch), seen_after(batch)
         taken = self.joint_value(params["mixer"], hidden[:, :-1], batch.joint_action, before)

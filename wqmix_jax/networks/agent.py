@@ -1,5 +1,6 @@
 """The recurrent utility network that all agents share."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,10 +9,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from wqmix_jax.networks.blocked_recurrent import UnrollPlan, block_length, blocked_unroll, stack
+from wqmix_jax.networks.blocked_recurrent import (
+    AgentWeights,
+    UnrollPlan,
+    block_length,
+    blocked_unroll,
+    padded_sequence,
+)
 from wqmix_jax.networks.functional import apply_net, steps_inline
-from wqmix_jax.networks.linear import Linear, LinearWeights, product
-from wqmix_jax.networks.recurrent import GRU, GRUWeights, encoded_unroll
+from wqmix_jax.networks.linear import Linear
+from wqmix_jax.networks.recurrent import GRU, encoded_unroll
 from wqmix_jax.types import Array, PyTree
 
 
@@ -19,20 +26,12 @@ class Unrolled(NamedTuple):
     """A sequence under one agent network.
 
     Attributes:
-        hiddens: ``[.., H]``, the hidden states after each step.
+        hiddens: ``[.., H]``, the hidden states after each step; None if they weren't kept.
         utilities: ``[.., A]``.
     """
 
-    hiddens: Array
+    hiddens: Array | None
     utilities: Array
-
-
-class AgentWeights(NamedTuple):
-    """The weights of a `RecurrentAgent`, layer by layer."""
-
-    encoder: LinearWeights
-    gru: GRUWeights
-    head: LinearWeights
 
 
 def agent_inputs(obs: Array, last_action: Array, num_actions: int) -> Array:
@@ -85,7 +84,7 @@ class RecurrentAgent(nn.Module):
         return hiddens[-1], utilities
 
     def weights(self, num_inputs: int) -> AgentWeights:
-        """Returns the layers' weights for inputs of this width."""
+        """Returns the layers' weights for inputs of this width, not stacked."""
         layers = self.encoder.weights(num_inputs), self.gru(self.hidden_dim), self.head.weights(self.hidden_dim)
         return AgentWeights(*layers)
 
@@ -118,9 +117,12 @@ def unroll_agents(
     trained: Sequence[PyTree],
     frozen: Sequence[PyTree],
     carry: Array,
-    inputs: Array,
+    obs: Array,
+    last_action: Array,
     starts: Array | None = None,
     num_places: Array | None = None,
+    *,
+    keeps_hiddens: bool = False,
 ) -> list[Unrolled]:
     """Unrolls the same sequence under several agent networks: one after another, or all together in blocks of steps.
 
@@ -130,26 +132,31 @@ def unroll_agents(
         agent: the module of all of them.
         trained: the parameters of networks that have gradients.
         frozen: those of networks that have none, for example target copies.
-        carry: as in `RecurrentAgent.unroll`, as the other arguments are.
-        inputs: see above.
-        starts: see above.
-        num_places: see above.
+        carry: ``[.., N, H]``, the hidden state before the first step.
+        obs: ``[T, .., N, O]``, see `agent_inputs`.
+        last_action: ``[T, .., N]``.
+        starts: ``[T, .., N]``, see `RecurrentAgent.unroll`.
+        num_places: see there.
+        keeps_hiddens: whether hidden states are returned, too.
 
     Returns:
-        One `Unrolled` for each network, the trained ones first, leaves ``[T, ..]``.
+        One `Unrolled` for each network, the trained ones first, leaves ``[T, .., N, ..]``.
     """
     nets, inline = [*trained, *frozen], steps_inline()
+    features = functools.partial(agent_inputs, num_actions=agent.num_actions)
     if inline is None:
-        return [apply_net(agent, params, carry, inputs, starts, num_places, method="unroll") for params in nets]
-    layers = [apply_net(agent, params, inputs.shape[-1], method="weights") for params in nets]
-    block = block_length(len(inputs))
-    plan = UnrollPlan(num_trained=len(trained), block=block, unroll=min(inline, block))
-    rows = inputs.reshape(len(inputs), -1, inputs.shape[-1])
-    starts = None if starts is None else starts.reshape(len(rows), -1)
-    stacked = stack([weights.encoder for weights in layers], [weights.gru for weights in layers])
-    hiddens = blocked_unroll(plan, stacked, carry.reshape(-1, agent.hidden_dim), rows, starts, num_places)
-    unrolled = []
-    for net, (kernel, bias) in enumerate(weights.head for weights in layers):
-        one = hiddens[net].reshape(*inputs.shape[:-1], agent.hidden_dim)
-        unrolled.append(Unrolled(one, product(one, kernel) + bias.reshape((1,) * (one.ndim - 1) + (-1,))))
-    return unrolled
+        inputs = features(obs, last_action)
+        every = [apply_net(agent, params, carry, inputs, starts, num_places, method="unroll") for params in nets]
+        return every if keeps_hiddens else [one._replace(hiddens=None) for one in every]
+    block = block_length(len(obs))
+    plan = UnrollPlan(len(trained), block, min(inline, block), features, keeps_hiddens)
+    num_inputs = jax.eval_shape(features, obs, last_action).shape[-1]
+    layers = [apply_net(agent, params, num_inputs, method="weights") for params in nets]
+    weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    starts = None if starts is None else starts.reshape(len(obs), -1)
+    sequence = padded_sequence(plan, obs, last_action, starts, num_places)
+    results = blocked_unroll(plan, weights, carry.reshape(-1, agent.hidden_dim), sequence)
+    utilities, hiddens = jax.tree.map(
+        lambda leaf: leaf[:, : len(obs)].reshape(len(nets), *last_action.shape, leaf.shape[-1]), results
+    )
+    return [Unrolled(None if hiddens is None else hiddens[net], utilities[net]) for net in range(len(nets))]

@@ -7,7 +7,7 @@ block of steps outside of it. `wqmix_jax.networks.recurrent.encoded_unroll` comp
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from wqmix_jax.networks.linear import LinearWeights
 from wqmix_jax.networks.recurrent import GRUWeights
-from wqmix_jax.types import Array, PyTree
+from wqmix_jax.types import Array
 
 MAX_BLOCK = 32
 """The most time steps of a block. A block's intermediate arrays exist at a time, and each block costs kernels of its
@@ -30,18 +30,40 @@ class UnrollPlan(NamedTuple):
         num_trained: how many of the nets, the first ones, have gradients.
         block: time steps of a block.
         unroll: steps of the inner loop's body that are compiled as straight-line code.
+        features: maps a block's ``(obs, last_action)``, ``[K, .., N, O]`` and ``[K, .., N]``, to the nets' inputs
+            ``[K, .., N, I]``, of which the first ``O`` are ``obs``.
+        keeps_hiddens: whether hidden states are returned; otherwise those of nets without gradients are never stored.
     """
 
     num_trained: int
     block: int
     unroll: int
+    features: Callable[[Array, Array], Array]
+    keeps_hiddens: bool
 
 
-class StackedWeights(NamedTuple):
-    """The weights of ``G`` nets of equal shapes, leaves ``[G, ..]``."""
+class AgentWeights(NamedTuple):
+    """The weights of an agent network, layer by layer; those of ``G`` networks are stacked, leaves ``[G, ..]``."""
 
     encoder: LinearWeights
     gru: GRUWeights
+    head: LinearWeights
+
+
+class Sequence(NamedTuple):
+    """What all nets see, padded to whole blocks by `padded_sequence`: ``T`` is a multiple of the block's length.
+
+    Attributes:
+        obs: ``[T, .., N, O]``.
+        last_action: ``[T, .., N]`` int.
+        starts: ``[T, R]`` bool, where the hidden state before the step is the first one again; None for nowhere.
+        num_places: scalar int32, the number of steps that are taken, up to the end of a block; None for all.
+    """
+
+    obs: Array
+    last_action: Array
+    starts: Array | None
+    num_places: Array | None
 
 
 class _Block(NamedTuple):
@@ -69,23 +91,15 @@ class _Residuals(NamedTuple):
     """The inputs of the backward pass: the arguments of `blocked_unroll`, and what the forward pass stores.
 
     Attributes:
-        hiddens: ``[num_trained, K * blocks, R, H]``, of the trained nets.
+        hiddens: ``[num_trained, T, R, H]``, of the trained nets.
         first: ``[blocks, num_trained, R, H]``, their hidden states before each block.
     """
 
-    weights: StackedWeights
+    weights: AgentWeights
     carry: Array
-    inputs: Array
-    starts: Array | None
-    num_places: Array | None
+    sequence: Sequence
     hiddens: Array
     first: Array
-
-
-def stack(encoders: Sequence[LinearWeights], units: Sequence[GRUWeights]) -> StackedWeights:
-    """Stacks the weights of nets of equal shapes."""
-    stacked: Any = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) for trees in (encoders, units)]
-    return StackedWeights(*stacked)
 
 
 def block_length(num_steps: int) -> int:
@@ -93,47 +107,51 @@ def block_length(num_steps: int) -> int:
     return math.ceil(num_steps / math.ceil(num_steps / MAX_BLOCK))
 
 
+def padded_sequence(
+    plan: UnrollPlan, obs: Array, last_action: Array, starts: Array | None, num_places: Array | None
+) -> Sequence:
+    """Pads time to whole blocks with zeros."""
+
+    def padded(leaf: Array) -> Array:
+        return jnp.pad(leaf, [(0, -len(leaf) % plan.block)] + [(0, 0)] * (leaf.ndim - 1))
+
+    obs, last_action, starts = jax.tree.map(padded, (obs, last_action, starts))
+    return Sequence(obs, last_action, starts, num_places)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def blocked_unroll(
-    plan: UnrollPlan,
-    weights: StackedWeights,
-    carry: Array,
-    inputs: Array,
-    starts: Array | None = None,
-    num_places: Array | None = None,
-) -> Array:
-    """Returns all hidden states of a sequence under several nets; see `encoded_unroll`.
+    plan: UnrollPlan, weights: AgentWeights, carry: Array, sequence: Sequence
+) -> tuple[Array, Array | None]:
+    """Unrolls a sequence under several nets; see `wqmix_jax.networks.recurrent.encoded_unroll`.
 
     Args:
         plan: static choices.
         weights: of ``G`` nets; those after the first ``plan.num_trained`` get no gradient.
-        carry: ``[R, H]``, the hidden state of each net before the first step.
-        inputs: ``[T, R, I]``, common to all nets.
-        starts: ``[T, R]`` bool, where the hidden state before the step is ``carry`` again; None for nowhere.
-        num_places: scalar int32, the number of steps that are taken, up to the end of a block; None for all. The hidden
-            states of the others are zero and have no gradient.
+        carry: ``[R, H]``, the hidden state of each net before the first step, with ``R`` rows: all axes of an
+            observation between the first and the last.
+        sequence: common to all nets.
 
     Returns:
-        ``[G, T, R, H]``.
+        The outputs of the heads, ``[G, T, R, A]``, and, if kept, the hidden states ``[G, T, R, H]``. In blocks after
+        ``sequence.num_places`` they are zero and have no gradient; after it within a block they have no meaning.
     """
-    return _forward(plan, weights, carry, inputs, starts, num_places)[0]
+    return _forward(plan, weights, carry, sequence)[0]
 
 
 def _forward(
-    plan: UnrollPlan,
-    weights: StackedWeights,
-    carry: Array,
-    inputs: Array,
-    starts: Array | None,
-    num_places: Array | None,
-) -> tuple[Array, _Residuals]:
+    plan: UnrollPlan, weights: AgentWeights, carry: Array, sequence: Sequence
+) -> tuple[tuple[Array, Array | None], _Residuals]:
     # Two loops. The outer one, over blocks, has a dynamic length, so that one program runs batches of all lengths. The
     # inner one has a static length, and its body is one product [G, R, H] x [G, H, 3H] and one elementwise kernel. Nets
-    # come first in a block's arrays, [G, K, R, ..]: a product's rows, K * R, are contiguous then, which a TPU's compiler
-    # turns into a third of the code.
-    num_steps, kernel, bias = len(inputs), weights.gru.hidden_kernel, weights.gru.hidden_bias
-    num_nets, num_blocks = len(kernel), -(-num_steps // plan.block)
-    padded, restarts = _padded(plan, inputs), _padded(plan, starts)
+    # come first in a block's arrays, [G, K, R, ..]: then a product's rows, K * R, are contiguous, which makes a third
+    # of the code on a TPU.
+    kernel, bias = weights.gru.hidden_kernel, weights.gru.hidden_bias
+    num_nets, num_steps, num_kept = (
+        len(kernel),
+        len(sequence.obs),
+        len(kernel) if plan.keeps_hiddens else plan.num_trained,
+    )
     begin = jnp.broadcast_to(carry[None], (num_nets, *carry.shape))
 
     def step(hidden: Array, at: tuple[Array, Array | None]) -> tuple[Array, Array]:
@@ -143,41 +161,60 @@ def _forward(
         hidden = (1 - gates.update) * gates.new + gates.update * hidden
         return hidden, hidden
 
-    def add_block(index: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        hidden, hiddens, first = state
-        from_inputs = _before_gates(weights, _at_block(plan, padded, index)).from_inputs
-        start = _at_block(plan, restarts, index)
+    def add_block(index: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+        hidden, outputs, hiddens, first = state
         first = jax.lax.dynamic_update_index_in_dim(first, hidden[: plan.num_trained], index, 0)
-        hidden, outs = jax.lax.scan(step, hidden, (from_inputs.swapaxes(0, 1), start), unroll=plan.unroll)
+        inputs, start = _inputs(plan, sequence, index)
+        from_inputs = _before_gates(weights, inputs).from_inputs
+        hidden, after = jax.lax.scan(step, hidden, (from_inputs.swapaxes(0, 1), start), unroll=plan.unroll)
+        after = after.swapaxes(0, 1)
+        heads = _product("gkrh,gha->gkra", after, weights.head.kernel) + _bias(weights.head.bias)
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=index * plan.block, axis=1)
-        return hidden, put(hiddens, outs.swapaxes(0, 1)), first
+        return hidden, put(outputs, heads), put(hiddens, after[:num_kept]), first
 
-    hiddens = jnp.zeros((num_nets, num_blocks * plan.block, *carry.shape), carry.dtype)
-    first = jnp.zeros((num_blocks, plan.num_trained, *carry.shape), carry.dtype)
-    used = _used_blocks(plan, num_blocks, num_places)
-    _, hiddens, first = jax.lax.fori_loop(0, used, add_block, (begin, hiddens, first))
-    residuals = _Residuals(weights, carry, inputs, starts, num_places, hiddens[: plan.num_trained], first)
-    return jnp.where(_is_place(num_steps, num_places), hiddens[:, :num_steps], 0), residuals
+    rows, hidden_dim = carry.shape
+    outputs = jnp.zeros((num_nets, num_steps, rows, weights.head.bias.shape[-1]), carry.dtype)
+    hiddens = jnp.zeros((num_kept, num_steps, rows, hidden_dim), carry.dtype)
+    first = jnp.zeros((num_steps // plan.block, plan.num_trained, rows, hidden_dim), carry.dtype)
+    state = begin, outputs, hiddens, first
+    _, outputs, hiddens, first = jax.lax.fori_loop(0, _used_blocks(plan, sequence), add_block, state)
+    residuals = _Residuals(weights, carry, sequence, hiddens[: plan.num_trained], first)
+    return (outputs, hiddens if plan.keeps_hiddens else None), residuals
 
 
-def _backward(plan: UnrollPlan, residuals: _Residuals, d_hiddens: Array) -> tuple[PyTree, Array, Array, None, None]:
-    """Backpropagates through time: ``[G, T, R, H]`` -> the gradients of all differentiable arguments.
+class _Gradients(NamedTuple):
+    """The sums over the blocks so far, from the last to the first.
+
+    Attributes:
+        before: ``[num_trained, R, H]``, with respect to the hidden states before the block.
+        carry: ``[R, H]``.
+        weights: of the trained nets.
+        obs: as `Sequence.obs`.
+    """
+
+    before: Array
+    carry: Array
+    weights: AgentWeights
+    obs: Array
+
+
+def _backward(
+    plan: UnrollPlan, residuals: _Residuals, d_results: tuple[Array, Array | None]
+) -> tuple[AgentWeights, Array, Sequence]:
+    """Backpropagates through time: the gradients of `blocked_unroll`'s results -> those of its arguments.
 
     Nothing but hidden states was stored: the gates are recomputed from them, as products over a block of steps. Given
-    the gates, the gradient with respect to a hidden state, ``d`` ``[G, R, H]``, depends linearly on that of the next
-    one: the inner loop scales it by factors computed beforehand and multiplies it with the kernel. The products that
-    make the weights' gradients of it follow after the loop.
+    the gates, the gradient with respect to a hidden state, ``[G, R, H]``, depends linearly on that of the next one: the
+    inner loop scales it by factors computed beforehand and multiplies it with the kernel. The products that make the
+    weights' gradients of it follow after the loop.
     """
-    weights, carry, inputs, starts, num_places, hiddens, first = residuals
-    num_nets, num_steps, num_blocks = len(weights.gru.hidden_kernel), len(inputs), len(first)
-    weights = jax.tree.map(lambda leaf: leaf[: plan.num_trained], weights)
-    encoder, gru = weights
+    every, carry, sequence, hiddens, first = residuals
+    weights = jax.tree.map(lambda leaf: leaf[: plan.num_trained], every)
+    encoder, gru, head = weights
     narrow = gru.hidden_kernel.dtype  # that of matrix products: bfloat16 with `compute_in("bfloat16")`
-    padded, restarts = _padded(plan, inputs), _padded(plan, starts)
-    d_hiddens = jnp.where(_is_place(num_steps, num_places), d_hiddens, 0)[: plan.num_trained]
-    d_hiddens = _padded(plan, d_hiddens, axis=1)
+    d_outputs, d_hiddens = jax.tree.map(lambda leaf: leaf[: plan.num_trained], d_results)
     begin = jnp.broadcast_to(carry[None], first.shape[1:])
-    used = _used_blocks(plan, num_blocks, num_places)
+    used = _used_blocks(plan, sequence)
 
     def step(d_before: Array, at: Any) -> tuple[Array, Array]:
         d_hidden, factors, update, start = at
@@ -186,56 +223,61 @@ def _backward(plan: UnrollPlan, residuals: _Residuals, d_hiddens: Array) -> tupl
         d_before = d_hidden * update + _product("grm,ghm->grh", d_from_hidden, gru.hidden_kernel)
         return _restarted(d_before, jnp.zeros_like(d_before), start), d_hidden
 
-    def add_block(count: Array, state: tuple[Array, Array, PyTree, Array]) -> tuple[Array, Array, PyTree, Array]:
-        d_before, d_carry, d_weights, d_inputs = state
+    def add_block(count: Array, so_far: _Gradients) -> _Gradients:
         index = used - 1 - count
-        x, start = _at_block(plan, padded, index), _at_block(plan, restarts, index)
-        after, d_after = (_at_block(plan, leaf, index, axis=1) for leaf in (hiddens, d_hiddens))
+        inputs, start = _inputs(plan, sequence, index)
+        after, d_head = (_at_block(plan, leaf, index, axis=1) for leaf in (hiddens, d_outputs))
         before = jnp.concatenate([first[index][:, None], after[:, :-1]], axis=1)
         before = _restarted(before, begin[:, None], start)
-        block = _before_gates(weights, x)
-        gates = _gates(
-            block.from_inputs, _product("gkrh,ghm->gkrm", before, gru.hidden_kernel) + _bias(gru.hidden_bias)
-        )
+        block = _before_gates(weights, inputs)
+        from_hidden = _product("gkrh,ghm->gkrm", before, gru.hidden_kernel) + _bias(gru.hidden_bias)
+        gates = _gates(block.from_inputs, from_hidden)
         # From h = (1 - update) new + update before and new = tanh(.. + reset hidden_new), with sigmoid' = s (1 - s):
         # the derivatives of h with respect to the gates before their nonlinearities.
         to_new = (1 - gates.update) * (1 - gates.new * gates.new)
         to_update = (before - gates.new) * gates.update * (1 - gates.update)
         to_reset = to_new * gates.hidden_new * gates.reset * (1 - gates.reset)
         factors = jnp.concatenate([to_reset, to_update, to_new * gates.reset], axis=-1)
+        d_after = _product("gkra,gha->gkrh", d_head, head.kernel)
+        if d_hiddens is not None:
+            d_after += _at_block(plan, d_hiddens, index, axis=1)
         xs = d_after.swapaxes(0, 1), factors.swapaxes(0, 1), gates.update.swapaxes(0, 1), start
-        d_before, d_hidden = jax.lax.scan(step, d_before, xs, reverse=True, unroll=plan.unroll)
+        d_before, d_hidden = jax.lax.scan(step, so_far.before, xs, reverse=True, unroll=plan.unroll)
         d_hidden = d_hidden.swapaxes(0, 1)
         d_from_hidden = jnp.tile(d_hidden, 3) * factors
         d_from_inputs = jnp.tile(d_hidden, 3) * jnp.concatenate([to_reset, to_update, to_new], axis=-1)
         d_encoded = _product("gkrm,gfm->gkrf", d_from_inputs, gru.input_kernel)
         d_encoded = jnp.where(block.encoded > 0, d_encoded, 0)
+        d_carry = so_far.carry
         if start is not None:  # the gradient that `step` cuts off is with respect to ``carry``
             d_start = d_hidden * gates.update + _product("gkrm,ghm->gkrh", d_from_hidden, gru.hidden_kernel)
             d_carry += jnp.where(start[None, :, :, None], d_start, 0).sum((0, 1))
-        d_block = StackedWeights(
-            LinearWeights(_product("kri,gkrf->gif", x, d_encoded.astype(narrow)), d_encoded.sum((1, 2))),
+        d_weights = AgentWeights(
+            LinearWeights(_product("kri,gkrf->gif", inputs, d_encoded.astype(narrow)), d_encoded.sum((1, 2))),
             GRUWeights(
                 _product("gkrf,gkrm->gfm", block.encoded, d_from_inputs.astype(narrow)),
                 _product("gkrh,gkrm->ghm", before, d_from_hidden.astype(narrow)),
                 d_from_inputs.sum((1, 2)),
                 d_from_hidden.sum((1, 2)),
             ),
+            LinearWeights(_product("gkrh,gkra->gha", after, d_head.astype(narrow)), d_head.sum((1, 2))),
         )
-        # Inputs are data as a rule: then nothing reads this, and the compiler removes it.
-        d_x = _product("gkrf,gif->kri", d_encoded, encoder.kernel)
-        d_inputs = jax.lax.dynamic_update_slice_in_dim(d_inputs, d_x, index * plan.block, 0)
-        return d_before, d_carry, jax.tree.map(jnp.add, d_weights, d_block), d_inputs
+        # Observations are data as a rule: then nothing reads their gradient, and the compiler removes it.
+        obs = so_far.obs
+        d_obs = _product("gkrf,gif->kri", d_encoded, encoder.kernel)[..., : obs.shape[-1]]
+        d_obs = d_obs.reshape(plan.block, *obs.shape[1:])
+        d_obs = jax.lax.dynamic_update_slice_in_dim(obs, d_obs, index * plan.block, 0)
+        return _Gradients(d_before, d_carry, jax.tree.map(jnp.add, so_far.weights, d_weights), d_obs)
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, carry.dtype), weights)
-    state = jnp.zeros_like(begin), jnp.zeros_like(carry), zeros, jnp.zeros_like(padded)
-    d_before, d_carry, d_weights, d_inputs = jax.lax.fori_loop(0, used, add_block, state)
+    so_far = _Gradients(jnp.zeros_like(begin), jnp.zeros_like(carry), zeros, jnp.zeros_like(sequence.obs))
+    grads = jax.lax.fori_loop(0, used, add_block, so_far)
 
     def with_frozen(grad: Array, leaf: Array) -> Array:
-        return jnp.pad(grad, [(0, num_nets - plan.num_trained)] + [(0, 0)] * (grad.ndim - 1)).astype(leaf.dtype)
+        return jnp.pad(grad, [(0, len(leaf) - len(grad))] + [(0, 0)] * (grad.ndim - 1)).astype(leaf.dtype)
 
-    d_weights = jax.tree.map(with_frozen, d_weights, weights)
-    return d_weights, d_carry + d_before.sum(0), d_inputs[:num_steps], None, None
+    d_sequence = Sequence(grads.obs, None, None, None)  # type: ignore[arg-type]
+    return jax.tree.map(with_frozen, grads.weights, every), grads.carry + grads.before.sum(0), d_sequence
 
 
 blocked_unroll.defvjp(_forward, _backward)
@@ -246,9 +288,9 @@ def _product(subscripts: str, inputs: Array, kernel: Array) -> Array:
     return jnp.einsum(subscripts, inputs.astype(kernel.dtype), kernel, preferred_element_type=inputs.dtype)
 
 
-def _before_gates(weights: StackedWeights, inputs: Array) -> _Block:
+def _before_gates(weights: AgentWeights, inputs: Array) -> _Block:
     """Encodes a block's inputs ``[K, R, I]``, and takes the unit's product with them."""
-    encoder, gru = weights
+    encoder, gru, _ = weights
     encoded = nn.relu(_product("kri,gif->gkrf", inputs, encoder.kernel) + _bias(encoder.bias))
     return _Block(encoded, _product("gkrf,gfm->gkrm", encoded, gru.input_kernel) + _bias(gru.input_bias))
 
@@ -270,22 +312,19 @@ def _restarted(values: Array, carry: Array, start: Array | None) -> Array:
     return values if start is None else jnp.where(start[None, ..., None], carry, values)
 
 
-def _padded(plan: UnrollPlan, leaf: Array | None, axis: int = 0) -> Any:
-    """Pads time to whole blocks with zeros."""
-    if leaf is None:
-        return None
-    widths = [(0, -size % plan.block if place == axis else 0) for place, size in enumerate(leaf.shape)]
-    return jnp.pad(leaf, widths)
+def _inputs(plan: UnrollPlan, sequence: Sequence, index: Array) -> tuple[Array, Any]:
+    """Returns a block's inputs ``[K, R, I]`` and starts ``[K, R]``."""
+    obs, last_action = (_at_block(plan, leaf, index) for leaf in (sequence.obs, sequence.last_action))
+    inputs = plan.features(obs, last_action)
+    starts = None if sequence.starts is None else _at_block(plan, sequence.starts, index)
+    return inputs.reshape(plan.block, -1, inputs.shape[-1]), starts
 
 
-def _at_block(plan: UnrollPlan, leaf: Array | None, index: Array, axis: int = 0) -> Any:
-    return None if leaf is None else jax.lax.dynamic_slice_in_dim(leaf, index * plan.block, plan.block, axis)
+def _at_block(plan: UnrollPlan, leaf: Array, index: Array, axis: int = 0) -> Array:
+    return jax.lax.dynamic_slice_in_dim(leaf, index * plan.block, plan.block, axis)
 
 
-def _used_blocks(plan: UnrollPlan, num_blocks: int, num_places: Array | None) -> Array | int:
-    return num_blocks if num_places is None else (num_places + plan.block - 1) // plan.block
-
-
-def _is_place(num_steps: int, num_places: Array | None) -> Array:
-    """Returns True for steps that are taken, ``[1, T, 1, 1]``."""
-    return (jnp.arange(num_steps) < (num_steps if num_places is None else num_places)).reshape(1, -1, 1, 1)
+def _used_blocks(plan: UnrollPlan, sequence: Sequence) -> Array | int:
+    if sequence.num_places is None:
+        return len(sequence.obs) // plan.block
+    return (sequence.num_places + plan.block - 1) // plan.block

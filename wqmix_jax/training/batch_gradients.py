@@ -38,8 +38,8 @@ predator-prey: tiles above `LARGE_TILE` are no cheaper per row. `SMALL_TILE` cos
 at the end."""
 
 STEPS_INLINE = {"gpu": 32, "cuda": 32, "rocm": 32, "tpu": 1}
-"""The platforms whose recurrent nets are unrolled in blocks, and how many steps of a block are straight-line code. A GPU
-saves the kernels that a loop spends on its counter and its slices; a TPU, for which these are cheap, saves code."""
+"""The platforms whose recurrent nets are unrolled in blocks, and how many steps of a block are straight-line code: a GPU
+saves the kernels that a loop spends on its counter and slices; a TPU, for which these are cheap, saves code."""
 
 Batches = Literal["whole", "cut", "bounded", "packed"]
 
