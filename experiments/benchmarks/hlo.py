@@ -292,7 +292,7 @@ class Buffer(NamedTuple):
         size: bytes.
         shape: dtype and sizes of its axes.
         name: of the instruction that writes it.
-        op_name: see `Instruction.op_name`.
+        op_name: see `Instruction.op_name`; that of a copy may be the name of the copied value.
     """
 
     size: int
@@ -320,7 +320,7 @@ def temporaries(assignment: str, computations: Computations) -> list[Buffer]:
         assignment: XLA's dump of its buffer assignment.
         computations: of the same program.
     """
-    op_names = {each.name: each.op_name for body in computations.values() for each in body}
+    writers = {each.name: each for body in computations.values() for each in body}
     found: dict[tuple[int, str, str], Buffer] = {}
     allocation, is_temporary = "", False
     for line in assignment.splitlines():
@@ -331,7 +331,12 @@ def temporaries(assignment: str, computations: Computations) -> list[Buffer]:
             if value["shape"].startswith("("):
                 continue  # of pointers to arrays, each of which has another line
             shape, size = re.sub(r"\{[^}]*\}", "", value["shape"]), int(value["size"])
-            buffer = Buffer(size, shape, value["name"], op_names.get(value["name"], ""))
-            # A value that a loop passes on appears once per loop, under several names.
-            found.setdefault((size, value["offset"], allocation), buffer)
+            writer = writers.get(value["name"])
+            origin, is_copy = "", False
+            if writer is not None:
+                is_copy = writer.opcode.startswith("copy")
+                origin = writer.op_name or (f"copy of {writer.operands[0]}" if is_copy else "")
+            buffer, place = Buffer(size, shape, value["name"], origin), (size, value["offset"], allocation)
+            # A value that a loop passes on appears several times, and so do values that use the place in turn.
+            found[place] = buffer if is_copy else found.get(place, buffer)
     return sorted(found.values(), reverse=True)

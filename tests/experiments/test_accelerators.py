@@ -24,12 +24,12 @@ class Limits(NamedTuple):
 
 
 LIMITS = {
-    ("cuda:h100", "qmix", 1, "train"): Limits(2, 144, 160, 9_520, 41_800),
-    ("cuda:h100", "qmix", 1, "evaluate"): Limits(1, 1, 146),
-    ("cuda:h100", "ow_qmix", 1, "train"): Limits(4, 300, 160, 17_000, 49_000),
-    ("tpu:v5e", "qmix", 1, "train"): Limits(110, 100, 500, 6_600, 100_000),
-    ("tpu:v5e", "qmix", 1, "evaluate"): Limits(1.3, 2, 450),
-    ("tpu:v5e", "ow_qmix", 1, "train"): Limits(200, 500, 500, 13_000, 110_000),
+    ("cuda:h100", "qmix", 1, "train"): Limits(2.1, 144, 160, 9_520, 41_600),
+    ("cuda:h100", "qmix", 1, "evaluate"): Limits(0.3, 1, 146),
+    ("cuda:h100", "ow_qmix", 1, "train"): Limits(2.8, 295, 160, 17_000, 49_200),
+    ("tpu:v5e", "qmix", 1, "train"): Limits(110, 100, 500, 6_600, 107_000),
+    ("tpu:v5e", "qmix", 1, "evaluate"): Limits(1.3, 1.8, 450),
+    ("tpu:v5e", "ow_qmix", 1, "train"): Limits(200, 500, 500, 13_000, 113_000),
 }
 """Limits by target, algorithm, number of seeds and program: 10% above the numbers."""
 

@@ -256,6 +256,8 @@ allocation 1: size 99, preallocated-temp:
  value: <3 y{} @0> (size=4096,offset=0): u8[1,64,64]{2,1,0:T(8,128)(4,1)}
  value: <4 again @0> (size=4096,offset=0): u8[1,64,64]{2,1,0}
  value: <5 pair{} @0> (size=16,offset=4160): (f32[4]{0}, f32[4]{0})
+ value: <7 moved @0> (size=64,offset=8192): f32[16]{0}
+ value: <8 added @0> (size=64,offset=8192): f32[16]{0}
 allocation 2: size 8192, color 1, preallocated-temp:
  value: <6 on_chip @0> (size=8192,offset=0): f32[2048]{0:T(1024)S(1)}
 """
@@ -266,14 +268,17 @@ def test_temporaries_are_listed_by_size_with_the_names_of_their_operations() -> 
 ENTRY %main (x: u8[64,64]) -> u8[64,64] {
   %x = u8[64,64]{1,0} parameter(0)
   %y = u8[1,64,64]{2,1,0} copy(%x), metadata={op_name="jit(f)/copy"}
+  %added = f32[16]{0} fusion(%x), kind=kLoop, calls=%fused_add, metadata={op_name="jit(f)/add"}
+  %moved = f32[16]{0} copy(%added)
   ROOT %z = u8[64,64]{1,0} bitcast(%y)
 }
 """
     found = hlo.temporaries(ASSIGNMENT, hlo.parse(HEADER + text))
     assert found == [
         hlo.Buffer(4096, "u8[1,64,64]", "y", "jit(f)/copy"),
+        hlo.Buffer(64, "f32[16]", "moved", "copy of added"),
         hlo.Buffer(16, "f32[4]", "small", ""),
     ]
-    assert [(buffer.num_elements, buffer.num_bytes) for buffer in found] == [(4096, 4096), (4, 16)]
+    assert [(buffer.num_elements, buffer.num_bytes) for buffer in found] == [(4096, 4096), (16, 64), (4, 16)]
     assert hlo.Buffer(1, "pred[3,3]", "", "").num_bytes == 9
     assert hlo.Buffer(1, "f32[]", "", "").num_elements == 1
