@@ -25,8 +25,8 @@ INSIDE = {
     "ops": (("action_selection", "randomness", "td", "weighting"),),
     "networks": (
         ("functional", "linear"),
-        ("mixers", "q_star", "qplex", "qtran", "recurrent"),
-        ("agent",),
+        ("mixers", "persistent_kernels", "q_star", "qplex", "qtran", "recurrent"),
+        ("agent", "persistent"),
     ),
     "interop": (("pymarl",),),
     "envs": (
