@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -42,7 +42,7 @@ from wqmix_jax.config import RunConfig, names
 from wqmix_jax.errors import ConfigError, RunError
 from wqmix_jax.records import text_table
 from wqmix_jax.records.run_dir import versions
-from wqmix_jax.training.compiled_loop import Trainer, TrainState, abstract_state
+from wqmix_jax.training.compiled_loop import Trainer, TrainState, abstract_state, compiler_options
 from wqmix_jax.training.members import make_members
 
 FOLDER = Path(__file__).parent
@@ -206,7 +206,7 @@ def measure(job: Job, program: str) -> Row:
         "memory_limit_bytes": job.target.memory_bytes,
     }
     try:
-        compiled = compile_lowered(lowered)
+        compiled = compile_lowered(lowered, compiler_options(trainer.sharding))
     except jax.errors.JaxRuntimeError as error:
         reason = next(line for line in str(error).splitlines() if line)
         if "RESOURCE_EXHAUSTED" not in reason:
@@ -250,11 +250,11 @@ class Compiled(NamedTuple):
     ptx_bytes: int
 
 
-def compile_lowered(lowered: Any) -> Compiled:
-    """Compiles a program without any cache, and reads what XLA dumps."""
+def compile_lowered(lowered: Any, options: Mapping[str, Any]) -> Compiled:
+    """Compiles a program without any cache, with the options that a run uses, and reads what XLA dumps."""
     with tempfile.TemporaryDirectory() as folder:
         cpu_seconds, started = sum(os.times()[:4]), time.perf_counter()
-        program = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        program = lowered.compile({**options, "xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         seconds = {
             "compile_seconds": round(time.perf_counter() - started, 2),
             "compile_cpu_seconds": round(sum(os.times()[:4]) - cpu_seconds, 2),

@@ -12,11 +12,10 @@ import jax.numpy as jnp
 from wqmix_jax.networks.blocked_recurrent import (
     AgentWeights,
     UnrollPlan,
-    block_length,
     blocked_unroll,
     padded_sequence,
 )
-from wqmix_jax.networks.functional import apply_net, steps_inline
+from wqmix_jax.networks.functional import apply_net, block_form
 from wqmix_jax.networks.linear import Linear
 from wqmix_jax.networks.recurrent import GRU, encoded_unroll
 from wqmix_jax.types import Array, PyTree
@@ -142,14 +141,14 @@ def unroll_agents(
     Returns:
         One `Unrolled` for each network, the trained ones first, leaves ``[T, .., N, ..]``.
     """
-    nets, inline = [*trained, *frozen], steps_inline()
+    nets, form = [*trained, *frozen], block_form()
     features = functools.partial(agent_inputs, num_actions=agent.num_actions)
-    if inline is None:
+    if form is None:
         inputs = features(obs, last_action)
         every = [apply_net(agent, params, carry, inputs, starts, num_places, method="unroll") for params in nets]
         return every if keeps_hiddens else [one._replace(hiddens=None) for one in every]
-    block = block_length(len(obs))
-    plan = UnrollPlan(len(trained), block, min(inline, block), features, keeps_hiddens)
+    block = form.block_length(len(obs))
+    plan = UnrollPlan(len(trained), block, min(form.steps_inline, block), features, keeps_hiddens)
     num_inputs = jax.eval_shape(features, obs, last_action).shape[-1]
     layers = [apply_net(agent, params, num_inputs, method="weights") for params in nets]
     weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)

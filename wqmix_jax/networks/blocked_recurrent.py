@@ -6,8 +6,8 @@ block of steps outside of it. `wqmix_jax.networks.recurrent.encoded_unroll` comp
 """
 
 import functools
-import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -17,10 +17,6 @@ import jax.numpy as jnp
 from wqmix_jax.networks.linear import LinearWeights
 from wqmix_jax.networks.recurrent import GRUWeights
 from wqmix_jax.types import Array
-
-MAX_BLOCK = 32
-"""The most time steps of a block. A block's intermediate arrays exist at a time, and each block costs kernels of its
-own; padding and the granularity of `num_places` are less than a block."""
 
 
 class UnrollPlan(NamedTuple):
@@ -102,11 +98,6 @@ class _Residuals(NamedTuple):
     first: Array
 
 
-def block_length(num_steps: int) -> int:
-    """Returns the steps of a block, at most `MAX_BLOCK`, such that the last block has the least padding."""
-    return math.ceil(num_steps / math.ceil(num_steps / MAX_BLOCK))
-
-
 def padded_sequence(
     plan: UnrollPlan, obs: Array, last_action: Array, starts: Array | None, num_places: Array | None
 ) -> Sequence:
@@ -177,7 +168,8 @@ def _forward(
     hiddens = jnp.zeros((num_kept, num_steps, rows, hidden_dim), carry.dtype)
     first = jnp.zeros((num_steps // plan.block, plan.num_trained, rows, hidden_dim), carry.dtype)
     state = begin, outputs, hiddens, first
-    _, outputs, hiddens, first = jax.lax.fori_loop(0, _used_blocks(plan, sequence), add_block, state)
+    with _loop_scope(plan, sequence):
+        _, outputs, hiddens, first = jax.lax.fori_loop(0, _used_blocks(plan, sequence), add_block, state)
     residuals = _Residuals(weights, carry, sequence, hiddens[: plan.num_trained], first)
     return (outputs, hiddens if plan.keeps_hiddens else None), residuals
 
@@ -271,7 +263,8 @@ def _backward(
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, carry.dtype), weights)
     so_far = _Gradients(jnp.zeros_like(begin), jnp.zeros_like(carry), zeros, jnp.zeros_like(sequence.obs))
-    grads = jax.lax.fori_loop(0, used, add_block, so_far)
+    with _loop_scope(plan, sequence):
+        grads = jax.lax.fori_loop(0, used, add_block, so_far)
 
     def with_frozen(grad: Array, leaf: Array) -> Array:
         return jnp.pad(grad, [(0, len(leaf) - len(grad))] + [(0, 0)] * (grad.ndim - 1)).astype(leaf.dtype)
@@ -322,6 +315,11 @@ def _inputs(plan: UnrollPlan, sequence: Sequence, index: Array) -> tuple[Array, 
 
 def _at_block(plan: UnrollPlan, leaf: Array, index: Array, axis: int = 0) -> Array:
     return jax.lax.dynamic_slice_in_dim(leaf, index * plan.block, plan.block, axis)
+
+
+def _loop_scope(plan: UnrollPlan, sequence: Sequence) -> AbstractContextManager[None]:
+    """Names a loop of dynamic length after its most turns, for whoever reads the compiled program."""
+    return jax.named_scope(f"blocks_at_most_{len(sequence.obs) // plan.block}")
 
 
 def _used_blocks(plan: UnrollPlan, sequence: Sequence) -> Array | int:

@@ -2,8 +2,9 @@
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,25 @@ import jax
 from wqmix_jax.types import PRNGKey, PyTree
 
 _compute_dtype = contextvars.ContextVar("compute_dtype", default="float32")
-_steps_inline: contextvars.ContextVar[int | None] = contextvars.ContextVar("steps_inline", default=None)
+_blocks: contextvars.ContextVar["BlockForm | None"] = contextvars.ContextVar("blocks", default=None)
+
+
+class BlockForm(NamedTuple):
+    """The form of the recurrent part for accelerators.
+
+    Attributes:
+        max_steps: the most time steps of a block. A block's intermediate arrays exist at a time, and each block costs
+            kernels in addition to those of its steps.
+        steps_inline: steps of a block that are compiled as straight-line code. A GPU saves the kernels that a loop
+            spends on its counter and its slices; a TPU, for which these are cheap, saves code.
+    """
+
+    max_steps: int
+    steps_inline: int
+
+    def block_length(self, num_steps: int) -> int:
+        """Returns the steps of a block such that the last block has the least padding."""
+        return math.ceil(num_steps / math.ceil(num_steps / self.max_steps))
 
 
 @contextlib.contextmanager
@@ -29,25 +48,21 @@ def compute_in(dtype: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def unroll_in_blocks(steps_inline: int | None) -> Iterator[None]:
-    """Traces recurrent nets so that they are unrolled in blocks of steps, the form for accelerators.
+def unroll_in_blocks(form: BlockForm | None) -> Iterator[None]:
+    """Traces recurrent nets so that they are unrolled in blocks of steps; step by step, the form for a CPU, if None.
 
     A context for the same reason as `compute_in`: the platform decides, and algorithms don't differ by it.
-
-    Args:
-        steps_inline: steps of a block that are compiled as straight-line code; None for an unroll step by step, the
-            form for a CPU.
     """
-    token = _steps_inline.set(steps_inline)
+    token = _blocks.set(form)
     try:
         yield
     finally:
-        _steps_inline.reset(token)
+        _blocks.reset(token)
 
 
-def steps_inline() -> int | None:
+def block_form() -> BlockForm | None:
     """Returns the value of the innermost `unroll_in_blocks`; None outside of one."""
-    return _steps_inline.get()
+    return _blocks.get()
 
 
 def init_net(net: nn.Module, key: PRNGKey, *inputs: Any) -> PyTree:

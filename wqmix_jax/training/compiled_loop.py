@@ -267,13 +267,25 @@ def compile_trainer(trainer: Trainer, members: Sequence[Member], *, fresh: bool 
     jitted: Any = trainer
     state = abstract_state(trainer, members)
     lowered = [jitted.train.lower(state, jax.ShapeDtypeStruct((), jnp.int32)), jitted.evaluate.lower(state)]
-    programs, from_cache = zip(*map(compile_program, lowered), strict=True)
+    options = compiler_options(trainer.sharding)
+    programs, from_cache = zip(*(compile_program(each, options) for each in lowered), strict=True)
     compiled = trainer._replace(train=programs[0], evaluate=programs[1])
     if fresh:
         seeds = jnp.asarray([member.seed for member in members], jnp.uint32)
         init, _ = compile_program(jitted.init_program.lower(seeds), _once_options())
         compiled = compiled._replace(init_program=init)
     return compiled, Compilation(time.perf_counter() - started, all(from_cache))
+
+
+def compiler_options(sharding: Sharding) -> dict[str, str | float]:
+    """Returns XLA's options for the programs that train and evaluate; none but on a TPU.
+
+    There XLA's least effort compiles float32 products in a tenth of the time, into a third of the code, with a slower
+    use of the fast memory. The user's ``jax_exec_time_optimization_effort`` comes first.
+    """
+    is_tpu = next(iter(sharding.device_set)).platform == "tpu"
+    is_default = jax.config.values["jax_exec_time_optimization_effort"] == 0
+    return {"exec_time_optimization_effort": -1.0} if is_tpu and is_default else {}
 
 
 def _once_options() -> dict[str, str | bool]:

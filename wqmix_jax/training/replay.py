@@ -31,7 +31,7 @@ class Replay(NamedTuple):
             scalar bool) is true and otherwise leaves the state unchanged, in place in both cases.
         sample: ``(state, key) -> rows``, a batch ``[B, row_bytes]`` drawn uniformly with replacement.
         lengths: ``rows -> [B]`` int32, the episodes' lengths.
-        decode: ``(rows, num_steps) -> Episode``, cut to the first ``num_steps`` (static) steps.
+        decode: ``(rows, num_steps) -> Episode``, cut to the first ``num_steps`` (static) steps, or padded to them.
         decode_packed: ``(rows, layout) -> Episode``, in the places of a `RowLayout` ``[R, T+1]``.
         row_bytes: bytes of one stored episode.
         num_bytes: bytes of a seed's whole replay.
@@ -91,15 +91,29 @@ def make_replay(env: Environment, *, buffer_size: int, batch_size: int) -> Repla
 
 
 def _first_steps(env: Environment, stored: StoredEpisode, num_steps: int) -> Episode:
-    """Returns the first ``num_steps`` steps, one episode per row: leaves ``[B, ..]`` -> ``[B, num_steps(+1), ..]``."""
+    """Returns the first ``num_steps`` steps, one episode per row: leaves ``[B, ..]`` -> ``[B, num_steps(+1), ..]``.
+
+    More steps than an episode can have are padding. It is added to compact states, before anything large exists.
+    """
     steps = jnp.arange(num_steps + 1)[None, :]
     return _episode(
-        _seen(env, jax.tree.map(lambda leaf: leaf[:, : num_steps + 1], stored.steps), steps <= stored.length[:, None]),
-        joint_action=stored.joint_action[:, :num_steps],
-        reward=stored.reward[:, :num_steps],
+        _seen(
+            env,
+            jax.tree.map(lambda leaf: with_length(leaf, num_steps + 1), stored.steps),
+            steps <= stored.length[:, None],
+        ),
+        joint_action=with_length(stored.joint_action, num_steps),
+        reward=with_length(stored.reward, num_steps),
         terminated=stored.terminated[:, None] & (steps[:, :-1] == stored.length[:, None] - 1),
         mask=steps[:, :-1] < stored.length[:, None],
     )
+
+
+def with_length(leaf: Array, length: int, axis: int = 1) -> Array:
+    """Cuts an axis to the first ``length`` entries, or pads it to them with zeros."""
+    leaf = jax.lax.slice_in_dim(leaf, 0, min(length, leaf.shape[axis]), axis=axis)
+    widths = [(0, length - size if place == axis else 0) for place, size in enumerate(leaf.shape)]
+    return jnp.pad(leaf, widths) if length > leaf.shape[axis] else leaf
 
 
 def _packed_rows(env: Environment, stored: StoredEpisode, layout: RowLayout) -> Episode:
