@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, Fraction, Hyperparams
-from wqmix_jax.networks.agent import RecurrentAgent, Unrolled, agent_inputs, unroll_agents
+from wqmix_jax.networks.agent import RecurrentAgent, SeenByAgents, Unrolled, agent_inputs, unroll_agents
 from wqmix_jax.networks.functional import apply_net, init_net
 from wqmix_jax.ops.action_selection import epsilon_greedy
 from wqmix_jax.ops.td import lambda_return, td_target
@@ -82,12 +82,11 @@ class QLearner(Algorithm):
         if starts is not None:
             starts = jnp.broadcast_to(starts[..., None], last_action.shape)
             last_action = jnp.where(starts, -1, last_action)
-            starts = starts.swapaxes(0, 1)
-        obs, last_action = batch.obs.swapaxes(0, 1), last_action.swapaxes(0, 1)
-        carry = self.initial_carry(last_action.shape[1:]).astype(obs.dtype)
+        seen = SeenByAgents(batch.obs, last_action, starts, batch.compact)
+        seen = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), seen)._replace(num_places=batch.num_places)
+        carry = self.initial_carry(last_action.shape[:1] + last_action.shape[2:]).astype(batch.obs.dtype)
         agent = RecurrentAgent(self.hidden_dim, num_actions)
-        sequence = obs, last_action, starts, batch.num_places
-        unrolled = unroll_agents(agent, trained, frozen, carry, *sequence, keeps_hiddens=keeps_hiddens)
+        unrolled = unroll_agents(agent, trained, frozen, carry, seen, keeps_hiddens=keeps_hiddens)
         return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), unrolled)
 
 

@@ -1,6 +1,5 @@
 """The recurrent utility network that all agents share."""
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from wqmix_jax.networks.blocked_recurrent import (
     blocked_unroll,
     padded_sequence,
 )
-from wqmix_jax.networks.functional import apply_net, block_form
+from wqmix_jax.networks.functional import BlockForm, apply_net, block_form
 from wqmix_jax.networks.linear import Linear
 from wqmix_jax.networks.recurrent import GRU, encoded_unroll
 from wqmix_jax.types import Array, PyTree
@@ -31,6 +30,25 @@ class Unrolled(NamedTuple):
 
     hiddens: Array | None
     utilities: Array
+
+
+class SeenByAgents(NamedTuple):
+    """A sequence of the agents' observations; see `RecurrentAgent.unroll` for the last two attributes.
+
+    Attributes:
+        obs: ``[T, .., N, O]``.
+        last_action: ``[T, .., N]`` int, -1 where there is none.
+        starts: ``[T, .., N]`` bool, or None.
+        compact: a function that makes ``obs`` of its arguments, leaves ``[T, ..]``, or of the same slices of all; None
+            if there is none.
+        num_places: scalar int32, or None.
+    """
+
+    obs: Array
+    last_action: Array
+    starts: Array | None = None
+    compact: jax.tree_util.Partial | None = None
+    num_places: Array | None = None
 
 
 def agent_inputs(obs: Array, last_action: Array, num_actions: int) -> Array:
@@ -116,10 +134,7 @@ def unroll_agents(
     trained: Sequence[PyTree],
     frozen: Sequence[PyTree],
     carry: Array,
-    obs: Array,
-    last_action: Array,
-    starts: Array | None = None,
-    num_places: Array | None = None,
+    seen: SeenByAgents,
     *,
     keeps_hiddens: bool = False,
 ) -> list[Unrolled]:
@@ -132,30 +147,51 @@ def unroll_agents(
         trained: the parameters of networks that have gradients.
         frozen: those of networks that have none, for example target copies.
         carry: ``[.., N, H]``, the hidden state before the first step.
-        obs: ``[T, .., N, O]``, see `agent_inputs`.
-        last_action: ``[T, .., N]``.
-        starts: ``[T, .., N]``, see `RecurrentAgent.unroll`.
-        num_places: see there.
+        seen: the sequence.
         keeps_hiddens: whether hidden states are returned, too.
 
     Returns:
         One `Unrolled` for each network, the trained ones first, leaves ``[T, .., N, ..]``.
     """
     nets, form = [*trained, *frozen], block_form()
-    features = functools.partial(agent_inputs, num_actions=agent.num_actions)
-    if form is None:
-        inputs = features(obs, last_action)
-        every = [apply_net(agent, params, carry, inputs, starts, num_places, method="unroll") for params in nets]
-        return every if keeps_hiddens else [one._replace(hiddens=None) for one in every]
-    block = form.block_length(len(obs))
-    plan = UnrollPlan(len(trained), block, min(form.steps_inline, block), features, keeps_hiddens)
-    num_inputs = jax.eval_shape(features, obs, last_action).shape[-1]
+    if form is not None:
+        return _unroll_blocks(form, agent, nets, len(trained), carry, seen, keeps_hiddens=keeps_hiddens)
+    inputs = agent_inputs(seen.obs, seen.last_action, agent.num_actions)
+    rest = seen.starts, seen.num_places
+    unrolled = [apply_net(agent, params, carry, inputs, *rest, method="unroll") for params in nets]
+    return unrolled if keeps_hiddens else [one._replace(hiddens=None) for one in unrolled]
+
+
+def _unroll_blocks(
+    form: BlockForm,
+    agent: RecurrentAgent,
+    nets: Sequence[PyTree],
+    num_trained: int,
+    carry: Array,
+    seen: SeenByAgents,
+    *,
+    keeps_hiddens: bool,
+) -> list[Unrolled]:
+    """Unrolls all nets together; the first ``num_trained`` have gradients."""
+    # Observations are made of their compact form block by block, so that those of all steps never exist.
+    if seen.compact is None:
+        sources, observe = seen.obs, lambda obs: obs
+    else:
+        sources, make_obs = seen.compact.args, seen.compact.func
+        observe = lambda parts: make_obs(*parts)  # noqa: E731
+
+    def features(parts: PyTree, last_action: Array) -> Array:
+        return agent_inputs(observe(parts).astype(carry.dtype), last_action, agent.num_actions)
+
+    num_steps, block = len(seen.obs), form.block_length(len(seen.obs))
+    plan = UnrollPlan(num_trained, block, min(form.steps_inline, block), features, keeps_hiddens)
+    num_inputs = jax.eval_shape(features, sources, seen.last_action).shape[-1]
     layers = [apply_net(agent, params, num_inputs, method="weights") for params in nets]
     weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-    starts = None if starts is None else starts.reshape(len(obs), -1)
-    sequence = padded_sequence(plan, obs, last_action, starts, num_places)
+    starts = None if seen.starts is None else seen.starts.reshape(num_steps, -1)
+    sequence = padded_sequence(plan, sources, seen.last_action, starts, seen.num_places)
     results = blocked_unroll(plan, weights, carry.reshape(-1, agent.hidden_dim), sequence)
     utilities, hiddens = jax.tree.map(
-        lambda leaf: leaf[:, : len(obs)].reshape(len(nets), *last_action.shape, leaf.shape[-1]), results
+        lambda leaf: leaf[:, :num_steps].reshape(len(nets), *seen.last_action.shape, leaf.shape[-1]), results
     )
     return [Unrolled(None if hiddens is None else hiddens[net], utilities[net]) for net in range(len(nets))]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from wqmix_jax.networks.linear import LinearWeights
 from wqmix_jax.networks.recurrent import GRUWeights
-from wqmix_jax.types import Array
+from wqmix_jax.types import Array, PyTree
 
 
 class UnrollPlan(NamedTuple):
@@ -26,15 +26,14 @@ class UnrollPlan(NamedTuple):
         num_trained: how many of the nets, the first ones, have gradients.
         block: time steps of a block.
         unroll: steps of the inner loop's body that are compiled as straight-line code.
-        features: maps a block's ``(obs, last_action)``, ``[K, .., N, O]`` and ``[K, .., N]``, to the nets' inputs
-            ``[K, .., N, I]``, of which the first ``O`` are ``obs``.
+        features: maps a block's ``(sources, last_action)`` to the nets' inputs ``[K, .., N, I]``, see `Sequence`.
         keeps_hiddens: whether hidden states are returned; otherwise those of nets without gradients are never stored.
     """
 
     num_trained: int
     block: int
     unroll: int
-    features: Callable[[Array, Array], Array]
+    features: Callable[[PyTree, Array], Array]
     keeps_hiddens: bool
 
 
@@ -50,13 +49,14 @@ class Sequence(NamedTuple):
     """What all nets see, padded to whole blocks by `padded_sequence`: ``T`` is a multiple of the block's length.
 
     Attributes:
-        obs: ``[T, .., N, O]``.
+        sources: leaves ``[T, ..]``, which the nets' inputs are made of in addition to ``last_action``; floating ones
+            have a gradient.
         last_action: ``[T, .., N]`` int.
         starts: ``[T, R]`` bool, where the hidden state before the step is the first one again; None for nowhere.
         num_places: scalar int32, the number of steps that are taken, up to the end of a block; None for all.
     """
 
-    obs: Array
+    sources: PyTree
     last_action: Array
     starts: Array | None
     num_places: Array | None
@@ -99,15 +99,15 @@ class _Residuals(NamedTuple):
 
 
 def padded_sequence(
-    plan: UnrollPlan, obs: Array, last_action: Array, starts: Array | None, num_places: Array | None
+    plan: UnrollPlan, sources: PyTree, last_action: Array, starts: Array | None, num_places: Array | None
 ) -> Sequence:
     """Pads time to whole blocks with zeros."""
 
     def padded(leaf: Array) -> Array:
         return jnp.pad(leaf, [(0, -len(leaf) % plan.block)] + [(0, 0)] * (leaf.ndim - 1))
 
-    obs, last_action, starts = jax.tree.map(padded, (obs, last_action, starts))
-    return Sequence(obs, last_action, starts, num_places)
+    sources, last_action, starts = jax.tree.map(padded, (sources, last_action, starts))
+    return Sequence(sources, last_action, starts, num_places)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -140,7 +140,7 @@ def _forward(
     kernel, bias = weights.gru.hidden_kernel, weights.gru.hidden_bias
     num_nets, num_steps, num_kept = (
         len(kernel),
-        len(sequence.obs),
+        len(sequence.last_action),
         len(kernel) if plan.keeps_hiddens else plan.num_trained,
     )
     begin = jnp.broadcast_to(carry[None], (num_nets, *carry.shape))
@@ -181,13 +181,13 @@ class _Gradients(NamedTuple):
         before: ``[num_trained, R, H]``, with respect to the hidden states before the block.
         carry: ``[R, H]``.
         weights: of the trained nets.
-        obs: as `Sequence.obs`.
+        sources: those of `Sequence.sources`; None for leaves that have no gradient.
     """
 
     before: Array
     carry: Array
     weights: AgentWeights
-    obs: Array
+    sources: PyTree
 
 
 def _backward(
@@ -254,22 +254,22 @@ def _backward(
             ),
             LinearWeights(_product("gkrh,gkra->gha", after, d_head.astype(narrow)), d_head.sum((1, 2))),
         )
-        # Observations are data as a rule: then nothing reads their gradient, and the compiler removes it.
-        obs = so_far.obs
-        d_obs = _product("gkrf,gif->kri", d_encoded, encoder.kernel)[..., : obs.shape[-1]]
-        d_obs = d_obs.reshape(plan.block, *obs.shape[1:])
-        d_obs = jax.lax.dynamic_update_slice_in_dim(obs, d_obs, index * plan.block, 0)
-        return _Gradients(d_before, d_carry, jax.tree.map(jnp.add, so_far.weights, d_weights), d_obs)
+        # Sources are data as a rule: then nothing reads their gradient, and the compiler removes it.
+        d_block = _sources_gradient(plan, sequence, index, _product("gkrf,gif->kri", d_encoded, encoder.kernel))
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=index * plan.block, axis=0)
+        d_sources = jax.tree.map(put, so_far.sources, d_block)
+        return _Gradients(d_before, d_carry, jax.tree.map(jnp.add, so_far.weights, d_weights), d_sources)
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, carry.dtype), weights)
-    so_far = _Gradients(jnp.zeros_like(begin), jnp.zeros_like(carry), zeros, jnp.zeros_like(sequence.obs))
+    d_sources = jax.tree.map(lambda leaf: jnp.zeros_like(leaf) if _is_float(leaf) else None, sequence.sources)
+    so_far = _Gradients(jnp.zeros_like(begin), jnp.zeros_like(carry), zeros, d_sources)
     with _loop_scope(plan, sequence):
         grads = jax.lax.fori_loop(0, used, add_block, so_far)
 
     def with_frozen(grad: Array, leaf: Array) -> Array:
         return jnp.pad(grad, [(0, len(leaf) - len(grad))] + [(0, 0)] * (grad.ndim - 1)).astype(leaf.dtype)
 
-    d_sequence = Sequence(grads.obs, None, None, None)  # type: ignore[arg-type]
+    d_sequence = Sequence(grads.sources, None, None, None)  # type: ignore[arg-type]
     return jax.tree.map(with_frozen, grads.weights, every), grads.carry + grads.before.sum(0), d_sequence
 
 
@@ -307,10 +307,24 @@ def _restarted(values: Array, carry: Array, start: Array | None) -> Array:
 
 def _inputs(plan: UnrollPlan, sequence: Sequence, index: Array) -> tuple[Array, Any]:
     """Returns a block's inputs ``[K, R, I]`` and starts ``[K, R]``."""
-    obs, last_action = (_at_block(plan, leaf, index) for leaf in (sequence.obs, sequence.last_action))
-    inputs = plan.features(obs, last_action)
+    at_block = functools.partial(_at_block, plan, index=index)
+    inputs = plan.features(*jax.tree.map(at_block, (sequence.sources, sequence.last_action)))
     starts = None if sequence.starts is None else _at_block(plan, sequence.starts, index)
     return inputs.reshape(plan.block, -1, inputs.shape[-1]), starts
+
+
+def _sources_gradient(plan: UnrollPlan, sequence: Sequence, index: Array, d_inputs: Array) -> PyTree:
+    """Returns the gradient of a block's sources, given that of its inputs ``[K, R, I]``; None for integers."""
+    sources, last_action = jax.tree.map(
+        functools.partial(_at_block, plan, index=index), (sequence.sources, sequence.last_action)
+    )
+    inputs, pull_back = jax.vjp(lambda sources: plan.features(sources, last_action), sources)
+    (d_sources,) = pull_back(d_inputs.reshape(inputs.shape))
+    return jax.tree.map(lambda leaf, grad: grad if _is_float(leaf) else None, sources, d_sources)
+
+
+def _is_float(leaf: Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _at_block(plan: UnrollPlan, leaf: Array, index: Array, axis: int = 0) -> Array:
@@ -319,10 +333,10 @@ def _at_block(plan: UnrollPlan, leaf: Array, index: Array, axis: int = 0) -> Arr
 
 def _loop_scope(plan: UnrollPlan, sequence: Sequence) -> AbstractContextManager[None]:
     """Names a loop of dynamic length after its most turns, for whoever reads the compiled program."""
-    return jax.named_scope(f"blocks_at_most_{len(sequence.obs) // plan.block}")
+    return jax.named_scope(f"blocks_at_most_{len(sequence.last_action) // plan.block}")
 
 
 def _used_blocks(plan: UnrollPlan, sequence: Sequence) -> Array | int:
     if sequence.num_places is None:
-        return len(sequence.obs) // plan.block
+        return len(sequence.last_action) // plan.block
     return (sequence.num_places + plan.block - 1) // plan.block

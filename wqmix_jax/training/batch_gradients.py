@@ -147,7 +147,9 @@ def make_batching(
     num_parts = sharding.mesh.shape[BATCH_AXIS] if isinstance(sharding, NamedSharding) else 1
     rows = jax.ShapeDtypeStruct((algo.batch_size, replay.row_bytes), jnp.uint8)
     whole = jax.eval_shape(lambda rows: replay.decode(rows, limit), rows)
-    part_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(whole)) // num_parts
+    part_bytes = (
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(whole._replace(compact=None))) // num_parts
+    )
     return Batching(
         algo=algo,
         replay=replay,

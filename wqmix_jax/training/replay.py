@@ -96,17 +96,20 @@ def _first_steps(env: Environment, stored: StoredEpisode, num_steps: int) -> Epi
     More steps than an episode can have are padding. It is added to compact states, before anything large exists.
     """
     steps = jnp.arange(num_steps + 1)[None, :]
-    return _episode(
-        _seen(
-            env,
-            jax.tree.map(lambda leaf: with_length(leaf, num_steps + 1), stored.steps),
-            steps <= stored.length[:, None],
-        ),
+    compact = jax.tree.map(lambda leaf: with_length(leaf, num_steps + 1), stored.steps), steps <= stored.length[:, None]
+    batch = _episode(
+        _seen(env, *compact),
         joint_action=with_length(stored.joint_action, num_steps),
         reward=with_length(stored.reward, num_steps),
         terminated=stored.terminated[:, None] & (steps[:, :-1] == stored.length[:, None] - 1),
         mask=steps[:, :-1] < stored.length[:, None],
     )
+    return batch._replace(compact=jax.tree_util.Partial(functools.partial(_obs, env), *compact))
+
+
+def _obs(env: Environment, steps: PyTree, is_filled: Array) -> Array:
+    """Returns the observations of `_seen` alone, ``[R, T+1, N, O]``."""
+    return _seen(env, steps, is_filled).obs
 
 
 def with_length(leaf: Array, length: int, axis: int = 1) -> Array:
