@@ -24,9 +24,11 @@ LAYERS = (
 INSIDE = {
     "ops": (("action_selection", "randomness", "td", "weighting"),),
     "networks": (
-        ("functional", "linear"),
+        ("functional",),
+        ("linear",),
         ("mixers", "persistent_kernels", "q_star", "qplex", "qtran", "recurrent"),
-        ("agent", "persistent"),
+        ("blocked_recurrent", "persistent"),
+        ("agent",),
     ),
     "interop": (("pymarl",),),
     "envs": (

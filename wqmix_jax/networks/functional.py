@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -23,10 +24,13 @@ class BlockForm(NamedTuple):
             kernels in addition to those of its steps.
         steps_inline: steps of a block that are compiled as straight-line code. A GPU saves the kernels that a loop
             spends on its counter and its slices; a TPU, for which these are cheap, saves code.
+        recomputes_layers: whether the backward pass of other nets, such as mixers, recomputes their hidden layers, so
+            that those of one net exist at a time.
     """
 
     max_steps: int
     steps_inline: int
+    recomputes_layers: bool = False
 
     def block_length(self, num_steps: int) -> int:
         """Returns the steps of a block such that the last block has the least padding."""
@@ -76,4 +80,8 @@ def apply_net(net: nn.Module, params: PyTree, *inputs: Any, method: str = "__cal
     dtype = _compute_dtype.get()
     if dtype != "float32":
         params = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, params)
-    return net.apply({"params": params}, *inputs, method=method)
+    apply = functools.partial(net.apply, method=method)
+    form = block_form()
+    if form is not None and form.recomputes_layers and method == "__call__":
+        apply = jax.checkpoint(apply)
+    return apply({"params": params}, *inputs)

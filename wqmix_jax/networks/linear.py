@@ -1,12 +1,15 @@
 """Linear layers and MLPs with PyTorch's initialisation and gradients."""
 
+import functools
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from wqmix_jax.networks.functional import block_form
 from wqmix_jax.types import Array
 
 
@@ -46,8 +49,13 @@ def _backward(residuals: tuple[Array, ...], d_outputs: Array) -> tuple[Array, ..
     kernel, *inputs = residuals
     rows = jnp.concatenate(inputs, axis=-1).reshape(-1, len(kernel))
     d_kernel = product(d_outputs.reshape(len(rows), -1).T, rows.astype(kernel.dtype)).T
-    parts = jnp.split(kernel, list(itertools.accumulate(part.shape[-1] for part in inputs[:-1])))
+    parts = jnp.split(kernel, _ends(inputs))
     return d_kernel.astype(kernel.dtype), *(product(d_outputs, part.T) for part in parts)
+
+
+def _ends(inputs: Sequence[Array]) -> list[int]:
+    """Returns the row of the kernel after the last of each input but the last."""
+    return list(itertools.accumulate(part.shape[-1] for part in inputs[:-1]))
 
 
 _product_side_by_side.defvjp(_forward, _backward)
@@ -76,7 +84,13 @@ class Linear(nn.Module):
     def __call__(self, *inputs: Array) -> Array:
         """Applies the layer to ``[.., I_1]``, ``[.., I_2]``, .. concatenated."""
         kernel, bias = self.weights(sum(part.shape[-1] for part in inputs))
-        outputs = product(*inputs, kernel) if len(inputs) == 1 else _product_side_by_side(kernel, *inputs)
+        if len(inputs) == 1:
+            outputs = product(*inputs, kernel)
+        elif block_form() is None:
+            outputs = _product_side_by_side(kernel, *inputs)
+        else:  # concatenated inputs would be one more array in an accelerator's memory
+            parts = zip(inputs, jnp.split(kernel, _ends(inputs)), strict=True)
+            outputs = functools.reduce(jnp.add, [product(*part) for part in parts])
         return outputs + bias.reshape((1,) * (outputs.ndim - 1) + (-1,))
 
 

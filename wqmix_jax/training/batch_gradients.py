@@ -37,7 +37,10 @@ LARGE_TILE, SMALL_TILE = 64, 16
 predator-prey: tiles above `LARGE_TILE` are no cheaper per row. `SMALL_TILE` costs more per row, but wastes fewer rows
 at the end."""
 
-_GPU_BLOCKS, _TPU_BLOCKS = BlockForm(max_steps=32, steps_inline=32), BlockForm(max_steps=12, steps_inline=1)
+_GPU_BLOCKS, _TPU_BLOCKS = (
+    BlockForm(max_steps=32, steps_inline=32),
+    BlockForm(12, steps_inline=1, recomputes_layers=True),
+)
 
 BLOCK_FORMS = {"gpu": _GPU_BLOCKS, "cuda": _GPU_BLOCKS, "rocm": _GPU_BLOCKS, "tpu": _TPU_BLOCKS}
 """The platforms whose recurrent nets are unrolled in blocks. On a TPU, memory decides the length of a block: 12 steps

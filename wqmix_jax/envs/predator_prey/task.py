@@ -8,6 +8,7 @@ In shapes, ``N`` is the number of agents, ``P`` the number of prey, ``r`` the `o
 rows and columns of the grid. A cell's index counts the cells row by row.
 """
 
+import functools
 from typing import Annotated, ClassVar, NamedTuple, Self
 
 import jax
@@ -417,10 +418,21 @@ def _choose(cells: Array, possible: Array, uniform: Array) -> Array:
 
 
 def _ones_at(features: Array, size: int) -> Array:
-    """Returns ``[.., size]`` float32 with ones at ``features`` (``[.., J]``); -1 is nowhere.
+    """Returns ``[.., size]`` float32 with ones at ``features`` (``[.., J]``); -1 is nowhere."""
+    forms = {"cpu": _ones_by_word, "default": _ones_by_place}
+    return jax.lax.platform_dependent(features, **{name: functools.partial(form, size) for name, form in forms.items()})
 
-    The ones are collected as bits of words first. Comparing every feature with every place instead would take a sixth
-    of a learner step for a replayed batch.
+
+def _ones_by_place(size: int, features: Array) -> Array:
+    """Compares every feature with every place: on an accelerator, one kernel without an array of words."""
+    places = jnp.arange(size, dtype=features.dtype).reshape((1,) * features.ndim + (-1,))
+    return (features[..., None] == places).any(-2).astype(jnp.float32)
+
+
+def _ones_by_word(size: int, features: Array) -> Array:
+    """Collects the ones as bits of words first.
+
+    On a CPU, comparing every feature with every place would take a sixth of a learner step for a replayed batch.
     """
     word, bit = jnp.divmod(features, WORD_BITS)  # -1 is in word -1
     # [.., J, words]: each feature as a bit in its word; then the words of all J features are joined.
