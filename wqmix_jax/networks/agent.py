@@ -184,7 +184,7 @@ def _unroll_blocks(
         return agent_inputs(observe(parts).astype(carry.dtype), last_action, agent.num_actions)
 
     num_steps, block = len(seen.obs), form.block_length(len(seen.obs))
-    plan = UnrollPlan(num_trained, block, min(form.steps_inline, block), features, keeps_hiddens)
+    plan = UnrollPlan(num_trained, block, min(form.steps_inline, block), features, keeps_hiddens, form.recomputes)
     num_inputs = jax.eval_shape(features, sources, seen.last_action).shape[-1]
     layers = [apply_net(agent, params, num_inputs, method="weights") for params in nets]
     weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)

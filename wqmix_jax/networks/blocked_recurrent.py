@@ -28,6 +28,8 @@ class UnrollPlan(NamedTuple):
         unroll: steps of the inner loop's body that are compiled as straight-line code.
         features: maps a block's ``(sources, last_action)`` to the nets' inputs ``[K, .., N, I]``, see `Sequence`.
         keeps_hiddens: whether hidden states are returned; otherwise those of nets without gradients are never stored.
+        recomputes: whether the backward pass recomputes the hidden states of a block from those before it. Otherwise
+            they are stored, ``[num_trained, T, R, H]``, and the loop over time runs once less.
     """
 
     num_trained: int
@@ -35,6 +37,7 @@ class UnrollPlan(NamedTuple):
     unroll: int
     features: Callable[[PyTree, Array], Array]
     keeps_hiddens: bool
+    recomputes: bool
 
 
 class AgentWeights(NamedTuple):
@@ -87,14 +90,14 @@ class _Residuals(NamedTuple):
     """The inputs of the backward pass: the arguments of `blocked_unroll`, and what the forward pass stores.
 
     Attributes:
-        hiddens: ``[num_trained, T, R, H]``, of the trained nets.
+        hiddens: ``[num_trained, T, R, H]``, of the trained nets; None if they are recomputed.
         first: ``[blocks, num_trained, R, H]``, their hidden states before each block.
     """
 
     weights: AgentWeights
     carry: Array
     sequence: Sequence
-    hiddens: Array
+    hiddens: Array | None
     first: Array
 
 
@@ -137,28 +140,16 @@ def _forward(
     # inner one has a static length, and its body is one product [G, R, H] x [G, H, 3H] and one elementwise kernel. Nets
     # come first in a block's arrays, [G, K, R, ..]: then a product's rows, K * R, are contiguous, which makes a third
     # of the code on a TPU.
-    kernel, bias = weights.gru.hidden_kernel, weights.gru.hidden_bias
-    num_nets, num_steps, num_kept = (
-        len(kernel),
-        len(sequence.last_action),
-        len(kernel) if plan.keeps_hiddens else plan.num_trained,
-    )
+    num_nets, num_steps = len(weights.gru.hidden_kernel), len(sequence.last_action)
+    num_kept = num_nets if plan.keeps_hiddens else 0 if plan.recomputes else plan.num_trained
     begin = jnp.broadcast_to(carry[None], (num_nets, *carry.shape))
-
-    def step(hidden: Array, at: tuple[Array, Array | None]) -> tuple[Array, Array]:
-        from_inputs, start = at
-        hidden = _restarted(hidden, begin, start)
-        gates = _gates(from_inputs, _product("grh,ghm->grm", hidden, kernel) + bias[:, None, :])
-        hidden = (1 - gates.update) * gates.new + gates.update * hidden
-        return hidden, hidden
 
     def add_block(index: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
         hidden, outputs, hiddens, first = state
         first = jax.lax.dynamic_update_index_in_dim(first, hidden[: plan.num_trained], index, 0)
         inputs, start = _inputs(plan, sequence, index)
         from_inputs = _before_gates(weights, inputs).from_inputs
-        hidden, after = jax.lax.scan(step, hidden, (from_inputs.swapaxes(0, 1), start), unroll=plan.unroll)
-        after = after.swapaxes(0, 1)
+        hidden, after = _steps(plan, weights.gru, begin, hidden, from_inputs, start)
         heads = _product("gkrh,gha->gkra", after, weights.head.kernel) + _bias(weights.head.bias)
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=index * plan.block, axis=1)
         return hidden, put(outputs, heads), put(hiddens, after[:num_kept]), first
@@ -170,7 +161,8 @@ def _forward(
     state = begin, outputs, hiddens, first
     with _loop_scope(plan, sequence):
         _, outputs, hiddens, first = jax.lax.fori_loop(0, _used_blocks(plan, sequence), add_block, state)
-    residuals = _Residuals(weights, carry, sequence, hiddens[: plan.num_trained], first)
+    stored = None if plan.recomputes else hiddens[: plan.num_trained]
+    residuals = _Residuals(weights, carry, sequence, stored, first)
     return (outputs, hiddens if plan.keeps_hiddens else None), residuals
 
 
@@ -195,7 +187,7 @@ def _backward(
 ) -> tuple[AgentWeights, Array, Sequence]:
     """Backpropagates through time: the gradients of `blocked_unroll`'s results -> those of its arguments.
 
-    Nothing but hidden states was stored: the gates are recomputed from them, as products over a block of steps. Given
+    At most hidden states were stored: the gates are recomputed from them, as products over a block of steps. Given
     the gates, the gradient with respect to a hidden state, ``[G, R, H]``, depends linearly on that of the next one: the
     inner loop scales it by factors computed beforehand and multiplies it with the kernel. The products that make the
     weights' gradients of it follow after the loop.
@@ -218,10 +210,13 @@ def _backward(
     def add_block(count: Array, so_far: _Gradients) -> _Gradients:
         index = used - 1 - count
         inputs, start = _inputs(plan, sequence, index)
-        after, d_head = (_at_block(plan, leaf, index, axis=1) for leaf in (hiddens, d_outputs))
+        block, d_head = _before_gates(weights, inputs), _at_block(plan, d_outputs, index, axis=1)
+        if hiddens is None:
+            after = _steps(plan, gru, begin, first[index], block.from_inputs, start)[1]
+        else:
+            after = _at_block(plan, hiddens, index, axis=1)
         before = jnp.concatenate([first[index][:, None], after[:, :-1]], axis=1)
         before = _restarted(before, begin[:, None], start)
-        block = _before_gates(weights, inputs)
         from_hidden = _product("gkrh,ghm->gkrm", before, gru.hidden_kernel) + _bias(gru.hidden_bias)
         gates = _gates(block.from_inputs, from_hidden)
         # From h = (1 - update) new + update before and new = tanh(.. + reset hidden_new), with sigmoid' = s (1 - s):
@@ -290,6 +285,35 @@ def _before_gates(weights: AgentWeights, inputs: Array) -> _Block:
 
 def _bias(bias: Array) -> Array:
     return bias[:, None, None, :]
+
+
+def _steps(
+    plan: UnrollPlan, gru: GRUWeights, begin: Array, hidden: Array, from_inputs: Array, starts: Array | None
+) -> tuple[Array, Array]:
+    """Takes the steps of a block.
+
+    Args:
+        plan: static choices.
+        gru: of ``G`` nets.
+        begin: ``[G, R, H]``, the hidden states where rows start.
+        hidden: ``[G, R, H]``, those before the block.
+        from_inputs: ``[G, K, R, 3H]``.
+        starts: ``[K, R]``, or None.
+
+    Returns:
+        The hidden states after the block, and those after each step ``[G, K, R, H]``.
+    """
+
+    def step(hidden: Array, at: tuple[Array, Array | None]) -> tuple[Array, Array]:
+        from_inputs, start = at
+        hidden = _restarted(hidden, begin, start)
+        from_hidden = _product("grh,ghm->grm", hidden, gru.hidden_kernel) + gru.hidden_bias[:, None, :]
+        gates = _gates(from_inputs, from_hidden)
+        hidden = (1 - gates.update) * gates.new + gates.update * hidden
+        return hidden, hidden
+
+    hidden, after = jax.lax.scan(step, hidden, (from_inputs.swapaxes(0, 1), starts), unroll=plan.unroll)
+    return hidden, after.swapaxes(0, 1)
 
 
 def _gates(from_inputs: Array, from_hidden: Array) -> _Gates:

@@ -24,13 +24,13 @@ class BlockForm(NamedTuple):
             kernels in addition to those of its steps.
         steps_inline: steps of a block that are compiled as straight-line code. A GPU saves the kernels that a loop
             spends on its counter and its slices; a TPU, for which these are cheap, saves code.
-        recomputes_layers: whether the backward pass of other nets, such as mixers, recomputes their hidden layers, so
-            that those of one net exist at a time.
+        recomputes: whether the backward pass recomputes hidden states block by block, and hidden layers of mixers net
+            by net, so that those of one block and one net exist at a time.
     """
 
     max_steps: int
     steps_inline: int
-    recomputes_layers: bool = False
+    recomputes: bool = False
 
     def block_length(self, num_steps: int) -> int:
         """Returns the steps of a block such that the last block has the least padding."""
@@ -82,6 +82,6 @@ def apply_net(net: nn.Module, params: PyTree, *inputs: Any, method: str = "__cal
         params = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, params)
     apply = functools.partial(net.apply, method=method)
     form = block_form()
-    if form is not None and form.recomputes_layers and method == "__call__":
+    if form is not None and form.recomputes and method == "__call__":
         apply = jax.checkpoint(apply)
     return apply({"params": params}, *inputs)

@@ -39,7 +39,7 @@ at the end."""
 
 _GPU_BLOCKS, _TPU_BLOCKS = (
     BlockForm(max_steps=32, steps_inline=32),
-    BlockForm(12, steps_inline=1, recomputes_layers=True),
+    BlockForm(12, steps_inline=1, recomputes=True),
 )
 
 BLOCK_FORMS = {"gpu": _GPU_BLOCKS, "cuda": _GPU_BLOCKS, "rocm": _GPU_BLOCKS, "tpu": _TPU_BLOCKS}
