@@ -90,10 +90,11 @@ class RunConfig:
         eval_interval: environment steps between evaluations, counted in iterations of full episodes.
         eval_episodes: greedy episodes of one evaluation.
         chunk_iterations: the most iterations of one compiled call; never changes a number.
-        matmul_precision: precision in which float32 matrices are multiplied: ``float32``, ``tensorfloat32`` or
-            ``bfloat16``; without effect on a CPU.
+        matmul_precision: precision in which an accelerator multiplies float32 matrices: ``float32``;
+            ``tensorfloat32``, three bfloat16 products on a TPU; or ``bfloat16``, one on a TPU. On a GPU both are
+            TensorFloat-32. Without effect on a CPU.
         compute_dtype: type of the matrices that nets multiply, ``float32`` or ``bfloat16``; everything else, the
-            parameters included, is float32.
+            parameters included, is float32. With ``bfloat16``, ``matmul_precision`` has nearly no effect.
         compilation_cache: compiled programs are kept in the user's cache folder (``true``), in the named folder, or
             nowhere (``false``).
         run_dir: the run's folder; ``null``: a dated folder under ``outputs``.

@@ -75,8 +75,8 @@ class EvaluateOptions:
         render: a GIF to which one more episode is drawn.
         member: member of the run whose episode is drawn, counted from 0 in the order of ``run.json``.
         overwrite: lets the picture replace a file.
-        matmul_precision: precision in which float32 matrices are multiplied: ``float32``, ``tensorfloat32`` or
-            ``bfloat16``; without effect on a CPU.
+        matmul_precision: precision in which an accelerator multiplies float32 matrices: ``float32``,
+            ``tensorfloat32`` or ``bfloat16``; without effect on a CPU.
         compilation_cache: compiled programs are kept in the user's cache folder (``true``), in the named folder, or
             nowhere (``false``).
     """

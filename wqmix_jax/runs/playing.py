@@ -15,6 +15,7 @@ from wqmix_jax.ops.randomness import pinned_draws
 from wqmix_jax.records.atomic import atomic
 from wqmix_jax.runs.saved_policies import GREEDY, GreedyPolicy, play_episode
 from wqmix_jax.training.compile_cache import cache_faults_in_one_line
+from wqmix_jax.training.devices import jax_precision
 from wqmix_jax.training.rollout import Figures, greedy_episodes
 from wqmix_jax.types import Moment, PRNGKey, PyTree
 
@@ -38,11 +39,12 @@ def play_policies(
     """
     first = next(iter(policies.values()))
     key = jax.random.key(seed, impl="threefry2x32")
+    precision = jax_precision(first.matmul_precision, jax.default_backend())
     env.external.sharding()  # refuses if the host can't be called
 
     @jax.jit
     def play(params: PyTree, hp: PyTree, ctx: Context, keys: PRNGKey) -> Figures:
-        with pinned_draws(), jax.default_matmul_precision(first.matmul_precision), compute_in(first.compute_dtype):
+        with pinned_draws(), jax.default_matmul_precision(precision), compute_in(first.compute_dtype):
             return greedy_episodes(env, first.algo, params, hp, ctx, keys, num_episodes=episodes)
 
     for name, policy in policies.items():

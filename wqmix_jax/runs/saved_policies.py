@@ -19,6 +19,7 @@ from wqmix_jax.networks.functional import compute_in
 from wqmix_jax.ops.action_selection import with_idle_action
 from wqmix_jax.ops.randomness import pinned_draws
 from wqmix_jax.records.atomic import atomic
+from wqmix_jax.training.devices import jax_precision
 from wqmix_jax.training.members import Member, labels_of
 from wqmix_jax.types import Array, EnvSpec, Moment, PRNGKey, PyTree
 
@@ -176,7 +177,7 @@ class GreedyPolicy:
         algo: the algorithm, with the member's values of swept options.
         params: one member's parameters, as `Algorithm.acting_params` returns them.
         env_spec: the sizes of the environment.
-        matmul_precision: the value of `jax.default_matmul_precision` while acting.
+        matmul_precision: precision of products of float32 matrices on an accelerator, an option of the run.
         compute_dtype: the dtype of the matrices that nets multiply.
         env_steps: environment steps that it was trained for, 0 for untrained nets; None if unknown.
     """
@@ -213,7 +214,8 @@ class GreedyPolicy:
         hp = jax.tree.map(jnp.asarray, hyperparams(self.algo))
         inputs = AgentInputs(obs, carry.last_action, with_idle_action(avail_actions))
         key = jax.random.key(0, impl="threefry2x32")  # greedy: nothing depends on it
-        with jax.default_matmul_precision(self.matmul_precision), compute_in(self.compute_dtype):
+        precision = jax_precision(self.matmul_precision, jax.default_backend())
+        with jax.default_matmul_precision(precision), compute_in(self.compute_dtype):
             joint_action, recurrent = self.algo.act(self.params, carry.recurrent, inputs, hp, GREEDY, key)
         return joint_action, PolicyCarry(recurrent, joint_action)
 

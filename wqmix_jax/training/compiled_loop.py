@@ -24,7 +24,7 @@ from wqmix_jax.ops.action_selection import linear_epsilon
 from wqmix_jax.ops.randomness import pinned_draws
 from wqmix_jax.training.batch_gradients import Batches, Batching, batch_gradients, make_batching
 from wqmix_jax.training.compile_cache import compile_program
-from wqmix_jax.training.devices import seed_sharding
+from wqmix_jax.training.devices import jax_precision, seed_sharding
 from wqmix_jax.training.learner import LearnerState, apply_gradients, copy_targets, init_learner
 from wqmix_jax.training.members import Member
 from wqmix_jax.training.replay import Replay, ReplayState, make_replay
@@ -190,6 +190,7 @@ class _Run(NamedTuple):
     config: RunConfig
     replay: Replay
     batching: Batching
+    matmul_precision: str
 
 
 def train_sharding(config: RunConfig, num_seeds: int) -> Sharding:
@@ -231,7 +232,8 @@ def make_trainer(
     batching = make_batching(
         env, algo, replay, sharding, memory_groups=memory_groups, batches=batches, platform=platform
     )
-    run = _Run(config, replay, batching)
+    precision = jax_precision(config.matmul_precision, next(iter(sharding.device_set)).platform)
+    run = _Run(config, replay, batching, precision)
     # The interval is in environment steps of full episodes. A chunk divides it, so that evaluations are between chunks.
     eval_iterations = max(1, config.eval_interval // (config.num_envs * env.spec.episode_limit))
     chunk_iterations = max(k for k in range(1, config.chunk_iterations + 1) if eval_iterations % k == 0)
@@ -310,9 +312,9 @@ def abstract_interval(trainer: Trainer, members: Sequence[Member]) -> TrainRecor
 
 
 @contextlib.contextmanager
-def _numerics(config: RunConfig) -> Iterator[None]:
+def _numerics(run: _Run) -> Iterator[None]:
     """Sets what numbers depend on while a function is traced, so that no setting of the caller changes them."""
-    with pinned_draws(), jax.default_matmul_precision(config.matmul_precision), compute_in(config.compute_dtype):
+    with pinned_draws(), jax.default_matmul_precision(run.matmul_precision), compute_in(run.config.compute_dtype):
         yield
 
 
@@ -356,7 +358,7 @@ def _run_iterations(run: _Run, most: int, state: TrainState, num_iterations: Arr
 
     A loop of traced length instead of a scan: one program runs chunks of all lengths.
     """
-    with _numerics(run.config):
+    with _numerics(run):
         carry = state, _no_records(run, len(state.failed), most)
         return jax.lax.fori_loop(0, jnp.minimum(num_iterations, most), functools.partial(_iteration, run), carry)
 
@@ -470,7 +472,7 @@ def _loss_names(run: _Run) -> tuple[str, ...]:
 
 
 def _learn_alone(run: _Run, state: TrainState) -> tuple[LearnerState, dict[str, Array]]:
-    with _numerics(run.config):
+    with _numerics(run):
         ready, epsilon = jnp.ones(state.failed.shape, bool), _context(state).epsilon
         return _learn(run, state, ready=ready, epsilon=epsilon, episodes_before=state.counters.episodes)
 
@@ -478,7 +480,7 @@ def _learn_alone(run: _Run, state: TrainState) -> tuple[LearnerState, dict[str, 
 def _play_greedily(run: _Run, state: TrainState) -> EvalRecord:
     """Evaluates the online parameters; see `Trainer.evaluate`."""
     config, params = run.config, state.learner.params
-    with _numerics(config):
+    with _numerics(run):
         keys, ctx = _fold_in(state.keys.evaluation, state.counters.episodes), _context(state)
         figures = greedy_episodes(
             config.env, config.algo, params, state.hp, ctx, keys, num_episodes=config.eval_episodes

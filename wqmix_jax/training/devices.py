@@ -18,6 +18,9 @@ from wqmix_jax.errors import ConfigError
 SEED_AXIS, BATCH_AXIS = "seeds", "batch"
 """The mesh axes: the leading axis ``S`` of a train state is spread over the first and is whole along the second."""
 
+GPUS = ("gpu", "cuda", "rocm")
+"""JAX's names of the platform of a GPU."""
+
 _GPU_MEMORY = {
     "XLA_PYTHON_CLIENT_PREALLOCATE",
     "XLA_PYTHON_CLIENT_MEM_FRACTION",
@@ -39,8 +42,8 @@ TPU_MEMORY = {
     for kind in kinds
 }
 """Bytes that a program may use on a device, by its kind: the memory of a chip, or of a core where a device is one (v2
-and v3), less what a TPU keeps for itself. These are the limits that libtpu 0.0.42 names when it refuses a program. Only
-for v4 it names half of it: there the compiler alone takes each core of a chip for a device, a real machine the chip."""
+and v3), less what a TPU keeps for itself. These are the limits that libtpu 0.0.42 names when it refuses a program; for
+v4 that of a chip whose cores are one device, as on Cloud TPU."""
 
 MIN_PART = 4
 """Episodes, or rows that episodes share; a batch is not cut into smaller parts."""
@@ -95,6 +98,15 @@ def device_memory(device: Any) -> int | None:
         if "bytes_limit" in (stats := device.memory_stats() or {}):
             return stats["bytes_limit"]
     return TPU_MEMORY.get(device.device_kind)
+
+
+def jax_precision(matmul_precision: str, platform: str) -> str:
+    """Returns the `jax.default_matmul_precision` that gives an option ``matmul_precision`` its effect on a platform.
+
+    JAX's ``tensorfloat32`` is three bfloat16 passes on a TPU, but leaves XLA's own kernels for GPUs in float32. There
+    JAX's ``bfloat16``, the lowest precision, is TensorFloat-32.
+    """
+    return "bfloat16" if platform in GPUS and matmul_precision == "tensorfloat32" else matmul_precision
 
 
 def asked_platforms() -> str | None:
