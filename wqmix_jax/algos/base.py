@@ -16,6 +16,7 @@ from typing import Annotated, Any, NamedTuple, Self, TypeVar
 import pydantic
 from pydantic import Field
 
+from wqmix_jax.ops.randomness import defines_last
 from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, Episode, PRNGKey, PyTree
 
@@ -135,6 +136,26 @@ class Algorithm(abc.ABC):
     ) -> tuple[Array, PyTree]:
         """Chooses the joint action ``[.., N]`` int32 from local inputs alone, and updates the recurrent state."""
 
+    def sample_act_noise(self, key: PRNGKey, shape: tuple[int, ...]) -> PyTree:
+        """Draws all random numbers of one `act`; by default they are the key itself, from which `act` draws.
+
+        The trainer draws for many steps in one call, before it plays them: on a GPU or TPU, draws within a step cost
+        more time than the nets do. A class that overrides this and `act_with_noise` defines ``act(.., key)`` as
+        ``act_with_noise(.., sample_act_noise(key, shape))``. A subclass of it that overrides `act` alone acts by that.
+
+        Args:
+            key: the key of this step and seed.
+            shape: ``(.., N, A)``, the shape of `AgentInputs.avail_actions`.
+        """
+        del shape
+        return key
+
+    def act_with_noise(
+        self, params: PyTree, carry: PyTree, inputs: AgentInputs, hp: Hyperparams, ctx: Context, noise: PyTree
+    ) -> tuple[Array, PyTree]:
+        """Returns what `act` returns, from random numbers that `sample_act_noise` has drawn."""
+        return self.act(params, carry, inputs, hp, ctx, noise)
+
     def acting_params(self, params: PyTree) -> PyTree:
         """Returns the parameters that `act` reads, all that playing needs; everything by default."""
         return params
@@ -186,6 +207,25 @@ def mean_over_steps(loss: Loss) -> Loss:
 def is_mean_over_steps(algo: Algorithm) -> bool:
     """Returns True if the algorithm's loss is marked by `mean_over_steps`."""
     return getattr(type(algo).loss, "is_mean_over_steps", False)
+
+
+class Acting(NamedTuple):
+    """An algorithm's choices of actions, for the trainer: all random numbers first, then the choice without any.
+
+    Attributes:
+        sample_noise: as `Algorithm.sample_act_noise`.
+        act: as `Algorithm.act_with_noise`.
+    """
+
+    sample_noise: Callable[[PRNGKey, tuple[int, ...]], PyTree]
+    act: Callable[[PyTree, PyTree, AgentInputs, Hyperparams, Context, PyTree], tuple[Array, PyTree]]
+
+
+def acting_of(algo: Algorithm) -> Acting:
+    """Returns how ``algo`` acts by what its class defines last, `act_with_noise` or `act`; see `sample_act_noise`."""
+    if defines_last(type(algo), "act_with_noise", over=("act",)):
+        return Acting(algo.sample_act_noise, algo.act_with_noise)
+    return Acting(lambda key, shape: key, algo.act)
 
 
 def hyperparams(algo: Algorithm) -> Hyperparams:

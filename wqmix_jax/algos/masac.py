@@ -49,15 +49,19 @@ class MASAC(ActorCritic):
     epsilon_start: Floor
     epsilon_finish: Floor
 
-    def act(
-        self, params: PyTree, carry: Array, inputs: AgentInputs, hp: Hyperparams, ctx: Context, key: PRNGKey
+    def sample_act_noise(self, key: PRNGKey, shape: tuple[int, ...]) -> Array:
+        """Draws standard Gumbel noise, ``[.., N, A]``."""
+        return jax.random.gumbel(key, shape)
+
+    def act_with_noise(
+        self, params: PyTree, carry: Array, inputs: AgentInputs, hp: Hyperparams, ctx: Context, noise: Array
     ) -> tuple[Array, Array]:
         """Draws from the policy; in evaluation takes the likeliest available action, as the authors do."""
         carry, logits = self.step(params["agent"], carry, inputs)
         policy = epsilon_floor(logits, inputs.avail_actions, ctx.epsilon)
         # The argmax of log-probabilities plus Gumbel noise is a draw. It is masked again: the policy of a seed whose
         # parameters are nan is nan everywhere, at unavailable actions too.
-        perturbed = jnp.log(policy) + jax.random.gumbel(key, policy.shape, policy.dtype)
+        perturbed = jnp.log(policy) + noise
         drawn = greedy_actions(perturbed, inputs.avail_actions)
         return jnp.where(ctx.epsilon > 0, drawn, greedy_actions(logits, inputs.avail_actions)), carry
 

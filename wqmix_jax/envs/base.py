@@ -9,14 +9,15 @@ import abc
 import contextlib
 import importlib.metadata
 import pkgutil
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Protocol, Self
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from wqmix_jax.errors import ConfigError
+from wqmix_jax.ops.randomness import defines_last
 from wqmix_jax.types import Array, EnvSpec, Moment, Observation, PRNGKey, PyTree, StepOutcome
 
 EnvState = Any
@@ -123,6 +124,20 @@ class Environment(abc.ABC):
         It never resets: a terminal state is returned as it is.
         """
 
+    def sample_noise(self, key: PRNGKey) -> PyTree:
+        """Draws all random numbers of one step; by default they are the key itself, from which `step` draws.
+
+        The trainer draws for many steps in one call, before it plays them: on a GPU or TPU, draws within a step cost
+        more time than most environments do. An environment that has random steps and should be fast there overrides
+        this and `transition` together, and defines ``step(env_state, joint_action, key)`` as ``transition(env_state,
+        joint_action, sample_noise(key))``. A subclass of it that overrides `step` alone is played by its `step`.
+        """
+        return key
+
+    def transition(self, env_state: EnvState, joint_action: Array, noise: PyTree) -> tuple[EnvState, StepOutcome]:
+        """Returns what `step` returns, from random numbers that `sample_noise` has drawn."""
+        return self.step(env_state, joint_action, noise)
+
     @abc.abstractmethod
     def observe(self, env_state: EnvState) -> Observation:
         """Returns what the agents and the central networks see of ``env_state``, as a pure function of it.
@@ -210,6 +225,30 @@ class Environment(abc.ABC):
     def episodes_at_once(self, num_episodes: int) -> int:
         """Returns how many of a seed's ``num_episodes`` evaluation episodes are played in parallel."""
         return num_episodes
+
+
+class Step(NamedTuple):
+    """An environment's steps, for the trainer: all random numbers of a step first, then the step without any.
+
+    Attributes:
+        sample_noise: ``key -> noise``, of one environment.
+        play: ``(env_state, joint_action, noise) -> (EnvState, StepOutcome)``, of a batch, leaves ``[F, ..]``.
+    """
+
+    sample_noise: Callable[[PRNGKey], PyTree]
+    play: Callable[[EnvState, Array, PyTree], tuple[EnvState, StepOutcome]]
+
+
+def step_of(env: Environment) -> Step:
+    """Returns the steps of ``env`` by what its class defines last, `transition` or `step`; see `sample_noise`."""
+    if defines_last(type(env), "transition", over=("step", "step_batch")):
+        return Step(env.sample_noise, jax.vmap(env.transition))
+    return Step(lambda key: key, env.step_batch)
+
+
+def is_inside_jax(env: Environment) -> bool:
+    """Returns True if nothing outside of the compiled program plays: then a step that isn't needed does no harm."""
+    return type(env.external) in (External, ExternalPackage)
 
 
 def without_weak_types(tree: PyTree) -> PyTree:

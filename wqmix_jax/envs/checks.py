@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wqmix_jax.envs.base import Environment, External, ExternalPackage
+from wqmix_jax.envs.base import Environment, is_inside_jax
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.ops.randomness import pinned_draws
 from wqmix_jax.types import EnvSpec, Observation, PRNGKey, PyTree, StepOutcome
@@ -197,7 +197,7 @@ def _stores_its_own_way(env: Environment) -> bool:
     """
     lossless = _compresses_by_default(env) and np.dtype(env.storage_dtype) == np.float32
     own = type(env).__module__.split(".")[0] == __name__.split(".")[0]
-    return not lossless and not own and type(env.external) in (External, ExternalPackage)
+    return not lossless and not own and is_inside_jax(env)
 
 
 def _check_compression(env: Environment) -> None:

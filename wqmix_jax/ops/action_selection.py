@@ -1,5 +1,7 @@
 """Choices among available actions: greedy, epsilon-greedy and drawn from a policy; and the schedule of epsilon."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -15,10 +17,17 @@ def greedy_actions(agent_qs: Array, avail_actions: Array) -> Array:
     The action is available whatever the values are, nan and infinities included; 0 where no action is available. A
     constant to the gradient.
     """
-    agent_qs = jax.lax.stop_gradient(agent_qs)
-    # An available -inf must beat an unavailable action; a nan passes through `maximum` and wins the argmax.
-    available_qs = jnp.maximum(agent_qs, jnp.finfo(jnp.result_type(agent_qs, float)).min)
-    return jnp.argmax(jnp.where(avail_actions, available_qs, -jnp.inf), axis=-1).astype(jnp.int32)
+    return _best(_above_unavailable(jax.lax.stop_gradient(agent_qs)), avail_actions)
+
+
+def _above_unavailable(agent_qs: Array) -> Array:
+    """Raises -inf: an available one must beat an unavailable action; a nan passes, and wins the argmax."""
+    return jnp.maximum(agent_qs, jnp.finfo(jnp.result_type(agent_qs, float)).min)
+
+
+def _best(scores: Array, avail_actions: Array) -> Array:
+    """Returns the available action of the highest score, the first of equals."""
+    return jnp.argmax(jnp.where(avail_actions, scores, -jnp.inf), axis=-1).astype(jnp.int32)
 
 
 def greedy_values(agent_qs: Array, avail_actions: Array) -> Array:
@@ -41,11 +50,33 @@ def epsilon_greedy(key: PRNGKey, agent_qs: Array, avail_actions: Array, epsilon:
 
     Shapes as `greedy_actions`.
     """
-    # Both are drawn for every agent, and one is selected: the numbers drawn don't depend on epsilon.
+    return explore(sample_exploration(key, agent_qs.shape), agent_qs, avail_actions, epsilon)
+
+
+class Exploration(NamedTuple):
+    """The random numbers of epsilon-greedy choices.
+
+    Attributes:
+        uniform: ``[.., N]`` in [0, 1), an agent explores where it is below epsilon.
+        gumbel: ``[.., N, A]``, standard Gumbel noise: the available action where it is highest is a uniform choice.
+    """
+
+    uniform: Array
+    gumbel: Array
+
+
+def sample_exploration(key: PRNGKey, shape: tuple[int, ...]) -> Exploration:
+    """Draws the random numbers of `explore` for utilities of this shape, ``(.., N, A)``."""
+    # Both are drawn for every agent: the numbers drawn don't depend on epsilon.
     explore_key, action_key = jax.random.split(key)
-    explore = jax.random.uniform(explore_key, agent_qs.shape[:-1]) < epsilon
-    random_action = jax.random.categorical(action_key, jnp.where(avail_actions, 0.0, -jnp.inf), axis=-1)
-    return jnp.where(explore, random_action.astype(jnp.int32), greedy_actions(agent_qs, avail_actions))
+    return Exploration(jax.random.uniform(explore_key, shape[:-1]), jax.random.gumbel(action_key, shape))
+
+
+def explore(noise: Exploration, agent_qs: Array, avail_actions: Array, epsilon: Array) -> Array:
+    """Chooses as `epsilon_greedy` does, with random numbers that `sample_exploration` has drawn."""
+    explores = (noise.uniform < epsilon)[..., None]
+    scores = jnp.where(explores, noise.gumbel, _above_unavailable(jax.lax.stop_gradient(agent_qs)))
+    return _best(scores, avail_actions)
 
 
 def linear_epsilon(env_steps: Array, start: Array, finish: Array, anneal_steps: Array) -> Array:

@@ -1,10 +1,12 @@
-"""JAX's settings on which numbers depend: those of random draws are pinned, the others are recorded with a run."""
+"""Random draws: the settings of JAX on which numbers depend, pinned or recorded, and draws ahead of many steps."""
 
 import contextlib
 import os
 from collections.abc import Iterator
 
 import jax
+
+from wqmix_jax.types import Array, PRNGKey
 
 _RECORDED = {
     "jax_enable_x64": False,
@@ -28,6 +30,21 @@ def pinned_draws() -> Iterator[None]:
     """
     with jax.threefry_partitionable(True), jax.default_prng_impl("threefry2x32"):
         yield
+
+
+def fold_in(keys: PRNGKey, count: Array) -> PRNGKey:
+    """Folds one count into each of the keys ``[..]``."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, count)
+
+
+def defines_last(cls: type, name: str, *, over: tuple[str, ...]) -> bool:
+    """Returns True if ``cls`` or a base defines the method ``name``, and no class that is nearer to it one of ``over``.
+
+    A method that gets random numbers can replace one that gets a key. A subclass may override either of them, and must
+    not be played by the one that it inherits.
+    """
+    definer = next((base for base in cls.__mro__ if {name, *over} & vars(base).keys()), None)
+    return definer is not None and name in vars(definer)
 
 
 def numeric_settings() -> str:

@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, Hyperparams
-from wqmix_jax.envs.base import Environment, EnvState
+from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, Hyperparams, acting_of
+from wqmix_jax.envs.base import Environment, EnvState, is_inside_jax, step_of
 from wqmix_jax.ops.action_selection import with_idle_action
-from wqmix_jax.ops.randomness import pinned_draws
+from wqmix_jax.ops.randomness import fold_in, pinned_draws
 from wqmix_jax.types import Array, PRNGKey, PyTree, StepOutcome, StoredEpisode
+
+MAX_BLOCK = 20
+"""The most steps that are played without a look at whether an episode is still running, see `block_length`."""
 
 
 class Rollout(NamedTuple):
@@ -50,12 +53,13 @@ class _Play(NamedTuple):
     """The state of the loop over time, with all environments in one axis ``F = S * E``.
 
     Attributes:
-        step: scalar int32, the time step, common to all.
+        step: scalar int32, the time step, common to all; within a block the first of that block.
         env_state: leaves ``[F, ..]``.
         carry: the agents' recurrent state, leaves ``[S, E, N, ..]``.
         last_action: ``[F, N]`` int32, -1 at the first step.
         done: ``[F]`` bool.
-        record: leaves ``[T(+1), F, ..]``: time comes first, so that a step writes one contiguous slice.
+        record: leaves ``[T(+1), F, ..]`` with ``T`` rounded up to whole blocks: time comes first, so that a step writes
+            one contiguous slice.
     """
 
     step: Array
@@ -64,6 +68,13 @@ class _Play(NamedTuple):
     last_action: Array
     done: Array
     record: StoredEpisode
+
+
+class _Noise(NamedTuple):
+    """The random numbers of one step, leaves ``[S, ..]`` and ``[F, ..]``; those of a block have an axis ``K`` first."""
+
+    act: PyTree
+    env: PyTree
 
 
 class _Keys(NamedTuple):
@@ -97,39 +108,56 @@ def rollout(
     # Agents see ``[S, E, ..]``, since each seed has its own parameters; environments see one flat batch ``[F, ..]``,
     # which a simulator outside of JAX gets in a single call. One loop for all of them: it ends with the longest
     # episode, and environments that have ended keep their state and record nothing more.
-    num_seeds = keys.shape[0]
-
-    def by_seed(leaf: Array) -> Array:
-        return leaf.reshape(num_seeds, num_envs, *leaf.shape[1:])
-
-    def flat(leaf: Array) -> Array:
-        return leaf.reshape(num_seeds * num_envs, *leaf.shape[2:])
-
+    num_seeds, limit, block = keys.shape[0], env.spec.episode_limit, block_length(env)
+    by_seed = functools.partial(_by_seed, num_seeds)
+    acting, stepping = acting_of(algo), step_of(env)
     reset_keys, play_keys = _split_keys(keys, num_envs)
+    act_shape = (num_envs, env.spec.num_agents, env.spec.num_actions)
 
-    def step_all(play: _Play) -> _Play:
+    def noise_at(step: Array) -> _Noise:
+        act = jax.vmap(lambda key: acting.sample_noise(key, act_shape))(fold_in(play_keys.act, step))
+        return _Noise(act, jax.vmap(stepping.sample_noise)(fold_in(play_keys.env, step)))
+
+    def play_step(play: _Play, step: Array, noise: _Noise) -> _Play:
         seen = jax.vmap(env.observe)(play.env_state)
         avail_actions = with_idle_action(seen.avail_actions)
         inputs = jax.tree.map(by_seed, AgentInputs(seen.obs, play.last_action, avail_actions))
-        act_keys = jax.vmap(jax.random.fold_in, (0, None))(play_keys.act, play.step)
-        joint_action, carry = jax.vmap(algo.act)(params, play.carry, inputs, hp, ctx, act_keys)  # [S, E, N]
-        joint_action = flat(joint_action)  # [F, N]
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(play_keys.env, play.step)
-        env_state, outcome = env.step_batch(play.env_state, joint_action, step_keys)
-        # Environments that have ended are stepped all the same, in the one batch, and keep their last state.
-        env_state = jax.tree.map(functools.partial(jax.vmap(jnp.where), play.done), play.env_state, env_state)
-        stopped = play.done | jax.vmap(env.failed)(env_state)
-        record = _write(env, play, stopped, env_state, joint_action, outcome)
+        joint_action, carry = jax.vmap(acting.act)(params, play.carry, inputs, hp, ctx, noise.act)  # [S, E, N]
+        joint_action = joint_action.reshape(play.last_action.shape)  # [F, N]
+        env_state, outcome = stepping.play(play.env_state, joint_action, noise.env)
+        # Environments that have ended are stepped all the same, in the one batch, and keep their last state. So do all
+        # of them in the rest of a block that the time limit cuts.
+        ended = play.done if limit % block == 0 else play.done | (step >= limit)
+        env_state = jax.tree.map(functools.partial(jax.vmap(jnp.where), ended), play.env_state, env_state)
+        stopped = ended | jax.vmap(env.failed)(env_state)
+        record = _write(env, play.record, step, stopped, env_state, joint_action, outcome)
         done = stopped | outcome.terminated | outcome.truncated
-        return _Play(play.step + 1, env_state, carry, joint_action, done, record)
+        return _Play(play.step, env_state, carry, joint_action, done, record)
+
+    def play_block(play: _Play) -> _Play:
+        # Drawn by the number of the step, so that the numbers don't depend on the length of a block.
+        noise = jax.vmap(noise_at)(play.step + jnp.arange(block))
+
+        def play_one(state: tuple[Array, _Play]) -> tuple[Array, _Play]:
+            index, play = state
+            at = functools.partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
+            return index + 1, play_step(play, play.step + index, jax.tree.map(at, noise))
+
+        def is_left(state: tuple[Array, _Play]) -> Array:
+            return (state[0] < block) & _is_worth_playing(state[1].done)
+
+        _, play = jax.lax.while_loop(is_left, play_one, (jnp.int32(0), play))
+        return play._replace(step=play.step + block)
 
     def unfinished(play: _Play) -> Array:
-        return (play.step < env.spec.episode_limit) & ~play.done.all()
+        return (play.step < limit) & ~play.done.all()
 
-    play = jax.lax.while_loop(unfinished, step_all, _first(env, algo, reset_keys, num_seeds, num_envs))
+    first = _first(env, algo, reset_keys, num_seeds, num_envs, -(-limit // block) * block)
+    play = jax.lax.while_loop(unfinished, play_block, first)
     record = play.record
     timed = (record.steps, record.joint_action, record.reward)  # [T(+1), F, ..] -> [S, E, T(+1), ..]
-    timed = jax.tree.map(lambda leaf: by_seed(jnp.moveaxis(leaf, 0, 1)), timed)
+    too_many = -limit % block
+    timed = jax.tree.map(lambda leaf: by_seed(jnp.moveaxis(leaf[: len(leaf) - too_many], 0, 1)), timed)
     episodes = StoredEpisode(*timed, length=by_seed(record.length), terminated=by_seed(record.terminated))
     metrics = jax.tree.map(by_seed, jax.vmap(env.metrics)(play.env_state))
     whole = by_seed(~jax.vmap(env.failed)(play.env_state))
@@ -203,6 +231,32 @@ def stored_template(env: Environment) -> StoredEpisode:
         return jax.eval_shape(empty)
 
 
+def block_length(env: Environment) -> int:
+    """Returns how many steps are played, and their random numbers drawn, without a look at what they did.
+
+    A GPU or TPU waits for the host wherever a loop may end, and draws the numbers of many steps as fast as those of
+    one. But a simulator outside of JAX is never asked for a step after the last episode has ended.
+
+    The number is at most `MAX_BLOCK`; it divides the episode limit, or exceeds it by as few steps as possible.
+    """
+    limit = env.spec.episode_limit
+    if not is_inside_jax(env):
+        return 1
+    if limit <= MAX_BLOCK:
+        return limit
+    return min(range(MAX_BLOCK, MAX_BLOCK // 2, -1), key=lambda length: -limit % length)
+
+
+def _is_worth_playing(done: Array) -> Array:
+    """Returns False, on a CPU, once all ``done`` ``[F]`` are true; elsewhere a block is played to its end."""
+    return jax.lax.platform_dependent(done, cpu=lambda done: ~done.all(), default=lambda done: jnp.bool_(True))
+
+
+def _by_seed(num_seeds: int, leaf: Array) -> Array:
+    """Splits the axis of all environments: ``[F, ..]`` -> ``[S, E, ..]``."""
+    return leaf.reshape(num_seeds, -1, *leaf.shape[1:])
+
+
 def _split_keys(keys: PRNGKey, num_envs: int) -> tuple[PRNGKey, _Keys]:
     """Returns one key per environment to reset ``[F]``, one per seed to act, and one per environment to step."""
     reset, act, env = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
@@ -210,14 +264,20 @@ def _split_keys(keys: PRNGKey, num_envs: int) -> tuple[PRNGKey, _Keys]:
     return each_env(reset).reshape(-1), _Keys(act=act, env=each_env(env).reshape(-1))
 
 
-def _first(env: Environment, algo: Algorithm, reset_keys: PRNGKey, num_seeds: int, num_envs: int) -> _Play:
-    """Returns the loop's state before the first step: reset environments, and a record of their first states alone."""
+def _first(
+    env: Environment, algo: Algorithm, reset_keys: PRNGKey, num_seeds: int, num_envs: int, num_steps: int
+) -> _Play:
+    """Returns the loop's state before the first step: reset environments, and a record of their first states alone.
+
+    The record has room for ``num_steps`` steps.
+    """
     env_state = env.reset_batch(reset_keys)
     # The record is as long as the longest episode: its shape can't depend on when episodes end.
     num_flat, num_agents = num_seeds * num_envs, env.spec.num_agents
     empty = stored_template(env)
+    more = num_steps - env.spec.episode_limit
     timed = jax.tree.map(
-        lambda leaf: jnp.zeros((leaf.shape[0], num_flat, *leaf.shape[1:]), leaf.dtype),
+        lambda leaf: jnp.zeros((leaf.shape[0] + more, num_flat, *leaf.shape[1:]), leaf.dtype),
         (empty.steps, empty.joint_action, empty.reward),
     )
     record = StoredEpisode(*timed, length=jnp.zeros(num_flat, jnp.int32), terminated=jnp.zeros(num_flat, jnp.bool_))
@@ -233,13 +293,18 @@ def _first(env: Environment, algo: Algorithm, reset_keys: PRNGKey, num_seeds: in
 
 
 def _write(
-    env: Environment, play: _Play, stopped: Array, env_state: EnvState, joint_action: Array, outcome: StepOutcome
+    env: Environment,
+    record: StoredEpisode,
+    step: Array,
+    stopped: Array,
+    env_state: EnvState,
+    joint_action: Array,
+    outcome: StepOutcome,
 ) -> StoredEpisode:
     """Records the action at t and the state at t + 1 of every environment but the ``stopped``, bool ``[F]``.
 
     Those have ended before this step, or failed in it.
     """
-    record, step = play.record, play.step
 
     # Zeros are written for environments that have stopped, so that padding is zero in the replay too.
     def put(all_: Array, index: Array, new: Array) -> Array:

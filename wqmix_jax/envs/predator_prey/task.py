@@ -9,10 +9,12 @@ rows and columns of the grid. A cell's index counts the cells row by row.
 """
 
 import functools
-from typing import Annotated, ClassVar, NamedTuple, Self
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from pydantic import Field, model_validator
 
 from wqmix_jax.envs.base import Environment
@@ -21,10 +23,16 @@ from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, StepOutcome
 
 RIGHT, DOWN, LEFT, UP, STAY, CATCH = range(6)
 NUM_ACTIONS = 6
+MOVES = ((0, 1), (1, 0), (0, -1), (-1, 0))
+"""The offsets that `RIGHT`, `DOWN`, `LEFT` and `UP` add to a position."""
 NUM_CHANNELS = 3
 """Features of one cell: agents, stags, hares."""
 WORD_BITS = 32
-"""Bits of the words in which `_ones_at` collects features."""
+"""Bits of the words in which `_bits` collects flags, and `_ones_at` features."""
+EVERY_FOURTH = np.uint32(0x11111111)
+"""The word in which the lowest of every four bits is set."""
+MAX_UNROLLED = 8
+"""The most turns that are compiled as straight-line code; more of them run in a loop."""
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 
@@ -60,6 +68,64 @@ class Noise(NamedTuple):
     agent_order: Array
     prey_order: Array
     prey_uniform: Array
+
+
+Words = tuple[Array, ...]
+"""Flags of agents or prey as the bits of ``ceil(N / 32)`` arrays of uint32."""
+
+
+class _Move(NamedTuple):
+    """What one agent's turn to move depends on; words have a bit for each agent.
+
+    Attributes:
+        me: the agent's own bit.
+        may_move: bool, False if it is frozen or a prey is on its goal.
+        taken_if_stayed: the agents whose starts are its goal.
+        taken_if_moved: the agents whose goals are its goal.
+    """
+
+    me: Words
+    may_move: Array
+    taken_if_stayed: Words
+    taken_if_moved: Words
+
+
+class _PreyTurn(NamedTuple):
+    """What one prey's turn depends on, as words of the flags in `_Hunt`.
+
+    Attributes:
+        here: of ``flags``, whether this prey is on its cell.
+        missed: of ``flags``, whether the catch of this prey failed.
+        catchers: of ``flags``, whether each adjacent agent that plays `CATCH` is active.
+        bodies_there: ``[4]``, of ``flags``, whether those who are on the goals of its moves still are.
+        moves: of ``moves``, its own four.
+        moves_there: ``[4]``, of ``moves``, those that end on the goals of its moves.
+        needed: int32, how many catchers it takes.
+        uniform: float32, see `Noise`.
+    """
+
+    here: Words
+    missed: Words
+    catchers: Words
+    bodies_there: Words
+    moves: Words
+    moves_there: Words
+    needed: Array
+    uniform: Array
+
+
+class _Hunt(NamedTuple):
+    """The state between two turns of prey; in all flags, prey are in the order of their turns.
+
+    Attributes:
+        flags: words of one flag for each agent, True while it is on the grid; one for each prey, True while it lives on
+            the cell where it was; one for each prey, True if its catch failed; and one for each agent, True while it is
+            active, unless that is the same as being on the grid.
+        moves: words of four flags for each prey, True for the move that it has made.
+    """
+
+    flags: Words
+    moves: Words
 
 
 class CompressedState(NamedTuple):
@@ -196,8 +262,7 @@ class PredatorPrey(Environment):
         """Returns ``[P]`` bool, True for the prey for which a `step` with the same arguments is punished."""
         noise = self.sample_noise(key)
         moved = self._move_agents(env_state, joint_action, noise.agent_order)
-        _, _, missed = self._hunt(moved, joint_action == CATCH, noise)
-        return jnp.zeros_like(missed).at[noise.prey_order].set(missed)  # `missed` is in the order of turns
+        return self._hunt(moved, joint_action == CATCH, noise)[2]
 
     def observe(self, env_state: EnvState) -> Observation:
         """Returns local windows, the whole grid and the allowed actions of ``env_state``.
@@ -223,7 +288,7 @@ class PredatorPrey(Environment):
         narrowest = next(d for d in (jnp.uint8, jnp.uint16, jnp.uint32) if rows * columns - 1 <= jnp.iinfo(d).max)
         positions = jnp.concatenate([env_state.agents_pos, env_state.prey_pos])
         flags = jnp.concatenate([env_state.agents_active, env_state.prey_alive])
-        return CompressedState(cells=self._cell(positions).astype(narrowest), flags=jnp.packbits(flags))
+        return CompressedState(cells=self._cell(positions).astype(narrowest), flags=_packed(flags))
 
     def decompress(self, compressed: CompressedState) -> Observation:
         """Recomputes the `Observation` of the compressed state."""
@@ -248,26 +313,28 @@ class PredatorPrey(Environment):
             order: ``[N]`` int32, see `Noise`.
         """
         start = env_state.agents_pos
-        # A sum over the four moves rather than a look-up: any other number, even one out of range, moves no agent.
-        chosen_move = joint_action[:, None] == jnp.array([RIGHT, DOWN, LEFT, UP], joint_action.dtype)[None]
-        offset = jnp.where(chosen_move[:, :, None], _moves()[None], 0).sum(1, dtype=jnp.int32)
-        goal = self._inside(start + offset)
+        goal = self._inside(start + _offset(*(joint_action == move for move in (RIGHT, DOWN, LEFT, UP))))
         # Each agent moves once, so whether a goal is taken depends only on who has moved before. Both answers for each
-        # pair are computed in advance, [N, N]: is agent j on i's goal if j is still at its start, or at its own goal?
-        # Only the choice between the two is left for the sequential scan, whose state is one bit for each agent.
-        on_grid = self._on_grid(env_state.agents_active)[None]
-        taken_if_stayed = _same_cell(goal, start) & on_grid
-        taken_if_moved = _same_cell(goal, goal) & on_grid
+        # pair are computed in advance: is agent j on i's goal if j is still at its start, or at its own goal? Only the
+        # choice between the two is left for the turns. Flags of all j are bits of words: then a turn is a few integer
+        # operations, and all turns together are one kernel on a GPU.
+        on_grid = self._on_grid(env_state.agents_active)[:, None]
+        starts, goals, prey = self._cell(start), self._cell(goal), self._cell(env_state.prey_pos)
+        their_goals = goals[order]
         # Standing still is a "move" onto the agent's own cell, which it takes itself: it changes nothing.
-        prey_there = (_same_cell(goal, env_state.prey_pos) & env_state.prey_alive[None]).any(1)
-        may_move = env_state.agents_active & ~prey_there
+        prey_there = ((prey[:, None] == their_goals[None]) & env_state.prey_alive[:, None]).any(0)
+        turns = _Move(
+            me=_bits(_index(self.num_agents)[:, None] == order[None]),
+            may_move=env_state.agents_active[order] & ~prey_there,
+            taken_if_stayed=_bits((starts[:, None] == their_goals[None]) & on_grid),
+            taken_if_moved=_bits((goals[:, None] == their_goals[None]) & on_grid),
+        )
 
-        def turn(has_moved: Array, agent: Array) -> tuple[Array, None]:
-            taken = jnp.where(has_moved, taken_if_moved[agent], taken_if_stayed[agent]).any()
-            moves = may_move[agent] & ~taken
-            return has_moved | (moves & (_index(self.num_agents) == agent)), None  # one-hot: cheaper than a scatter
+        def turn(moved: Words, at: _Move) -> tuple[Words, None]:
+            moves = at.may_move & ~_meet(at.taken_if_moved, moved) & ~_meet(at.taken_if_stayed, _others(moved))
+            return _with(moved, at.me, moves), None
 
-        has_moved, _ = jax.lax.scan(turn, jnp.zeros(self.num_agents, bool), order)
+        has_moved = _flags(_play_turns(turn, _nothing(self.num_agents), turns), self.num_agents)
         return env_state._replace(agents_pos=jnp.where(has_moved[:, None], goal, start))
 
     def _hunt(self, env_state: EnvState, is_catching: Array, noise: Noise) -> tuple[EnvState, Array, Array]:
@@ -283,45 +350,70 @@ class PredatorPrey(Environment):
             noise: see `Noise`.
 
         Returns:
-            The state, the reward (float32 scalar), and ``[P]`` bool in the order of turns, True where a catch failed.
+            The state, the reward (float32 scalar), and ``[P]`` bool, True where a catch failed.
         """
-        agents, prey = env_state.agents_pos, env_state.prey_pos
-        # Agents no longer move, so everything that depends on their positions is computed in advance for all prey.
-        adjacent_catcher = _adjacent(prey, agents) & is_catching[None]  # [P, N]
-        # At a wall the goal is the prey's own cell, which counts as taken by itself: a prey stays only if shut in.
-        goal_cells = self._cell(self._inside(prey[:, None] + _moves()[None]))  # [P, 4]
-        agent_there = goal_cells[:, :, None] == self._cell(agents)[None, None]  # [P, 4, N]
-        is_stag = _index(self.num_prey) < self.num_stags
-        needed = jnp.where(is_stag, jnp.int32(self.stag_catchers), jnp.int32(self.hare_catchers))
-        gain = jnp.where(is_stag, jnp.float32(self.reward_stag), jnp.float32(self.reward_hare))
+        agents, prey, order = env_state.agents_pos, env_state.prey_pos, noise.prey_order
+        prey_in_turn, alive, is_stag = prey[order], env_state.prey_alive[order], order < self.num_stags
+        # Agents no longer move, and each prey moves at most once, so everything that depends on positions is computed
+        # in advance; see `_move_agents`. At a wall the goal is the prey's own cell, which counts as taken by itself: a
+        # prey stays only if shut in.
+        goals = self._goals(prey_in_turn)
+        bodies = self._cell(jnp.concatenate([agents, prey_in_turn]))
+        num_agents, num_prey, num_flags = self.num_agents, self.num_prey, self._num_hunt_flags()
+        at_prey, at_missed, at_active = num_agents, num_agents + num_prey, num_flags - num_agents
+        if self.remove_frozen:
+            at_active = 0
+        turns = _PreyTurn(
+            here=_bits(_each(num_prey), num_flags, at_prey),
+            missed=_bits(_each(num_prey), num_flags, at_missed),
+            catchers=_bits(_adjacent(agents, prey_in_turn) & is_catching[:, None], num_flags, at_active),
+            bodies_there=_bits(bodies[:, None, None] == goals[None], num_flags),
+            moves=_bits(jnp.repeat(_each(num_prey), len(MOVES), axis=0)),
+            moves_there=_bits(goals.reshape(-1)[:, None, None] == goals[None]),
+            needed=jnp.where(is_stag, jnp.int32(self.stag_catchers), jnp.int32(self.hare_catchers)),
+            uniform=noise.prey_uniform[order],
+        )
+        active = env_state.agents_active
+        flags = [self._on_grid(active), alive, jnp.zeros_like(alive), *([] if self.remove_frozen else [active])]
+        start = _Hunt(_bits(jnp.concatenate(flags)), _nothing(len(MOVES) * num_prey))
+        hunted = _play_turns(self._prey_turn, start, turns)
+        moves = _flags(hunted.moves, len(MOVES) * num_prey).reshape(-1, len(MOVES))
+        flags = _flags(hunted.flags, num_flags)
+        survives = flags[at_prey : at_prey + num_prey] | moves[:, 0] | moves[:, 1] | moves[:, 2] | moves[:, 3]
+        missed = flags[at_missed : at_missed + num_prey]
+        gain = jnp.where(is_stag, self.reward_stag, self.reward_hare)
+        rewards = jnp.where(alive & ~survives, gain, jnp.where(missed, self.punishment, 0.0)).astype(jnp.float32)
+        by_prey = functools.partial(_by_index, order)
+        next_state = env_state._replace(
+            prey_pos=self._inside(prey + _offset(*(by_prey(moves[:, move]) for move in range(len(MOVES))))),
+            prey_alive=by_prey(survives),
+            agents_active=flags[at_active : at_active + num_agents],
+        )
+        return next_state, rewards.sum(dtype=jnp.float32), by_prey(missed)
 
-        def turn(
-            carry: tuple[Array, Array, Array], prey_index: Array
-        ) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
-            cells, alive, active = carry
-            me = _index(self.num_prey) == prey_index  # one-hot, so that updates are selections and not scatters
-            catchers = adjacent_catcher[prey_index] & active  # without those frozen earlier in this step
-            count = catchers.sum(dtype=jnp.int32)
-            caught = alive[prey_index] & (count >= needed[prey_index])
-            missed = alive[prey_index] & (count > 0) & ~caught
-            alive = alive & ~(me & caught)
-            if self.capture_freezes:
-                active = active & ~(catchers & caught)
-            # The flight: a cell is free if neither an agent on the grid nor a living prey is there. A dead prey gets a
-            # choice, too, but doesn't take it.
-            cell = goal_cells[prey_index]
-            agent_blocks = (agent_there[prey_index] & self._on_grid(active)[None]).any(-1)
-            prey_blocks = ((cell[:, None] == cells[None]) & alive[None]).any(-1)
-            choice = _choose(cell, ~agent_blocks & ~prey_blocks, noise.prey_uniform[prey_index])
-            flees = me & alive & (choice >= 0)
-            cells = jnp.where(flees, choice, cells)
-            reward = jnp.where(caught, gain[prey_index], jnp.where(missed, jnp.float32(self.punishment), 0.0))
-            return (cells, alive, active), (reward, missed)
+    def _num_hunt_flags(self) -> int:
+        return self.num_agents + 2 * self.num_prey + (0 if self.remove_frozen else self.num_agents)
 
-        start = (self._cell(prey), env_state.prey_alive, env_state.agents_active)
-        (cells, alive, active), (rewards, missed) = jax.lax.scan(turn, start, noise.prey_order)
-        hunted = env_state._replace(prey_pos=self._position(cells), prey_alive=alive, agents_active=active)
-        return hunted, rewards.sum(dtype=jnp.float32), missed
+    def _prey_turn(self, hunt: _Hunt, at: _PreyTurn) -> tuple[_Hunt, None]:
+        """Lets one prey be caught or flee."""
+        flags, moves = hunt
+        catchers = _common(at.catchers, flags)  # without those frozen earlier in this step
+        count = sum((jax.lax.population_count(word).astype(jnp.int32) for word in catchers), jnp.int32(0))
+        is_alive = _meet(flags, at.here)  # it can't have moved before its turn
+        caught = is_alive & (count >= at.needed)
+        # The flight: a cell is free if neither an agent on the grid nor a living prey is there.
+        free = []
+        for move in range(len(MOVES)):
+            bodies_there, moves_there = ([word[move] for word in words] for words in (at.bodies_there, at.moves_there))
+            free.append(~_meet(bodies_there, flags) & ~_meet(moves_there, moves))
+        move = jnp.where(is_alive & ~caught, _choose(free, at.uniform), jnp.uint32(0))
+        if self.capture_freezes:
+            flags = _without(flags, catchers, caught)
+        flags = _without(flags, at.here, caught | (move != 0))
+        flags = _with(flags, at.missed, is_alive & (count > 0) & ~caught)
+        return _Hunt(
+            flags, tuple(w | (mine & (move * EVERY_FOURTH)) for w, mine in zip(moves, at.moves, strict=True))
+        ), None
 
     def _local_views(self, env_state: EnvState) -> Array:
         """Returns the window around each agent, ``[N, (2r+1)^2 * 3]`` float32."""
@@ -330,9 +422,10 @@ class PredatorPrey(Environment):
         everyone = jnp.concatenate([env_state.agents_pos, env_state.prey_pos])
         visible = jnp.concatenate([env_state.agents_active, env_state.prey_alive])
         in_window = everyone[None] - env_state.agents_pos[:, None] + self.obs_radius  # [N, N + P, 2]
-        seen = ((in_window >= 0) & (in_window < width)).all(-1) & visible[None]
+        row, column = in_window[..., 0], in_window[..., 1]
+        seen = (row >= 0) & (row < width) & (column >= 0) & (column < width) & visible[None]
         seen &= self._on_grid(env_state.agents_active)[:, None]  # an agent that has left the grid sees nothing
-        feature = (in_window[..., 0] * width + in_window[..., 1]) * NUM_CHANNELS + self._channels()[None]
+        feature = (row * width + column) * NUM_CHANNELS + self._channels()[None]
         return _ones_at(jnp.where(seen, feature, -1), width * width * NUM_CHANNELS)
 
     def _global_view(self, env_state: EnvState) -> Array:
@@ -350,13 +443,14 @@ class PredatorPrey(Environment):
         """
         start = env_state.agents_pos
         goals = start[:, None] + _moves()[None]
-        can_move = (self._inside(goals) == goals).all(-1) | self.toroidal  # `_inside` changes what is outside the grid
-        apart = jnp.abs(start[:, None] - env_state.prey_pos[None])
+        same = self._inside(goals) == goals  # `_inside` changes what is outside the grid
+        can_move = (same[..., 0] & same[..., 1]) | self.toroidal
+        apart = jnp.abs(env_state.prey_pos[:, None] - start[None])
         if self.toroidal:
             apart = jnp.minimum(apart, jnp.array(self.world_shape, jnp.int32)[None, None] - apart)
-        can_catch = ((apart.sum(-1) == 1) & env_state.prey_alive[None]).any(-1, keepdims=True)
+        can_catch = ((apart[..., 0] + apart[..., 1] == 1) & env_state.prey_alive[:, None]).any(0)
         can_stay = jnp.ones((self.num_agents, 1), bool)
-        avail = jnp.concatenate([can_move, can_stay, can_catch], axis=-1)
+        avail = jnp.concatenate([can_move, can_stay, can_catch[:, None]], axis=-1)
         return jnp.where(env_state.agents_active[:, None], avail, (_index(NUM_ACTIONS) == STAY)[None])
 
     def _channels(self) -> Array:
@@ -371,6 +465,16 @@ class PredatorPrey(Environment):
         """Wraps or clips positions up to one step outside the grid back onto it."""
         shape = jnp.array(self.world_shape, jnp.int32)[(None,) * (positions.ndim - 1)]
         return positions % shape if self.toroidal else jnp.clip(positions, 0, shape - 1)
+
+    def _goals(self, positions: Array) -> Array:
+        """Returns the indices of the cells where each of the four moves ends: ``[.., 2]`` -> ``[.., 4]`` int32."""
+        # A CPU computes the elements of a stack once, and those of a sum with `_moves` again for each comparison.
+        (row, column), (rows, columns) = (positions[..., 0], positions[..., 1]), self.world_shape
+        ends = [(row + down, column + right) for down, right in MOVES]
+        row, column = (jnp.stack(each, axis=-1) for each in zip(*ends, strict=True))
+        if self.toroidal:
+            return row % rows * columns + column % columns
+        return jnp.clip(row, 0, rows - 1) * columns + jnp.clip(column, 0, columns - 1)
 
     def _cell(self, positions: Array) -> Array:
         """Returns the indices of cells, ``[..]`` int32, row by row, from positions ``[.., 2]``."""
@@ -387,7 +491,7 @@ def _index(size: int) -> Array:
 
 def _moves() -> Array:
     """Returns ``[4, 2]`` int32, the offsets that `RIGHT`, `DOWN`, `LEFT` and `UP` add to a position."""
-    return jnp.array([(0, 1), (1, 0), (0, -1), (-1, 0)], jnp.int32)
+    return jnp.array(MOVES, jnp.int32)
 
 
 def _random_order(key: PRNGKey, size: int) -> Array:
@@ -399,22 +503,128 @@ def _random_order(key: PRNGKey, size: int) -> Array:
     return ahead.sum(1, dtype=jnp.int32)
 
 
-def _same_cell(positions: Array, others: Array) -> Array:
-    """Returns ``[I, J]`` bool for positions ``[I, 2]`` and ``[J, 2]``."""
-    return (positions[:, None] == others[None]).all(-1)
+def _offset(right: Array, down: Array, left: Array, up: Array) -> Array:
+    """Returns the offset of at most one move, ``[.., 2]`` int32, from flags ``[..]``."""
+    right, down, left, up = (flag.astype(jnp.int32) for flag in (right, down, left, up))
+    return jnp.stack([down - up, right - left], axis=-1)
 
 
 def _adjacent(positions: Array, others: Array) -> Array:
     """Returns ``[I, J]`` bool: True at a Manhattan distance of one cell, which never reaches across the edge."""
-    return jnp.abs(positions[:, None] - others[None]).sum(-1) == 1
+    apart = jnp.abs(positions[:, None] - others[None])
+    return apart[..., 0] + apart[..., 1] == 1
 
 
-def _choose(cells: Array, possible: Array, uniform: Array) -> Array:
-    """Returns the ``floor(uniform * n)``-th of the ``n`` possible cells among ``cells`` (``[M]``); -1 if none is."""
-    index = _index(len(cells))
-    earlier = (possible[None] & (index[None] < index[:, None])).sum(1, dtype=jnp.int32)
-    wanted = jnp.floor(uniform * possible.sum(dtype=jnp.float32)).astype(jnp.int32)
-    return jnp.where(possible & (earlier == wanted), cells, -1).max()
+def _choose(possible: list[Array], uniform: Array) -> Array:
+    """Returns the ``floor(uniform * n)``-th of the ``n`` possible choices as one bit of a word, 0 if there is none."""
+    bits = [jnp.where(flag, jnp.uint32(1 << index), jnp.uint32(0)) for index, flag in enumerate(possible)]
+    left = functools.reduce(jnp.bitwise_or, bits)
+    wanted = jnp.floor(uniform * jax.lax.population_count(left).astype(jnp.float32)).astype(jnp.int32)
+    for index in range(1, len(possible)):  # n - 1 bits at most come before the wanted one
+        left = jnp.where(wanted >= index, left & (left - 1), left)  # clears the lowest bit
+    return left & -left
+
+
+def _play_turns(turn: Callable[[Any, Any], tuple[Any, None]], start: Any, turns: Any) -> Any:
+    """Returns the state, words, after the turns, leaves ``[I, ..]``, one after another.
+
+    As straight-line code, which is one kernel on a GPU, where a loop has some for each turn. A CPU runs them in parts:
+    the border between two makes it compute the words once, and not again for each element of what is made of them.
+    """
+
+    def play(unroll: int, start: Any, turns: Any) -> Any:
+        return jax.lax.scan(turn, start, turns, unroll=unroll)[0]
+
+    straight = min(len(jax.tree.leaves(turns)[0]), MAX_UNROLLED)
+    cpu, default = (functools.partial(play, max(1, unroll)) for unroll in (straight // 2, straight))
+    words = jax.lax.platform_dependent(start, jax.lax.optimization_barrier(turns), cpu=cpu, default=default)
+    # The barrier does this elsewhere. The words are rows of one array, chosen by an elementwise selection: XLA would
+    # compute each row of a concatenation with everything that it depends on, in exponential time.
+    leaves, tree = jax.tree.flatten(words)
+    row = jnp.arange(len(leaves))
+    rows = functools.reduce(lambda so_far, at: jnp.where(row == at[0], at[1], so_far), enumerate(leaves), leaves[0])
+    rows = jax.lax.optimization_barrier(jnp.broadcast_to(rows, row.shape))
+    return jax.tree.unflatten(tree, list(rows))
+
+
+def _bits(flags: Array, size: int | None = None, first: int = 0) -> Words:
+    """Collects flags in the bits of words, ``[J, ..]`` bool -> ``[..]``: those from ``first`` on of ``size`` flags."""
+    # The first axis and not the last: a GPU computes a sum over the last axis in a kernel that nothing else shares. And
+    # several arrays rather than an axis of words: what has no axes at all is computed once in a kernel, however often
+    # it is used there.
+    bits = range(first, first + len(flags))
+    words = []
+    for word in range(_num_words(size or len(flags))):
+        part = [index for index, bit in enumerate(bits) if bit // WORD_BITS == word]
+        shifts = np.array([bits[index] % WORD_BITS for index in part], np.uint32)
+        ones = flags[part[0] : part[-1] + 1] if part else flags[:0]
+        ones = ones.astype(jnp.uint32) << shifts.reshape(-1, *[1] * (flags.ndim - 1))
+        words.append(ones.sum(0, dtype=jnp.uint32))
+    return tuple(words)
+
+
+def _flags(words: Words, size: int) -> Array:
+    """The inverse of `_bits` for scalar words: ``[size]`` bool."""
+    index = jnp.arange(size, dtype=jnp.uint32)
+    parts = [
+        word >> index[start : start + WORD_BITS] % WORD_BITS
+        for word, start in zip(words, range(0, size, WORD_BITS), strict=True)
+    ]
+    return (jnp.concatenate(parts) & 1).astype(bool)
+
+
+def _each(size: int) -> Array:
+    return jnp.eye(size, dtype=bool)
+
+
+def _in_turn(order: Array, leaf: Array) -> Array:
+    """Returns the entries ``[I, ..]`` in the order of turns ``[I]``; as sums, in which few entries cost no gather."""
+    there = _index(len(order))[:, None] == order[None]
+    there = there.reshape(*there.shape, *[1] * (leaf.ndim - 1))
+    return jnp.where(there, leaf[:, None], jnp.zeros_like(leaf[:, None])).sum(0, dtype=leaf.dtype)
+
+
+def _by_index(order: Array, leaf: Array) -> Array:
+    """The inverse of `_in_turn` for flags ``[I]``."""
+    return ((order[:, None] == _index(len(order))[None]) & leaf[:, None]).any(0)
+
+
+def _nothing(size: int) -> Words:
+    return tuple(jnp.uint32(0) for _ in range(_num_words(size)))
+
+
+def _num_words(size: int) -> int:
+    return -(-size // WORD_BITS)
+
+
+def _common(words: Words, others: Words) -> Words:
+    return tuple(word & other for word, other in zip(words, others, strict=True))
+
+
+def _meet(words: Words, others: Words) -> Array:
+    """Returns True if a flag is set in both."""
+    return functools.reduce(jnp.bitwise_or, _common(words, others)) != 0
+
+
+def _with(words: Words, more: Words, condition: Array) -> Words:
+    """Returns the words with the flags of ``more`` set, too, where the condition is true."""
+    return tuple(jnp.where(condition, word | bits, word) for word, bits in zip(words, more, strict=True))
+
+
+def _without(words: Words, fewer: Words, condition: Array) -> Words:
+    """Returns the words with the flags of ``fewer`` cleared where the condition is true."""
+    return tuple(jnp.where(condition, word & ~bits, word) for word, bits in zip(words, fewer, strict=True))
+
+
+def _others(words: Words) -> Words:
+    """Returns the flags that aren't set, those without an owner included."""
+    return tuple(~word for word in words)
+
+
+def _packed(flags: Array) -> Array:
+    """Returns `jnp.packbits` of ``[J]`` bool, as elementwise operations, which a GPU needs no separate kernel for."""
+    flags = jnp.pad(flags, (0, -len(flags) % 8)).astype(jnp.uint8)
+    return functools.reduce(jnp.bitwise_or, (flags[bit::8] << (7 - bit) for bit in range(8)))
 
 
 def _ones_at(features: Array, size: int) -> Array:
