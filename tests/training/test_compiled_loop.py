@@ -263,6 +263,21 @@ def _poisoned(state, what, *, seed):
     return state._replace(learner=learner._replace(target=target))
 
 
+@pytest.mark.parametrize(("num_seeds", "num_envs"), [(1, 1), (3, 2)])
+def test_training_never_copies_the_replay(num_seeds, num_envs):
+    """The replay is written in place: a copy of it would be the largest temporary of the program."""
+    config = tiny_run(tiny_wqmix(buffer_size=5000), ENV, num_envs=num_envs, eval_interval=8)
+    trainer = make_trainer(config)
+    state = jax.eval_shape(lambda: trainer.init(range(num_seeds)))
+    compiled = trainer.train.lower(state, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+    replay_bytes, row_bytes = num_seeds * trainer.replay_bytes, trainer.replay_bytes // 5000
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < replay_bytes / 2
+    assert memory.alias_size_in_bytes > replay_bytes
+    copies = rf"= u8\[[^]]*5000,{row_bytes}\]\S* (copy|select|concatenate)\("
+    assert not re.search(copies, compiled.as_text())
+
+
 def test_several_updates_per_iteration_are_counted_and_draw_different_batches():
     config = tiny_run(tiny_wqmix(buffer_size=50), ENV, updates_per_iteration=3)
     state, records = trained(config, [0], 6)

@@ -16,7 +16,7 @@ from wqmix_jax.algos.qtran import QTRAN
 from wqmix_jax.algos.wqmix import WQMIX
 from wqmix_jax.ops.action_selection import greedy_actions
 from wqmix_jax.options import build
-from wqmix_jax.training.learner import apply_gradients, clip_by_joint_norm, copy_targets, init_learner
+from wqmix_jax.training.learner import apply_gradients, clip_by_joint_norm, copy_targets, init_learner, joint_sum
 from wqmix_jax.types import Episode
 
 ENV = Clock(episode_limit=4, ends_from=4)
@@ -291,7 +291,7 @@ def test_target_nets_move_once_the_interval_has_passed_each_seed_by_its_own_coun
 
     @jax.jit
     def iteration(learners, episodes):
-        return copy_targets(step(learners), each, episodes)
+        return copy_targets(step(learners), each, episodes, jnp.ones(3, bool))
 
     def copied(learners):
         leaves = zip(*map(jax.tree.leaves, (learners.params, learners.target)), strict=True)
@@ -329,3 +329,11 @@ def test_a_small_gradient_is_not_clipped():
     np.testing.assert_array_equal(clipped["b"], [4.0])
     clipped, _ = clip_by_joint_norm(grads, jnp.float32(1))
     np.testing.assert_allclose(clipped["a"], [0.6], rtol=1e-5)
+
+
+def test_a_joint_sum_is_that_of_all_leaves():
+    """In both forms: leaf by leaf on a CPU, of all leaves joined on a GPU."""
+    tree = {"a": jnp.arange(6.0).reshape(2, 3), "b": [jnp.float32(10), jnp.arange(4.0)]}
+    assert joint_sum(tree) == 15 + 10 + 6
+    assert "concatenate" in jax.jit(joint_sum).trace(tree).lower(lowering_platforms=("cuda",)).as_text()
+    assert "concatenate" not in jax.jit(joint_sum).lower(tree).as_text()

@@ -25,7 +25,7 @@ from wqmix_jax.ops.randomness import pinned_draws
 from wqmix_jax.training.batch_gradients import Batches, Batching, batch_gradients, make_batching
 from wqmix_jax.training.compile_cache import compile_program
 from wqmix_jax.training.devices import jax_precision, seed_sharding
-from wqmix_jax.training.learner import LearnerState, apply_gradients, copy_targets, init_learner
+from wqmix_jax.training.learner import LearnerState, apply_gradients, copy_targets, init_learner, joint_sum
 from wqmix_jax.training.members import Member
 from wqmix_jax.training.replay import Replay, ReplayState, make_replay
 from wqmix_jax.training.rollout import greedy_episodes, mean_metrics, rollout
@@ -358,35 +358,58 @@ def _run_iterations(run: _Run, most: int, state: TrainState, num_iterations: Arr
 
     A loop of traced length instead of a scan: one program runs chunks of all lengths.
     """
+    dtypes = _record_dtypes(run)
+    rows = jnp.zeros((most, len(jax.tree.leaves(dtypes)), len(state.failed)), jnp.uint32)
     with _numerics(run):
-        carry = state, _no_records(run, len(state.failed), most)
-        return jax.lax.fori_loop(0, jnp.minimum(num_iterations, most), functools.partial(_iteration, run), carry)
+        turns = jnp.minimum(num_iterations, most)
+        state, rows = jax.lax.fori_loop(0, turns, functools.partial(_iteration, run), (state, rows))
+    return state, _from_words(rows, dtypes)
 
 
-def _no_records(run: _Run, num_seeds: int, num_iterations: int) -> TrainRecord:
-    """Returns records of zeros, leaves ``[num_iterations, S]``, whose rows the iterations fill."""
-    counts, numbers, flags = (jnp.zeros((num_iterations, num_seeds), dtype) for dtype in (jnp.int32, jnp.float32, bool))
+def _record_dtypes(run: _Run) -> TrainRecord:
+    """Returns the dtype of each leaf of a record."""
+    count, number = jnp.dtype(jnp.int32), jnp.dtype(jnp.float32)
     return TrainRecord(
-        counters=Counters(counts, counts, counts),
-        active=flags,
-        updates=counts,
-        epsilon=numbers,
-        episode_return=numbers,
-        episode_length=numbers,
-        losses=dict.fromkeys(_loss_names(run), numbers),
+        counters=Counters(count, count, count),
+        active=jnp.dtype(bool),
+        updates=count,
+        epsilon=number,
+        episode_return=number,
+        episode_length=number,
+        losses=dict.fromkeys(_loss_names(run), number),
     )
 
 
-def _iteration(run: _Run, index: Array, carry: tuple[TrainState, TrainRecord]) -> tuple[TrainState, TrainRecord]:
+def _as_words(record: TrainRecord) -> Array:
+    """Returns a record's bits, leaves ``[S]`` -> ``[leaves, S]`` uint32, so that one write stores all of it."""
+
+    def bits(leaf: Array) -> Array:
+        return leaf.astype(jnp.uint32) if leaf.dtype == bool else jax.lax.bitcast_convert_type(leaf, jnp.uint32)
+
+    return jnp.stack([bits(leaf) for leaf in jax.tree.leaves(record)])
+
+
+def _from_words(rows: Array, dtypes: TrainRecord) -> TrainRecord:
+    """Inverts `_as_words` for many records: ``[K, leaves, S]`` uint32 -> leaves ``[K, S]``."""
+    leaves, structure = jax.tree.flatten(dtypes)
+
+    def values(index: int, dtype: np.dtype) -> Array:
+        bits = rows[:, index]
+        return bits.astype(bool) if dtype.kind == "b" else jax.lax.bitcast_convert_type(bits, dtype)
+
+    return jax.tree.unflatten(structure, [values(index, dtype) for index, dtype in enumerate(leaves)])
+
+
+def _iteration(run: _Run, index: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
     """Plays one episode per environment, stores it, and learns once enough episodes are stored.
 
     The state of a finished or failed seed is left unchanged, and so is that of a seed whose episodes all failed at
     their first step.
 
     Returns:
-        The state after it, and the records ``[K, S]`` with row ``index`` filled.
+        The state after it, and the records' bits ``[K, leaves, S]`` with row ``index`` filled, see `_as_words`.
     """
-    state, records = carry
+    state, rows = carry
     config, counters, ctx = run.config, state.counters, _context(state)
     keys = _fold_in(state.keys.rollout, counters.episodes)
     played = rollout(config.env, config.algo, state.learner.params, state.hp, ctx, keys, num_envs=config.num_envs)
@@ -401,8 +424,7 @@ def _iteration(run: _Run, index: Array, carry: tuple[TrainState, TrainRecord]) -
     ready = active & (played_counters.episodes >= config.algo.batch_size)
     state = state._replace(replay=replay, counters=played_counters)
     # A loss sees the epsilon of the episodes that were just played, as in PyMARL, where acting alone updates it.
-    learn = functools.partial(_learn, run, ready=ready, epsilon=ctx.epsilon, episodes_before=counters.episodes)
-    learner, losses = jax.lax.cond(ready.any(), learn, functools.partial(_skip_learning, run), state)
+    learner, losses = _learn(run, state, ready=ready, epsilon=ctx.epsilon, episodes_before=counters.episodes)
     updates = jnp.where(ready, config.updates_per_iteration, 0)
     counters = played_counters._replace(learner_steps=played_counters.learner_steps + updates)
     record = TrainRecord(
@@ -417,9 +439,8 @@ def _iteration(run: _Run, index: Array, carry: tuple[TrainState, TrainRecord]) -
     # Checked once per iteration, after all its learner steps: a seed fails in the first iteration that ends with a
     # number that isn't finite, and keeps its parameters from then on.
     failed = state.failed | (ready & ~_is_finite((learner.params, losses["loss"])))
-    set_row = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
-    records = jax.tree.map(set_row, records, record)
-    return state._replace(learner=learner, counters=counters, failed=failed), records
+    rows = _set_row(index, rows, _as_words(record))
+    return state._replace(learner=learner, counters=counters, failed=failed), rows
 
 
 def _mean_where(whole: Array, values: Array) -> Array:
@@ -429,10 +450,14 @@ def _mean_where(whole: Array, values: Array) -> Array:
     return jnp.where(whole.all(-1), values.mean(-1), values.mean(-1, where=whole))
 
 
+def _set_row(index: Array, rows: Array, row: Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(rows, row, index, axis=0)
+
+
 def _is_finite(tree: PyTree) -> Array:
     """Returns True for seeds all of whose numbers are finite: leaves ``[S, ..]`` -> ``[S]``."""
-    finite = [jnp.isfinite(leaf).all(tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(tree)]
-    return jnp.stack(finite).all(0)
+    not_finite = jax.tree.map(lambda leaf: (~jnp.isfinite(leaf)).astype(jnp.int32), tree)
+    return jax.vmap(joint_sum)(not_finite) == 0
 
 
 def _learn(
@@ -446,25 +471,26 @@ def _learn(
         The learners, leaves ``[S, ..]``, and the metrics' means over the steps, ``[S]`` float32, 0 for the others.
     """
     # All seeds compute, ready or not: under `vmap` a branch per seed would compute both sides anyway. Batches of seeds
-    # that aren't ready count as empty, which makes them cheap where rows are packed. The select at the end, outside of
-    # the steps, is over learners alone, which are small compared with a batch.
+    # that aren't ready count as empty, which makes them cheap where rows are packed.
+    num_updates = run.config.updates_per_iteration
 
-    def update(learner: LearnerState, index: Array) -> tuple[LearnerState, dict[str, Array]]:
+    def update(index: Array, carry: tuple[LearnerState, dict[str, Array]]) -> tuple[LearnerState, dict[str, Array]]:
+        learner, losses = carry
         ctx = Context(epsilon, state.counters.env_steps, state.counters.learner_steps + index)
         rows = jax.vmap(run.replay.sample)(state.replay, _fold_in(state.keys.sample, ctx.learner_steps))
         loss_keys = _fold_in(state.keys.loss, ctx.learner_steps)
         grads, metrics = batch_gradients(run.batching, learner, rows, loss_keys, state.hp, ctx, ready)
-        learner, grad_norm = jax.vmap(apply_gradients)(learner, grads, state.hp)
-        return copy_targets(learner, state.hp, episodes_before), metrics | {"grad_norm": grad_norm}
+        stepped, grad_norm = jax.vmap(apply_gradients)(learner, grads, state.hp)
+        learner = jax.tree.map(functools.partial(jax.vmap(jnp.where), ready), stepped, learner)
+        learner = copy_targets(learner, state.hp, episodes_before, ready)
+        return learner, jax.tree.map(functools.partial(_set_row, index), losses, metrics | {"grad_norm": grad_norm})
 
-    learner, losses = jax.lax.scan(update, state.learner, jnp.arange(run.config.updates_per_iteration))
-    learner = jax.tree.map(functools.partial(jax.vmap(jnp.where), ready), learner, state.learner)
+    # A loop without a turn where no seed is ready, and not a branch: a loop changes the learners in place, whereas a
+    # branch would copy all of them in every iteration.
+    losses = dict.fromkeys(_loss_names(run), jnp.zeros((num_updates, len(ready)), jnp.float32))
+    turns = jnp.where(ready.any(), num_updates, 0)
+    learner, losses = jax.lax.fori_loop(0, turns, update, (state.learner, losses))
     return learner, jax.tree.map(lambda loss: jnp.where(ready, loss.mean(0), 0.0), losses)
-
-
-def _skip_learning(run: _Run, state: TrainState) -> tuple[LearnerState, dict[str, Array]]:
-    """Returns the results of `_learn` where no seed is ready."""
-    return state.learner, dict.fromkeys(_loss_names(run), jnp.zeros(state.failed.shape, jnp.float32))
 
 
 def _loss_names(run: _Run) -> tuple[str, ...]:

@@ -57,25 +57,29 @@ def apply_gradients(learner: LearnerState, grads: PyTree, hp: Hyperparams) -> tu
     return learner._replace(params=params, opt_state=opt_state), grad_norm
 
 
-def copy_targets(learner: LearnerState, hp: Hyperparams, episodes: Array) -> LearnerState:
+def copy_targets(learner: LearnerState, hp: Hyperparams, episodes: Array, ready: Array) -> LearnerState:
     """Copies all online parameters to the targets of the seeds whose interval has passed, after an optimiser step.
 
-    A real branch over all seeds: it costs nothing when no copy is due, and the copies equal the parameters to the bit.
+    It costs nothing when no copy is due, and the copies equal the parameters to the bit.
 
     Args:
         learner: leaves ``[S, ..]``.
         hp: leaves ``[S]``.
         episodes: ``[S]`` int32, the episodes before this iteration, as PyMARL counts them.
+        ready: ``[S]`` bool, the seeds that took the step; the targets of the others stay.
     """
-    due = episodes - learner.target_episodes >= hp.target_update_interval
+    due = ready & (episodes - learner.target_episodes >= hp.target_update_interval)
+    select = functools.partial(jax.vmap(jnp.where), due)
 
-    def copy(learner: LearnerState) -> LearnerState:
+    def copy(_: Array, learner: LearnerState) -> LearnerState:
         return learner._replace(
-            target=jax.tree.map(functools.partial(jax.vmap(jnp.where), due), learner.params, learner.target),
-            target_episodes=jax.vmap(jnp.where)(due, episodes, learner.target_episodes),
+            target=jax.tree.map(select, learner.params, learner.target),
+            target_episodes=select(episodes, learner.target_episodes),
         )
 
-    return jax.lax.cond(due.any(), copy, lambda learner: learner, learner)
+    # A loop of one turn or none over all seeds. A branch would copy its whole result even if it changes nothing. A
+    # select alone would be compiled into the optimiser step, which then might round differently for the target.
+    return jax.lax.fori_loop(0, due.any().astype(jnp.int32), copy, learner)
 
 
 def clip_by_joint_norm(grads: PyTree, max_norm: Array) -> tuple[PyTree, Array]:
@@ -84,6 +88,20 @@ def clip_by_joint_norm(grads: PyTree, max_norm: Array) -> tuple[PyTree, Array]:
     Returns:
         The clipped gradients and the norm before clipping.
     """
-    norm = optax.tree.norm(grads)
+    norm = jnp.sqrt(joint_sum(jax.tree.map(jnp.square, grads)))
     scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))
     return jax.tree.map(lambda grad: grad * scale, grads), norm
+
+
+def joint_sum(tree: PyTree) -> Array:
+    """Returns the sum of all numbers of all leaves, a scalar."""
+
+    def by_leaf(leaves: list[Array]) -> Array:
+        return functools.reduce(jnp.add, [leaf.sum() for leaf in leaves])
+
+    def joined(leaves: list[Array]) -> Array:
+        return jnp.concatenate([leaf.reshape(-1) for leaf in leaves]).sum()
+
+    # A GPU takes a kernel or two for each sum, and as many for the sum of all leaves joined. A TPU would have to change
+    # the layout of each leaf to join them.
+    return jax.lax.platform_dependent(jax.tree.leaves(tree), cuda=joined, rocm=joined, default=by_leaf)

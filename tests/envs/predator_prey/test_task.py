@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from wqmix_jax.config import load_group
-from wqmix_jax.envs.predator_prey import CATCH, DOWN, LEFT, RIGHT, STAY, UP, EnvState, Noise, PredatorPrey
+from wqmix_jax.envs.predator_prey import CATCH, DOWN, LEFT, RIGHT, STAY, UP, EnvState, Noise, PredatorPrey, task
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import build
 from wqmix_jax.types import Array, Observation, StepOutcome
@@ -214,6 +214,18 @@ def test_padding_unpacks_to_finite_numbers() -> None:
     template = jax.eval_shape(lambda: env.compress(env.reset(jax.random.key(0))))
     seen = jax.jit(env.decompress)(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), template))
     assert all(np.isfinite(leaf).all() for leaf in seen)
+
+
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 75, 300])
+def test_ones_are_placed_alike_on_all_platforms(size: int) -> None:
+    """Whichever form a platform takes; features may coincide, and -1 is nowhere."""
+    features = jax.random.randint(jax.random.key(size), (5, 3, 16), -1, size)
+    expected = np.zeros((5, 3, size), np.float32)
+    for index, feature in np.ndenumerate(np.array(features)):
+        if feature >= 0:
+            expected[*index[:2], feature] = 1
+    for ones in (task._ones_at, task._ones_by_word, task._ones_by_place):
+        np.testing.assert_array_equal(ones(features, size), expected)
 
 
 def test_random_play_keeps_everyone_apart_and_inside() -> None:

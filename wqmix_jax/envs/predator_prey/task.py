@@ -28,7 +28,7 @@ MOVES = ((0, 1), (1, 0), (0, -1), (-1, 0))
 NUM_CHANNELS = 3
 """Features of one cell: agents, stags, hares."""
 WORD_BITS = 32
-"""Bits of the words in which `_bits` collects flags, and `_ones_at` features."""
+"""Bits of the words in which `_bits` collects flags, and `_ones_by_word` features."""
 EVERY_FOURTH = np.uint32(0x11111111)
 """The word in which the lowest of every four bits is set."""
 MAX_UNROLLED = 8
@@ -629,21 +629,18 @@ def _packed(flags: Array) -> Array:
 
 def _ones_at(features: Array, size: int) -> Array:
     """Returns ``[.., size]`` float32 with ones at ``features`` (``[.., J]``); -1 is nowhere."""
-    forms = {"cpu": _ones_by_word, "default": _ones_by_place}
-    return jax.lax.platform_dependent(features, **{name: functools.partial(form, size) for name, form in forms.items()})
+    by_word, by_place = (functools.partial(ones, size=size) for ones in (_ones_by_word, _ones_by_place))
+    return jax.lax.platform_dependent(features, cpu=by_word, default=by_place)
 
 
-def _ones_by_place(size: int, features: Array) -> Array:
-    """Compares every feature with every place: on an accelerator, one kernel without an array of words."""
-    places = jnp.arange(size, dtype=features.dtype).reshape((1,) * features.ndim + (-1,))
+def _ones_by_place(features: Array, size: int) -> Array:
+    """Compares every feature with every place; on a GPU or TPU, this needs no array larger than its result."""
+    places = _index(size).reshape((1,) * features.ndim + (-1,))
     return (features[..., None] == places).any(-2).astype(jnp.float32)
 
 
-def _ones_by_word(size: int, features: Array) -> Array:
-    """Collects the ones as bits of words first.
-
-    On a CPU, comparing every feature with every place would take a sixth of a learner step for a replayed batch.
-    """
+def _ones_by_word(features: Array, size: int) -> Array:
+    """Collects the ones as bits of words first; comparing would take a sixth of a learner step on a CPU."""
     word, bit = jnp.divmod(features, WORD_BITS)  # -1 is in word -1
     # [.., J, words]: each feature as a bit in its word; then the words of all J features are joined.
     index = _index(-(-size // WORD_BITS)).reshape((1,) * features.ndim + (-1,))
