@@ -296,8 +296,8 @@ def kernel_numbers(computations: hlo.Computations, config: RunConfig, program: s
     if program == "learn":
         numbers["kernels_per_learner_call"] = round(counted.total / updates, 1)
     for iteration in (part for part in loops if part.role == "iterations"):
-        choices = [part.total for part in iteration.inner if part.kind == "choice"]
-        numbers["kernels_per_learner_call"] = round(max(choices, default=0) / updates, 1)
+        learning = [part.total for part in iteration.inner if part.role == "updates"]
+        numbers["kernels_per_learner_call"] = round(sum(learning) / updates, 1)
         numbers["kernels_per_iteration"] = iteration.once + iteration.check
     assumed = [f"{part.trips} {part.role}: {part.op_name}" for part in loops]
     return numbers | {"assumed_trips": assumed, "loops": list(counted.lines())}
@@ -317,7 +317,7 @@ def assumed_trips(program: str, episode_limit: int, loop: hlo.Part, around: Sequ
         return "iterations", 1
     plays = not in_branch and outer == {"train": ["iterations"], "evaluate": []}.get(program)
     if noted:
-        return "steps" if plays else noted[1], int(noted[2])
+        return noted[1], int(noted[2])
     if plays:
         return "steps", episode_limit
     block = max((part.trips or 1 for part in loop.inner if part.kind == "loop"), default=1)

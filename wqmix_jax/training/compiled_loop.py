@@ -489,7 +489,8 @@ def _learn(
     # branch would copy all of them in every iteration.
     losses = dict.fromkeys(_loss_names(run), jnp.zeros((num_updates, len(ready)), jnp.float32))
     turns = jnp.where(ready.any(), num_updates, 0)
-    learner, losses = jax.lax.fori_loop(0, turns, update, (state.learner, losses))
+    with jax.named_scope(f"updates_at_most_{num_updates}"):  # named for whoever reads the compiled program
+        learner, losses = jax.lax.fori_loop(0, turns, update, (state.learner, losses))
     return learner, jax.tree.map(lambda loss: jnp.where(ready, loss.mean(0), 0.0), losses)
 
 

@@ -79,7 +79,8 @@ def copy_targets(learner: LearnerState, hp: Hyperparams, episodes: Array, ready:
 
     # A loop of one turn or none over all seeds. A branch would copy its whole result even if it changes nothing. A
     # select alone would be compiled into the optimiser step, which then might round differently for the target.
-    return jax.lax.fori_loop(0, due.any().astype(jnp.int32), copy, learner)
+    with jax.named_scope("copies_at_most_1"):
+        return jax.lax.fori_loop(0, due.any().astype(jnp.int32), copy, learner)
 
 
 def clip_by_joint_norm(grads: PyTree, max_norm: Array) -> tuple[PyTree, Array]:

@@ -146,14 +146,16 @@ def rollout(
         def is_left(state: tuple[Array, _Play]) -> Array:
             return (state[0] < block) & _is_worth_playing(state[1].done)
 
-        _, play = jax.lax.while_loop(is_left, play_one, (jnp.int32(0), play))
+        with jax.named_scope(f"block_at_most_{block}"):
+            _, play = jax.lax.while_loop(is_left, play_one, (jnp.int32(0), play))
         return play._replace(step=play.step + block)
 
     def unfinished(play: _Play) -> Array:
         return (play.step < limit) & ~play.done.all()
 
     first = _first(env, algo, reset_keys, num_seeds, num_envs, -(-limit // block) * block)
-    play = jax.lax.while_loop(unfinished, play_block, first)
+    with jax.named_scope(f"steps_at_most_{-(-limit // block)}"):  # named for whoever reads the compiled program
+        play = jax.lax.while_loop(unfinished, play_block, first)
     record = play.record
     timed = (record.steps, record.joint_action, record.reward)  # [T(+1), F, ..] -> [S, E, T(+1), ..]
     too_many = -limit % block
