@@ -3,7 +3,7 @@
 A compiler fuses many of them into one kernel, so the numbers are no counts of kernels, but grow and shrink with them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import jax
 LONG = 100
 """Loops with more trips are long: each of their operations costs its time as often."""
 
+_LOOPS = {"scan", "while"}
 _DRAWS = {"random_bits", "random_fold_in", "random_split", "threefry2x32"}
 
 
@@ -54,7 +55,7 @@ def _count(jaxpr: Any, unknown_trips: int, *, in_loop: bool) -> Operations:
 
 def _count_one(eqn: Any, unknown_trips: int, *, in_loop: bool) -> Operations:
     name, params = eqn.primitive.name, eqn.params
-    if name in ("scan", "while"):
+    if name in _LOOPS:
         trips = params["length"] if name == "scan" else unknown_trips
         bodies = [params[key].jaxpr for key in ("jaxpr", "cond_jaxpr", "body_jaxpr") if key in params]
         inside = Operations()
@@ -68,3 +69,46 @@ def _count_one(eqn: Any, unknown_trips: int, *, in_loop: bool) -> Operations:
     if within:
         return _count(within[0], unknown_trips, in_loop=in_loop)
     return Operations(1, name == "dot_general", in_loop and name in _DRAWS, 0)
+
+
+class Loop(NamedTuple):
+    """A loop of a traced program.
+
+    Attributes:
+        trips: None if their number is decided when the program runs.
+        inline: trips that are compiled as straight-line code.
+        dots: matrix products of one trip; those of loops inside aren't counted.
+    """
+
+    trips: int | None
+    inline: int
+    dots: int
+
+
+def sequential_loops(function: Callable[..., Any], *args: Any) -> list[Loop]:
+    """Returns all loops of a function, each before those inside it; arguments as in `count_sequential`."""
+    return list(_loops(jax.make_jaxpr(function)(*args).jaxpr))
+
+
+def _loops(jaxpr: Any) -> Iterator[Loop]:
+    for eqn in jaxpr.eqns:
+        name, params = eqn.primitive.name, eqn.params
+        if name in _LOOPS:
+            dots = sum(_dots_outside_of_loops(body) for body in _bodies(eqn))
+            yield Loop(params.get("length"), params.get("unroll", 1), dots)
+        for body in _bodies(eqn):
+            yield from _loops(body)
+
+
+def _dots_outside_of_loops(jaxpr: Any) -> int:
+    count = 0
+    for eqn in jaxpr.eqns:
+        count += eqn.primitive.name == "dot_general"
+        count += 0 if eqn.primitive.name in _LOOPS else sum(map(_dots_outside_of_loops, _bodies(eqn)))
+    return count
+
+
+def _bodies(eqn: Any) -> list[Any]:
+    """Returns the programs inside an operation: of a loop, a call or the branches of a choice."""
+    values = [each for value in eqn.params.values() for each in (value if isinstance(value, tuple | list) else [value])]
+    return [inner for value in values if hasattr(inner := getattr(value, "jaxpr", value), "eqns")]

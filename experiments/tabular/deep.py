@@ -15,7 +15,7 @@ import numpy as np
 from experiments.tabular.games import FOLDER, NUM_ACTIONS, NUM_AGENTS, Share, random_games, write
 from wqmix_jax import load_config
 from wqmix_jax.algos.base import Context, hyperparams
-from wqmix_jax.algos.q_learning import gather_actions
+from wqmix_jax.algos.q_learning import seen_before
 from wqmix_jax.cli.command import command
 from wqmix_jax.cli.parser import OneLineParser, count, out_file
 from wqmix_jax.ops.action_selection import greedy_actions
@@ -105,8 +105,7 @@ def _context() -> Context:
 def _learnt(algo: Any, params: PyTree, batch: Episode) -> tuple[Array, Array]:
     """Returns Q_tot of every joint action ``[C]``, and the greedy joint action ``[N]``."""
     agent_qs = algo.unroll(params["agent"], batch)
-    chosen = gather_actions(agent_qs[:, :-1], batch.joint_action)
-    q_tot = algo.mix(params["mixer"], chosen, batch.state[:, :-1])
+    q_tot, _ = algo.mix(params["mixer"], agent_qs[:, :-1], batch.joint_action, seen_before(batch))
     return q_tot[:, 0], greedy_actions(agent_qs, batch.avail_actions)[0, 0]
 
 

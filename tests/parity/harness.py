@@ -4,11 +4,13 @@ A folder holds ``env_[<variant>_]<tag>.npz`` and ``learner_<case>_<tag>_<k>.npz`
 stand in each file's ``config_json``. Every ``.npz`` in it must be one of the two; nothing else is looked at.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import numpy as np
@@ -16,6 +18,8 @@ import numpy as np
 from tests.parity import environment_cases, learner_cases
 from tests.parity.comparison import Report
 from tests.parity.learner_cases import CannotRun
+from wqmix_jax.networks import blocked_recurrent
+from wqmix_jax.networks.functional import unroll_in_blocks
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 """The project's own copy of the recordings."""
@@ -23,8 +27,14 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 FOLDER = Path(os.environ.get("WQMIX_PARITY_DIR", GOLDEN))
 """The folder whose files are run."""
 
-PRECISIONS = ("float64", "float32")
-"""A learner is run in both; an environment once."""
+BLOCKS = "-blocks"
+
+PRECISIONS = ("float64", f"float64{BLOCKS}", "float32")
+"""A learner is run in all of them, in the second with its nets unrolled in blocks as on an accelerator; an environment
+once."""
+
+BLOCK = 4
+"""Steps of a block, so that the recordings' short episodes have several, the last of which is padded."""
 
 
 class CaseFile(NamedTuple):
@@ -94,4 +104,12 @@ def run(path: Path, precision: str) -> Report:
     if is_environment(path):
         return environment_cases.compare(file.arrays, file.config)
     case = learner_case(path, file.config)
-    return learner_cases.compare(case, file.arrays, file.config, precision)
+    with _in_blocks() if precision.endswith(BLOCKS) else contextlib.nullcontext():
+        return learner_cases.compare(case, file.arrays, file.config, precision.removesuffix(BLOCKS))
+
+
+@contextlib.contextmanager
+def _in_blocks() -> Iterator[None]:
+    """Traces nets in the form for accelerators."""
+    with mock.patch.object(blocked_recurrent, "MAX_BLOCK", BLOCK), unroll_in_blocks(1):
+        yield

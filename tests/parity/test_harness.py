@@ -222,9 +222,10 @@ def test_another_folder(tmp_path: Path) -> None:
         "env_some_word.npz: init (obs, state, avail); step (post_agents_pos",
         "learner_vdn_w_7.npz: expected (mask, chosen_action_qvals",
         "    float64: largest error ",
+        "    float64-blocks: largest error ",
         "    float32: largest error ",
         "test_recording[learner_dqn_word_0-float64] - tests.parity.learner_cases.CannotRun: its case is unknown",
-        "2 failed, 4 passed",
+        "3 failed, 5 passed",
     ):
         assert line in result.stdout
 

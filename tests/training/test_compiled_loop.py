@@ -10,6 +10,7 @@ import pytest
 
 from tests.environments import TINY, Clock, tiny_maddpg, tiny_masac, tiny_run, tiny_wqmix
 from tests.training.test_replay import plain_episode, stacked
+from wqmix_jax.algos.base import Aux
 from wqmix_jax.algos.wqmix import WQMIX
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import build
@@ -312,23 +313,40 @@ def test_a_batch_is_cut_to_the_shortest_static_length_that_holds_it(algo):
     learners_agree(cut, whole)
 
 
-LENGTHS = [[20, 28, 32, 17, 16], [7, 0, 8, 7, 9]]
+LENGTHS = ((20, 28, 32, 17, 16), (7, 0, 8, 7, 9))
 """The lengths of two seeds' five episodes: any five of them fill five rows of 32 steps, and at most two."""
 
+SHORT = ((9, 3, 5, 8, 9), LENGTHS[1])
+"""At most ten places, the first of two blocks on an accelerator."""
 
-def learned_from_lengths(algo, batches):
-    """A learner step of two seeds on episodes of these lengths, half of which the task ended."""
+
+@functools.cache
+def with_episodes(algo, lengths):
+    """A state with one seed for each row of ``lengths``, the lengths of its episodes, half of which the task ended."""
     config = tiny_run(algo, LONG)
-    episodes = [
-        stacked([plain_episode(LONG, jax.random.key(length), length, length % 2 == 0)[0] for length in lengths])
-        for lengths in LENGTHS
-    ]
     replay = make_replay(config.env, buffer_size=5, batch_size=5)
-    rows = [replay.add(replay.init(), stored, jnp.bool_(True)).experience for stored in episodes]
-    trainer = make_trainer(config, batches=batches)
-    state = trainer.init([0, 1])
-    state = state._replace(replay=state.replay.replace(experience=jnp.stack(rows), is_full=~state.replay.is_full))
-    return trainer.learn(state)
+    rows = []
+    for each in lengths:
+        episodes = [plain_episode(LONG, jax.random.key(length), length, length % 2 == 0)[0] for length in each]
+        rows.append(replay.add(replay.init(), stacked(episodes), jnp.bool_(True)).experience)
+    state = make_trainer(config).init(range(len(lengths)))
+    return state._replace(replay=state.replay.replace(experience=jnp.stack(rows), is_full=~state.replay.is_full))
+
+
+def learned_from_lengths(algo, batches=None, platform=None, lengths=LENGTHS):
+    """A learner step of each seed of `with_episodes`."""
+    return make_trainer(tiny_run(algo, LONG), batches=batches, platform=platform).learn(with_episodes(algo, lengths))
+
+
+@functools.cache
+def learned_from_whole_batches(algo, lengths=LENGTHS):
+    """The reference: step by step, with all padding."""
+    return learned_from_lengths(algo, "whole", "cpu", lengths)
+
+
+def same_to_rounding(one, other, where=slice(None)):
+    for mine, its in zip(*map(jax.tree.leaves, (one, other)), strict=True):
+        np.testing.assert_allclose(mine, its[where], rtol=2e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -345,9 +363,39 @@ def test_short_episodes_that_share_rows_teach_what_they_teach_apart(algo, monkey
     """A tile of four rows and one of two, which reaches past the last and where the second seed has no step."""
     monkeypatch.setattr(batch_gradients, "LARGE_TILE", 8)
     monkeypatch.setattr(batch_gradients, "SMALL_TILE", 4)
-    learners = [learned_from_lengths(algo, batches) for batches in ("packed", "whole")]
-    for packed, whole in zip(*map(jax.tree.leaves, learners), strict=True):
-        np.testing.assert_allclose(packed, whole, rtol=2e-4, atol=1e-6)
+    same_to_rounding(learned_from_lengths(algo, "packed"), learned_from_whole_batches(algo))
+
+
+@pytest.mark.parametrize(
+    ("platform", "batches", "algo", "lengths"),
+    [
+        ("tpu", "bounded", tiny_wqmix(**FIVE, returns="td_lambda"), LENGTHS),
+        ("gpu", "bounded", tiny_wqmix(**FIVE, returns="td_lambda"), SHORT),
+        ("tpu", "cut", tiny_wqmix(**FIVE, returns="td_lambda"), SHORT),
+        ("gpu", "cut", tiny_masac(**FIVE), LENGTHS),
+        ("tpu", "bounded", tiny_maddpg(**FIVE), LENGTHS),
+        ("tpu", "packed", tiny_wqmix(**FIVE, returns="td_lambda"), LENGTHS),
+    ],
+    ids=["tpu bounded", "gpu bounded", "tpu cut", "gpu cut", "maddpg", "packed"],
+)
+def test_accelerators_learn_what_a_cpu_learns(platform, batches, algo, lengths):
+    """Nets are unrolled in blocks; bounded batches as far as the longest episode of all seeds."""
+    same_to_rounding(learned_from_lengths(algo, batches, platform, lengths), learned_from_whole_batches(algo, lengths))
+
+
+def test_an_unmarked_loss_learns_the_same(monkeypatch):
+    algo = tiny_wqmix(**FIVE, returns="td_lambda")
+    expected = learned_from_whole_batches(algo)
+    monkeypatch.delattr(WQMIX.loss, "is_mean_over_steps")
+    same_to_rounding(learned_from_lengths(algo, platform="tpu"), expected)
+
+
+def test_a_seed_alone_learns_what_it_learns_in_company_on_an_accelerator():
+    """With fewer blocks: only the other seed's episodes are long."""
+    algo = tiny_wqmix(**FIVE, returns="td_lambda")
+    together = learned_from_lengths(algo, "bounded", "tpu", LENGTHS[::-1])
+    alone = learned_from_lengths(algo, "bounded", "tpu", LENGTHS[1:])
+    same_to_rounding(alone, together, where=slice(0, 1))
 
 
 def test_a_tile_is_unrolled_as_far_as_its_fullest_row(monkeypatch):
@@ -372,32 +420,50 @@ def test_a_tile_is_unrolled_as_far_as_its_fullest_row(monkeypatch):
         assert num_places == max(filled.any(0).sum() for _, filled in both_seeds) < 33
 
 
-@pytest.mark.parametrize(
-    ("algo", "env", "expected"),
-    [
-        (tiny_wqmix(), LONG, True),
-        (build("algo", {"_target_": "tests.environments.ContextTeller", **TINY}), LONG, False),  # isn't marked
-        (tiny_wqmix(), Clock(episode_limit=31, ends_from=1), False),
-    ],
-    ids=["marked", "unmarked", "too short"],
-)
-def test_rows_are_shared_on_a_cpu_where_the_loss_is_marked_and_episodes_are_long(algo, env, expected, monkeypatch):
-    packed = []
+def test_a_bounded_batch_is_unrolled_as_far_as_its_longest_episode(monkeypatch):
+    seen = []
 
-    def spied(lengths, episode_limit):
-        packed.append(lengths)
-        return first_fit_rows(lengths, episode_limit)
+    def without_loss(batching, batch):
+        jax.debug.callback(lambda num_places: seen.append(int(num_places)), batch.num_places)
+        metrics = dict.fromkeys(batching.metric_names, jnp.zeros(len(batch.mask)))
+        return lambda params, *_: (params, Aux(metrics, {}))
 
-    monkeypatch.setattr(batch_gradients, "first_fit_rows", spied)
-    trainer = make_trainer(tiny_run(algo, env))
-    jax.eval_shape(trainer.learn, jax.eval_shape(trainer.init, jnp.zeros(1, jnp.uint32)))
-    assert bool(packed) == expected
+    monkeypatch.setattr(batch_gradients, "_seeds_gradient", without_loss)
+    learned_from_lengths(tiny_wqmix(**FIVE, returns="td_lambda"), "bounded", "tpu", SHORT)
+    jax.effects_barrier()
+    assert seen == [10]
 
 
-def test_an_unmarked_loss_is_not_packed():
-    algo = build("algo", {"_target_": "tests.environments.ContextTeller", **TINY})
-    with pytest.raises(ValueError, match="batches=packed is not allowed: the loss of ContextTeller"):
-        make_trainer(tiny_run(algo, LONG), batches="packed")
+def batching_of(algo, env=LONG, **choices):
+    replay = make_replay(env, buffer_size=5, batch_size=algo.batch_size)
+    return make_batching(env, algo, replay, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), **choices)
+
+
+UNMARKED = build("algo", {"_target_": "tests.environments.ContextTeller", **TINY})
+
+
+@pytest.mark.parametrize(("platform", "inline"), [("cpu", None), ("gpu", 32), ("cuda", 32), ("rocm", 32), ("tpu", 1)])
+@pytest.mark.parametrize("is_marked", [True, False])
+def test_batches_and_the_form_of_the_nets_are_chosen_by_platform(platform, inline, is_marked):
+    batching = batching_of(tiny_wqmix() if is_marked else UNMARKED, platform=platform)
+    on_cpu = platform == "cpu"
+    assert batching.steps_inline == inline
+    assert (batching.tiles is not None) == (is_marked and on_cpu)
+    assert batching.is_bounded == (is_marked and not on_cpu)
+    assert batching.lengths == ([32] if batching.is_bounded else [16, 32])
+    assert (batching.cache_seeds is not None) == on_cpu
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_episodes_too_short_to_be_cut_are_whole(platform):
+    batching = batching_of(tiny_wqmix(), Clock(episode_limit=31, ends_from=1), platform=platform)
+    assert (batching.tiles, batching.is_bounded, batching.lengths) == (None, False, [31])
+
+
+@pytest.mark.parametrize("batches", ["packed", "bounded"])
+def test_an_unmarked_loss_is_neither_packed_nor_bounded(batches):
+    with pytest.raises(ValueError, match=f"batches={batches} is not allowed: the loss of ContextTeller"):
+        make_trainer(tiny_run(UNMARKED, LONG), batches=batches)
 
 
 def test_a_loss_that_does_not_report_itself_is_refused():

@@ -68,8 +68,8 @@ def value_of(algo, params, batch, joint_action):
     """The estimate that targets bootstrap from, of a joint action after each step."""
     seen = seen_after(batch)
     if isinstance(algo, QTRAN):
-        hidden = algo.unroll_hidden(params["agent"], batch)[0]
-        return algo.joint_value(params["mixer"], hidden[:, 1:], joint_action, seen).q
+        [unrolled] = algo.unroll_nets(batch, [params["agent"]], keeps_hiddens=True)
+        return algo.joint_value(params["mixer"], unrolled.hiddens[:, 1:], joint_action, seen).q
     if isinstance(algo, IQL):
         return gather_actions(algo.unroll(params["agent"], batch)[:, 1:], joint_action)
     if isinstance(algo, ActorCritic):
