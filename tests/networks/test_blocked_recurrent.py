@@ -7,10 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wqmix_jax.networks import blocked_recurrent
-from wqmix_jax.networks.agent import RecurrentAgent, agent_inputs, unroll_agents
-from wqmix_jax.networks.blocked_recurrent import block_length
-from wqmix_jax.networks.functional import compute_in, init_net, unroll_in_blocks
+from wqmix_jax.networks.agent import RecurrentAgent, SeenByAgents, agent_inputs, unroll_agents
+from wqmix_jax.networks.functional import BlockForm, compute_in, init_net, unroll_in_blocks
 
 ROWS, AGENTS, OBS, ACTIONS, HIDDEN, BLOCK = 3, 2, 4, 5, 6, 4
 AGENT = RecurrentAgent(HIDDEN, ACTIONS)
@@ -44,27 +42,19 @@ def data_of(num_steps, dtype):
     return Data(nets, carry, obs, last_action, starts, normal(NETS, *batch, ACTIONS), normal(NETS, *batch, HIDDEN))
 
 
-def value_and_gradients(inline, data, num_places=None, *, has_starts=True, keeps_hiddens=True):
+def value_and_gradients(form, data, num_places=None, *, has_starts=True, keeps_hiddens=True):
     """Returns the results at the places that are taken, and the gradients of nets, carry and observations."""
 
     def loss(nets, carry, obs):
-        with unroll_in_blocks(inline):
-            every = unroll_agents(
-                AGENT,
-                nets[:TRAINED],
-                nets[TRAINED:],
-                carry,
-                obs,
-                data.last_action,
-                data.starts if has_starts else None,
-                num_places,
-                keeps_hiddens=keeps_hiddens,
-            )
+        starts = data.starts if has_starts else None
+        seen = SeenByAgents(obs, data.last_action, starts, num_places=num_places)
+        with unroll_in_blocks(form):
+            every = unroll_agents(AGENT, nets[:TRAINED], nets[TRAINED:], carry, seen, keeps_hiddens=keeps_hiddens)
         assert all((net.hiddens is not None) == keeps_hiddens for net in every)
         is_place = jnp.arange(len(obs)) < (len(obs) if num_places is None else num_places)
         every = jax.tree.map(lambda leaf: jnp.where(is_place[:, None, None, None], leaf, 0), every)
         # In blocks, frozen networks have no gradient although the loss depends on them.
-        seen = every if inline else [*every[:TRAINED], *jax.lax.stop_gradient(every[TRAINED:])]
+        seen = every if form else [*every[:TRAINED], *jax.lax.stop_gradient(every[TRAINED:])]
         value = sum((jnp.sin(net.utilities) * data.utility_weights[index]).sum() for index, net in enumerate(seen))
         if keeps_hiddens:
             value += sum((net.hiddens**2 * data.hidden_weights[index]).sum() for index, net in enumerate(seen))
@@ -74,26 +64,25 @@ def value_and_gradients(inline, data, num_places=None, *, has_starts=True, keeps
 
 
 @pytest.mark.parametrize(
-    ("num_steps", "inline", "has_starts", "is_bounded", "keeps_hiddens"),
+    ("num_steps", "form", "has_starts", "is_bounded", "keeps_hiddens"),
     [
-        (11, 1, True, True, True),
-        (12, 1, False, False, False),
-        (11, 2, False, True, False),
-        (12, 2, True, False, True),
-        (11, 32, True, False, False),
-        (12, 32, False, True, True),
-        (1, 1, True, True, False),
+        (11, BlockForm(BLOCK, 1), True, True, True),
+        (12, BlockForm(BLOCK, 1, recomputes=True), False, False, False),
+        (11, BlockForm(BLOCK, 2), False, True, False),
+        (12, BlockForm(BLOCK, 2, recomputes=True), True, False, True),
+        (11, BlockForm(BLOCK, 32, recomputes=True), True, False, False),
+        (12, BlockForm(BLOCK, 32), False, True, True),
+        (1, BlockForm(BLOCK, 1), True, True, False),
     ],
 )
-def test_the_two_forms_agree(num_steps, inline, has_starts, is_bounded, keeps_hiddens, monkeypatch):
+def test_the_two_forms_agree(num_steps, form, has_starts, is_bounded, keeps_hiddens):
     """Blocks after the last place aren't computed: what is not a number there reaches neither values nor gradients."""
-    monkeypatch.setattr(blocked_recurrent, "MAX_BLOCK", BLOCK)
     options = {"has_starts": has_starts, "keeps_hiddens": keeps_hiddens}
     with jax.enable_x64(True):
         data = data_of(num_steps, "float64")
         by_step, in_blocks = (
-            jax.jit(lambda data, num_places, inline=inline: value_and_gradients(inline, data, num_places, **options))
-            for inline in (None, inline)
+            jax.jit(lambda data, num_places, form=form: value_and_gradients(form, data, num_places, **options))
+            for form in (None, form)
         )
         for num_places in sorted({1, min(5, num_steps), min(8, num_steps), num_steps}) if is_bounded else [None]:
             if num_places:
@@ -107,15 +96,14 @@ def test_the_two_forms_agree(num_steps, inline, has_starts, is_bounded, keeps_hi
             assert all(leaf.any() for leaf in jax.tree.leaves(nets[:TRAINED]))
 
 
-def test_the_two_forms_agree_in_bfloat16(monkeypatch):
+def test_the_two_forms_agree_in_bfloat16():
     """And every product of the blocks has operands in bfloat16."""
-    monkeypatch.setattr(blocked_recurrent, "MAX_BLOCK", BLOCK)
-    data = data_of(11, "float32")
+    data, blocks = data_of(11, "float32"), BlockForm(BLOCK, 1)
     with compute_in("bfloat16"):
-        by_step, in_blocks = (jax.jit(lambda data, i=i: value_and_gradients(i, data))(data) for i in (None, 1))
+        by_step, in_blocks = (jax.jit(lambda data, i=i: value_and_gradients(i, data))(data) for i in (None, blocks))
         operands = [
             var.aval.dtype
-            for eqn in equations(jax.make_jaxpr(lambda data: value_and_gradients(1, data))(data).jaxpr)
+            for eqn in equations(jax.make_jaxpr(lambda data: value_and_gradients(blocks, data))(data).jaxpr)
             if eqn.primitive.name == "dot_general"
             for var in eqn.invars
         ]
@@ -136,4 +124,4 @@ def equations(jaxpr):
 
 @pytest.mark.parametrize(("num_steps", "expected"), [(1, 1), (2, 2), (32, 32), (33, 17), (61, 31), (201, 29)])
 def test_blocks_are_as_few_as_possible_and_evenly_long(num_steps, expected):
-    assert block_length(num_steps) == expected
+    assert BlockForm(max_steps=32, steps_inline=1).block_length(num_steps) == expected

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import jax
 import numpy as np
@@ -18,8 +17,7 @@ import numpy as np
 from tests.parity import environment_cases, learner_cases
 from tests.parity.comparison import Report
 from tests.parity.learner_cases import CannotRun
-from wqmix_jax.networks import blocked_recurrent
-from wqmix_jax.networks.functional import unroll_in_blocks
+from wqmix_jax.networks.functional import BlockForm, unroll_in_blocks
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 """The project's own copy of the recordings."""
@@ -111,5 +109,5 @@ def run(path: Path, precision: str) -> Report:
 @contextlib.contextmanager
 def _in_blocks() -> Iterator[None]:
     """Traces nets in the form for accelerators."""
-    with mock.patch.object(blocked_recurrent, "MAX_BLOCK", BLOCK), unroll_in_blocks(1):
+    with unroll_in_blocks(BlockForm(BLOCK, steps_inline=1, recomputes=True)):
         yield

@@ -447,10 +447,11 @@ UNMARKED = build("algo", {"_target_": "tests.environments.ContextTeller", **TINY
 def test_batches_and_the_form_of_the_nets_are_chosen_by_platform(platform, inline, is_marked):
     batching = batching_of(tiny_wqmix() if is_marked else UNMARKED, platform=platform)
     on_cpu = platform == "cpu"
-    assert batching.steps_inline == inline
+    assert (None if batching.block_form is None else batching.block_form.steps_inline) == inline
     assert (batching.tiles is not None) == (is_marked and on_cpu)
     assert batching.is_bounded == (is_marked and not on_cpu)
-    assert batching.lengths == ([32] if batching.is_bounded else [16, 32])
+    whole_blocks = {"tpu": 32, "cpu": 32}.get(platform, 33)  # 33 places are three blocks of 11, or two of 17
+    assert batching.lengths == ([whole_blocks] if batching.is_bounded else [16, 32])
     assert (batching.cache_seeds is not None) == on_cpu
 
 
