@@ -3,6 +3,7 @@
 A compiler fuses many of them into one kernel, so the numbers are no counts of kernels, but grow and shrink with them.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -41,7 +42,8 @@ def count_sequential(function: Callable[..., Any], *args: Any, unknown_trips: in
     Args:
         function: is traced, and not run.
         args: its arguments, or their shapes.
-        unknown_trips: the trips of a loop whose number is decided when the program runs.
+        unknown_trips: the trips of a loop whose number is decided when the program runs, unless a scope around it,
+            `jax.named_scope("blocks_at_most_7")`, names the most.
     """
     return _count(jax.make_jaxpr(function)(*args).jaxpr, unknown_trips, in_loop=False)
 
@@ -56,11 +58,8 @@ def _count(jaxpr: Any, unknown_trips: int, *, in_loop: bool) -> Operations:
 def _count_one(eqn: Any, unknown_trips: int, *, in_loop: bool) -> Operations:
     name, params = eqn.primitive.name, eqn.params
     if name in _LOOPS:
-        trips = params["length"] if name == "scan" else unknown_trips
-        bodies = [params[key].jaxpr for key in ("jaxpr", "cond_jaxpr", "body_jaxpr") if key in params]
-        inside = Operations()
-        for body in bodies:
-            inside = inside.plus(_count(body, unknown_trips, in_loop=True))
+        trips = params["length"] if name == "scan" else _most_trips(eqn, unknown_trips)
+        inside = _count_bodies(eqn, unknown_trips)
         return Operations(*(trips * each for each in inside)).plus(Operations(long_loops=trips > LONG))
     if name == "cond":
         branches = [_count(branch.jaxpr, unknown_trips, in_loop=in_loop) for branch in params["branches"]]
@@ -71,6 +70,19 @@ def _count_one(eqn: Any, unknown_trips: int, *, in_loop: bool) -> Operations:
     return Operations(1, name == "dot_general", in_loop and name in _DRAWS, 0)
 
 
+def _count_bodies(eqn: Any, unknown_trips: int) -> Operations:
+    counts = Operations()
+    for body in _bodies(eqn):
+        counts = counts.plus(_count(body, unknown_trips, in_loop=True))
+    return counts
+
+
+def _most_trips(eqn: Any, unknown_trips: int) -> int:
+    # Scopes around an outer loop are not those of the loops in its body.
+    found = re.findall(r"_at_most_(\d+)", str(eqn.source_info.name_stack))
+    return int(found[-1]) if found else unknown_trips
+
+
 class Loop(NamedTuple):
     """A loop of a traced program.
 
@@ -78,11 +90,13 @@ class Loop(NamedTuple):
         trips: None if their number is decided when the program runs.
         inline: trips that are compiled as straight-line code.
         dots: matrix products of one trip; those of loops inside aren't counted.
+        once: all operations of one trip, with those of loops inside, see `count_sequential`.
     """
 
     trips: int | None
     inline: int
     dots: int
+    once: Operations
 
 
 def sequential_loops(function: Callable[..., Any], *args: Any) -> list[Loop]:
@@ -95,7 +109,7 @@ def _loops(jaxpr: Any) -> Iterator[Loop]:
         name, params = eqn.primitive.name, eqn.params
         if name in _LOOPS:
             dots = sum(_dots_outside_of_loops(body) for body in _bodies(eqn))
-            yield Loop(params.get("length"), params.get("unroll", 1), dots)
+            yield Loop(params.get("length"), params.get("unroll", 1), dots, _count_bodies(eqn, 1))
         for body in _bodies(eqn):
             yield from _loops(body)
 

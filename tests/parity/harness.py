@@ -4,10 +4,9 @@ A folder holds ``env_[<variant>_]<tag>.npz`` and ``learner_<case>_<tag>_<k>.npz`
 stand in each file's ``config_json``. Every ``.npz`` in it must be one of the two; nothing else is looked at.
 """
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +30,8 @@ PRECISIONS = ("float64", f"float64{BLOCKS}", "float32")
 """A learner is run in all of them, in the second with its nets unrolled in blocks as on an accelerator; an environment
 once."""
 
-BLOCK = 4
-"""Steps of a block, so that the recordings' short episodes have several, the last of which is padded."""
+BLOCK_FORM = BlockForm(max_steps=4, steps_inline=1, recomputes=True)
+"""With several blocks in the recordings' short episodes, the last of which is padded."""
 
 
 class CaseFile(NamedTuple):
@@ -102,12 +101,5 @@ def run(path: Path, precision: str) -> Report:
     if is_environment(path):
         return environment_cases.compare(file.arrays, file.config)
     case = learner_case(path, file.config)
-    with _in_blocks() if precision.endswith(BLOCKS) else contextlib.nullcontext():
+    with unroll_in_blocks(BLOCK_FORM if precision.endswith(BLOCKS) else None):
         return learner_cases.compare(case, file.arrays, file.config, precision.removesuffix(BLOCKS))
-
-
-@contextlib.contextmanager
-def _in_blocks() -> Iterator[None]:
-    """Traces nets in the form for accelerators."""
-    with unroll_in_blocks(BlockForm(BLOCK, steps_inline=1, recomputes=True)):
-        yield
