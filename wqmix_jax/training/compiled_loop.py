@@ -1,8 +1,9 @@
 """The compiled training loop: one loop over iterations whose state carries the seed axis ``S`` inside.
 
 `make_trainer` binds a run's options into pure, jitted functions, and `compile_trainer` compiles them. Everything that
-decides a branch is a scalar over all seeds, so "has learning started" and "how much of this batch is padding" are real
-branches, not selects; a `vmap` over whole runs would turn each of them into a select that computes both sides.
+decides a branch or the length of a loop is a scalar over all seeds, so "has learning started" and "how much of this
+batch is padding" are real branches, not selects; a `vmap` over whole runs would turn each of them into a select that
+computes both sides.
 """
 
 import contextlib
