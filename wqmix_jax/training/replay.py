@@ -5,7 +5,6 @@ availability are recomputed from it when an episode is sampled. flashbax's item 
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.ops.action_selection import with_idle_action
+from wqmix_jax.ops.byte_rows import from_row, row_bytes, to_row
 from wqmix_jax.training.rollout import stored_template
 from wqmix_jax.training.row_packing import RowLayout
 from wqmix_jax.types import Array, Episode, Observation, PRNGKey, PyTree, StoredEpisode
@@ -50,18 +50,18 @@ class Replay(NamedTuple):
 def make_replay(env: Environment, *, buffer_size: int, batch_size: int) -> Replay:
     """Returns a replay of ``buffer_size`` episodes of ``env`` from which batches of ``batch_size`` are sampled."""
     template = stored_template(env)
-    row_bytes = sum(_num_bytes(leaf) for leaf in jax.tree.leaves(template))
+    num_bytes = row_bytes(template)
     buffer = flashbax.make_item_buffer(
         max_length=buffer_size, min_length=batch_size, sample_batch_size=batch_size, add_batches=True
     )
 
     def init() -> ReplayState:
         # flashbax promises no contents; zeros let equal runs have equal checkpoints.
-        state = buffer.init(jnp.zeros(row_bytes, jnp.uint8))
+        state = buffer.init(jnp.zeros(num_bytes, jnp.uint8))
         return state.replace(experience=jnp.zeros(state.experience.shape, jnp.uint8))
 
     def add(state: ReplayState, episodes: StoredEpisode, is_active: Array) -> ReplayState:
-        rows = jax.vmap(_to_row)(episodes)  # [E, row_bytes]
+        rows = jax.vmap(to_row)(episodes)  # [E, row_bytes]
         # The replay is by far the largest array of a run, and it must stay in place: a select between the replay before
         # and after would copy all of it in every iteration. So rows are written in any case, either the new ones or
         # those that are already there, and only the two small counters are selected.
@@ -77,17 +77,17 @@ def make_replay(env: Environment, *, buffer_size: int, batch_size: int) -> Repla
             return buffer.sample(state, key).experience
 
     def lengths(rows: Array) -> Array:
-        return jax.vmap(functools.partial(_from_row, template=template))(rows).length
+        return jax.vmap(functools.partial(from_row, template=template))(rows).length
 
     def decode(rows: Array, num_steps: int) -> Episode:
-        stored = jax.vmap(functools.partial(_from_row, template=template))(rows)
+        stored = jax.vmap(functools.partial(from_row, template=template))(rows)
         return _first_steps(env, stored, num_steps)
 
     def decode_packed(rows: Array, layout: RowLayout) -> Episode:
-        stored = jax.vmap(functools.partial(_from_row, template=template))(rows)
+        stored = jax.vmap(functools.partial(from_row, template=template))(rows)
         return _packed_rows(env, stored, layout)
 
-    return Replay(init, add, sample, lengths, decode, decode_packed, row_bytes, row_bytes * buffer_size)
+    return Replay(init, add, sample, lengths, decode, decode_packed, num_bytes, num_bytes * buffer_size)
 
 
 def _first_steps(env: Environment, stored: StoredEpisode, num_steps: int) -> Episode:
@@ -168,34 +168,3 @@ def _episode(seen: Observation, *, joint_action: Array, reward: Array, terminate
         discount=1.0 - terminated.astype(jnp.float32),
         mask=mask.astype(jnp.float32),
     )
-
-
-def _num_bytes(leaf: Any) -> int:
-    return math.prod(leaf.shape) * leaf.dtype.itemsize
-
-
-def _to_row(tree: PyTree) -> Array:
-    """Returns the bytes of all leaves, one after another: ``[row_bytes]`` uint8."""
-
-    def as_bytes(leaf: Array) -> Array:
-        leaf = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else leaf
-        return jax.lax.bitcast_convert_type(leaf, jnp.uint8).reshape(-1)
-
-    return jnp.concatenate([as_bytes(leaf) for leaf in jax.tree.leaves(tree)])
-
-
-def _from_row(row: Array, template: PyTree) -> PyTree:
-    """Inverts `_to_row`: ``[row_bytes]`` uint8 -> a tree of the template's shapes and dtypes."""
-    # The offsets are static, so this is slices and bitcasts, which the compiler fuses into whatever reads the leaves.
-    # A bitcast from bytes takes them from a trailing axis as long as the dtype is wide; uint8 and bool have none, and
-    # a bool, whose byte is 0 or 1, can't be bitcast at all.
-    leaves, start = [], 0
-    for leaf in jax.tree.leaves(template):
-        flat = row[start : start + _num_bytes(leaf)]
-        start += _num_bytes(leaf)
-        if leaf.dtype == jnp.bool_:
-            leaves.append(flat.reshape(leaf.shape).astype(jnp.bool_))
-            continue
-        width = () if leaf.dtype.itemsize == 1 else (leaf.dtype.itemsize,)
-        leaves.append(jax.lax.bitcast_convert_type(flat.reshape(leaf.shape + width), leaf.dtype))
-    return jax.tree.unflatten(jax.tree.structure(template), leaves)

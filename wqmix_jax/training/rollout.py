@@ -10,6 +10,7 @@ import numpy as np
 from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, Hyperparams, acting_of
 from wqmix_jax.envs.base import Environment, EnvState, is_inside_jax, step_of
 from wqmix_jax.ops.action_selection import with_idle_action
+from wqmix_jax.ops.byte_rows import from_row, row_bytes, to_row
 from wqmix_jax.ops.randomness import fold_in, pinned_draws
 from wqmix_jax.types import Array, PRNGKey, PyTree, StepOutcome, StoredEpisode
 
@@ -58,8 +59,10 @@ class _Play(NamedTuple):
         carry: the agents' recurrent state, leaves ``[S, E, N, ..]``.
         last_action: ``[F, N]`` int32, -1 at the first step.
         done: ``[F]`` bool.
-        record: leaves ``[T(+1), F, ..]`` with ``T`` rounded up to whole blocks: time comes first, so that a step writes
-            one contiguous slice.
+        length: ``[F]`` int32, the number of recorded steps.
+        terminated: ``[F]`` bool, whether the task ended after the last of them.
+        rows: ``[T, F, row_bytes]`` uint8, the steps, see `_Recorded`, with ``T`` rounded up to whole blocks. Time comes
+            first, so that a step writes one contiguous slice.
     """
 
     step: Array
@@ -67,7 +70,23 @@ class _Play(NamedTuple):
     carry: PyTree
     last_action: Array
     done: Array
-    record: StoredEpisode
+    length: Array
+    terminated: Array
+    rows: Array
+
+
+class _Recorded(NamedTuple):
+    """What is recorded of a step: its action and reward, and the state after it; zeros where an episode has ended.
+
+    Attributes:
+        state: in the environment's compact form, leaves ``[..]``.
+        joint_action: ``[.., N]`` in the narrowest unsigned integer.
+        reward: ``[..]`` float32.
+    """
+
+    state: PyTree
+    joint_action: Array
+    reward: Array
 
 
 class _Noise(NamedTuple):
@@ -130,9 +149,16 @@ def rollout(
         ended = play.done if limit % block == 0 else play.done | (step >= limit)
         env_state = jax.tree.map(functools.partial(jax.vmap(jnp.where), ended), play.env_state, env_state)
         stopped = ended | jax.vmap(env.failed)(env_state)
-        record = _write(env, play.record, step, stopped, env_state, joint_action, outcome)
-        done = stopped | outcome.terminated | outcome.truncated
-        return _Play(play.step, env_state, carry, joint_action, done, record)
+        row = _row(env, stopped, env_state, joint_action, outcome)
+        return play._replace(
+            env_state=env_state,
+            carry=carry,
+            last_action=joint_action,
+            done=stopped | outcome.terminated | outcome.truncated,
+            length=play.length + ~stopped,
+            terminated=play.terminated | (outcome.terminated & ~stopped),
+            rows=jax.lax.dynamic_update_index_in_dim(play.rows, row, step, 0),
+        )
 
     def play_block(play: _Play) -> _Play:
         # Drawn by the number of the step, so that the numbers don't depend on the length of a block.
@@ -153,14 +179,11 @@ def rollout(
     def unfinished(play: _Play) -> Array:
         return (play.step < limit) & ~play.done.all()
 
-    first = _first(env, algo, reset_keys, num_seeds, num_envs, -(-limit // block) * block)
-    with jax.named_scope(f"steps_at_most_{-(-limit // block)}"):  # named for whoever reads the compiled program
+    num_blocks = -(-limit // block)
+    first = _first(env, algo, reset_keys, num_seeds, num_envs, num_blocks * block)
+    with jax.named_scope(f"steps_at_most_{num_blocks}"):  # in blocks; for a reader of the compiled program
         play = jax.lax.while_loop(unfinished, play_block, first)
-    record = play.record
-    timed = (record.steps, record.joint_action, record.reward)  # [T(+1), F, ..] -> [S, E, T(+1), ..]
-    too_many = -limit % block
-    timed = jax.tree.map(lambda leaf: by_seed(jnp.moveaxis(leaf[: len(leaf) - too_many], 0, 1)), timed)
-    episodes = StoredEpisode(*timed, length=by_seed(record.length), terminated=by_seed(record.terminated))
+    episodes = jax.tree.map(by_seed, _episodes(env, first.env_state, play))
     metrics = jax.tree.map(by_seed, jax.vmap(env.metrics)(play.env_state))
     whole = by_seed(~jax.vmap(env.failed)(play.env_state))
     return Rollout(episodes, episodes.reward.sum(-1), metrics, whole)
@@ -269,54 +292,49 @@ def _split_keys(keys: PRNGKey, num_envs: int) -> tuple[PRNGKey, _Keys]:
 def _first(
     env: Environment, algo: Algorithm, reset_keys: PRNGKey, num_seeds: int, num_envs: int, num_steps: int
 ) -> _Play:
-    """Returns the loop's state before the first step: reset environments, and a record of their first states alone.
-
-    The record has room for ``num_steps`` steps.
-    """
+    """Returns the loop's state before the first step, with room for ``num_steps`` steps."""
     env_state = env.reset_batch(reset_keys)
     # The record is as long as the longest episode: its shape can't depend on when episodes end.
     num_flat, num_agents = num_seeds * num_envs, env.spec.num_agents
-    empty = stored_template(env)
-    more = num_steps - env.spec.episode_limit
-    timed = jax.tree.map(
-        lambda leaf: jnp.zeros((leaf.shape[0] + more, num_flat, *leaf.shape[1:]), leaf.dtype),
-        (empty.steps, empty.joint_action, empty.reward),
-    )
-    record = StoredEpisode(*timed, length=jnp.zeros(num_flat, jnp.int32), terminated=jnp.zeros(num_flat, jnp.bool_))
-    first = jax.vmap(env.compress)(env_state)
     return _Play(
         step=jnp.int32(0),
         env_state=env_state,
         carry=algo.initial_carry((num_seeds, num_envs, num_agents)),
         last_action=jnp.full((num_flat, num_agents), -1, jnp.int32),
         done=jax.vmap(env.failed)(env_state),
-        record=record._replace(steps=jax.tree.map(lambda all_, new: all_.at[0].set(new), record.steps, first)),
+        length=jnp.zeros(num_flat, jnp.int32),
+        terminated=jnp.zeros(num_flat, jnp.bool_),
+        rows=jnp.zeros((num_steps, num_flat, row_bytes(_step_template(env))), jnp.uint8),
     )
 
 
-def _write(
-    env: Environment,
-    record: StoredEpisode,
-    step: Array,
-    stopped: Array,
-    env_state: EnvState,
-    joint_action: Array,
-    outcome: StepOutcome,
-) -> StoredEpisode:
-    """Records the action at t and the state at t + 1 of every environment but the ``stopped``, bool ``[F]``.
+def _step_template(env: Environment) -> _Recorded:
+    """Returns the shapes and dtypes of what is recorded of one step, without any axes before them."""
+    episode = stored_template(env)
+    timed = _Recorded(episode.steps, episode.joint_action, episode.reward)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), timed)
 
-    Those have ended before this step, or failed in it.
+
+def _row(env: Environment, stopped: Array, env_state: EnvState, joint_action: Array, outcome: StepOutcome) -> Array:
+    """Returns the step of every environment as a row of bytes, ``[F, row_bytes]``.
+
+    A row is zero for those that have ``stopped``, bool ``[F]``: that have ended before this step, or failed in it.
     """
+    # One array of bytes rather than one for each leaf: it is written by one kernel.
+    step = _Recorded(jax.vmap(env.compress)(env_state), joint_action, outcome.reward)
+    step = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), step, _step_template(env))
+    return jnp.where(stopped[:, None], jnp.uint8(0), jax.vmap(to_row)(step))
 
-    # Zeros are written for environments that have stopped, so that padding is zero in the replay too.
-    def put(all_: Array, index: Array, new: Array) -> Array:
-        return all_.at[index].set(jax.vmap(jnp.where)(stopped, jnp.zeros_like(all_[0]), new.astype(all_.dtype)))
 
-    compressed = jax.vmap(env.compress)(env_state)
+def _episodes(env: Environment, first: EnvState, play: _Play) -> StoredEpisode:
+    """Returns what was recorded, leaves ``[F, ..]``, from the first states and the last state of the loop."""
+    rows = jnp.moveaxis(play.rows[: env.spec.episode_limit], 0, 1)  # [F, T, row_bytes]
+    recorded = jax.vmap(jax.vmap(functools.partial(from_row, template=_step_template(env))))(rows)
+    compressed = jax.vmap(env.compress)(first)
     return StoredEpisode(
-        steps=jax.tree.map(lambda all_, new: put(all_, step + 1, new), record.steps, compressed),
-        joint_action=put(record.joint_action, step, joint_action),
-        reward=put(record.reward, step, outcome.reward),
-        length=record.length + ~stopped,
-        terminated=record.terminated | (outcome.terminated & ~stopped),
+        steps=jax.tree.map(lambda one, others: jnp.concatenate([one[:, None], others], 1), compressed, recorded.state),
+        joint_action=recorded.joint_action,
+        reward=recorded.reward,
+        length=play.length,
+        terminated=play.terminated,
     )

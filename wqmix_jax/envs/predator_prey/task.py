@@ -421,8 +421,8 @@ class PredatorPrey(Environment):
         # No window is cut out of the grid: each of the N + P others is placed in each window by its offset.
         everyone = jnp.concatenate([env_state.agents_pos, env_state.prey_pos])
         visible = jnp.concatenate([env_state.agents_active, env_state.prey_alive])
-        in_window = everyone[None] - env_state.agents_pos[:, None] + self.obs_radius  # [N, N + P, 2]
-        row, column = in_window[..., 0], in_window[..., 1]
+        corner = env_state.agents_pos - self.obs_radius
+        row, column = (everyone[None, :, axis] - corner[:, axis, None] for axis in range(2))  # in the window, [N, N + P]
         seen = (row >= 0) & (row < width) & (column >= 0) & (column < width) & visible[None]
         seen &= self._on_grid(env_state.agents_active)[:, None]  # an agent that has left the grid sees nothing
         feature = (row * width + column) * NUM_CHANNELS + self._channels()[None]
