@@ -422,7 +422,8 @@ class PredatorPrey(Environment):
         everyone = jnp.concatenate([env_state.agents_pos, env_state.prey_pos])
         visible = jnp.concatenate([env_state.agents_active, env_state.prey_alive])
         corner = env_state.agents_pos - self.obs_radius
-        row, column = (everyone[None, :, axis] - corner[:, axis, None] for axis in range(2))  # in the window, [N, N + P]
+        # Rows and columns in the window, [N, N + P].
+        row, column = (everyone[None, :, axis] - corner[:, axis, None] for axis in range(2))
         seen = (row >= 0) & (row < width) & (column >= 0) & (column < width) & visible[None]
         seen &= self._on_grid(env_state.agents_active)[:, None]  # an agent that has left the grid sees nothing
         feature = (row * width + column) * NUM_CHANNELS + self._channels()[None]
