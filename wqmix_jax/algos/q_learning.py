@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, Fraction, Hyperparams
 from wqmix_jax.networks.agent import RecurrentAgent, SeenByAgents, Unrolled, agent_inputs, unroll_agents
 from wqmix_jax.networks.functional import apply_net, init_net
-from wqmix_jax.ops.action_selection import Exploration, explore, sample_exploration
+from wqmix_jax.ops.action_selection import explore, sample_exploration
 from wqmix_jax.ops.td import lambda_return, td_target
 from wqmix_jax.options import options
 from wqmix_jax.types import Array, EnvSpec, Episode, Observation, PRNGKey, PyTree
@@ -42,12 +42,12 @@ class QLearner(Algorithm):
         noise = self.sample_act_noise(key, inputs.avail_actions.shape)
         return self.act_with_noise(params, carry, inputs, hp, ctx, noise)
 
-    def sample_act_noise(self, key: PRNGKey, shape: tuple[int, ...]) -> Exploration:
-        """Draws the random numbers of `explore`."""
+    def sample_act_noise(self, key: PRNGKey, shape: tuple[int, ...]) -> PyTree:
+        """Draws the random numbers of `explore`, an `Exploration`."""
         return sample_exploration(key, shape)
 
     def act_with_noise(
-        self, params: PyTree, carry: Array, inputs: AgentInputs, hp: Hyperparams, ctx: Context, noise: Exploration
+        self, params: PyTree, carry: Array, inputs: AgentInputs, hp: Hyperparams, ctx: Context, noise: PyTree
     ) -> tuple[Array, Array]:
         """Acts epsilon-greedily among the available actions; see `Algorithm.act_with_noise`."""
         del hp

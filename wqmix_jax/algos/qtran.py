@@ -64,6 +64,8 @@ class QTRAN(TDLearner):
         del ctx, noise
         nets = self.unroll_nets(batch, [params["agent"]], [target["agent"]], keeps_hiddens=True)
         (hidden, agent_qs), (target_hidden, _) = nets
+        assert hidden is not None
+        assert target_hidden is not None
         greedy = greedy_actions(agent_qs, batch.avail_actions)
         before, after = seen_before(batch), seen_after(batch)
         taken = self.joint_value(params["mixer"], hidden[:, :-1], batch.joint_action, before)

@@ -98,6 +98,7 @@ class RecurrentAgent(nn.Module):
             The hidden state after the last step ``[.., H]`` and the utilities ``[T, .., A]``.
         """
         hiddens, utilities = self.unroll(carry, inputs)
+        assert hiddens is not None
         return hiddens[-1], utilities
 
     def weights(self, num_inputs: int) -> AgentWeights:

@@ -7,7 +7,6 @@ block of steps outside of it. `wqmix_jax.networks.recurrent.encoded_unroll` comp
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -355,7 +354,7 @@ def _at_block(plan: UnrollPlan, leaf: Array, index: Array, axis: int = 0) -> Arr
     return jax.lax.dynamic_slice_in_dim(leaf, index * plan.block, plan.block, axis)
 
 
-def _loop_scope(plan: UnrollPlan, sequence: Sequence) -> AbstractContextManager[None]:
+def _loop_scope(plan: UnrollPlan, sequence: Sequence) -> Any:
     """Names a loop of dynamic length after its most turns, for whoever reads the compiled program."""
     return jax.named_scope(f"blocks_at_most_{len(sequence.last_action) // plan.block}")
 

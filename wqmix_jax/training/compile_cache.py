@@ -12,7 +12,7 @@ import platform
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def default_folder() -> Path:
     return caches / "wqmix_jax" / "jax" / _processor()
 
 
-def compile_program(lowered: Any, options: dict[str, str | bool] | None = None) -> tuple[Any, bool]:
+def compile_program(lowered: Any, options: Mapping[str, str | bool | float] | None = None) -> tuple[Any, bool]:
     """Compiles what ``jax.jit(..).lower(..)`` returned.
 
     Returns:
@@ -103,7 +103,7 @@ def compile_program(lowered: Any, options: dict[str, str | bool] | None = None) 
     """
     with cache_faults_in_one_line():
         before = _count_hits()
-        program = lowered.compile(options or {})
+        program = lowered.compile(dict(options or {}))
         return program, _count_hits() > before
 
 

@@ -369,15 +369,17 @@ def _run_iterations(run: _Run, most: int, state: TrainState, num_iterations: Arr
 
 def _record_dtypes(run: _Run) -> TrainRecord:
     """Returns the dtype of each leaf of a record."""
-    count, number = jnp.dtype(jnp.int32), jnp.dtype(jnp.float32)
+    dtypes: Any = (jnp.dtype(each) for each in (jnp.int32, jnp.float32, bool))
+    count, number, flag = dtypes
+    losses: Any = dict.fromkeys(_loss_names(run), number)
     return TrainRecord(
         counters=Counters(count, count, count),
-        active=jnp.dtype(bool),
+        active=flag,
         updates=count,
         epsilon=number,
         episode_return=number,
         episode_length=number,
-        losses=dict.fromkeys(_loss_names(run), number),
+        losses=losses,
     )
 
 

@@ -404,7 +404,9 @@ class PredatorPrey(Environment):
         # The flight: a cell is free if neither an agent on the grid nor a living prey is there.
         free = []
         for move in range(len(MOVES)):
-            bodies_there, moves_there = ([word[move] for word in words] for words in (at.bodies_there, at.moves_there))
+            bodies_there, moves_there = (
+                tuple(word[move] for word in words) for words in (at.bodies_there, at.moves_there)
+            )
             free.append(~_meet(bodies_there, flags) & ~_meet(moves_there, moves))
         move = jnp.where(is_alive & ~caught, _choose(free, at.uniform), jnp.uint32(0))
         if self.capture_freezes:
