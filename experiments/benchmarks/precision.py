@@ -1,8 +1,9 @@
 """Learning with the precisions of an accelerator's products: ``python -m experiments.precision [--seeds N] [--out F]``.
 
-Trains OW-QMIX on the demo's small predator-prey, on the CPU. A CPU multiplies float32 matrices exactly, so the products
-of an accelerator are emulated: the operands of every product of a layer's inputs and weights, in the forward and in the
-backward pass, are rounded as there, and the products are summed in float32.
+Trains OW-QMIX on the demo's small predator-prey, on a CPU; set ``JAX_PLATFORMS=cpu`` if there is another device. A CPU
+multiplies float32 matrices in float32, so the products of an accelerator are emulated: the operands of every product of
+a layer's inputs and weights, in the forward and in the backward pass, are rounded as there, and the products are summed
+in float32.
 
 - ``float32``: as they are.
 - ``tensorfloat32``: to 11 bits, as GPUs do with ``matmul_precision=tensorfloat32`` or ``bfloat16``.
@@ -19,7 +20,6 @@ import functools
 import json
 import multiprocessing
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -67,11 +67,10 @@ def measured(precision: str, num_seeds: int, options: tuple[str, ...] = ()) -> d
     """Trains with one precision.
 
     Returns:
-        The largest error of one product in units of its largest element, the greedy returns of each seed by evaluation,
-        and the seconds of the run.
+        The largest error of one product in units of its largest element, and the greedy returns of each seed by
+        evaluation.
     """
     multiply = PRECISIONS[precision]
-    started = time.perf_counter()
     narrow = "bfloat16" if precision == "compute_dtype" else "float32"
     config = load_config(*OPTIONS, f"compute_dtype={narrow}", *options)
     with replaced_products(multiply):
@@ -81,9 +80,7 @@ def measured(precision: str, num_seeds: int, options: tuple[str, ...] = ()) -> d
     return {
         "precision": precision,
         "product_error": product_error(multiply if narrow == "float32" else bfloat16_operands),
-        "env_steps": sorted({record["env_steps"] for record in evals}),
         "returns": [[round(value, 4) for value in seed] for seed in returns],
-        "seconds": round(time.perf_counter() - started, 1),
     }
 
 

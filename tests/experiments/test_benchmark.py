@@ -14,6 +14,7 @@ from experiments.benchmarks import (
     bridge_benchmark,
     checkpoint_cost,
     device_benchmark,
+    precision,
     profile_learner,
     short_episodes,
     smax_benchmark,
@@ -22,6 +23,7 @@ from experiments.benchmarks.benchmark import endless, matmul_flops
 from experiments.examples import demo
 from experiments.tabular import claims, deep, exact
 from wqmix_jax import load_config
+from wqmix_jax.networks import linear, recurrent
 
 SMALL = ("env=matrix_game", "algo.batch_size=4", "algo.hidden_dim=8")
 
@@ -182,3 +184,20 @@ def test_what_does_not_fit_into_the_budget_or_the_memory_is_left_out(monkeypatch
         "trace, 1 seed, float32: RESOURCE_EXHAUSTED: out of memory",
         "training, 2 seeds, float32: it would end after the budget",
     ]
+
+
+def test_emulated_products_have_the_errors_of_their_precision_and_round_gradients_too():
+    errors = {name: precision.product_error(multiply) for name, multiply in precision.PRECISIONS.items()}
+    assert errors["float32"] < 1e-6 < errors["bfloat16_3x"] < 2e-5 < errors["tensorfloat32"] < 1e-3 < errors["bfloat16"]
+    third = jnp.full((1, 1), 1 / 3)
+    product = precision.rounded_product(precision.PRECISIONS["bfloat16"])
+    value, (d_inputs, d_kernel) = jax.value_and_grad(lambda a, b: product(a, b).sum(), argnums=(0, 1))(third, third)
+    rounded = float(jnp.bfloat16(1 / 3))
+    assert (float(value), float(d_inputs[0, 0]), float(d_kernel[0, 0])) == (rounded**2, rounded, rounded)
+
+
+def test_products_are_replaced_where_nets_use_them_and_put_back():
+    own = linear.product
+    with precision.replaced_products(precision.PRECISIONS["bfloat16"]):
+        assert linear.product is recurrent.product is not own
+    assert linear.product is recurrent.product is own
