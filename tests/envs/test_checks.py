@@ -98,6 +98,12 @@ UNFIT: list[tuple[str, Any, str]] = [
         changed(step=lambda self, s, *args: (tuple(s), Recall().step(s, *args)[1])),
         r"step returns a state of another structure than reset",
     ),
+    ("transition", changed(transition=lambda self, *args: args[0]), r"transition returns RecallState; return a pair"),
+    (
+        "noise",
+        changed(transition=raising, sample_noise=raising),
+        r"sample_noise raises ValueError: the coin rolled away",
+    ),
     ("metrics", with_metrics(won=jnp.zeros(2)), r"metrics returns 'won' of float32\[2\], but a scalar is needed"),
     ("taken", with_metrics(episode_return=jnp.float32(0)), r"'episode_return', which every record has already"),
     ("decompress", with_decompressed(state=jnp.zeros(7)), "decompress returns state of"),

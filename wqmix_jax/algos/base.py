@@ -141,7 +141,7 @@ class Algorithm(abc.ABC):
 
         The trainer draws for many steps in one call, before it plays them: on a GPU or TPU, draws within a step cost
         more time than the nets do. A class that overrides this and `act_with_noise` defines ``act(.., key)`` as
-        ``act_with_noise(.., sample_act_noise(key, shape))``. A subclass of it that overrides `act` alone acts by that.
+        ``act_with_noise(.., sample_act_noise(key, shape))``. A subclass that overrides `act` alone plays by that `act`.
 
         Args:
             key: the key of this step and seed.

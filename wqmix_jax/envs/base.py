@@ -130,7 +130,7 @@ class Environment(abc.ABC):
         The trainer draws for many steps in one call, before it plays them: on a GPU or TPU, draws within a step cost
         more time than most environments do. An environment that has random steps and should be fast there overrides
         this and `transition` together, and defines ``step(env_state, joint_action, key)`` as ``transition(env_state,
-        joint_action, sample_noise(key))``. A subclass of it that overrides `step` alone is played by its `step`.
+        joint_action, sample_noise(key))``. A subclass that overrides `step` alone is played by that `step`.
         """
         return key
 
@@ -239,9 +239,14 @@ class Step(NamedTuple):
     play: Callable[[EnvState, Array, PyTree], tuple[EnvState, StepOutcome]]
 
 
+def draws_ahead(env: Environment) -> bool:
+    """Returns True if the class of ``env`` defines `transition`, and no subclass of that class defines `step`."""
+    return defines_last(type(env), "transition", over=("step", "step_batch"))
+
+
 def step_of(env: Environment) -> Step:
-    """Returns the steps of ``env`` by what its class defines last, `transition` or `step`; see `sample_noise`."""
-    if defines_last(type(env), "transition", over=("step", "step_batch")):
+    """Returns the steps of ``env``: those of `transition` if it `draws_ahead`, of `step` otherwise."""
+    if draws_ahead(env):
         return Step(env.sample_noise, jax.vmap(env.transition))
     return Step(lambda key: key, env.step_batch)
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wqmix_jax.envs.base import Environment, is_inside_jax
+from wqmix_jax.envs.base import Environment, draws_ahead, is_inside_jax
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.ops.randomness import pinned_draws
 from wqmix_jax.types import EnvSpec, Observation, PRNGKey, PyTree, StepOutcome
@@ -130,14 +130,21 @@ def _check_shapes(env: Environment, spec: EnvSpec) -> None:
     _check_compressed(compressed)
     _check_fields("decompress", _traced("decompress", env.decompress, compressed), Observation, _OBSERVATION, spec)
     joint_action = jax.ShapeDtypeStruct((spec.num_agents,), jnp.int32)
-    stepped = _traced("step", env.step, env_state, joint_action, key)
-    if not isinstance(stepped, tuple) or len(stepped) != 2 or not isinstance(stepped[1], StepOutcome):
-        raise _Fault(
-            f"step returns {_described(stepped)}; return a pair, the next state and a wqmix_jax.types.StepOutcome"
-        )
-    _check_fields("step", stepped[1], StepOutcome, _OUTCOME, spec)
-    _check_same_state(env_state, stepped[0])
+    _check_step("step", env_state, _traced("step", env.step, env_state, joint_action, key), spec)
+    if draws_ahead(env) and not _is_ours(env):
+        noise = _traced("sample_noise", env.sample_noise, key)
+        stepped = _traced("transition", env.transition, env_state, joint_action, noise)
+        _check_step("transition", env_state, stepped, spec)
     _check_metrics(_traced("metrics", env.metrics, env_state))
+
+
+def _check_step(name: str, env_state: PyTree, found: Any, spec: EnvSpec) -> None:
+    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], StepOutcome):
+        raise _Fault(
+            f"{name} returns {_described(found)}; return a pair, the next state and a wqmix_jax.types.StepOutcome"
+        )
+    _check_fields(name, found[1], StepOutcome, _OUTCOME, spec)
+    _check_same_state(name, env_state, found[0])
 
 
 def _check_fields(name: str, found: Any, kind: type, fields: dict[str, _Field], spec: EnvSpec) -> None:
@@ -160,16 +167,16 @@ def _check_compressed(compressed: PyTree) -> None:
             raise _Fault(f"compress returns {_name(path)} of {_described(leaf)}, but {needed}")
 
 
-def _check_same_state(first: PyTree, following: PyTree) -> None:
+def _check_same_state(name: str, first: PyTree, following: PyTree) -> None:
     """Refuses states whose structure, shapes or dtypes change in a step: a compiled loop needs states of one kind."""
     if jax.tree.structure(first) != jax.tree.structure(following):
         structures = f"{jax.tree.structure(following)}, but reset returns {jax.tree.structure(first)}"
-        raise _Fault(f"step returns a state of another structure than reset: {structures}")
+        raise _Fault(f"{name} returns a state of another structure than reset: {structures}")
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(first)]
     for path, one, other in zip(paths, jax.tree.leaves(first), jax.tree.leaves(following), strict=True):
         if one.shape != other.shape or not _becomes(other.dtype, one.dtype):
             differs = f"{_described(other)}, but reset returns it of {_described(one)}"
-            raise _Fault(f"step returns the state's {_name(path)} of {differs}")
+            raise _Fault(f"{name} returns the state's {_name(path)} of {differs}")
 
 
 def _becomes(dtype: Any, other: Any) -> bool:
@@ -196,8 +203,11 @@ def _stores_its_own_way(env: Environment) -> bool:
     The environments of this package are exempt, because their tests cover it.
     """
     lossless = _compresses_by_default(env) and np.dtype(env.storage_dtype) == np.float32
-    own = type(env).__module__.split(".")[0] == __name__.split(".")[0]
-    return not lossless and not own and is_inside_jax(env)
+    return not lossless and not _is_ours(env) and is_inside_jax(env)
+
+
+def _is_ours(env: Environment) -> bool:
+    return type(env).__module__.split(".")[0] == __name__.split(".")[0]
 
 
 def _check_compression(env: Environment) -> None:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, Hyperparams, acting_of
-from wqmix_jax.envs.base import Environment, EnvState, is_inside_jax, step_of
+from wqmix_jax.algos.base import Acting, AgentInputs, Algorithm, Context, Hyperparams, acting_of
+from wqmix_jax.envs.base import Environment, EnvState, Step, is_inside_jax, step_of
 from wqmix_jax.ops.action_selection import with_idle_action
 from wqmix_jax.ops.byte_rows import from_row, row_bytes, to_row
 from wqmix_jax.ops.randomness import fold_in, pinned_draws
@@ -103,6 +103,19 @@ class _Keys(NamedTuple):
     env: PRNGKey
 
 
+class _Game(NamedTuple):
+    """What stays as it is for whole episodes; leaves of ``params``, ``hp`` and ``ctx`` are ``[S, ..]``."""
+
+    env: Environment
+    acting: Acting
+    stepping: Step
+    params: PyTree
+    hp: Hyperparams
+    ctx: Context
+    keys: _Keys
+    num_envs: int
+
+
 def rollout(
     env: Environment,
     algo: Algorithm,
@@ -127,62 +140,18 @@ def rollout(
     # Agents see ``[S, E, ..]``, since each seed has its own parameters; environments see one flat batch ``[F, ..]``,
     # which a simulator outside of JAX gets in a single call. One loop for all of them: it ends with the longest
     # episode, and environments that have ended keep their state and record nothing more.
-    num_seeds, limit, block = keys.shape[0], env.spec.episode_limit, block_length(env)
-    by_seed = functools.partial(_by_seed, num_seeds)
-    acting, stepping = acting_of(algo), step_of(env)
+    limit, block = env.spec.episode_limit, block_length(env)
     reset_keys, play_keys = _split_keys(keys, num_envs)
-    act_shape = (num_envs, env.spec.num_agents, env.spec.num_actions)
-
-    def noise_at(step: Array) -> _Noise:
-        act = jax.vmap(lambda key: acting.sample_noise(key, act_shape))(fold_in(play_keys.act, step))
-        return _Noise(act, jax.vmap(stepping.sample_noise)(fold_in(play_keys.env, step)))
-
-    def play_step(play: _Play, step: Array, noise: _Noise) -> _Play:
-        seen = jax.vmap(env.observe)(play.env_state)
-        avail_actions = with_idle_action(seen.avail_actions)
-        inputs = jax.tree.map(by_seed, AgentInputs(seen.obs, play.last_action, avail_actions))
-        joint_action, carry = jax.vmap(acting.act)(params, play.carry, inputs, hp, ctx, noise.act)  # [S, E, N]
-        joint_action = joint_action.reshape(play.last_action.shape)  # [F, N]
-        env_state, outcome = stepping.play(play.env_state, joint_action, noise.env)
-        # Environments that have ended are stepped all the same, in the one batch, and keep their last state. So do all
-        # of them in the rest of a block that the time limit cuts.
-        ended = play.done if limit % block == 0 else play.done | (step >= limit)
-        env_state = jax.tree.map(functools.partial(jax.vmap(jnp.where), ended), play.env_state, env_state)
-        stopped = ended | jax.vmap(env.failed)(env_state)
-        row = _row(env, stopped, env_state, joint_action, outcome)
-        return play._replace(
-            env_state=env_state,
-            carry=carry,
-            last_action=joint_action,
-            done=stopped | outcome.terminated | outcome.truncated,
-            length=play.length + ~stopped,
-            terminated=play.terminated | (outcome.terminated & ~stopped),
-            rows=jax.lax.dynamic_update_index_in_dim(play.rows, row, step, 0),
-        )
-
-    def play_block(play: _Play) -> _Play:
-        # Drawn by the number of the step, so that the numbers don't depend on the length of a block.
-        noise = jax.vmap(noise_at)(play.step + jnp.arange(block))
-
-        def play_one(state: tuple[Array, _Play]) -> tuple[Array, _Play]:
-            index, play = state
-            at = functools.partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
-            return index + 1, play_step(play, play.step + index, jax.tree.map(at, noise))
-
-        def is_left(state: tuple[Array, _Play]) -> Array:
-            return (state[0] < block) & _is_worth_playing(state[1].done)
-
-        with jax.named_scope(f"block_at_most_{block}"):
-            _, play = jax.lax.while_loop(is_left, play_one, (jnp.int32(0), play))
-        return play._replace(step=play.step + block)
+    game = _Game(env, acting_of(algo), step_of(env), params, hp, ctx, play_keys, num_envs)
 
     def unfinished(play: _Play) -> Array:
         return (play.step < limit) & ~play.done.all()
 
     num_blocks = -(-limit // block)
-    first = _first(env, algo, reset_keys, num_seeds, num_envs, num_blocks * block)
+    first = _first(game, algo, reset_keys, num_blocks * block)
     with jax.named_scope(f"steps_at_most_{num_blocks}"):  # in blocks; for a reader of the compiled program
-        play = jax.lax.while_loop(unfinished, play_block, first)
+        play = jax.lax.while_loop(unfinished, functools.partial(_play_block, game, block), first)
+    by_seed = functools.partial(_by_seed, len(keys))
     episodes = jax.tree.map(by_seed, _episodes(env, first.env_state, play))
     metrics = jax.tree.map(by_seed, jax.vmap(env.metrics)(play.env_state))
     whole = by_seed(~jax.vmap(env.failed)(play.env_state))
@@ -272,6 +241,58 @@ def block_length(env: Environment) -> int:
     return min(range(MAX_BLOCK, MAX_BLOCK // 2, -1), key=lambda length: -limit % length)
 
 
+def _play_block(game: _Game, block: int, play: _Play) -> _Play:
+    """Plays ``block`` steps; their random numbers are drawn before the first of them."""
+    # Drawn by the number of the step, so that the numbers don't depend on the length of a block.
+    noise = jax.vmap(functools.partial(_noise_at, game))(play.step + jnp.arange(block))
+
+    def play_one(state: tuple[Array, _Play]) -> tuple[Array, _Play]:
+        index, play = state
+        at = functools.partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
+        return index + 1, _play_step(game, play, play.step + index, jax.tree.map(at, noise))
+
+    def is_left(state: tuple[Array, _Play]) -> Array:
+        return (state[0] < block) & _is_worth_playing(state[1].done)
+
+    _, play = jax.lax.while_loop(is_left, play_one, (jnp.int32(0), play))
+    return play._replace(step=play.step + block)
+
+
+def _noise_at(game: _Game, step: Array) -> _Noise:
+    """Draws the random numbers of one step."""
+    spec, keys = game.env.spec, game.keys
+    shape = game.num_envs, spec.num_agents, spec.num_actions
+    act = jax.vmap(lambda key: game.acting.sample_noise(key, shape))(fold_in(keys.act, step))
+    return _Noise(act, jax.vmap(game.stepping.sample_noise)(fold_in(keys.env, step)))
+
+
+def _play_step(game: _Game, play: _Play, step: Array, noise: _Noise) -> _Play:
+    """Plays and records one step of all environments."""
+    env, limit = game.env, game.env.spec.episode_limit
+    seen = jax.vmap(env.observe)(play.env_state)
+    inputs = AgentInputs(seen.obs, play.last_action, with_idle_action(seen.avail_actions))
+    inputs = jax.tree.map(functools.partial(_by_seed, len(game.keys.act)), inputs)
+    act = jax.vmap(game.acting.act)
+    joint_action, carry = act(game.params, play.carry, inputs, game.hp, game.ctx, noise.act)  # [S, E, N]
+    joint_action = joint_action.reshape(play.last_action.shape)  # [F, N]
+    env_state, outcome = game.stepping.play(play.env_state, joint_action, noise.env)
+    # Environments that have ended are stepped all the same, in the one batch, and keep their last state. So do all of
+    # them in the rest of a block that reaches past the time limit.
+    ended = play.done | (step >= limit) if len(play.rows) > limit else play.done
+    env_state = jax.tree.map(functools.partial(jax.vmap(jnp.where), ended), play.env_state, env_state)
+    stopped = ended | jax.vmap(env.failed)(env_state)
+    row = _row(env, stopped, env_state, joint_action, outcome)
+    return play._replace(
+        env_state=env_state,
+        carry=carry,
+        last_action=joint_action,
+        done=stopped | outcome.terminated | outcome.truncated,
+        length=play.length + ~stopped,
+        terminated=play.terminated | (outcome.terminated & ~stopped),
+        rows=jax.lax.dynamic_update_index_in_dim(play.rows, row, step, 0),
+    )
+
+
 def _is_worth_playing(done: Array) -> Array:
     """Returns False, on a CPU, once all ``done`` ``[F]`` are true; elsewhere a block is played to its end."""
     return jax.lax.platform_dependent(done, cpu=lambda done: ~done.all(), default=lambda done: jnp.bool_(True))
@@ -289,21 +310,20 @@ def _split_keys(keys: PRNGKey, num_envs: int) -> tuple[PRNGKey, _Keys]:
     return each_env(reset).reshape(-1), _Keys(act=act, env=each_env(env).reshape(-1))
 
 
-def _first(
-    env: Environment, algo: Algorithm, reset_keys: PRNGKey, num_seeds: int, num_envs: int, num_steps: int
-) -> _Play:
+def _first(game: _Game, algo: Algorithm, reset_keys: PRNGKey, num_steps: int) -> _Play:
     """Returns the loop's state before the first step, with room for ``num_steps`` steps."""
+    env = game.env
     env_state = env.reset_batch(reset_keys)
-    # The record is as long as the longest episode: its shape can't depend on when episodes end.
-    num_flat, num_agents = num_seeds * num_envs, env.spec.num_agents
+    num_flat, num_agents = len(reset_keys), env.spec.num_agents
     return _Play(
         step=jnp.int32(0),
         env_state=env_state,
-        carry=algo.initial_carry((num_seeds, num_envs, num_agents)),
+        carry=algo.initial_carry((len(game.keys.act), game.num_envs, num_agents)),
         last_action=jnp.full((num_flat, num_agents), -1, jnp.int32),
         done=jax.vmap(env.failed)(env_state),
         length=jnp.zeros(num_flat, jnp.int32),
         terminated=jnp.zeros(num_flat, jnp.bool_),
+        # As long as the longest episode: its shape can't depend on when episodes end.
         rows=jnp.zeros((num_steps, num_flat, row_bytes(_step_template(env))), jnp.uint8),
     )
 
