@@ -4,7 +4,14 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wqmix_jax.ops.action_selection import epsilon_greedy, greedy_actions, linear_epsilon, with_idle_action
+from wqmix_jax.ops.action_selection import (
+    epsilon_greedy,
+    explore,
+    greedy_actions,
+    linear_epsilon,
+    sample_exploration,
+    with_idle_action,
+)
 
 AVAIL = jnp.array([[True, False, True, True], [False, True, False, False]])
 
@@ -56,3 +63,21 @@ def test_epsilon_falls_linearly_and_then_stays():
     steps = jnp.array([0, 25_000, 50_000, 80_000])
     epsilon = linear_epsilon(steps, jnp.float32(1.0), jnp.float32(0.05), jnp.int32(50_000))
     np.testing.assert_allclose(epsilon, [1.0, 0.525, 0.05, 0.05], rtol=1e-6)
+
+
+def test_numbers_drawn_in_advance_give_the_same_actions():
+    key, qs = jax.random.key(3), jax.random.normal(jax.random.key(4), (50, 2, 4))
+    avail, epsilon = jnp.broadcast_to(AVAIL, qs.shape), jnp.float32(0.5)
+    ahead = explore(sample_exploration(key, qs.shape), qs, avail, epsilon)
+    np.testing.assert_array_equal(ahead, epsilon_greedy(key, qs, avail, epsilon))
+
+
+def test_a_random_action_is_uniform_over_what_is_available():
+    num, avail = 40_000, jnp.array([[True, False, True, True], [True, True, True, True]])
+    qs = jnp.broadcast_to(jnp.array([9.0, 0.0, 0.0, 0.0]), (num, 2, 4))
+    noise = sample_exploration(jax.random.key(5), qs.shape)
+    actions = np.array(explore(noise, qs, jnp.broadcast_to(avail, qs.shape), jnp.float32(1)))
+    for agent, allowed in enumerate(np.array(avail)):
+        counts, expected = np.bincount(actions[:, agent], minlength=4), num * allowed / allowed.sum()
+        assert (counts[~allowed] == 0).all()
+        assert (((counts - expected)[allowed] ** 2) / expected[allowed]).sum() < 20  # chi-squared, 3 degrees: p < 2e-4

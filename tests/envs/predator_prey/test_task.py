@@ -482,3 +482,89 @@ def test_dtypes_stay_narrow_under_x64() -> None:
         after, outcome, seen = jax.eval_shape(play)
     assert [leaf.dtype for leaf in after] == [jnp.int32, jnp.int32, jnp.bool_, jnp.bool_, jnp.int32]
     assert outcome.reward.dtype == seen.obs.dtype == seen.state.dtype == jnp.float32
+
+
+def by_hand(
+    env: PredatorPrey, state: dict[str, np.ndarray], joint_action: np.ndarray, noise: dict[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], float]:
+    """Plays one step agent by agent and prey by prey, as the rules say it."""
+    shape, moves = np.array(env.world_shape), np.array([(0, 1), (1, 0), (0, -1), (-1, 0)])
+
+    def inside(position: np.ndarray) -> np.ndarray:
+        return position % shape if env.toroidal else np.clip(position, 0, shape - 1)
+
+    agents, prey = state["agents_pos"].copy(), state["prey_pos"].copy()
+    alive, active = state["prey_alive"].copy(), state["agents_active"].copy()
+
+    def is_free(cell: np.ndarray) -> bool:
+        on_grid = active if env.remove_frozen else np.ones_like(active)
+        return not (on_grid & (agents == cell).all(1)).any() and not (alive & (prey == cell).all(1)).any()
+
+    for agent in noise["agent_order"]:
+        if active[agent] and joint_action[agent] < STAY:
+            goal = inside(agents[agent] + moves[joint_action[agent]])
+            if is_free(goal):
+                agents[agent] = goal
+    reward = 0.0
+    for index in noise["prey_order"]:
+        if not alive[index]:
+            continue
+        near = np.abs(agents - prey[index]).sum(1) == 1
+        catchers = near & (joint_action == CATCH) & active
+        is_stag = index < env.num_stags
+        if catchers.sum() >= (env.stag_catchers if is_stag else env.hare_catchers):
+            alive[index] = False
+            reward += env.reward_stag if is_stag else env.reward_hare
+            active &= ~(catchers & env.capture_freezes)
+            continue
+        reward += env.punishment if catchers.any() else 0
+        free = [goal for goal in inside(prey[index] + moves) if is_free(goal)]
+        if free:
+            prey[index] = free[int(np.floor(noise["prey_uniform"][index] * np.float32(len(free))))]
+    return {"agents_pos": agents, "prey_pos": prey, "prey_alive": alive, "agents_active": active}, reward
+
+
+CROWDED = {"world_shape": [4, 5], "num_agents": 4, "num_stags": 3, "num_hares": 2}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        CROWDED,
+        CROWDED | {"toroidal": True, "remove_frozen": False},
+        CROWDED | {"capture_freezes": False},
+        {"world_shape": [9, 10], "num_agents": 34, "num_stags": 30, "num_hares": 5},  # flags of several words
+    ],
+    ids=["crowded", "toroidal", "unfrozen", "many"],
+)
+def test_a_step_follows_the_rules_turn_by_turn(overrides: dict[str, Any]) -> None:
+    env, size, rng = make(**overrides), 60, np.random.default_rng(5)
+    states = random_states(env, size)
+    joint_action = rng.choice(6, (size, env.num_agents), p=[0.15] * 4 + [0.05, 0.35]).astype(np.int32)
+    noise = jax.jit(jax.vmap(env.sample_noise))(jax.random.split(jax.random.key(2), size))
+    after, outcome = jax.jit(jax.vmap(env.transition))(states, joint_action, noise)
+    caught = 0
+    for index in range(size):
+        state, drawn = (
+            {name: np.array(leaf[index]) for name, leaf in tree._asdict().items()} for tree in (states, noise)
+        )
+        expected, reward = by_hand(env, state, joint_action[index], drawn)
+        for name, leaf in expected.items():
+            np.testing.assert_array_equal(getattr(after, name)[index], leaf, err_msg=f"{name} of state {index}")
+        assert outcome.reward[index] == reward
+        caught += (expected["prey_alive"] != state["prey_alive"]).sum()
+    assert caught > 3
+
+
+def test_a_step_has_neither_loops_nor_draws_on_an_accelerator() -> None:
+    env = make()
+
+    def lowered(function: Any, *args: Any) -> str:
+        return jax.jit(function).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
+
+    state, key = jax.eval_shape(lambda: env.reset(jax.random.key(0))), jax.eval_shape(lambda: jax.random.key(0))
+    joint_action, noise = jax.ShapeDtypeStruct((8,), jnp.int32), jax.eval_shape(env.sample_noise, key)
+    text = lowered(env.transition, state, joint_action, noise)
+    assert "while" not in text
+    assert "threefry" not in text
+    assert "threefry" in lowered(env.step, state, joint_action, key)  # or nothing would be seen above
