@@ -24,12 +24,12 @@ class Limits(NamedTuple):
 
 
 LIMITS = {
-    ("cuda:h100", "qmix", 1, "train"): Limits(2.1, 144, 160, 9_520, 41_600),
-    ("cuda:h100", "qmix", 1, "evaluate"): Limits(0.3, 1, 146),
-    ("cuda:h100", "ow_qmix", 1, "train"): Limits(2.8, 295, 160, 17_000, 49_200),
-    ("tpu:v5e", "qmix", 1, "train"): Limits(110, 100, 500, 6_600, 107_000),
-    ("tpu:v5e", "qmix", 1, "evaluate"): Limits(1.3, 1.8, 450),
-    ("tpu:v5e", "ow_qmix", 1, "train"): Limits(200, 500, 500, 13_000, 113_000),
+    ("cuda:h100", "qmix", 1, "train"): Limits(1.9, 60, 40, 1_580, 9_460),
+    ("cuda:h100", "qmix", 1, "evaluate"): Limits(0.4, 1.1, 44),
+    ("cuda:h100", "ow_qmix", 1, "train"): Limits(1.8, 118, 40, 1_790, 9_680),
+    ("tpu:v5e", "qmix", 1, "train"): Limits(12.8, 61, 920, 5_280, 189_800),
+    ("tpu:v5e", "qmix", 1, "evaluate"): Limits(2.6, 6.6, 175),
+    ("tpu:v5e", "ow_qmix", 1, "train"): Limits(17.3, 100, 920, 5_170, 189_800),
 }
 """Limits by target, algorithm, number of seeds and program: 10% above the numbers."""
 
