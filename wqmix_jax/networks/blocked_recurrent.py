@@ -48,7 +48,7 @@ class AgentWeights(NamedTuple):
 
 
 class Sequence(NamedTuple):
-    """What all nets see, padded to whole blocks by `padded_sequence`: ``T`` is a multiple of the block's length.
+    """The inputs of all nets, padded to whole blocks by `padded_sequence`: ``T`` is a multiple of the block's length.
 
     Attributes:
         sources: leaves ``[T, ..]``, which the nets' inputs are made of in addition to ``last_action``; floating ones

@@ -76,7 +76,7 @@ class _Play(NamedTuple):
 
 
 class _Recorded(NamedTuple):
-    """What is recorded of a step: its action and reward, and the state after it; zeros where an episode has ended.
+    """The recorded part of a step: its action and reward, and the state after it; zeros where an episode has ended.
 
     Attributes:
         state: in the environment's compact form, leaves ``[..]``.
@@ -104,7 +104,7 @@ class _Keys(NamedTuple):
 
 
 class _Game(NamedTuple):
-    """What stays as it is for whole episodes; leaves of ``params``, ``hp`` and ``ctx`` are ``[S, ..]``."""
+    """The values that are constant during episodes; leaves of ``params``, ``hp`` and ``ctx`` are ``[S, ..]``."""
 
     env: Environment
     acting: Acting

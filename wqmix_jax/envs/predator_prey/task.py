@@ -75,7 +75,7 @@ Words = tuple[Array, ...]
 
 
 class _Move(NamedTuple):
-    """What one agent's turn to move depends on; words have a bit for each agent.
+    """The inputs of one agent's turn to move; words have a bit for each agent.
 
     Attributes:
         me: the agent's own bit.
@@ -91,7 +91,7 @@ class _Move(NamedTuple):
 
 
 class _PreyTurn(NamedTuple):
-    """What one prey's turn depends on, as words of the flags in `_Hunt`.
+    """The inputs of one prey's turn, as words of the flags in `_Hunt`.
 
     Attributes:
         here: of ``flags``, whether this prey is on its cell.
