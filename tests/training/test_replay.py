@@ -68,7 +68,8 @@ def test_samples_are_bit_identical_to_a_plain_float32_replay(env):
     assert set(drawn) == {1, 2, 3, 4}
     assert batch.starts is None
     plain = jax.tree.map(lambda leaf: leaf[jnp.array(drawn)], plain)
-    for ours, expected in zip(*map(jax.tree.leaves, (batch, plain)), strict=True):
+    np.testing.assert_array_equal(batch.compact(), plain.obs)
+    for ours, expected in zip(*map(jax.tree.leaves, (batch._replace(compact=None), plain)), strict=True):
         assert ours.dtype == expected.dtype
         np.testing.assert_array_equal(ours, expected)
 
@@ -83,6 +84,20 @@ def test_a_cut_batch_is_the_beginning_of_the_whole_one():
     np.testing.assert_array_equal(replay.lengths(rows), [5] * 4)
     for full, short in zip(*map(jax.tree.leaves, (whole, cut)), strict=True):
         np.testing.assert_array_equal(full[:, : short.shape[1]], short)
+
+
+def test_a_batch_can_be_longer_than_its_episodes():
+    """Its end is padding as after an episode: zero, but for discounts."""
+    env = predator_prey(episode_limit=12)
+    replay = make_replay(env, buffer_size=4, batch_size=4)
+    pairs = [plain_episode(env, jax.random.key(i), length, False) for i, length in enumerate((12, 12, 5, 1))]
+    state = replay.add(replay.init(), stacked([stored for stored, _ in pairs]), jnp.bool_(True))
+    whole, padded = (replay.decode(state.experience[0], num_steps) for num_steps in (12, 15))
+    assert (padded.obs.shape[1], padded.mask.shape[1]) == (16, 15)
+    for name in Episode._fields[:7]:
+        full, longer = getattr(whole, name), getattr(padded, name)
+        np.testing.assert_array_equal(longer[:, : full.shape[1]], full)
+        assert (longer[:, full.shape[1] :] == (name == "discount")).all()
 
 
 @pytest.mark.parametrize("env", [predator_prey(episode_limit=12), Clock(episode_limit=12, ends_from=3)])
@@ -100,7 +115,7 @@ def test_a_packed_batch_has_what_the_whole_one_has_at_each_place(env):
     assert int(packed.starts.sum()) == 4
     assert int(packed.mask.sum()) == 12 + 2 + 1 + 6
     assert int((1 - packed.discount).sum()) == 2
-    for name in Episode._fields[:-2]:
+    for name in Episode._fields[:7]:
         plain, ours = np.array(getattr(whole, name)), np.array(getattr(packed, name))
         nothing = np.full(plain.shape[2:], name == "discount", plain.dtype)
         for row, place in np.ndindex(ours.shape[:2]):
