@@ -296,8 +296,8 @@ def kernel_numbers(computations: hlo.Computations, config: RunConfig, program: s
     if program == "learn":
         numbers["kernels_per_learner_call"] = round(counted.total / updates, 1)
     for iteration in (part for part in loops if part.role == "iterations"):
-        learning = [part.total for part in iteration.inner if part.role == "updates"]
-        numbers["kernels_per_learner_call"] = round(sum(learning) / updates, 1)
+        learning = [part.total for part in iteration.inner if part.role == "updates" or part.kind == "choice"]
+        numbers["kernels_per_learner_call"] = round(max(learning, default=0) / updates, 1)
         numbers["kernels_per_iteration"] = iteration.once + iteration.check
     assumed = [f"{part.trips} {part.role}: {part.op_name}" for part in loops]
     return numbers | {"assumed_trips": assumed, "loops": list(counted.lines())}

@@ -121,7 +121,7 @@ def test_wrong_options_are_refused_in_one_line(command, arguments, message, monk
 def test_short_episodes_are_timed_with_every_way_with_padding():
     options = (*SMALL, "num_seeds=2")
     rows = short_episodes.measured(load_config("+algo=vdn", *options), "vdn")
-    assert len(rows) == 4 * 3
+    assert len(rows) == 4 * 4  # whole, cut, bounded and packed batches
     assert all(row.value > 0 and row.num_seeds == 2 for row in rows)
 
 

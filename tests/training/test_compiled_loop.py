@@ -494,7 +494,7 @@ def test_seeds_learn_in_groups_that_a_cpus_cache_holds(cache_bytes, memory_group
     replay = make_replay(env, buffer_size=4, batch_size=2)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     batch = jax.eval_shape(lambda row: replay.decode(row, 8), jnp.zeros((2, replay.row_bytes), jnp.uint8))
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch._replace(compact=None)))
     cache_bytes = {"three batches": 3 * size, "five": 6 * size - 1}.get(cache_bytes, cache_bytes)
     if cache_bytes is not None:
         monkeypatch.setattr(batch_gradients, "CPU_CACHE_BYTES", cache_bytes)
