@@ -2,6 +2,7 @@
 
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import build
 from wqmix_jax.training import batch_gradients
 from wqmix_jax.training.batch_gradients import BLOCK_FORMS, _static_lengths, make_batching, num_groups
-from wqmix_jax.training.compiled_loop import make_trainer, train_sharding
+from wqmix_jax.training.compiled_loop import compiler_options, make_trainer, train_sharding
 from wqmix_jax.training.devices import seed_sharding
 from wqmix_jax.training.replay import make_replay
 from wqmix_jax.training.row_packing import first_fit_rows
@@ -501,3 +502,14 @@ def test_seeds_learn_in_groups_that_a_cpus_cache_holds(cache_bytes, memory_group
     batching = make_batching(env, algo, replay, sharding, memory_groups=memory_groups)
     batching = batching if cache_bytes else batching._replace(cache_seeds=None)  # as on a GPU
     assert num_groups(batching, 6) == expected
+
+
+@pytest.mark.parametrize(("platform", "effort", "expected"), [("tpu", 0, -1.0), ("tpu", 0.5, None), ("gpu", 0, None)])
+def test_programs_for_a_tpu_are_compiled_with_the_least_effort_unless_the_user_sets_one(platform, effort, expected):
+    sharding = types.SimpleNamespace(device_set=[types.SimpleNamespace(platform=platform)])
+    before = jax.config.values["jax_exec_time_optimization_effort"]
+    jax.config.update("jax_exec_time_optimization_effort", effort)
+    try:
+        assert compiler_options(sharding).get("exec_time_optimization_effort") == expected
+    finally:
+        jax.config.update("jax_exec_time_optimization_effort", before)

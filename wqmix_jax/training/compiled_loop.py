@@ -284,7 +284,7 @@ def compiler_options(sharding: Sharding) -> dict[str, str | float]:
     """Returns XLA's options for the programs that train and evaluate; none but on a TPU.
 
     There XLA's least effort compiles float32 products in a tenth of the time, into a third of the code, with a slower
-    use of the fast memory. The user's ``jax_exec_time_optimization_effort`` comes first.
+    use of the fast memory. A ``jax_exec_time_optimization_effort`` of the user other than 0 comes first.
     """
     is_tpu = next(iter(sharding.device_set)).platform == "tpu"
     is_default = jax.config.values["jax_exec_time_optimization_effort"] == 0
