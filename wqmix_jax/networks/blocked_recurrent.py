@@ -218,20 +218,14 @@ def _backward(
         before = _restarted(before, begin[:, None], start)
         from_hidden = _product("gkrh,ghm->gkrm", before, gru.hidden_kernel) + _bias(gru.hidden_bias)
         gates = _gates(block.from_inputs, from_hidden)
-        # From h = (1 - update) new + update before and new = tanh(.. + reset hidden_new), with sigmoid' = s (1 - s):
-        # the derivatives of h with respect to the gates before their nonlinearities.
-        to_new = (1 - gates.update) * (1 - gates.new * gates.new)
-        to_update = (before - gates.new) * gates.update * (1 - gates.update)
-        to_reset = to_new * gates.hidden_new * gates.reset * (1 - gates.reset)
-        factors = jnp.concatenate([to_reset, to_update, to_new * gates.reset], axis=-1)
+        input_factors, hidden_factors = _factors(gates, before)
         d_after = _product("gkra,gha->gkrh", d_head, head.kernel)
         if d_hiddens is not None:
             d_after += _at_block(plan, d_hiddens, index, axis=1)
-        xs = d_after.swapaxes(0, 1), factors.swapaxes(0, 1), gates.update.swapaxes(0, 1), start
+        xs = d_after.swapaxes(0, 1), hidden_factors.swapaxes(0, 1), gates.update.swapaxes(0, 1), start
         d_before, d_hidden = jax.lax.scan(step, so_far.before, xs, reverse=True, unroll=plan.unroll)
         d_hidden = d_hidden.swapaxes(0, 1)
-        d_from_hidden = jnp.tile(d_hidden, 3) * factors
-        d_from_inputs = jnp.tile(d_hidden, 3) * jnp.concatenate([to_reset, to_update, to_new], axis=-1)
+        d_from_inputs, d_from_hidden = (jnp.tile(d_hidden, 3) * each for each in (input_factors, hidden_factors))
         d_encoded = _product("gkrm,gfm->gkrf", d_from_inputs, gru.input_kernel)
         d_encoded = jnp.where(block.encoded > 0, d_encoded, 0)
         d_carry = so_far.carry
@@ -284,6 +278,19 @@ def _before_gates(weights: AgentWeights, inputs: Array) -> _Block:
 
 def _bias(bias: Array) -> Array:
     return bias[:, None, None, :]
+
+
+def _factors(gates: _Gates, before: Array) -> tuple[Array, Array]:
+    """Returns the derivatives of the hidden state with respect to the inputs' and the hidden state's part of the gates.
+
+    From h = (1 - update) new + update before and new = tanh(.. + reset hidden_new), with sigmoid' = s (1 - s); both
+    ``[.., 3H]``, and they differ in the new gate alone, where the reset gate scales the hidden state's term.
+    """
+    to_new = (1 - gates.update) * (1 - gates.new * gates.new)
+    to_update = (before - gates.new) * gates.update * (1 - gates.update)
+    to_reset = to_new * gates.hidden_new * gates.reset * (1 - gates.reset)
+    common = [to_reset, to_update]
+    return jnp.concatenate([*common, to_new], axis=-1), jnp.concatenate([*common, to_new * gates.reset], axis=-1)
 
 
 def _steps(
