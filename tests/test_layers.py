@@ -26,8 +26,8 @@ INSIDE = {
     "networks": (
         ("functional",),
         ("linear",),
-        ("mixers", "persistent_kernels", "q_star", "qplex", "qtran", "recurrent"),
-        ("blocked_recurrent", "persistent"),
+        ("mixers", "q_star", "qplex", "qtran", "recurrent"),
+        ("blocked_recurrent",),
         ("agent",),
     ),
     "interop": (("pymarl",),),

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 
 from wqmix_jax.algos.q_learning import QLearner, gather_actions, init_agent, init_central
-from wqmix_jax.networks.functional import apply_net
+from wqmix_jax.networks.functional import apply_net, block_form
 from wqmix_jax.networks.q_star import FeedForwardQStar
 from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, PRNGKey, PyTree
@@ -48,7 +48,10 @@ class ActorCritic(QLearner):
         def at_one_time(step: tuple[Array, Array, Array]) -> Array:
             return apply_net(self.q_star_net, mixer_params, *step, method="deviations")
 
-        # One time step after another: N * A values per state in wide layers would exceed every cache.
+        # N * A values per state in wide layers: on a CPU, those of more than one time step would exceed every cache. An
+        # accelerator takes as many steps as it unrolls in a block, which is a block's share of the kernels.
+        form = block_form()
+        steps = None if form is None else form.max_steps
         chosen_qs = gather_actions(critic_qs, joint_action)  # [B, T, N]
         by_time = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), (critic_qs, chosen_qs, state))
-        return jax.lax.map(at_one_time, by_time).swapaxes(0, 1)
+        return jax.lax.map(at_one_time, by_time, batch_size=steps).swapaxes(0, 1)

@@ -34,14 +34,17 @@ def lambda_return(reward: Array, discount: Array, gamma: Array, next_value: Arra
     """
     chex.assert_equal_shape_prefix([reward, discount, next_value, td_lambda], 1)
 
-    def backwards(later: Array, step: tuple[Array, ...]) -> tuple[Array, Array]:
-        r, d, value, weight = step
-        # A mix of values one step ahead in the place of V(s'): the recursion is a one-step target of it.
-        y = td_target(r, d, gamma, (1 - weight) * value + weight * later)
-        return y, y
+    # y_t = own_t + factor_t * y_t+1. Such maps compose to maps of the same kind, so that log2(T) rounds of operations on
+    # all steps do it, where a loop over time would cost an accelerator several kernels per step.
+    per_step = (len(reward), *(1,) * (next_value.ndim - 1))
+    reward, discount, td_lambda = (leaf.reshape(per_step) for leaf in (reward, discount, td_lambda))
+    own = td_target(reward, discount, gamma, (1 - td_lambda) * next_value)
+    factor = gamma * discount * td_lambda
 
-    steps = (reward, discount, next_value, td_lambda)
-    return jax.lax.scan(backwards, jnp.zeros_like(next_value[0]), steps, reverse=True)[1]
+    def composed(later: tuple[Array, Array], earlier: tuple[Array, Array]) -> tuple[Array, Array]:
+        return earlier[0] + earlier[1] * later[0], earlier[1] * later[1]
+
+    return jax.lax.associative_scan(composed, (own, factor), reverse=True)[0]
 
 
 def masked_mean_square(error: Array, mask: Array, weights: Array | None = None) -> Array:
