@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from wqmix_jax.algos.base import AgentInputs, Algorithm, Aux, Context
+from wqmix_jax.config import load_group
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.options import build, options
 from wqmix_jax.types import Array, EnvSpec, Observation, StepOutcome
@@ -96,21 +97,18 @@ class Recall(Environment):
         return Observation(obs, state, avail)
 
 
-TINY = {
+# Narrow nets and few episodes; the rest as in the yamls.
+TINY = load_group("algo", "_base") | {
     "gamma": 0.9,
     "lr": 0.01,
-    "rms_decay": 0.99,
-    "rms_eps": 1e-5,
-    "max_grad_norm": 10.0,
     "batch_size": 2,
     "buffer_size": 6,
     "target_update_interval": 3,
-    "epsilon_start": 1.0,
     "epsilon_finish": 0.1,
     "epsilon_anneal_steps": 40,
     "hidden_dim": 5,
 }
-TD = TINY | {"returns": "one_step", "td_lambda": 0.8}
+TD = load_group("algo", "_td") | TINY
 QMIX = TD | {"mixer": "qmix", "mixer_embed_dim": 4, "hypernet_dim": 3, "num_heads": 2}
 WQMIX = QMIX | {"weighting": "central", "alpha": 0.1, "q_star": "feedforward", "q_star_dim": 6}
 

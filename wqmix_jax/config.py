@@ -5,6 +5,8 @@ for an algorithm or environment the class that its yaml names with ``_target_``.
 `options`, which makes it a frozen dataclass whose fields pydantic checks when it is built.
 """
 
+import functools
+import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -211,8 +213,10 @@ def _slice_of_host(num_seeds: int, hosts: int | None, host: int | None) -> slice
 
 
 def load_group(group: str, option: str) -> dict[str, Any]:
-    """Returns the plain values of ``configs/GROUP/OPTION.yaml``, which must inherit nothing."""
-    return plain_values(OmegaConf.load(CONFIG_DIR / group / f"{option}.yaml"))
+    """Returns the plain values of ``configs/GROUP/OPTION.yaml`` and of the yamls that it inherits."""
+    own = plain_values(OmegaConf.load(CONFIG_DIR / group / f"{option}.yaml"))
+    inherited = [load_group(group, parent) for parent in own.pop("defaults", [])]
+    return functools.reduce(operator.or_, [*inherited, own])
 
 
 def names(group: str, config_dir: str | os.PathLike[str] | None = None) -> str:
@@ -220,6 +224,28 @@ def names(group: str, config_dir: str | os.PathLike[str] | None = None) -> str:
     folders = [CONFIG_DIR] if config_dir is None else [CONFIG_DIR, Path(config_dir)]
     stems = {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
     return ", ".join(sorted(stem for stem in stems if not stem.startswith("_")))
+
+
+def with_newer_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds the options that recorded ones lack because they are newer, with their defaults.
+
+    Args:
+        values: nested mappings, as ``config.yaml`` of a run folder holds them. An algorithm that isn't of this package
+            gets the options of all algorithms, an environment that isn't gets none.
+    """
+    defaults = run_defaults()
+    for group in ("algo", "env"):
+        defaults[group] = _defaults_of(group, values[group].get("_target_"))
+    filled = {**defaults, **values}
+    nested = (name for name in defaults if isinstance(defaults[name], dict) and isinstance(filled[name], Mapping))
+    return filled | {name: {**defaults[name], **filled[name]} for name in nested if name != "sweep"}
+
+
+def _defaults_of(group: str, target: str | None) -> dict[str, Any]:
+    """Returns the values of the first yaml of a class; nothing is imported."""
+    choices = (load_group(group, path.stem) for path in sorted((CONFIG_DIR / group).glob("[!_]*.yaml")))
+    common = load_group("algo", "_base") if group == "algo" else {}
+    return next((choice for choice in choices if choice["_target_"] == target), common)
 
 
 def run_defaults() -> dict[str, Any]:

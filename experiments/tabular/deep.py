@@ -65,12 +65,12 @@ def train(name: str, games: np.ndarray, alphas: tuple[float, ...], num_steps: in
     def member(key: Array, payoff: Array, alpha: Array) -> tuple[Array, Array]:
         hp = jax.tree.map(jnp.asarray, hyperparams(algo))
         hp = hp._replace(alpha=alpha) if "alpha" in hp._fields else hp
-        learner, batch = init_learner(algo.init(key, SPEC)), every_joint_action(payoff)
+        learner, batch = init_learner(algo, algo.init(key, SPEC)), every_joint_action(payoff)
 
         def step(learner: Any, _: None) -> tuple[Any, None]:
             gradient = jax.grad(algo.loss, has_aux=True)
             grads, _ = gradient(learner.params, learner.target, batch, hp, _context(), algo.sample_noise(key, batch))
-            return apply_gradients(learner, grads, hp)[0], None
+            return apply_gradients(algo, learner, grads, hp)[0], None
 
         learner, _ = jax.lax.scan(step, learner, length=num_steps)
         return _learnt(algo, learner.params, batch)

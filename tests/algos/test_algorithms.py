@@ -102,7 +102,7 @@ def test_a_batchs_gradient_is_the_mean_of_its_parts_by_their_steps(algo: str) ->
         discount=jnp.ones((4, 3)),
         mask=mask,
     )
-    learner = init_learner(config.algo.init(keys[4], spec))
+    learner = init_learner(config.algo, config.algo.init(keys[4], spec))
     ctx = Context(jnp.float32(0.5), jnp.int32(0), jnp.int32(0))
     noise = config.algo.sample_noise(keys[5], batch)
     gradient, hp = jax.grad(config.algo.loss, has_aux=True), hyperparams(config.algo)
@@ -173,7 +173,7 @@ def test_an_agent_without_an_available_action_is_harmless(algo: str) -> None:
     """Its loss and gradients stay as large as where no agent leaves; the largest reward is 5."""
     made, sizes = build_small(algo), []
     ctx = Context(jnp.float32(0.5), jnp.int32(0), jnp.int32(0))
-    learner = init_learner(made.init(jax.random.key(1), Clock(episode_limit=5, ends_from=9).spec))
+    learner = init_learner(made, made.init(jax.random.key(1), Clock(episode_limit=5, ends_from=9).spec))
     gradient = jax.jit(jax.grad(made.loss, has_aux=True))
     for env in (Leaver(episode_limit=5, ends_from=9), Clock(episode_limit=5, ends_from=9)):
         batch = replayed(env)

@@ -10,6 +10,7 @@ from wqmix_jax import load_config, load_metrics
 from wqmix_jax.cli.checks import check_overrides
 from wqmix_jax.cli.overrides import load_values
 from wqmix_jax.errors import ConfigError
+from wqmix_jax.records.run_dir import read_config
 
 PRESETS = sorted((ROOT / "configs" / "preset").glob("*.yaml"))
 
@@ -69,7 +70,7 @@ def test_the_recorded_battles_are_those_of_the_preset() -> None:
     """As the README says: the win rate rises, and most battles are won in the end."""
     folder = ROOT / "experiments" / "results" / "smax_3m" / "ow_qmix_preset" / "seed_0"
     composed = load_values("+algo=ow_qmix", "algo.alpha=0.75", "+preset=smax")
-    recorded = yaml.safe_load((folder / "config.yaml").read_text())
+    recorded = read_config(folder)
     for key in (
         "algo",
         "env",

@@ -200,7 +200,7 @@ def run(case: str, arrays: Arrays, config: Mapping[str, Any], precision: str, st
         batch = _batch(arrays, precision)
         params, target = (_params(group, like, tensors, precision) for group in ("params", "target"))
         step = step or compile_step(algo)
-        learner = jax.jit(init_learner)(params)._replace(target=target)
+        learner = jax.jit(functools.partial(init_learner, algo))(params)._replace(target=target)
         epsilon = jnp.asarray(config.get("epsilon_online", 0.0))
         ctx = Context(epsilon, env_steps=jnp.int32(0), learner_steps=jnp.int32(0))
         taken, metrics, first = [], [], None
@@ -221,7 +221,7 @@ def compile_step(algo: Algorithm) -> Step:
 
     def step(learner: LearnerState, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree) -> tuple[Any, ...]:
         grads, aux = jax.grad(loss, has_aux=True)(learner.params, learner.target, batch, hp, ctx, noise)
-        stepped, grad_norm = apply_gradients(learner, grads, hp)
+        stepped, grad_norm = apply_gradients(algo, learner, grads, hp)
         metrics = aux.metrics | {"grad_norm": grad_norm}
         if "objectives" in aux.values:
             metrics |= {"last_objective": aux.values["objectives"][-1]}

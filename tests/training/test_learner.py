@@ -249,6 +249,83 @@ def test_lambda_targets_of_padded_episodes(name, returns):
     np.testing.assert_allclose(aux.values["td_target"][real], expected[real], rtol=1e-5, atol=1e-6)
 
 
+def value_before(algo, params, batch, joint_action):
+    """`value_of` joint actions before each step: the episodes are shifted so that it reads those places."""
+    repeated = [jnp.concatenate([leaf[:, :1], leaf], axis=1) for leaf in batch[:3]]
+    shifted = Episode(*repeated, *(jnp.pad(leaf, [(0, 0), (1, 0)] + [(0, 0)] * (leaf.ndim - 2)) for leaf in batch[3:7]))
+    starts = jnp.zeros(shifted.obs.shape[:2], bool).at[:, 1].set(True)
+    with_start = shifted._replace(starts=starts)
+    return value_of(algo, params, _drop_last(with_start), joint_action)
+
+
+def _drop_last(batch):
+    """An episode whose last observation, which nothing before each step reads, is missing."""
+    firsts = (batch.obs, batch.state, batch.avail_actions)
+    places = [leaf[:, :-1] for leaf in firsts]
+    return Episode(*places, *(leaf[:, :-1] for leaf in batch[3:7]), starts=batch.starts[:, :-1])
+
+
+@pytest.mark.parametrize("name", LAMBDA_LEARNERS)
+@pytest.mark.parametrize("returns", ["q_lambda", "pymarl2_q_lambda"])
+def test_q_lambda_corrects_actions_that_are_not_greedy(name, returns):
+    """y = r + gamma (V' + lambda (y' - Q')), and PyMARL2's has V - Q of the step itself on top."""
+    algo = dataclasses.replace(every_algorithm()[name], returns=returns, td_lambda=0.5)
+    params, target = params_and_target(algo)
+    batch = batch_of([2, 4], [False, True])
+    greedy = greedy_actions(algo.unroll(params["agent"], batch), batch.avail_actions)
+    _, aux = loss_of(algo, params, target, batch)
+    following = np.array(value_of(algo, target, batch, greedy[:, 1:]))
+    best = np.array(value_before(algo, target, batch, greedy[:, :-1]))
+    taken = np.array(value_before(algo, target, batch, batch.joint_action))
+    assert np.abs(best - taken).max() > 1e-3
+    reward, expected = np.array(batch.reward), np.zeros_like(following)
+    expected[0, 1] = reward[0, 1] + 0.9 * following[0, 1]
+    expected[0, 0] = reward[0, 0] + 0.9 * (following[0, 0] + 0.5 * (expected[0, 1] - taken[0, 1]))
+    expected[1, 3] = reward[1, 3]
+    for t in (2, 1, 0):
+        expected[1, t] = reward[1, t] + 0.9 * (following[1, t] + 0.5 * (expected[1, t + 1] - taken[1, t + 1]))
+    if returns == "pymarl2_q_lambda":
+        expected += best - taken
+    real = np.array(batch.mask) > 0
+    np.testing.assert_allclose(aux.values["td_target"][real], expected[real], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAMBDA_LEARNERS)
+def test_n_step_targets_end_with_the_episode(name):
+    algo = dataclasses.replace(every_algorithm()[name], returns="n_step", n_steps=3)
+    params, target = params_and_target(algo)
+    batch = batch_of([2, 4], [False, True])
+    greedy = greedy_actions(algo.unroll(params["agent"], batch), batch.avail_actions)
+    _, aux = loss_of(algo, params, target, batch)
+    value, r, y = (
+        np.array(value_of(algo, target, batch, greedy[:, 1:])),
+        np.array(batch.reward),
+        aux.values["td_target"],
+    )
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+    close(y[0, 0], r[0, 0] + 0.9 * r[0, 1] + 0.81 * value[0, 1])
+    close(y[1, 0], r[1, 0] + 0.9 * r[1, 1] + 0.81 * r[1, 2] + 0.729 * value[1, 2])
+    close(y[1, 1], np.broadcast_to(r[1, 1] + 0.9 * r[1, 2] + 0.81 * r[1, 3], y[1, 1].shape))
+
+
+@pytest.mark.parametrize("name", ["iql", "vdn", "qplex", "qtran", "ow_qmix", "cw_qmix", "qmix_cw"])
+def test_without_double_q_the_target_agents_choose(name):
+    """Other online utilities don't change the targets, those of the target agents do."""
+    algo = dataclasses.replace(every_algorithm()[name], double_q=False)
+    params, target = params_and_target(algo)
+    batch = batch_of([4, 3], [False, False])
+    _, aux = loss_of(algo, params, target, batch)
+    _, other = loss_of(algo, params | {"agent": target["agent"]}, target, batch)
+    np.testing.assert_allclose(aux.values["td_target"], other.values["td_target"], rtol=1e-6)
+    greedy = greedy_actions(algo.unroll(target["agent"], batch), batch.avail_actions)[:, 1:]
+    following = np.array(value_of(algo, target, batch, greedy))
+    axes = (...,) + (None,) * (following.ndim - 2)
+    np.testing.assert_allclose(aux.values["td_target"], batch.reward[axes] + 0.9 * following, rtol=1e-5, atol=1e-6)
+    double = dataclasses.replace(algo, double_q=True)
+    _, doubled = loss_of(double, params, target, batch)
+    assert not np.allclose(aux.values["td_target"], doubled.values["td_target"])
+
+
 def test_lambda_0_is_the_default_target():
     """And lambda is traced: a sweep over it compiles once."""
     one_step = every_algorithm()["qmix"]
@@ -269,22 +346,22 @@ def test_one_step_targets_trace_no_recursion():
         algo = dataclasses.replace(every_algorithm()["vdn"], **changes)
         return str(jax.make_jaxpr(lambda v: algo.td_targets(batch, hyperparams(algo), v))(batch.reward))
 
-    assert "scan" not in program()
-    assert "scan" in program(returns="td_lambda")
+    assert "rev" not in program()
+    assert "rev" in program(returns="td_lambda")  # from the last step to the first
 
 
 def stepped_learner(algo, learner, batch):
     """Takes one optimiser step; returns the learner and the gradient's norm."""
     hp, noise = hyperparams(algo), algo.sample_noise(KEY, batch)
     grads, _ = jax.grad(algo.loss, has_aux=True)(learner.params, learner.target, batch, hp, CTX, noise)
-    return apply_gradients(learner, grads, hp)
+    return apply_gradients(algo, learner, grads, hp)
 
 
 def test_target_nets_move_once_the_interval_has_passed_each_seed_by_its_own_count():
     """At a difference of exactly 3 episodes and not of 2, and to the bit; a step itself leaves them alone."""
     algo = tiny_wqmix(target_update_interval=3)
     batch, hp = batch_of([4, 3], [False, True]), hyperparams(algo)
-    learners = jax.vmap(lambda key: init_learner(algo.init(key, ENV.spec)))(jax.random.split(KEY, 3))
+    learners = jax.vmap(lambda key: init_learner(algo, algo.init(key, ENV.spec)))(jax.random.split(KEY, 3))
     learners = learners._replace(target_episodes=jnp.array([5, 5, 4]))
     step = jax.vmap(lambda learner: stepped_learner(algo, learner, batch)[0])
     each = jax.tree.map(lambda leaf: jnp.full(3, leaf), hp)
@@ -309,7 +386,7 @@ def test_target_nets_move_once_the_interval_has_passed_each_seed_by_its_own_coun
 def test_one_optimiser_step_by_hand():
     """RMSProp from zero, epsilon outside the root: v = 0.01 g^2, p - lr g / (sqrt(v) + eps), g clipped jointly."""
     algo = tiny_wqmix(rms_eps=0.1, max_grad_norm=0.5)
-    learner = init_learner(algo.init(KEY, ENV.spec))
+    learner = init_learner(algo, algo.init(KEY, ENV.spec))
     batch = batch_of([4, 3], [False, True])
     grads = jax.grad(lambda p: loss_of(algo, p, learner.target, batch)[0])(learner.params)
     norm = np.sqrt(sum((np.array(g, np.float64) ** 2).sum() for g in jax.tree.leaves(grads)))

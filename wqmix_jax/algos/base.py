@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import typing
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
 import pydantic
 from pydantic import Field
@@ -31,6 +31,9 @@ PositiveFraction = Annotated[float, Field(gt=0, le=1), TRACED]
 
 PositiveFloat = Annotated[float, Field(gt=0), TRACED]
 """The type of a traced option above 0."""
+
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+"""The type of an option in [0, 1), by which a running mean forgets older steps."""
 
 Hyperparams = Any
 """A NamedTuple of the traced options' values, named as the options are."""
@@ -83,13 +86,21 @@ class Algorithm(abc.ABC):
 
     Attributes:
         gamma: discount factor.
-        lr: learning rate of RMSProp.
+        lr: learning rate.
+        lr_schedule: ``constant``, or ``linear`` or ``cosine``: from ``lr`` at the start to 0 at ``total_env_steps``.
+        optimizer: ``rmsprop``, ``adam``, ``adamw`` or ``radam``, with torch's conventions.
         rms_decay: decay of RMSProp's mean square.
-        rms_eps: added to the root mean square (outside the square root).
+        rms_eps: added to RMSProp's root mean square (outside the square root).
+        adam_b1: decay of the mean gradient of Adam, AdamW and RAdam.
+        adam_b2: decay of their mean square.
+        adam_eps: added to their root mean square (outside the square root).
+        weight_decay: factor of the parameters that is added to the clipped gradients; with ``adamw``, to the step.
         max_grad_norm: joint clip of the gradient's global norm.
         batch_size: episodes per learner step.
         buffer_size: episodes kept in the replay.
         target_update_interval: episodes between two hard copies of the target nets.
+        target_update_tau: tau of soft updates, ``target = (1 - tau) target + tau online`` after every learner step;
+            ``null``: hard copies.
         epsilon_start: exploration at the start.
         epsilon_finish: exploration after ``epsilon_anneal_steps``.
         epsilon_anneal_steps: environment steps of the linear anneal.
@@ -98,12 +109,19 @@ class Algorithm(abc.ABC):
 
     gamma: Fraction
     lr: PositiveFloat
+    lr_schedule: Literal["constant", "linear", "cosine"]
+    optimizer: Literal["rmsprop", "adam", "adamw", "radam"]
     rms_decay: Fraction
     rms_eps: PositiveFloat
+    adam_b1: DecayRate
+    adam_b2: DecayRate
+    adam_eps: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: PositiveFloat
     batch_size: PositiveInt
     buffer_size: PositiveInt
     target_update_interval: Annotated[int, Field(gt=0, lt=2**31), TRACED]
+    target_update_tau: Annotated[Annotated[float, Field(gt=0, le=1)] | None, TRACED]
     epsilon_start: Fraction
     epsilon_finish: Fraction
     epsilon_anneal_steps: Annotated[int, Field(gt=0, lt=2**31), TRACED]
@@ -119,8 +137,12 @@ class Algorithm(abc.ABC):
         return self
 
     def without_effect(self) -> dict[str, str]:
-        """Maps each option that has no effect to the setting that disables it; none by default."""
-        return {}
+        """Maps each option that has no effect to the setting that disables it."""
+        unused = ("adam_b1", "adam_b2", "adam_eps") if self.optimizer == "rmsprop" else ("rms_decay", "rms_eps")
+        without = dict.fromkeys(unused, f"algo.optimizer={self.optimizer}")
+        if self.target_update_tau is not None:
+            without |= {"target_update_interval": f"algo.target_update_tau={self.target_update_tau}"}
+        return without
 
     @abc.abstractmethod
     def init(self, key: PRNGKey, env_spec: EnvSpec) -> PyTree:
@@ -177,7 +199,7 @@ class Algorithm(abc.ABC):
 
         Args:
             params: the online parameters, as `init` returns them.
-            target: their last hard copy.
+            target: the target copy of all of them.
             batch: rows of one or several episodes, ``[B, T(+1), ..]``. ``starts`` marks where one begins (None: one per
                 row), ``num_places`` bounds the unroll.
             hp: the traced options by name.
@@ -229,15 +251,16 @@ def acting_of(algo: Algorithm) -> Acting:
 
 
 def hyperparams(algo: Algorithm) -> Hyperparams:
-    """Returns the options marked `TRACED`, as a NamedTuple of Python scalars (a pytree)."""
+    """Returns the options marked `TRACED` that aren't None, as a NamedTuple of Python scalars (a pytree)."""
     # Losses read ``hp.lr``, a traced scalar, and never ``self.lr``, a constant of the program: one compiled program
     # then runs all values of a sweep, and members of one call may differ in them.
     # The mark is in the annotation (`Fraction`, `PositiveFloat`), so a new option can't be traced by accident.
     hints = typing.get_type_hints(type(algo), include_extras=True)
-    names = tuple(
+    marked = (
         field.name for field in dataclasses.fields(algo) if TRACED in getattr(hints[field.name], "__metadata__", ())
     )
-    return _hyperparams_type(names)(*(getattr(algo, name) for name in names))
+    values = {name: value for name in marked if (value := getattr(algo, name)) is not None}
+    return _hyperparams_type(tuple(values))(**values)
 
 
 @functools.cache

@@ -64,13 +64,18 @@ class FactoredQLearner(TDLearner):
         """Returns the mean square TD error of Q_tot."""
         del ctx, noise
         online, delayed = self.unroll_nets(batch, [params["agent"]], [target["agent"]])
-        agent_qs, target_qs = online.utilities, delayed.utilities[:, 1:]
+        agent_qs, target_qs = online.utilities, delayed.utilities
         greedy = greedy_actions(agent_qs, batch.avail_actions)
         q_tot, parts = self.mix(params["mixer"], agent_qs[:, :-1], batch.joint_action, seen_before(batch))
         # Double Q-learning: the online agents choose the next joint action, the target nets say its value.
-        next_actions = self.next_actions(greedy, batch)
-        next_q, next_parts = self.mix(target["mixer"], target_qs, next_actions, seen_after(batch))
-        y = self.td_targets(batch, hp, next_q)
+        to_bootstrap = self.greedy_to_bootstrap(agent_qs, target_qs, batch)
+        next_actions = self.next_actions(to_bootstrap, batch)
+        next_q, next_parts = self.mix(target["mixer"], target_qs[:, 1:], next_actions, seen_after(batch))
+
+        def value(joint_action: Array) -> Array:
+            return self.mix(target["mixer"], target_qs[:, :-1], joint_action, seen_before(batch))[0]
+
+        y = self.corrected_targets(batch, hp, next_q, to_bootstrap, value)
         loss = masked_mean_square(q_tot - y, batch.mask)
         metrics = {
             "loss": loss,

@@ -1,5 +1,6 @@
 """Independent Q-learning with shared recurrent agents (Tan 1993; ``src/learners/q_learner.py`` without a mixer)."""
 
+import functools
 from typing import Literal
 
 import jax
@@ -8,7 +9,6 @@ import jax.numpy as jnp
 from wqmix_jax.algos.base import Aux, Context, Hyperparams, PositiveFraction, mean_over_steps
 from wqmix_jax.algos.q_learning import TDLearner, gather_actions
 from wqmix_jax.ops import weighting
-from wqmix_jax.ops.action_selection import greedy_actions
 from wqmix_jax.ops.td import masked_mean, masked_mean_square
 from wqmix_jax.options import options
 from wqmix_jax.types import Array, Episode, PyTree
@@ -39,11 +39,12 @@ class IQL(TDLearner):
         """Returns the mean square TD error over steps and agents, weighted unless ``weighting`` is uniform."""
         del ctx, noise
         online, delayed = self.unroll_nets(batch, [params["agent"]], [target["agent"]])
-        agent_qs = online.utilities
+        agent_qs, target_qs = online.utilities, delayed.utilities
         chosen_qs = gather_actions(agent_qs[:, :-1], batch.joint_action)
-        next_actions = self.next_actions(greedy_actions(agent_qs, batch.avail_actions), batch)
-        next_qs = gather_actions(delayed.utilities[:, 1:], next_actions)
-        y = self.td_targets(batch, hp, next_qs)
+        greedy = self.greedy_to_bootstrap(agent_qs, target_qs, batch)
+        next_qs = gather_actions(target_qs[:, 1:], self.next_actions(greedy, batch))
+        value = functools.partial(gather_actions, target_qs[:, :-1])
+        y = self.corrected_targets(batch, hp, next_qs, greedy, value)
         # Every agent counts: the mask of steps, repeated per agent, [B, T, N].
         mask = jnp.broadcast_to(batch.mask[..., None], chosen_qs.shape)
         td_error = chosen_qs - y

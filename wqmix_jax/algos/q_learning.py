@@ -1,6 +1,7 @@
 """The base of all algorithms with a recurrent utility network: unroll it, act with it, read values from it."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import flax.linen as nn
@@ -10,9 +11,9 @@ import jax.numpy as jnp
 from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, Fraction, Hyperparams
 from wqmix_jax.networks.agent import RecurrentAgent, SeenByAgents, Unrolled, agent_inputs, unroll_agents
 from wqmix_jax.networks.functional import apply_net, init_net
-from wqmix_jax.ops.action_selection import explore, sample_exploration
-from wqmix_jax.ops.td import lambda_return, td_target
-from wqmix_jax.options import options
+from wqmix_jax.ops.action_selection import explore, greedy_actions, sample_exploration
+from wqmix_jax.ops.td import lambda_return, n_step_return, td_target
+from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, Episode, Observation, PRNGKey, PyTree
 
 
@@ -101,30 +102,51 @@ class QLearner(Algorithm):
         return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), unrolled)
 
 
+Returns = Literal["one_step", "n_step", "td_lambda", "sarsa_lambda", "q_lambda", "pymarl2_q_lambda"]
+
+
 @options
 class TDLearner(QLearner):
     """A Q-learner whose targets bootstrap from the value of the next joint action; the defaults are in ``_td.yaml``.
 
     Attributes:
-        returns: ``one_step`` (double Q-learning); ``td_lambda``, lambda-returns over the greedy joint actions' values;
-            or ``sarsa_lambda``, over those of the joint actions taken (SMIX(lambda), Wen et al., arXiv 1911.04094).
-        td_lambda: lambda; unused with ``one_step``.
+        double_q: whether the online agents choose the greedy joint actions to bootstrap from (double Q-learning);
+            otherwise the target agents do.
+        returns: ``one_step``; ``n_step``; ``td_lambda``, lambda-returns over the greedy joint actions' values (Peng's
+            Q(lambda)); ``sarsa_lambda``, over those of the joint actions taken (SMIX(lambda), Wen et al., arXiv
+            1911.04094); ``q_lambda``, Q(lambda) with off-policy corrections (Harutyunyan et al., arXiv 1602.04951); or
+            ``pymarl2_q_lambda``, which PyMARL2 computes: ``q_lambda`` plus V(s) - Q(s, u) of the step itself.
+        n_steps: the steps of ``n_step``.
+        td_lambda: lambda.
     """
 
-    returns: Literal["one_step", "td_lambda", "sarsa_lambda"]
+    double_q: bool
+    returns: Returns
+    n_steps: PositiveInt
     td_lambda: Fraction
 
     def without_effect(self) -> dict[str, str]:
         """See `Algorithm.without_effect`."""
-        unused = {"td_lambda": "algo.returns=one_step"} if self.returns == "one_step" else {}
-        return super().without_effect() | unused
+        unused = {"n_steps"} if self.returns != "n_step" else set()
+        unused |= {"td_lambda"} if self.returns in ("one_step", "n_step") else set()
+        return super().without_effect() | dict.fromkeys(sorted(unused), f"algo.returns={self.returns}")
+
+    def greedy_to_bootstrap(self, online_qs: Array, target_qs: Array, batch: Episode) -> Array:
+        """Returns the greedy joint actions whose target values are bootstrapped from, ``[B, T+1, N]``.
+
+        Args:
+            online_qs: ``[B, T+1, N, A]``, the online agents' utilities.
+            target_qs: ``[B, T+1, N, A]``, those of the target agents.
+            batch: the episodes.
+        """
+        return greedy_actions(online_qs if self.double_q else target_qs, batch.avail_actions)
 
     def next_actions(self, greedy: Array, batch: Episode) -> Array:
         """Returns the joint actions after each step from whose values targets bootstrap, ``[B, T, N]``.
 
         Args:
-            greedy: ``[B, T+1, N]``, the online agents' greedy actions. After an episode's last step nothing was taken,
-                so that SARSA, too, bootstraps from these.
+            greedy: ``[B, T+1, N]``, see `greedy_to_bootstrap`. After an episode's last step nothing was taken, so that
+                SARSA, too, bootstraps from these.
             batch: the episodes.
         """
         if self.returns != "sarsa_lambda":
@@ -133,7 +155,7 @@ class TDLearner(QLearner):
         return jnp.where(_is_followed(batch)[..., None] > 0, taken, greedy[:, 1:])
 
     def td_targets(self, batch: Episode, hp: Hyperparams, next_value: Array) -> Array:
-        """Returns y, a constant to the gradient.
+        """Returns y, a constant to the gradient, of all ``returns`` but those of Q(lambda).
 
         Args:
             batch: the episodes.
@@ -145,10 +167,36 @@ class TDLearner(QLearner):
             per_agent = (1,) * (next_value.ndim - batch.reward.ndim)
             reward, discount = (array.reshape(*array.shape, *per_agent) for array in (batch.reward, batch.discount))
             return jax.lax.stop_gradient(td_target(reward, discount, hp.gamma, next_value))
-        # Lambda is 0 at an episode's last step: no return passes from one episode of a row to another.
-        each_row = jax.vmap(lambda_return, in_axes=(0, 0, None, 0, 0))
-        weights = hp.td_lambda * _is_followed(batch)
-        return jax.lax.stop_gradient(each_row(batch.reward, batch.discount, hp.gamma, next_value, weights))
+        is_followed = _is_followed(batch)
+        if self.returns == "n_step":
+            each_row = jax.vmap(functools.partial(n_step_return, num_steps=self.n_steps), in_axes=(0, 0, None, 0, 0))
+            return jax.lax.stop_gradient(each_row(batch.reward, batch.discount, hp.gamma, next_value, is_followed))
+        return jax.lax.stop_gradient(_lambda_returns(batch, hp, next_value, None))
+
+    def corrected_targets(
+        self, batch: Episode, hp: Hyperparams, next_value: Array, greedy: Array, value: Callable[[Array], Array]
+    ) -> Array:
+        """Returns y: `td_targets`, or those of Q(lambda), which look at the greedy joint action of each state, too.
+
+        Args:
+            batch: the episodes.
+            hp: the traced options.
+            next_value: see `td_targets`.
+            greedy: ``[B, T+1, N]``, see `greedy_to_bootstrap`.
+            value: the target nets' value of joint actions ``[B, T, N]`` before each step, shaped as ``next_value``.
+        """
+        if self.returns not in ("q_lambda", "pymarl2_q_lambda"):
+            return self.td_targets(batch, hp, next_value)
+        correction = value(greedy[:, :-1]) - value(batch.joint_action)
+        y = _lambda_returns(batch, hp, next_value, correction)
+        return jax.lax.stop_gradient(y + correction if self.returns == "pymarl2_q_lambda" else y)
+
+
+def _lambda_returns(batch: Episode, hp: Hyperparams, next_value: Array, correction: Array | None) -> Array:
+    """Returns `lambda_return` of each row; no return passes from one episode of a row to another."""
+    each_row = jax.vmap(lambda_return, in_axes=(0, 0, None, 0, 0, 0))
+    weights = hp.td_lambda * _is_followed(batch)  # 0 at an episode's last step
+    return each_row(batch.reward, batch.discount, hp.gamma, next_value, weights, correction)
 
 
 def _is_followed(batch: Episode) -> Array:

@@ -63,15 +63,21 @@ class QTRAN(TDLearner):
         """
         del ctx, noise
         nets = self.unroll_nets(batch, [params["agent"]], [target["agent"]], keeps_hiddens=True)
-        (hidden, agent_qs), (target_hidden, _) = nets
+        (hidden, agent_qs), (target_hidden, target_qs) = nets
         assert hidden is not None
         assert target_hidden is not None
         greedy = greedy_actions(agent_qs, batch.avail_actions)
         before, after = seen_before(batch), seen_after(batch)
         taken = self.joint_value(params["mixer"], hidden[:, :-1], batch.joint_action, before)
         best = self.joint_value(params["mixer"], hidden[:, :-1], greedy[:, :-1], before)
-        following = self.joint_value(target["mixer"], target_hidden[:, 1:], self.next_actions(greedy, batch), after)
-        y = self.td_targets(batch, hp, following.q)
+        to_bootstrap = self.greedy_to_bootstrap(agent_qs, target_qs, batch)
+        next_actions = self.next_actions(to_bootstrap, batch)
+        following = self.joint_value(target["mixer"], target_hidden[:, 1:], next_actions, after)
+
+        def value(joint_action: Array) -> Array:
+            return self.joint_value(target["mixer"], target_hidden[:, :-1], joint_action, before).q
+
+        y = self.corrected_targets(batch, hp, following.q, to_bootstrap, value)
 
         # Q_tot is the sum of utilities plus V(s), and learns from Q*, a constant here, at two joint actions. If the one
         # taken is overestimated, `optimistic` with alpha = 0 leaves it alone.

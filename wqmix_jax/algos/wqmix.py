@@ -88,11 +88,16 @@ class WQMIX(QMIX):
     ) -> tuple[Array, Aux]:
         """Returns the weighted loss of Q_tot (eq. 8) plus, with a Q*, its own unweighted loss (eq. 9)."""
         del ctx, noise
-        agent_qs, central_qs, target_qs = self._utilities(params, target, batch)
+        agent_qs, central_qs, target_qs, choosing_qs = self._utilities(params, target, batch)
         greedy = greedy_actions(agent_qs, batch.avail_actions)
+        to_bootstrap = self.greedy_to_bootstrap(agent_qs, choosing_qs, batch)
         q_tot, _ = self.mix(params["mixer"], agent_qs[:, :-1], batch.joint_action, seen_before(batch))
-        bootstrap = self._bootstrap(target, target_qs, batch, greedy)
-        y = self.td_targets(batch, hp, bootstrap.next_value)
+        bootstrap = self._bootstrap(target, target_qs, batch, greedy, to_bootstrap)
+
+        def value(joint_action: Array) -> Array:
+            return self.central_estimate(target, target_qs[:, :-1], joint_action, seen_before(batch))
+
+        y = self.corrected_targets(batch, hp, bootstrap.next_value, to_bootstrap, value)
         # The paper's td_error is Q_tot - y: negative where Q_tot underestimates.
         weights = self._weights(q_tot - y, y, greedy, bootstrap, batch, hp)
         qmix_loss = masked_mean_square(q_tot - y, batch.mask, weights)
@@ -126,36 +131,41 @@ class WQMIX(QMIX):
         chosen_qs = gather_actions(agent_qs, joint_action)
         return apply_net(self.q_star_net, params["q_star_mixer"], chosen_qs, seen.state)
 
-    def _utilities(self, params: PyTree, target: PyTree, batch: Episode) -> tuple[Array, Array, Array]:
-        """Returns the utilities of the agents, of Q*'s and of the target's that bootstrap, all ``[B, T+1, N, A]``.
+    def _utilities(self, params: PyTree, target: PyTree, batch: Episode) -> tuple[Array, Array, Array, Array]:
+        """Returns the utilities of four kinds of agents, all ``[B, T+1, N, A]``.
 
-        Without a Q* the second are the first, and the target's are those of the agents' copy.
+        Those of the agents, those of Q*'s, those of the target that bootstrap, and those of the target that choose what
+        to bootstrap from. Without a Q* the second are the first, and the target's are those of the agents' copy. With a
+        Q* the last are needed without double Q-learning alone; with it they are the first.
         """
         if self.q_star == "none":
             online, delayed = self.unroll_nets(batch, [params["agent"]], [target["agent"]])
-            return online.utilities, online.utilities, delayed.utilities
+            return online.utilities, online.utilities, delayed.utilities, delayed.utilities
         trained = [params["agent"], params["q_star_agent"]]
-        online, central, delayed = self.unroll_nets(batch, trained, [target["q_star_agent"]])
-        return online.utilities, central.utilities, delayed.utilities
+        frozen = [target["q_star_agent"]] if self.double_q else [target["q_star_agent"], target["agent"]]
+        online, central, delayed, *choosing = self.unroll_nets(batch, trained, frozen)
+        return online.utilities, central.utilities, delayed.utilities, (choosing or [online])[0].utilities
 
-    def _bootstrap(self, target: PyTree, agent_qs: Array, batch: Episode, greedy: Array) -> Bootstrap:
+    def _bootstrap(
+        self, target: PyTree, agent_qs: Array, batch: Episode, greedy: Array, to_bootstrap: Array
+    ) -> Bootstrap:
         """Returns the target nets' central estimate, at the greedy actions and at those to bootstrap from.
 
-        With a Q* the target copies of the agent and the mixer never enter the loss.
+        With a Q* and double Q-learning the target copies of the agent and the mixer never enter the loss.
         """
         # With q_star="none", an ablation of appendix C, the central estimate is the target Q_tot itself: then this is
-        # QMIX's double-Q target, and CW compares with Q_tot. The greedy actions are always those of the online agents.
+        # QMIX's double-Q target, and CW compares with Q_tot.
         #
         # ``greedy_value`` is needed at the first T steps and ``next_value`` at the last T. One call at all T+1 gives
-        # both where both are of greedy actions. SARSA(lambda) bootstraps from the actions taken, and needs a second
-        # call for ``next_value``; ``greedy_value`` stays at the greedy actions: eq. 10 compares y with them.
+        # both where both are of the online agents' greedy actions. SARSA(lambda) bootstraps from the actions taken, and
+        # needs a second call for ``next_value``; ``greedy_value`` stays at the greedy actions: eq. 10 compares y with
+        # them.
         seen = Observation(batch.obs, batch.state, batch.avail_actions)
         estimate = jax.lax.stop_gradient(self.central_estimate(target, agent_qs, greedy, seen))
         following = estimate[:, 1:]
-        if self.returns == "sarsa_lambda":
-            following = self.central_estimate(
-                target, agent_qs[:, 1:], self.next_actions(greedy, batch), seen_after(batch)
-            )
+        if self.returns == "sarsa_lambda" or not self.double_q:
+            next_actions = self.next_actions(to_bootstrap, batch)
+            following = self.central_estimate(target, agent_qs[:, 1:], next_actions, seen_after(batch))
         return Bootstrap(greedy_value=estimate[:, :-1], next_value=following)
 
     def _weights(

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import wqmix_jax
-from wqmix_jax.config import RESUMABLE, RunConfig, run_defaults
+from wqmix_jax.config import RESUMABLE, RunConfig, with_newer_options
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import refuse_what_is_not_data
 from wqmix_jax.records.atomic import write_whole
@@ -153,7 +153,7 @@ def save_config(run_dir: Path, values: Mapping[str, Any]) -> None:
 def read_config(run_dir: Path, *, option: str = "resume") -> dict[str, Any]:
     """Reads the nested mappings of a run's ``config.yaml``.
 
-    Options that are newer than the run get their defaults, except those of algorithms and environments.
+    Options that are newer than the run get their defaults, see `with_newer_options`.
 
     Args:
         run_dir: the run's folder.
@@ -178,7 +178,7 @@ def read_config(run_dir: Path, *, option: str = "resume") -> dict[str, Any]:
     for group in ("algo", "env"):
         if not isinstance(values.get(group), dict):
             raise ConfigError(f"{path} is damaged: it has no options of {group}")
-    return {**run_defaults(), **values}  # type: ignore[dict-item]
+    return with_newer_options(values)
 
 
 def _no_run(path: Path, option: str) -> str:

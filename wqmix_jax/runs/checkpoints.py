@@ -34,9 +34,9 @@ from orbax.checkpoint.type_handlers import (
     get_json_tspec_write,
 )
 
-from wqmix_jax.config import run_defaults
+from wqmix_jax.config import with_newer_options
 from wqmix_jax.errors import ConfigError, RunError
-from wqmix_jax.records.run_dir import differing
+from wqmix_jax.records.run_dir import differing, kept_options
 from wqmix_jax.runs.checkpoint_pieces import (
     BATCH_BYTES,
     PIECE_BYTES,
@@ -268,7 +268,8 @@ class Checkpoints:
             raise ConfigError(f"{path} has schema {host['schema']}; this version of wqmix_jax reads schema {SCHEMA}")
         here = self._origin.options
         # Options newer than the checkpoint count as their defaults.
-        newer = {name: value for name, value in run_defaults().items() if name in here}
+        classes = {group: {"_target_": here.get(f"{group}._target_")} for group in ("algo", "env")}
+        newer = {name: value for name, value in kept_options(with_newer_options(classes)).items() if name in here}
         there = {**newer, **host["options"]}
         for name in sorted(differing(there, here)):
             values = f"{name}={there.get(name)!r}, but the run's config.yaml has {here.get(name)!r}"

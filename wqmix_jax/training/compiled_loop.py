@@ -26,7 +26,14 @@ from wqmix_jax.ops.randomness import pinned_draws
 from wqmix_jax.training.batch_gradients import Batches, Batching, batch_gradients, make_batching
 from wqmix_jax.training.compile_cache import compile_program
 from wqmix_jax.training.devices import jax_precision, seed_sharding
-from wqmix_jax.training.learner import LearnerState, apply_gradients, copy_targets, init_learner, joint_sum
+from wqmix_jax.training.learner import (
+    LearnerState,
+    apply_gradients,
+    init_learner,
+    joint_sum,
+    update_targets,
+    with_scheduled_lr,
+)
 from wqmix_jax.training.members import Member
 from wqmix_jax.training.replay import Replay, ReplayState, make_replay
 from wqmix_jax.training.rollout import greedy_episodes, mean_metrics, rollout
@@ -341,7 +348,7 @@ def _init(run: _Run, seeds: Array) -> TrainState:
         keys = Keys(*jax.random.split(jax.random.key(seed, impl="threefry2x32"), len(Keys._fields)))
         zero = jnp.int32(0)
         return TrainState(
-            learner=init_learner(algo.init(keys.init, run.config.env.spec)),
+            learner=init_learner(algo, algo.init(keys.init, run.config.env.spec)),
             replay=run.replay.init(),
             counters=Counters(zero, zero, zero),
             keys=keys,
@@ -475,17 +482,19 @@ def _learn(
     """
     # All seeds compute, ready or not: under `vmap` a branch per seed would compute both sides anyway. Batches of seeds
     # that aren't ready count as empty, which makes them cheap where rows are packed.
-    num_updates = run.config.updates_per_iteration
+    algo, num_updates = run.config.algo, run.config.updates_per_iteration
+    hp = with_scheduled_lr(algo, state.hp, state.counters.env_steps, state.total_env_steps)
+    step = jax.vmap(functools.partial(apply_gradients, algo))
 
     def update(index: Array, carry: tuple[LearnerState, dict[str, Array]]) -> tuple[LearnerState, dict[str, Array]]:
         learner, losses = carry
         ctx = Context(epsilon, state.counters.env_steps, state.counters.learner_steps + index)
         rows = jax.vmap(run.replay.sample)(state.replay, _fold_in(state.keys.sample, ctx.learner_steps))
         loss_keys = _fold_in(state.keys.loss, ctx.learner_steps)
-        grads, metrics = batch_gradients(run.batching, learner, rows, loss_keys, state.hp, ctx, ready)
-        stepped, grad_norm = jax.vmap(apply_gradients)(learner, grads, state.hp)
+        grads, metrics = batch_gradients(run.batching, learner, rows, loss_keys, hp, ctx, ready)
+        stepped, grad_norm = step(learner, grads, hp)
         learner = jax.tree.map(functools.partial(jax.vmap(jnp.where), ready), stepped, learner)
-        learner = copy_targets(learner, state.hp, episodes_before, ready)
+        learner = update_targets(algo, learner, hp, episodes_before, ready)
         return learner, jax.tree.map(functools.partial(_set_row, index), losses, metrics | {"grad_norm": grad_norm})
 
     # A loop without a turn where no seed is ready, and not a branch: a loop changes the learners in place, whereas a

@@ -1,4 +1,4 @@
-"""The optimiser step and the target copy of any algorithm, given the gradients that `batch_gradients` computes."""
+"""The optimiser step and the target update of any algorithm, given the gradients that `batch_gradients` computes."""
 
 import functools
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from wqmix_jax.algos.base import Hyperparams
+from wqmix_jax.algos.base import Algorithm, Hyperparams, hyperparams
 from wqmix_jax.types import Array, PyTree
 
 
@@ -17,8 +17,8 @@ class LearnerState(NamedTuple):
     Attributes:
         params: the online parameters.
         target: the target copy of all of them.
-        opt_state: RMSProp's mean squares.
-        target_episodes: scalar int32, the episode count at the last target copy.
+        opt_state: the optimiser's, RMSProp's mean squares for example.
+        target_episodes: scalar int32, the episode count at the last hard copy of the targets.
     """
 
     params: PyTree
@@ -27,20 +27,51 @@ class LearnerState(NamedTuple):
     target_episodes: Array
 
 
-def init_learner(params: PyTree) -> LearnerState:
-    """Starts the targets as copies and the mean squares at zero."""
+def init_learner(algo: Algorithm, params: PyTree) -> LearnerState:
+    """Starts the targets as copies and the optimiser's means at zero."""
     return LearnerState(
         params=params,
         target=jax.tree.map(jnp.copy, params),
-        opt_state=optax.scale_by_rms(initial_scale=0.0).init(params),
+        opt_state=optimizer(algo, hyperparams(algo)).init(params),
         target_episodes=jnp.int32(0),
     )
 
 
-def apply_gradients(learner: LearnerState, grads: PyTree, hp: Hyperparams) -> tuple[LearnerState, Array]:
-    """Clips by the joint norm and takes RMSProp's step; the targets stay.
+def optimizer(algo: Algorithm, hp: Hyperparams) -> optax.GradientTransformation:
+    """Returns the optimiser of ``algo`` without the clip before it and the learning rate after it.
 
     Args:
+        algo: says which.
+        hp: the traced options. Not ``optax.rmsprop(lr)``: they are traced scalars, one value per seed in a sweep.
+    """
+    if algo.optimizer == "rmsprop":
+        # PyTorch's RMSProp: epsilon is added outside of the root.
+        scale = optax.scale_by_rms(decay=hp.rms_decay, eps=hp.rms_eps, initial_scale=0.0, eps_in_sqrt=False)
+    else:
+        make = optax.scale_by_radam if algo.optimizer == "radam" else optax.scale_by_adam
+        scale = make(b1=algo.adam_b1, b2=algo.adam_b2, eps=algo.adam_eps)
+    if algo.weight_decay == 0:
+        return scale
+    decay = optax.add_decayed_weights(algo.weight_decay)
+    return optax.chain(scale, decay) if algo.optimizer == "adamw" else optax.chain(decay, scale)
+
+
+def with_scheduled_lr(algo: Algorithm, hp: Hyperparams, env_steps: Array, total_env_steps: Array) -> Hyperparams:
+    """Returns the traced options with the learning rate after ``env_steps``; all of the same shape."""
+    if algo.lr_schedule == "constant":
+        return hp
+    progress = jnp.minimum(env_steps / total_env_steps, 1)
+    left = 1 - progress if algo.lr_schedule == "linear" else (1 + jnp.cos(jnp.pi * progress)) / 2
+    return hp._replace(lr=hp.lr * left)
+
+
+def apply_gradients(
+    algo: Algorithm, learner: LearnerState, grads: PyTree, hp: Hyperparams
+) -> tuple[LearnerState, Array]:
+    """Clips by the joint norm and takes the optimiser's step; the targets stay.
+
+    Args:
+        algo: the algorithm, for its optimiser.
         learner: one seed's learner.
         grads: the gradients of the loss with respect to its parameters.
         hp: the traced options.
@@ -49,12 +80,28 @@ def apply_gradients(learner: LearnerState, grads: PyTree, hp: Hyperparams) -> tu
         The learner after it, and the norm before clipping.
     """
     grads, grad_norm = clip_by_joint_norm(grads, hp.max_grad_norm)
-    # PyTorch's RMSProp: epsilon is added outside of the root.
-    rms = optax.scale_by_rms(decay=hp.rms_decay, eps=hp.rms_eps, initial_scale=0.0, eps_in_sqrt=False)
-    # Not `optax.rmsprop(lr)`: the learning rate and the others are traced scalars, one value per seed in a sweep.
-    updates, opt_state = rms.update(grads, learner.opt_state)
+    updates, opt_state = optimizer(algo, hp).update(grads, learner.opt_state, learner.params)
     params = optax.apply_updates(learner.params, jax.tree.map(lambda update: -hp.lr * update, updates))
     return learner._replace(params=params, opt_state=opt_state), grad_norm
+
+
+def update_targets(
+    algo: Algorithm, learner: LearnerState, hp: Hyperparams, episodes: Array, ready: Array
+) -> LearnerState:
+    """Updates the targets of the seeds that took an optimiser step, softly or by `copy_targets`.
+
+    Args:
+        algo: says how.
+        learner: leaves ``[S, ..]``.
+        hp: leaves ``[S]``.
+        episodes: see `copy_targets`.
+        ready: ``[S]`` bool, the seeds that took the step; the targets of the others stay.
+    """
+    if algo.target_update_tau is None:
+        return copy_targets(learner, hp, episodes, ready)
+    target = jax.vmap(optax.incremental_update)(learner.params, learner.target, hp.target_update_tau)
+    select = functools.partial(jax.vmap(jnp.where), ready)
+    return learner._replace(target=jax.tree.map(select, target, learner.target))
 
 
 def copy_targets(learner: LearnerState, hp: Hyperparams, episodes: Array, ready: Array) -> LearnerState:
