@@ -22,7 +22,7 @@ LAYERS = (
 
 # The same for the modules inside each package.
 INSIDE = {
-    "ops": (("action_selection", "byte_rows", "randomness", "td", "weighting"),),
+    "ops": (("action_selection", "byte_rows", "moments", "randomness", "td", "weighting"),),
     "networks": (
         ("functional",),
         ("linear",),

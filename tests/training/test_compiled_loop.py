@@ -317,6 +317,16 @@ def test_a_batch_is_cut_to_the_shortest_static_length_that_holds_it(algo):
 LENGTHS = ((20, 28, 32, 17, 16), (7, 0, 8, 7, 9))
 """The lengths of two seeds' five episodes: any five of them fill five rows of 32 steps, and at most two."""
 
+OPTIONS = {
+    "double_q": False,
+    "optimizer": "adamw",
+    "weight_decay": 0.01,
+    "target_update_tau": 0.1,
+    "standardise_rewards": True,
+    "standardise_returns": True,
+}
+"""Options that aren't the defaults."""
+
 SHORT = ((9, 3, 5, 8, 9), LENGTHS[1])
 """At most ten places, within the first block on an accelerator."""
 
@@ -357,8 +367,10 @@ def same_to_rounding(one, other, where=slice(None)):
         tiny_wqmix(**FIVE, returns="sarsa_lambda"),
         tiny_masac(**FIVE),
         tiny_maddpg(**FIVE),
+        tiny_wqmix(**FIVE, returns="n_step", standardise_rewards=True),
+        tiny_wqmix(**FIVE, returns="q_lambda", **OPTIONS),
     ],
-    ids=["td_lambda", "sarsa_lambda", "masac", "maddpg"],
+    ids=["td_lambda", "sarsa_lambda", "masac", "maddpg", "n_step", "options"],
 )
 def test_short_episodes_that_share_rows_teach_what_they_teach_apart(algo, monkeypatch):
     """A tile of four rows and one of two, which reaches past the last and where the second seed has no step."""
@@ -375,8 +387,9 @@ def test_short_episodes_that_share_rows_teach_what_they_teach_apart(algo, monkey
         ("tpu", "cut", tiny_wqmix(**FIVE, returns="td_lambda"), SHORT),
         ("gpu", "cut", tiny_masac(**FIVE), LENGTHS),
         ("tpu", "bounded", tiny_maddpg(**FIVE), LENGTHS),
+        ("tpu", "bounded", tiny_wqmix(**FIVE, returns="q_lambda", **OPTIONS), LENGTHS),
     ],
-    ids=["tpu bounded", "gpu bounded", "tpu cut", "gpu cut", "maddpg"],
+    ids=["tpu bounded", "gpu bounded", "tpu cut", "gpu cut", "maddpg", "options"],
 )
 def test_accelerators_learn_what_a_cpu_learns(platform, batches, algo, lengths):
     """Nets are unrolled in blocks; bounded batches as far as the longest episode of all seeds."""

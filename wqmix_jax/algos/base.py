@@ -86,6 +86,9 @@ class Algorithm(abc.ABC):
 
     Attributes:
         gamma: discount factor.
+        reward_scale: factor of the rewards that a learner sees; records have the environment's.
+        standardise_rewards: whether a learner sees rewards minus their mean, divided by their standard deviation, both
+            over all steps replayed so far; then ``reward_scale`` has no effect.
         lr: learning rate.
         lr_schedule: ``constant``, or ``linear`` or ``cosine``: from ``lr`` at the start to 0 at ``total_env_steps``.
         optimizer: ``rmsprop``, ``adam``, ``adamw`` or ``radam``, with torch's conventions.
@@ -108,6 +111,8 @@ class Algorithm(abc.ABC):
     """
 
     gamma: Fraction
+    reward_scale: Annotated[float, Field(gt=0)]
+    standardise_rewards: bool
     lr: PositiveFloat
     lr_schedule: Literal["constant", "linear", "cosine"]
     optimizer: Literal["rmsprop", "adam", "adamw", "radam"]
@@ -140,6 +145,8 @@ class Algorithm(abc.ABC):
         """Maps each option that has no effect to the setting that disables it."""
         unused = ("adam_b1", "adam_b2", "adam_eps") if self.optimizer == "rmsprop" else ("rms_decay", "rms_eps")
         without = dict.fromkeys(unused, f"algo.optimizer={self.optimizer}")
+        if self.standardise_rewards:
+            without |= {"reward_scale": "algo.standardise_rewards=true"}
         if self.target_update_tau is not None:
             without |= {"target_update_interval": f"algo.target_update_tau={self.target_update_tau}"}
         return without
@@ -261,6 +268,11 @@ def hyperparams(algo: Algorithm) -> Hyperparams:
     )
     values = {name: value for name in marked if (value := getattr(algo, name)) is not None}
     return _hyperparams_type(tuple(values))(**values)
+
+
+def with_return_moments(hp: Hyperparams, mean: Array, deviation: Array) -> Hyperparams:
+    """Adds ``return_mean`` and ``return_deviation``, which `TDLearner` reads if it standardises returns."""
+    return _hyperparams_type((*hp._fields, "return_mean", "return_deviation"))(*hp, mean, deviation)
 
 
 @functools.cache

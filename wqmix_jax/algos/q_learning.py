@@ -110,6 +110,8 @@ class TDLearner(QLearner):
     """A Q-learner whose targets bootstrap from the value of the next joint action; the defaults are in ``_td.yaml``.
 
     Attributes:
+        standardise_returns: whether the networks learn targets minus their mean, divided by their standard deviation,
+            both over all steps that were learned from before. `Aux.values` must have them as ``td_target``.
         double_q: whether the online agents choose the greedy joint actions to bootstrap from (double Q-learning);
             otherwise the target agents do.
         returns: ``one_step``; ``n_step``; ``td_lambda``, lambda-returns over the greedy joint actions' values (Peng's
@@ -120,6 +122,7 @@ class TDLearner(QLearner):
         td_lambda: lambda.
     """
 
+    standardise_returns: bool
     double_q: bool
     returns: Returns
     n_steps: PositiveInt
@@ -162,16 +165,7 @@ class TDLearner(QLearner):
             hp: the traced options.
             next_value: ``[B, T]`` or, one for each agent, ``[B, T, N]``: the target nets' value of `next_actions`.
         """
-        if self.returns == "one_step":
-            # Reward and discount are shared; values may be one per agent, [B, T, N].
-            per_agent = (1,) * (next_value.ndim - batch.reward.ndim)
-            reward, discount = (array.reshape(*array.shape, *per_agent) for array in (batch.reward, batch.discount))
-            return jax.lax.stop_gradient(td_target(reward, discount, hp.gamma, next_value))
-        is_followed = _is_followed(batch)
-        if self.returns == "n_step":
-            each_row = jax.vmap(functools.partial(n_step_return, num_steps=self.n_steps), in_axes=(0, 0, None, 0, 0))
-            return jax.lax.stop_gradient(each_row(batch.reward, batch.discount, hp.gamma, next_value, is_followed))
-        return jax.lax.stop_gradient(_lambda_returns(batch, hp, next_value, None))
+        return self._targets(batch, hp, next_value, None)
 
     def corrected_targets(
         self, batch: Episode, hp: Hyperparams, next_value: Array, greedy: Array, value: Callable[[Array], Array]
@@ -187,16 +181,33 @@ class TDLearner(QLearner):
         """
         if self.returns not in ("q_lambda", "pymarl2_q_lambda"):
             return self.td_targets(batch, hp, next_value)
-        correction = value(greedy[:, :-1]) - value(batch.joint_action)
-        y = _lambda_returns(batch, hp, next_value, correction)
-        return jax.lax.stop_gradient(y + correction if self.returns == "pymarl2_q_lambda" else y)
+        correction = jax.lax.stop_gradient(value(greedy[:, :-1]) - value(batch.joint_action))
+        y = self._targets(batch, hp, next_value, correction)
+        return y + correction if self.returns == "pymarl2_q_lambda" else y
 
+    def _targets(self, batch: Episode, hp: Hyperparams, next_value: Array, correction: Array | None) -> Array:
+        if not self.standardise_returns:
+            return jax.lax.stop_gradient(self._returns(batch, hp, next_value, correction))
+        # The networks' values are standardised, the rewards aren't.
+        mean, deviation = hp.return_mean, hp.return_deviation
+        correction = None if correction is None else correction * deviation
+        y = self._returns(batch, hp, next_value * deviation + mean, correction)
+        return jax.lax.stop_gradient((y - mean) / deviation)
 
-def _lambda_returns(batch: Episode, hp: Hyperparams, next_value: Array, correction: Array | None) -> Array:
-    """Returns `lambda_return` of each row; no return passes from one episode of a row to another."""
-    each_row = jax.vmap(lambda_return, in_axes=(0, 0, None, 0, 0, 0))
-    weights = hp.td_lambda * _is_followed(batch)  # 0 at an episode's last step
-    return each_row(batch.reward, batch.discount, hp.gamma, next_value, weights, correction)
+    def _returns(self, batch: Episode, hp: Hyperparams, next_value: Array, correction: Array | None) -> Array:
+        reward, discount = batch.reward, batch.discount
+        if self.returns == "one_step":
+            # Reward and discount are shared; values may be one per agent, [B, T, N].
+            per_agent = (1,) * (next_value.ndim - reward.ndim)
+            reward, discount = (leaf.reshape(*leaf.shape, *per_agent) for leaf in (reward, discount))
+            return td_target(reward, discount, hp.gamma, next_value)
+        # No return passes from one episode of a row to another: nothing follows an episode's last step.
+        is_followed = _is_followed(batch)
+        if self.returns == "n_step":
+            each_row = jax.vmap(functools.partial(n_step_return, num_steps=self.n_steps), in_axes=(0, 0, None, 0, 0))
+            return each_row(reward, discount, hp.gamma, next_value, is_followed)
+        each_row = jax.vmap(lambda_return, in_axes=(0, 0, None, 0, 0, 0))
+        return each_row(reward, discount, hp.gamma, next_value, hp.td_lambda * is_followed, correction)
 
 
 def _is_followed(batch: Episode) -> Array:

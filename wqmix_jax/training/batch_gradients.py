@@ -19,12 +19,22 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, Sharding
 
-from wqmix_jax.algos.base import Algorithm, Aux, Context, Hyperparams, hyperparams, is_mean_over_steps
+from wqmix_jax.algos.base import (
+    Algorithm,
+    Aux,
+    Context,
+    Hyperparams,
+    hyperparams,
+    is_mean_over_steps,
+    with_return_moments,
+)
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.networks.functional import BlockForm, unroll_in_blocks
+from wqmix_jax.ops.moments import Moments, no_moments
+from wqmix_jax.ops.td import masked_mean
 from wqmix_jax.training.devices import BATCH_AXIS
-from wqmix_jax.training.learner import LearnerState
+from wqmix_jax.training.learner import LearnerState, standardised
 from wqmix_jax.training.replay import Replay, with_length
 from wqmix_jax.training.row_packing import RowLayout, first_fit_rows
 from wqmix_jax.types import Array, Episode, PRNGKey, PyTree
@@ -237,7 +247,7 @@ def _cut_gradients(batching: Batching, inputs: LearnerInputs) -> tuple[PyTree, d
         # [S, B, T(+1), ..]: noise of a leaf with T+1 steps keeps one more than that of a leaf with T.
         noise = jax.tree.map(lambda leaf: with_length(leaf, leaf.shape[2] - limit + num_steps, axis=2), noise)
         gradient = _seeds_gradient(batching, batch)
-        grads, aux = gradient(inputs.learner.params, inputs.learner.target, batch, inputs.hp, inputs.ctx, noise)
+        grads, aux = gradient(inputs.learner, batch, inputs.hp, inputs.ctx, noise)
         return grads, {name: metric.astype(jnp.float32) for name, metric in aux.metrics.items()}
 
     # One compiled copy of the loss per length. The longest episode of any seed chooses: a branch can't depend on the
@@ -274,7 +284,7 @@ def _packed_gradients(batching: Batching, inputs: LearnerInputs) -> tuple[PyTree
         batch = jax.vmap(batching.replay.decode_packed)(inputs.rows, tile)._replace(num_places=num_places)
         noise = jax.vmap(_noise_at)(inputs.noise, tile)
         gradient = _seeds_gradient(batching, batch)
-        grads, aux = gradient(inputs.learner.params, inputs.learner.target, batch, inputs.hp, inputs.ctx, noise)
+        grads, aux = gradient(inputs.learner, batch, inputs.hp, inputs.ctx, noise)
         terms = jax.vmap(_times_share)(batch.mask.sum((1, 2)) / num_steps, (grads, aux.metrics))
         return first + size, jax.tree.map(jnp.add, sums, terms)
 
@@ -294,12 +304,45 @@ def _packed_gradients(batching: Batching, inputs: LearnerInputs) -> tuple[PyTree
 def _seeds_gradient(batching: Batching, batch: Episode) -> Callable[..., tuple[PyTree, Aux]]:
     """Returns the loss's gradient and `Aux` of all seeds; every argument has the seed axis but `Episode.num_places`."""
     axes = jax.tree.map(lambda _: 0, batch)._replace(num_places=None)
+    loss = standardising_loss(batching.algo)
 
-    def gradient(*args: PyTree) -> tuple[PyTree, Aux]:
+    def gradient(learner: LearnerState, *args: PyTree) -> tuple[PyTree, Aux]:
         with unroll_in_blocks(batching.block_form):
-            return jax.grad(batching.algo.loss, has_aux=True)(*args)
+            return jax.grad(loss, has_aux=True)(learner.params, learner.target, learner.moments, *args)
 
-    return jax.vmap(gradient, in_axes=(0, 0, axes, 0, 0, 0))
+    return jax.vmap(gradient, in_axes=(0, axes, 0, 0, 0))
+
+
+def standardising_loss(algo: Algorithm) -> Callable[..., tuple[Array, Aux]]:
+    """Returns the loss of ``algo`` as a function of ``(params, target, moments, batch, hp, ctx, noise)``.
+
+    It sees rewards that are scaled or standardised. Where returns are standardised, its metrics have the targets' mean
+    square, ``td_target_square_mean``, in addition.
+    """
+
+    def loss(
+        params: PyTree,
+        target: PyTree,
+        moments: dict[str, Moments],
+        batch: Episode,
+        hp: Hyperparams,
+        ctx: Context,
+        noise: PyTree,
+    ) -> tuple[Array, Aux]:
+        if "rewards" in moments:
+            rewards = moments["rewards"]
+            batch = batch._replace(reward=(batch.reward - rewards.mean) / rewards.deviation * batch.mask)
+        elif algo.reward_scale != 1:
+            batch = batch._replace(reward=batch.reward * algo.reward_scale)
+        if "returns" not in moments:
+            return algo.loss(params, target, batch, hp, ctx, noise)
+        hp = with_return_moments(hp, moments["returns"].mean, moments["returns"].deviation)
+        value, aux = algo.loss(params, target, batch, hp, ctx, noise)
+        y = aux.values["td_target"]
+        mask = jnp.broadcast_to(batch.mask.reshape(*batch.mask.shape, *(1,) * (y.ndim - batch.mask.ndim)), y.shape)
+        return value, aux._replace(metrics=aux.metrics | {"td_target_square_mean": masked_mean(jnp.square(y), mask)})
+
+    return loss
 
 
 def _noise_at(noise: PyTree, layout: RowLayout) -> PyTree:
@@ -356,7 +399,9 @@ def _metric_names(env: Environment, algo: Algorithm, whole: Episode) -> tuple[st
         key = jax.random.key(0, impl="threefry2x32")
         params, hp = algo.init(key, env.spec), jax.tree.map(jnp.asarray, hyperparams(algo))
         ctx = Context(epsilon=jnp.float32(0), env_steps=jnp.int32(0), learner_steps=jnp.int32(0))
-        return algo.loss(params, params, batch, hp, ctx, algo.sample_noise(key, batch))[1].metrics
+        moments = {name: no_moments() for name in standardised(algo)}
+        loss = standardising_loss(algo)
+        return loss(params, params, moments, batch, hp, ctx, algo.sample_noise(key, batch))[1].metrics
 
     found = tuple(jax.eval_shape(metrics, whole))
     if "loss" not in found:

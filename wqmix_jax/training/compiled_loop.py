@@ -22,12 +22,14 @@ from wqmix_jax.algos.base import Context, Hyperparams, hyperparams, is_mean_over
 from wqmix_jax.config import RunConfig
 from wqmix_jax.networks.functional import compute_in
 from wqmix_jax.ops.action_selection import linear_epsilon
+from wqmix_jax.ops.moments import Moments, add_moments, masked_moments
 from wqmix_jax.ops.randomness import pinned_draws
 from wqmix_jax.training.batch_gradients import Batches, Batching, batch_gradients, make_batching
 from wqmix_jax.training.compile_cache import compile_program
 from wqmix_jax.training.devices import jax_precision, seed_sharding
 from wqmix_jax.training.learner import (
     LearnerState,
+    add_returns,
     apply_gradients,
     init_learner,
     joint_sum,
@@ -490,10 +492,12 @@ def _learn(
         learner, losses = carry
         ctx = Context(epsilon, state.counters.env_steps, state.counters.learner_steps + index)
         rows = jax.vmap(run.replay.sample)(state.replay, _fold_in(state.keys.sample, ctx.learner_steps))
+        before, learner = learner, _with_rewards(run, learner, rows)
         loss_keys = _fold_in(state.keys.loss, ctx.learner_steps)
         grads, metrics = batch_gradients(run.batching, learner, rows, loss_keys, hp, ctx, ready)
         stepped, grad_norm = step(learner, grads, hp)
-        learner = jax.tree.map(functools.partial(jax.vmap(jnp.where), ready), stepped, learner)
+        stepped = add_returns(stepped, metrics, jax.vmap(run.replay.lengths)(rows).sum(-1))
+        learner = jax.tree.map(functools.partial(jax.vmap(jnp.where), ready), stepped, before)
         learner = update_targets(algo, learner, hp, episodes_before, ready)
         return learner, jax.tree.map(functools.partial(_set_row, index), losses, metrics | {"grad_norm": grad_norm})
 
@@ -504,6 +508,20 @@ def _learn(
     with jax.named_scope(f"updates_at_most_{num_updates}"):  # named for whoever reads the compiled program
         learner, losses = jax.lax.fori_loop(0, turns, update, (state.learner, losses))
     return learner, jax.tree.map(lambda loss: jnp.where(ready, loss.mean(0), 0.0), losses)
+
+
+def _with_rewards(run: _Run, learner: LearnerState, rows: Array) -> LearnerState:
+    """Adds the rewards of a batch, rows ``[S, B, row_bytes]``, to the moments of a learner that standardises them."""
+    if "rewards" not in learner.moments:
+        return learner
+
+    def batch_moments(rows: Array) -> Moments:
+        rewards = run.replay.rewards(rows)
+        mask = jnp.arange(rewards.shape[1])[None, :] < run.replay.lengths(rows)[:, None]
+        return masked_moments(rewards, mask.astype(rewards.dtype))
+
+    moments = add_moments(learner.moments["rewards"], jax.vmap(batch_moments)(rows))
+    return learner._replace(moments=learner.moments | {"rewards": moments})
 
 
 def _loss_names(run: _Run) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """The optimiser step and the target update of any algorithm, given the gradients that `batch_gradients` computes."""
 
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from wqmix_jax.algos.base import Algorithm, Hyperparams, hyperparams
+from wqmix_jax.ops.moments import Moments, add_moments, no_moments
 from wqmix_jax.types import Array, PyTree
 
 
@@ -19,12 +21,14 @@ class LearnerState(NamedTuple):
         target: the target copy of all of them.
         opt_state: the optimiser's, RMSProp's mean squares for example.
         target_episodes: scalar int32, the episode count at the last hard copy of the targets.
+        moments: `Moments` by name: ``rewards`` and ``returns``, of those that are standardised.
     """
 
     params: PyTree
     target: PyTree
     opt_state: PyTree
     target_episodes: Array
+    moments: dict[str, Moments]
 
 
 def init_learner(algo: Algorithm, params: PyTree) -> LearnerState:
@@ -34,7 +38,30 @@ def init_learner(algo: Algorithm, params: PyTree) -> LearnerState:
         target=jax.tree.map(jnp.copy, params),
         opt_state=optimizer(algo, hyperparams(algo)).init(params),
         target_episodes=jnp.int32(0),
+        moments={name: no_moments() for name in standardised(algo)},
     )
+
+
+def standardised(algo: Algorithm) -> tuple[str, ...]:
+    """Returns the names of the quantities that the algorithm standardises, see `LearnerState.moments`."""
+    chosen = {"rewards": algo.standardise_rewards, "returns": getattr(algo, "standardise_returns", False)}
+    return tuple(name for name, is_chosen in chosen.items() if is_chosen)
+
+
+def add_returns(learner: LearnerState, metrics: Mapping[str, Array], num_steps: Array) -> LearnerState:
+    """Adds the targets of a batch to the moments of a learner that standardises them.
+
+    Args:
+        learner: leaves ``[S, ..]``.
+        metrics: those of `standardising_loss`, ``[S]``.
+        num_steps: ``[S]``, the steps of the batch.
+    """
+    if "returns" not in learner.moments:
+        return learner
+    old, mean = learner.moments["returns"], metrics["td_target_mean"]
+    variance = jnp.maximum(metrics["td_target_square_mean"] - jnp.square(mean), 0)
+    batch = Moments(num_steps.astype(jnp.float32), mean * old.deviation + old.mean, variance * old.variance)
+    return learner._replace(moments=learner.moments | {"returns": add_moments(old, batch)})
 
 
 def optimizer(algo: Algorithm, hp: Hyperparams) -> optax.GradientTransformation:

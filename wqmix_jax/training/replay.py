@@ -31,6 +31,7 @@ class Replay(NamedTuple):
             scalar bool) is true and otherwise leaves the state unchanged, in place in both cases.
         sample: ``(state, key) -> rows``, a batch ``[B, row_bytes]`` drawn uniformly with replacement.
         lengths: ``rows -> [B]`` int32, the episodes' lengths.
+        rewards: ``rows -> [B, T]``, their rewards.
         decode: ``(rows, num_steps) -> Episode``, cut to the first ``num_steps`` (static) steps, or padded to them.
         decode_packed: ``(rows, layout) -> Episode``, in the places of a `RowLayout` ``[R, T+1]``.
         row_bytes: bytes of one stored episode.
@@ -41,6 +42,7 @@ class Replay(NamedTuple):
     add: Callable[[ReplayState, StoredEpisode, Array], ReplayState]
     sample: Callable[[ReplayState, PRNGKey], Array]
     lengths: Callable[[Array], Array]
+    rewards: Callable[[Array], Array]
     decode: Callable[[Array, int], Episode]
     decode_packed: Callable[[Array, RowLayout], Episode]
     row_bytes: int
@@ -79,6 +81,9 @@ def make_replay(env: Environment, *, buffer_size: int, batch_size: int) -> Repla
     def lengths(rows: Array) -> Array:
         return jax.vmap(functools.partial(from_row, template=template))(rows).length
 
+    def rewards(rows: Array) -> Array:
+        return jax.vmap(functools.partial(from_row, template=template))(rows).reward
+
     def decode(rows: Array, num_steps: int) -> Episode:
         stored = jax.vmap(functools.partial(from_row, template=template))(rows)
         return _first_steps(env, stored, num_steps)
@@ -87,7 +92,7 @@ def make_replay(env: Environment, *, buffer_size: int, batch_size: int) -> Repla
         stored = jax.vmap(functools.partial(from_row, template=template))(rows)
         return _packed_rows(env, stored, layout)
 
-    return Replay(init, add, sample, lengths, decode, decode_packed, num_bytes, num_bytes * buffer_size)
+    return Replay(init, add, sample, lengths, rewards, decode, decode_packed, num_bytes, num_bytes * buffer_size)
 
 
 def _first_steps(env: Environment, stored: StoredEpisode, num_steps: int) -> Episode:

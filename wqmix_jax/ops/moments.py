@@ -1,0 +1,49 @@
+"""A running mean and variance of numbers that come in batches (``RunningMeanStd`` of EPyMARL)."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from wqmix_jax.types import Array
+
+
+class Moments(NamedTuple):
+    """The moments of all numbers so far, scalars.
+
+    Attributes:
+        count: how many there were, and a little more at the start, which keeps the variance positive.
+        mean: their mean.
+        variance: their variance (divided by the count).
+    """
+
+    count: Array
+    mean: Array
+    variance: Array
+
+    @property
+    def deviation(self) -> Array:
+        """The standard deviation."""
+        return jnp.sqrt(self.variance)
+
+
+def no_moments() -> Moments:
+    """Returns the moments at the start: mean 0, variance 1."""
+    return Moments(jnp.float32(1e-4), jnp.float32(0), jnp.float32(1))
+
+
+def add_moments(moments: Moments, batch: Moments) -> Moments:
+    """Returns the moments of both sets of numbers together (Chan et al. 1979)."""
+    count = moments.count + batch.count
+    share, difference = batch.count / count, batch.mean - moments.mean
+    return Moments(
+        count=count,
+        mean=moments.mean + difference * share,
+        variance=moments.variance + share * (batch.variance - moments.variance + jnp.square(difference) * (1 - share)),
+    )
+
+
+def masked_moments(values: Array, mask: Array) -> Moments:
+    """Returns the moments of the values where ``mask`` is 1, of the same shape; variance 0 if there are none."""
+    count = mask.sum()
+    mean = (values * mask).sum() / jnp.maximum(count, 1)
+    return Moments(count, mean, (jnp.square(values - mean) * mask).sum() / jnp.maximum(count, 1))
