@@ -19,12 +19,10 @@ PRESETS = sorted((ROOT / "configs" / "preset").glob("*.yaml"))
 @pytest.mark.parametrize("algo_first", [True, False])
 def test_every_option_of_a_preset_replaces_the_default(path: Path, algo_first: bool) -> None:
     given = yaml.safe_load(path.read_text())
-    [chosen] = given.pop("defaults")
+    env = [f"env={chosen['override /env']}" for chosen in given.pop("defaults", [])]
     overrides = ["+algo=ow_qmix", f"+preset={path.stem}"]
     values = load_values(*(overrides if algo_first else reversed(overrides)))
-    assert (
-        values["env"]["_target_"] == load_values("+algo=ow_qmix", f"env={chosen['override /env']}")["env"]["_target_"]
-    )
+    assert values["env"]["_target_"] == load_values("+algo=ow_qmix", *env)["env"]["_target_"]
     for key, value in given.items():
         assert (values[key] | value if isinstance(value, dict) else value) == values[key]
     assert "preset" not in values
@@ -46,8 +44,8 @@ def test_a_preset_of_the_users_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["+algo=qmix", "+preset=smak"], "preset=smak is not allowed: choose one of smax"),
-        (["+algo=qmix", "preset=smax"], r"preset=smax is not allowed: write \+preset=NAME, NAME one of smax"),
+        (["+algo=qmix", "+preset=smak"], "preset=smak is not allowed: choose one of epymarl, jaxmarl_smax, pymarl2, smax"),
+        (["+algo=qmix", "preset=smax"], r"preset=smax is not allowed: write \+preset=NAME, NAME one of epymarl, jaxmarl_smax, pymarl2, smax"),
         (["+algo=qmix", "+preset=null"], r"\+preset=null is not allowed: write \+preset=NAME"),
         (["+algo=masac", "+preset=smax"], "algo.returns is unknown"),
         (["+algo=qmix", "+preset=smax", "env=predator_prey"], "env.map is unknown"),
