@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from wqmix_jax.config import PROGRAMS
 from wqmix_jax.envs.host.bridge import BridgedEnvironment, HostEnvironment, simulator_file
+from wqmix_jax.envs.host.farama import FaramaEnvironment, imported_module, module_file
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import CONTRACTS, add_import_paths, part_class
 from wqmix_jax.records.metrics import HEADER_FILE
@@ -192,6 +193,8 @@ def _checked_programs(run_dir: Path, env_class: type, options: Mapping[str, Any]
         _check_worker_python(options.get("worker_python"), named.worker_python)
     if issubclass(env_class, HostEnvironment):
         _check_simulator(run_dir, str(options.get("simulator")), named)
+    if issubclass(env_class, FaramaEnvironment):
+        _check_task(run_dir, imported_module(options), named)
     return {**options, **programs}
 
 
@@ -215,3 +218,12 @@ def _check_simulator(run_dir: Path, simulator: str, named: Named) -> None:
     if not _is_allowed(file.resolve(), run_dir, named):
         raise ConfigError(f"{option} is not allowed: {file} must be in {_PLACES}; {repeat}")
     _report([f"workers run {file}, named by {run_dir / CONFIG_FILE}"])
+
+
+def _check_task(run_dir: Path, module: str | None, named: Named) -> None:
+    """Refuses a task's module outside the places that the user has named; workers may import installed ones."""
+    if module is None or (file := module_file(module)) is None:
+        return
+    if not _is_allowed(file.resolve(), run_dir, named):
+        raise ConfigError(f"module {module} is not imported: {file} must be in {_PLACES}")
+    _report([f"workers import {file}, named by {run_dir / CONFIG_FILE}"])
