@@ -186,9 +186,8 @@ class PettingZoo(Task):
         super().__init__(name, reward, state)
         module = import_task(name, folder, "name")
         if not callable(getattr(module, "parallel_env", None)):
-            raise SetupError(
-                f"name={name} is not allowed: this module has no function parallel_env; tasks in turns can't be used"
-            )
+            reason = "this module has no function parallel_env; games with turns can't be played"
+            raise SetupError(f"name={name} is not allowed: {reason}")
         self.env = made(functools.partial(module.parallel_env, **options), name, options)
         agents = list(getattr(self.env, "possible_agents", []))
         if not agents:
@@ -299,7 +298,7 @@ class Gymnasium(Task):
 
     def one_each(self, what, values):
         """Returns the values as a list, which needs one entry per agent."""
-        if np.ndim(values) == 0 and not hasattr(values, "__len__"):
+        if not isinstance(values, (list, tuple)) and np.ndim(values) == 0:
             raise ValueError(f"{what} is one value, but one per agent is needed")
         if len(values) != len(self.agents):
             raise ValueError(f"{what} has {len(values)} entries, but {len(self.agents)} agents play")
