@@ -21,6 +21,9 @@ from wqmix_jax.records.metrics import load_header
 
 FAKES = Path(__file__).parent / "farama"
 
+DEFAULTS = {"reward": "sum", "state": "auto", "episode_limit": None, "continuing_episode": True, "folder": None}
+"""The options of the adapters that are not the task's."""
+
 
 @pytest.fixture(autouse=True)
 def on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,19 +32,25 @@ def on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FAKES), *filter(None, [os.environ.get("PYTHONPATH")])]))
 
 
-def pasture(*, reward: str = "sum", state: str = "auto", episode_limit: int | None = None, **options: Any) -> Any:
-    return PettingZoo(0, "pasture", options, reward, state, episode_limit, None)
+def pettingzoo_task(name: str, options: dict[str, Any], **changes: Any) -> PettingZoo:
+    return PettingZoo(0, name, options, **{**DEFAULTS, **changes})
 
 
-def orchard(
-    name: str = "Orchard-v0",
-    *,
-    reward: str = "sum",
-    state: str = "auto",
-    episode_limit: int | None = None,
-    **options: Any,
-) -> Any:
-    return Gymnasium(0, name, "orchard", options, reward, state, episode_limit, None)
+def gymnasium_task(name: str, module: str, options: dict[str, Any], **changes: Any) -> Gymnasium:
+    return Gymnasium(0, name, module, options, **{**DEFAULTS, **changes})
+
+
+def pasture(**values: Any) -> PettingZoo:
+    """Returns the fake; ``values`` are options of the adapter, or else of the task."""
+    options = {name: value for name, value in values.items() if name not in DEFAULTS}
+    return pettingzoo_task("pasture", options, **{name: values[name] for name in values.keys() - options.keys()})
+
+
+def orchard(name: str = "Orchard-v0", **values: Any) -> Gymnasium:
+    """Returns the fake; see `pasture`."""
+    options = {name: value for name, value in values.items() if name not in DEFAULTS}
+    changes = {name: values[name] for name in values.keys() - options.keys()}
+    return gymnasium_task(name, "orchard", options, **changes)
 
 
 def first_available(avail: np.ndarray) -> list[int]:
@@ -143,6 +152,13 @@ def test_an_agent_that_leaves_in_the_last_step_does_not_hide_the_truncation() ->
     assert obs.any(axis=1).tolist() == [True, False, True]
 
 
+def test_the_limit_terminates_where_episodes_do_not_continue() -> None:
+    assert played(pasture(leaves=0, continuing_episode=False))[-1][4:] == (True, False)
+    assert played(pasture(leaves=0, episode_limit=2, continuing_episode=False))[-1][4:] == (True, False)
+    assert played(orchard(continuing_episode=False))[-1][4:] == (True, False)
+    assert played(orchard(picked=2, continuing_episode=False))[-1][4:] == (True, False)
+
+
 def test_a_shorter_limit_truncates() -> None:
     seen = played(pasture(leaves=0, episode_limit=3))
     assert [step[4:] for step in seen] == [(False, False)] * 3 + [(False, True)]
@@ -230,7 +246,7 @@ def test_a_state_that_is_not_there_is_refused() -> None:
 # Gymnasium, the fake.
 
 
-def test_a_task_of_gymnasium_has_one_row_per_agent() -> None:
+def test_a_task_gymnasium_task_has_one_row_per_agent() -> None:
     task = orchard()
     assert task.info() == {"num_agents": 2, "num_actions": 3, "obs_dim": 2, "state_dim": 4, "episode_limit": 4}
     first, second, *_ = played(task)
@@ -242,7 +258,7 @@ def test_a_task_of_gymnasium_has_one_row_per_agent() -> None:
     assert [step[3] for step in played(task)[1:]] == [11] * 4
 
 
-def test_masks_and_states_of_gymnasium_are_used() -> None:
+def test_masks_and_states_gymnasium_task_are_used() -> None:
     task = orchard(masks=True, has_state=True)
     assert task.info()["state_dim"] == 2
     first, *_ = played(task)
@@ -251,7 +267,7 @@ def test_masks_and_states_of_gymnasium_are_used() -> None:
 
 
 @pytest.mark.parametrize(("reward", "expected"), [("mean", 5.5), ("first", 1)])
-def test_rewards_of_gymnasium_make_the_teams(reward: str, expected: float) -> None:
+def test_rewards_gymnasium_task_make_the_teams(reward: str, expected: float) -> None:
     assert played(orchard(reward=reward))[1][3] == expected
 
 
@@ -268,12 +284,12 @@ def test_rewards_of_gymnasium_make_the_teams(reward: str, expected: float) -> No
         ({"name": "OrchardLimited-v0", "episode_limit": 5}, 5, (False, True)),
     ],
 )
-def test_limits_of_gymnasium_truncate(task: dict[str, Any], steps: int, ends: tuple[bool, bool]) -> None:
+def test_limits_gymnasium_task_truncate(task: dict[str, Any], steps: int, ends: tuple[bool, bool]) -> None:
     seen = played(orchard(**task))
     assert (len(seen) - 1, seen[-1][4:]) == (steps, ends)
 
 
-def test_episodes_of_gymnasium_are_seeded() -> None:
+def test_episodes_gymnasium_task_are_seeded() -> None:
     first, second, other = (played(orchard(), seed)[0][0] for seed in (8, 8, 9))
     np.testing.assert_array_equal(first, second)
     assert (first != other).any()
@@ -417,7 +433,7 @@ def drawn(rng: np.random.Generator, counts: Any) -> list[int]:
 
 
 def test_simple_spread_is_played_as_by_itself() -> None:
-    task = PettingZoo(0, "mpe2.simple_spread_v3", {"N": 2, "max_cycles": 8}, "sum", "auto", None, None)
+    task = pettingzoo_task("mpe2.simple_spread_v3", {"N": 2, "max_cycles": 8})
     itself = importlib.import_module("mpe2.simple_spread_v3").parallel_env(N=2, max_cycles=8)
     sizes = {"num_agents": 2, "num_actions": 5, "obs_dim": 12, "state_dim": 24, "episode_limit": 8}
     assert task.info() == sizes
@@ -440,7 +456,7 @@ def test_simple_spread_is_played_as_by_itself() -> None:
 
 
 def test_spaces_of_speaker_and_listener_differ() -> None:
-    task = PettingZoo(0, "mpe2.simple_speaker_listener_v4", {}, "first", "auto", None, None)
+    task = pettingzoo_task("mpe2.simple_speaker_listener_v4", {}, reward="first")
     assert task.info() == {"num_agents": 2, "num_actions": 5, "obs_dim": 11, "state_dim": 14, "episode_limit": 25}
     obs, _, avail = task.observe()
     assert avail.sum(axis=1).tolist() == [3, 5]  # the speaker's words, the listener's moves
@@ -450,7 +466,7 @@ def test_spaces_of_speaker_and_listener_differ() -> None:
 @pytest.mark.filterwarnings("ignore:The old environment creation API:DeprecationWarning")
 def test_knights_die_and_the_game_plays_on() -> None:
     name = "pettingzoo.butterfly.knights_archers_zombies_v11"
-    task = PettingZoo(0, name, {"max_cycles": 900}, "sum", "auto", None, None)
+    task = pettingzoo_task(name, {"max_cycles": 900})
     assert task.info()["num_agents"] == 4
     died = 0
     for seed in range(4):
@@ -476,7 +492,7 @@ def test_knights_die_and_the_game_plays_on() -> None:
 )
 def test_foraging_and_the_warehouse_are_played_as_by_themselves(name: str, module: str, sizes: tuple[int, ...]) -> None:
     importlib.import_module(module)
-    task = Gymnasium(0, name, module, {}, "sum", "auto", None, None)
+    task = gymnasium_task(name, module, {})
     itself = gymnasium.make(name, disable_env_checker=True)
     assert tuple(task.info().values()) == sizes
     assert set(task.versions()) == {"gymnasium", module}

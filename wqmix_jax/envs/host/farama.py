@@ -28,6 +28,8 @@ class FaramaEnvironment(BridgedEnvironment):
         state: ``env``: the result of the environment's ``state()``; ``observations``: those of all agents, joined;
             ``auto``: the former if the environment has it, otherwise the latter.
         episode_limit: steps; the environment's own limit when absent.
+        continuing_episode: whether an episode at the time limit counts as truncated, so that targets bootstrap;
+            otherwise it counts as terminated.
     """
 
     name: str
@@ -35,6 +37,7 @@ class FaramaEnvironment(BridgedEnvironment):
     reward: Literal["sum", "mean", "first"]
     state: Literal["auto", "env", "observations"]
     episode_limit: PositiveInt | None
+    continuing_episode: bool
 
     _adapter: ClassVar[str]
 
@@ -43,7 +46,7 @@ class FaramaEnvironment(BridgedEnvironment):
         """See `BridgedEnvironment.played`."""
         module = imported_module(vars(self))
         file = None if module is None else module_file(module)
-        named = ("name", "options", "reward", "state", "episode_limit")
+        named = ("name", "options", "reward", "state", "episode_limit", "continuing_episode")
         arguments = {name: getattr(self, name) for name in named}
         adapter = f"{Path(__file__).with_name('farama_adapters.py')}:{self._adapter}"
         return adapter, {**arguments, "folder": None if file is None else str(Path.cwd())}

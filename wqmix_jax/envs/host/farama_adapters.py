@@ -42,9 +42,9 @@ class Task:
         agents: the names of all agents in their order, for messages and as keys.
     """
 
-    def __init__(self, name, reward, state):
+    def __init__(self, name, reward, state, continuing_episode):
         """Keeps the options; see `wqmix_jax.envs.host.farama.FaramaEnvironment`."""
-        self.name, self.reward, self.state = name, reward, state
+        self.name, self.reward, self.state, self.continuing_episode = name, reward, state, continuing_episode
         import_module("gymnasium", "gymnasium")
         self.spaces = importlib.import_module("gymnasium.spaces")
         self.steps = 0
@@ -171,6 +171,11 @@ class Task:
             return rewards[0] if rewards else 0.0
         return sum(rewards) / (len(self.agents) if self.reward == "mean" else 1)
 
+    def ends(self, terminated, truncated):
+        """Returns whether the episode is terminated, and whether it is truncated, from what the environment reports."""
+        truncated = not terminated and (truncated or self.steps >= self.episode_limit)
+        return terminated or (truncated and not self.continuing_episode), truncated and self.continuing_episode
+
     def close(self):
         """Closes the environment."""
         self.env.close()
@@ -179,11 +184,11 @@ class Task:
 class PettingZoo(Task):
     """A module with PettingZoo's ``parallel_env``, https://pettingzoo.farama.org/api/parallel."""
 
-    def __init__(self, seed, name, options, reward, state, episode_limit, folder):
+    def __init__(self, seed, name, options, reward, state, episode_limit, continuing_episode, folder):
         """Makes the environment; see `wqmix_jax.envs.host.farama.PettingZoo`."""
         del seed  # each episode has its own
         import_module("pettingzoo", "pettingzoo")
-        super().__init__(name, reward, state)
+        super().__init__(name, reward, state, continuing_episode)
         module = import_task(name, folder, "name")
         if not callable(getattr(module, "parallel_env", None)):
             reason = "this module has no function parallel_env; games with turns can't be played"
@@ -225,7 +230,7 @@ class PettingZoo(Task):
         last = [a for a in self.agents if a in observed and not terminations.get(a)]
         self.look(observed, infos, last if over else left)
         reward = self.team_reward([rewards[a] for a in self.agents if a in rewards])
-        return reward, over and not cut, cut or (not over and self.steps >= self.episode_limit)
+        return (reward, *self.ends(over and not cut, cut))
 
     def look(self, observed, infos, present):
         """Keeps what the agents in ``present`` see; dicts may have any order."""
@@ -239,10 +244,10 @@ class Gymnasium(Task):
     Level-based foraging and the robot warehouse (Papoudakis et al. 2021) have this interface.
     """
 
-    def __init__(self, seed, name, module, options, reward, state, episode_limit, folder):
+    def __init__(self, seed, name, module, options, reward, state, episode_limit, continuing_episode, folder):
         """Makes the environment; see `wqmix_jax.envs.host.farama.Gymnasium`."""
         del seed
-        super().__init__(name, reward, state)
+        super().__init__(name, reward, state, continuing_episode)
         gymnasium = importlib.import_module("gymnasium")
         self.module = module
         if module is not None:
@@ -286,8 +291,7 @@ class Gymnasium(Task):
         terminated, truncated = bool(np.all(terminated)), bool(np.all(truncated))
         if self.own_limit is not None and self.steps >= self.own_limit:
             terminated = False
-        truncated = not terminated and (truncated or self.steps >= self.episode_limit)
-        return self.team_reward(self.one_each("rewards", rewards)), terminated, truncated
+        return (self.team_reward(self.one_each("rewards", rewards)), *self.ends(terminated, truncated))
 
     def look(self, observed, info):
         """Keeps what the agents see."""
