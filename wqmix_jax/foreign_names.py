@@ -92,9 +92,8 @@ TABLES = {
             "episodes; up to 1: `algo.target_update_tau`",
         ),
         Row(("env_args.time_limit",), ("env.episode_limit",)),
-        Row(("env_args.key",), ("env",), "`lbforaging`: `jumanji`, whose game is similar"),
-        Row(("standardise_rewards",), ("algo.standardise_rewards",), "over real steps alone; there, over padding too"),
-        Row(("standardise_returns",), ("algo.standardise_returns",), "by the statistics before the batch"),
+        Row(("env_args.key",), ("env.name",), "of `env=gymnasium`, or `env=pettingzoo` with a module's name"),
+        Row(("standardise_rewards",), (), "rewards stay as they are"),
     ),
     "JaxMARL": (
         Row(("alg", "ALG_NAME"), ("+algo=NAME", "+algo=NAME")),

@@ -31,8 +31,8 @@ TRAIN = [
     ("+algo=qmix,vdn", "several algorithms make several runs with -m"),
     ("+algo=qmix +algo=vdn", "an algorithm is chosen once"),
     ("+algo=qmix +env=smax", "write env=NAME"),
-    ("+algo=qmix env=sc2", "env=sc2 is not allowed: choose one of jumanji, "),
-    ("+algo=qmix env=3s5z", "env=3s5z is not allowed: choose one of jumanji, "),
+    ("+algo=qmix env=sc2", "env=sc2 is not allowed: choose one of gymnasium, "),
+    ("+algo=qmix env=3s5z", "env=3s5z is not allowed: choose one of gymnasium, "),
     ("+algo=qmix env=smax map=3s5z", "map is unknown: did you mean env.map?"),
     (
         "+algo=qmix env=smax env.map_name=3s5z",

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -428,3 +429,50 @@ def test_a_sweep_in_a_file_of_policies_is_named(tmp_path: Path) -> None:
     assert opened.names == ("0-lr0.1", "1-lr0.5")
     assert [policy.algo.lr for policy in opened.policies.values()] == [0.1, 0.5]  # type: ignore[attr-defined]
     assert json.loads((RECORDED / "run.json").read_text())["seeds"] == [0, 1]
+
+
+def task(name: str, **changes: Any) -> dict[str, Any]:
+    yamls = [yaml.safe_load((CONFIG_DIR / "env" / f"{part}.yaml").read_text()) for part in ("_host", "pettingzoo")]
+    values = {key: value for values in yamls for key, value in values.items() if key != "defaults"}
+    return {"env": {**values, "name": name, **changes}}
+
+
+@pytest.mark.parametrize("opened", [by_evaluate, by_resume, by_load_policy])
+@pytest.mark.parametrize(
+    ("folder", "name", "message"),
+    [
+        ("outputs/run", "planted", r"error: \S+config.yaml: module planted is not imported: \S+/planted.py must be in"),
+        ("outputs/run", "package.planted", r"error: \S+config.yaml: module package.planted is not imported: \S+/__in"),
+        (".", "outputs.run.planted", r"error: PettingZoo can't be used: outputs.run.planted can't be imported by "),
+    ],
+)
+def test_a_task_in_a_runs_folder_is_not_imported(
+    folder: str,
+    name: str,
+    message: str,
+    opened: Callable[[Path], None],
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    mark = tmp_path / "mark"
+    for path in ("planted.py", "package/__init__.py", "package/planted.py"):
+        module(run_dir / path, mark)
+    edit(run_dir, **task(name))
+    monkeypatch.chdir(tmp_path / "here" / folder)
+    with pytest.raises(SystemExit) as ended:
+        opened(run_dir)
+    assert ended.value.code == 2
+    assert re.match(message, capfd.readouterr().err)
+    assert not mark.exists()
+
+
+def test_a_task_in_the_current_folder_is_named(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Installed ones are imported without a message."""
+    file = Path.cwd() / "mine.py"
+    file.touch()
+    for name, lines in (("mine", [f"workers import {file}, named by {run_dir}/config.yaml"]), ("mpe2.simple_v3", [])):
+        edit(run_dir, **task(name))
+        assert open_config(run_dir, NOTHING_NAMED)["env"]["name"] == name
+        assert capfd.readouterr().err.splitlines() == lines

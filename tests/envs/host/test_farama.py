@@ -53,7 +53,7 @@ def orchard(name: str = "Orchard-v0", **values: Any) -> Gymnasium:
     return gymnasium_task(name, "orchard", options, **changes)
 
 
-def first_available(avail: np.ndarray) -> list[int]:
+def first_available(avail: Any) -> list[int]:
     return avail.argmax(-1).tolist()
 
 
@@ -510,7 +510,7 @@ def test_foraging_and_the_warehouse_are_played_as_by_themselves(name: str, modul
             joint_action = drawn(rng, [sizes[1]] * 2)
             reward, terminated, truncated = task.step(joint_action)
             observed, rewards, over, cut, _ = itself.step(tuple(joint_action))
-            assert reward == pytest.approx(sum(rewards))
+            assert reward == pytest.approx(np.sum(rewards))
             assert not cut
             assert (terminated, truncated) == ((over and step < sizes[-1]), step == sizes[-1])
 

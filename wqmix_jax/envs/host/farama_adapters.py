@@ -4,6 +4,7 @@
 has the task's package, without this package. Agents may have different spaces: `Task` pads their rows to the largest.
 """
 
+import abc
 import copy
 import difflib
 import functools
@@ -11,6 +12,7 @@ import importlib
 import pkgutil
 import random
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +33,7 @@ class SetupError(Exception):
     """Something is not installed or not allowed; the message is a complete sentence."""
 
 
-class Task:
+class Task(abc.ABC):
     """A task with one space of observations and one of actions per agent, as arrays with one row per agent.
 
     A subclass calls `adopt` once, and `see` after each reset and step.
@@ -41,6 +43,8 @@ class Task:
         name: its name, for messages.
         agents: the names of all agents in their order, for messages and as keys.
     """
+
+    env: Any
 
     def __init__(self, name, reward, state, continuing_episode):
         """Keeps the options; see `wqmix_jax.envs.host.farama.FaramaEnvironment`."""
@@ -95,6 +99,10 @@ class Task:
             "state_dim": len(self.observe()[1]),
             "episode_limit": self.episode_limit,
         }
+
+    @abc.abstractmethod
+    def reset(self, seed):
+        """Starts an episode."""
 
     def begin(self, seed):
         """Seeds the global generators, from which some environments draw."""
@@ -161,7 +169,7 @@ class Task:
             return None
 
     def actions(self, joint_action):
-        """Returns the agents' actions as numbers of their own spaces."""
+        """Returns the agents' actions as numbers of the spaces that the agents have."""
         return [int(space.start) + action for space, action in zip(self.action_spaces, joint_action)]
 
     def team_reward(self, rewards):
