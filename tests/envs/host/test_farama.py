@@ -141,8 +141,9 @@ def test_an_episode_at_its_limit_is_truncated_and_its_last_observation_counts(ke
     np.testing.assert_array_equal(avail, [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
 
 
-def test_an_episode_whose_agents_all_terminate_is_terminated() -> None:
-    seen = played(pasture(terminates=3))
+@pytest.mark.parametrize("keeps_agents", [False, True])
+def test_an_episode_whose_agents_all_terminate_is_terminated(keeps_agents: bool) -> None:
+    seen = played(pasture(leaves=0, terminates=3, keeps_agents=keeps_agents))
     assert [step[4:] for step in seen] == [(False, False)] * 3 + [(True, False)]
 
 
@@ -376,6 +377,10 @@ def test_a_module_in_the_current_folder_is_found(tmp_path: Path, monkeypatch: py
         (["env=gymnasium", "env.module=a b"], "^env.module='a b' is not allowed: write the name of a module, lbforag"),
         (["env=gymnasium", "env.name=Foraging-8x8-2p-3f-v9"], "name=Foraging-8x8-2p-3f-v9 is not allowed: .*`v3`"),
         (["env=gymnasium", "env.name=Orchard-v0"], "doesn't exist.*; env.module=MODULE imports the module that regist"),
+        (
+            ["env=gymnasium", "env.options={steps: 9}"],
+            "can't be made with env.options={'steps': 9}: TypeError: .*'steps'",
+        ),
         (["env=gymnasium", "env.name=CartPole-v1"], "is not allowed: its spaces are Box.* no task for several agents"),
         (
             ["env=gymnasium", "env.state=env"],
@@ -509,10 +514,20 @@ def test_foraging_and_the_warehouse_are_played_as_by_themselves(name: str, modul
                 break
             joint_action = drawn(rng, [sizes[1]] * 2)
             reward, terminated, truncated = task.step(joint_action)
-            observed, rewards, over, cut, _ = itself.step(tuple(joint_action))
-            assert reward == pytest.approx(np.sum(rewards))
+            expected: Any = itself.step(tuple(joint_action))
+            observed, rewards, over, cut, _ = expected
+            assert reward == pytest.approx(sum(rewards))
             assert not cut
             assert (terminated, truncated) == ((over and step < sizes[-1]), step == sizes[-1])
+
+
+def test_options_of_foraging_change_its_limit() -> None:
+    """Gymnasium's ``make`` would take this option for its own wrapper."""
+    task = gymnasium_task("Foraging-8x8-2p-3f-v3", "lbforaging", {"max_episode_steps": 60})
+    assert task.episode_limit == 60
+    task.reset(0)
+    ends = [task.step([0, 0])[1:] for _ in range(60)]
+    assert ends == [(False, False)] * 59 + [(False, True)]
 
 
 @pytest.mark.slow
