@@ -11,9 +11,11 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+import yaml
 
+from tests.environments import TINY
 from tests.envs.host.running import called, idle_where
-from tests.running import main
+from tests.running import main, timeless
 from wqmix_jax import load_config, load_metrics
 from wqmix_jax.envs.host.farama_adapters import Gymnasium, PettingZoo, SetupError
 from wqmix_jax.errors import ConfigError
@@ -68,6 +70,7 @@ def played(task: Any, seed: int = 3) -> list[tuple[Any, ...]]:
     while not any(seen[-1][4:]):
         outcome = task.step(first_available(seen[-1][2]))
         seen.append((*task.observe(), *outcome))
+        assert len(seen) < 100
     return seen
 
 
@@ -545,3 +548,28 @@ def test_the_packages_train(overrides: list[str], tmp_path: Path) -> None:
     assert set(load_header(tmp_path / "run")["simulator"]) == set(
         load_config("+algo=qmix", *overrides).env.external.versions()
     )
+
+
+@pytest.mark.slow  # it compiles three times: no cache keeps programs that call the host
+@pytest.mark.parametrize(
+    "overrides",
+    [["env=pettingzoo", "env.options={N: 2, max_cycles: 4}"], ["env=gymnasium", "env.episode_limit=4"]],
+    ids=["simple_spread", "foraging"],
+)
+def test_a_run_that_was_cut_continues_as_if_it_had_not_been(overrides: list[str], tmp_path: Path) -> None:
+    algo = tmp_path / "configs" / "algo" / "my_algo.yaml"
+    algo.parent.mkdir(parents=True)
+    algo.write_text(yaml.safe_dump({"_target_": "tests.envs.host.linear.LinearInState", **TINY}))
+    small = ["num_seeds=2", "seed=5", "num_envs=2", "eval_episodes=2", "eval_interval=20"]
+    runs = []
+    for name, first in (("whole", 60), ("cut", 20)):
+        options = [*overrides, *small, f"total_env_steps={first}", f"run_dir={tmp_path / name}"]
+        assert main("+algo=my_algo", *options, config_dir=algo.parent.parent) == 0
+        if first < 60:
+            assert main(f"resume={tmp_path / name}", "total_env_steps=60", config_dir=algo.parent.parent) == 0
+        runs.append(timeless(load_metrics(tmp_path / name)))
+    assert runs[0][-1]["env_steps"] >= 60
+    losses = [[record["loss"] for record in run if "loss" in record] for run in runs]
+    assert len(losses[0]) > 2
+    assert losses[0] == losses[1]
+    assert [r for r in runs[0] if r["kind"] == "eval"][-2:] == [r for r in runs[1] if r["kind"] == "eval"][-2:]
