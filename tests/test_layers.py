@@ -32,9 +32,9 @@ INSIDE = {
     ),
     "interop": (("pymarl",),),
     "envs": (
-        ("payoffs", "viewer"),
+        ("payoffs", "quiet_imports", "viewer"),
         ("base",),
-        ("checks", "host", "jumanji", "matrix_game", "predator_prey", "smax"),
+        ("checks", "host", "jaxmarl", "jumanji", "matrix_game", "mmdp", "predator_prey", "smax"),
     ),
     "algos": (
         ("base",),

@@ -181,7 +181,7 @@ def test_an_option_may_have_a_former_name() -> None:
     check_environment(changed(host="localhost"))
 
 
-@pytest.mark.parametrize("name", ["predator_prey", "matrix_game", "jumanji"])
+@pytest.mark.parametrize("name", ["predator_prey", "matrix_game", "mmdp", "jumanji"])
 def test_this_packages_environments_fit(name: str) -> None:
     check_environment(build("env", load_group("env", name)))
 

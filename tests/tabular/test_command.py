@@ -106,7 +106,7 @@ def test_a_file_without_a_payoff_is_refused_in_one_line(
     ("arguments", "message"),
     [
         ([], "the following arguments are required: payoff"),
-        (["table3"], "table3 is not there: name table1, table2 or a JSON file"),
+        (["table3"], "table3 is not there: name table1, table2, climbing, "),
         ([str(ROOT)], "can't be read"),
         (["table1", "--weighting", "centre"], "argument --weighting: invalid choice: 'centre'"),
         (

@@ -1,4 +1,7 @@
-"""Cooperative games of one step, such as the non-monotonic ones of section 3 of the paper (Rashid et al. 2020)."""
+"""Cooperative games of one payoff table, such as the non-monotonic ones of the paper's section 3 (Rashid et al. 2020).
+
+A game has one step, or repeats the same table for several.
+"""
 
 from typing import Annotated, Any, NamedTuple
 
@@ -7,8 +10,8 @@ import numpy as np
 from pydantic import PlainValidator
 
 from wqmix_jax.envs.base import Environment
-from wqmix_jax.envs.payoffs import payoff_tensor
-from wqmix_jax.options import options
+from wqmix_jax.envs.payoffs import as_tuples, available_actions, payoff_tensor
+from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, StepOutcome
 
 
@@ -16,7 +19,7 @@ class EnvState(NamedTuple):
     """The number of steps played.
 
     Attributes:
-        steps: int32 scalar, 0 before the joint action and 1 after it.
+        steps: int32 scalar, 0 before the first joint action.
     """
 
     steps: Array
@@ -24,32 +27,29 @@ class EnvState(NamedTuple):
 
 def _checked(payoff: Any) -> Any:
     """Returns the payoff as nested tuples, so that the options stay hashable."""
-    table = payoff_tensor(payoff)
-    if len(set(table.shape)) > 1:
-        raise ValueError(f"each of the {table.ndim} agents needs the same number of actions, got {table.shape}")
-    return _as_tuples(table.tolist())
-
-
-def _as_tuples(nested: Any) -> Any:
-    return tuple(map(_as_tuples, nested)) if isinstance(nested, list) else nested
+    return as_tuples(payoff_tensor(payoff).tolist())
 
 
 @options
 class MatrixGame(Environment):
-    """A game of one joint action and one shared payoff.
+    """A game of one shared payoff per joint action.
 
     Attributes:
-        payoff: the reward of every joint action as a nested list, one level per agent and equally many actions on each;
-            or ``table1`` or ``table2``, those of the paper.
+        payoff: the reward of every joint action as a nested list, one level per agent; or the name of a game of the
+            literature: ``table1`` or ``table2``, those of the paper, ``climbing``, ``penalty_-100``, ``qtran``,
+            ``qplex_1``, ``qplex_3``, ``pymarl2_mild``, ``pymarl2_harsh`` or ``pymarl2_safe``.
+        steps: how often the game is played in an episode. A game of one step terminates; a repeated game is cut after
+            so many steps, and its observation stays the same.
     """
 
     payoff: Annotated[Any, PlainValidator(_checked)]
+    steps: PositiveInt
 
     @property
     def spec(self) -> EnvSpec:
-        """See `EnvSpec`."""
+        """See `EnvSpec`; agents with fewer actions than others are padded with unavailable ones."""
         shape = np.shape(self.payoff)
-        return EnvSpec(num_agents=len(shape), num_actions=shape[0], obs_dim=1, state_dim=1, episode_limit=1)
+        return EnvSpec(num_agents=len(shape), num_actions=max(shape), obs_dim=1, state_dim=1, episode_limit=self.steps)
 
     def reset(self, key: PRNGKey) -> EnvState:
         """Returns the only first state."""
@@ -57,24 +57,25 @@ class MatrixGame(Environment):
         return EnvState(steps=jnp.zeros((), jnp.int32))
 
     def step(self, env_state: EnvState, joint_action: Array, key: PRNGKey) -> tuple[EnvState, StepOutcome]:
-        """Pays ``payoff[joint_action]`` and terminates the task."""
+        """Pays ``payoff[joint_action]``."""
         del key
         payoff = jnp.array(self.payoff, jnp.float32)
+        following = EnvState(steps=env_state.steps + jnp.int32(1))
+        ends, never = following.steps >= self.steps, jnp.zeros((), bool)
         outcome = StepOutcome(
             reward=payoff[tuple(joint_action)],
-            terminated=jnp.ones((), bool),
-            truncated=jnp.zeros((), bool),
+            terminated=ends if self.steps == 1 else never,
+            truncated=never if self.steps == 1 else ends,
         )
-        return EnvState(steps=env_state.steps + jnp.int32(1)), outcome
+        return following, outcome
 
     def observe(self, env_state: EnvState) -> Observation:
-        """Returns one constant feature, 1, for each agent and the state; every action is allowed."""
+        """Returns one constant feature, 1, for each agent and the state."""
         del env_state
-        num_agents, num_actions = self.spec.num_agents, self.spec.num_actions
         return Observation(
-            obs=jnp.ones((num_agents, 1), jnp.float32),
+            obs=jnp.ones((self.spec.num_agents, 1), jnp.float32),
             state=jnp.ones(1, jnp.float32),
-            avail_actions=jnp.ones((num_agents, num_actions), bool),
+            avail_actions=jnp.asarray(available_actions(np.shape(self.payoff))),
         )
 
     @property

@@ -1,4 +1,4 @@
-"""The command ``python -m wqmix_jax.tabular table1|table2|PAYOFF.json [--weighting NAME] [--alpha A] [--json]``.
+"""The command ``python -m wqmix_jax.tabular NAME|PAYOFF.json [--weighting NAME] [--alpha A] [--json]``.
 
 It prints a payoff and its projections next to each other, as the paper's tables do. Errors in its arguments are
 reported in one line on stderr, with exit code 2.
@@ -15,7 +15,7 @@ import numpy as np
 
 from wqmix_jax.cli.command import command
 from wqmix_jax.cli.parser import OneLineParser, integer
-from wqmix_jax.envs.payoffs import PRESETS, payoff_tensor
+from wqmix_jax.envs.payoffs import PRESET_NAMES, is_preset, payoff_tensor
 from wqmix_jax.tabular.projection import Projection, project
 from wqmix_jax.tabular.search import MAX_ORDERINGS, is_enumerable, num_orderings
 from wqmix_jax.tabular.weightings import NAMES, checked_alpha
@@ -54,7 +54,7 @@ def read_payoff(name: str) -> np.ndarray:
     Raises:
         ValueError: if it is no payoff, or the game has too many orderings to enumerate.
     """
-    payoff = payoff_tensor(name) if name in PRESETS else _from_file(Path(name))
+    payoff = payoff_tensor(name) if is_preset(name) else _from_file(Path(name))
     shape = " x ".join(str(length) for length in payoff.shape)
     if num_orderings(payoff.shape) > MAX_ORDERINGS:
         raise ValueError(
@@ -101,7 +101,7 @@ def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="python -m wqmix_jax.tabular", description="Projects a payoff as QMIX or Weighted QMIX do."
     )
-    parser.add_argument("payoff", help=f"{', '.join(PRESETS)}, or a JSON file: a nested list, one axis per agent")
+    parser.add_argument("payoff", help=f"{', '.join(PRESET_NAMES)}, or a JSON file: a nested list, one axis per agent")
     parser.add_argument("--weighting", choices=NAMES, default="uniform", help="w(u); uniform by default")
     parser.add_argument("--alpha", type=float, help=f"in (0, 1], {DEFAULT_ALPHA} by default; not with uniform weights")
     parser.add_argument("--greedy", type=integer, nargs="+", help="only tables with these as the agents' top actions")
@@ -139,7 +139,7 @@ def _text(path: Path) -> str:
             raise ValueError(f"{path} is too large: at most {MAX_BYTES:,} bytes are read")
         return path.read_text()
     except FileNotFoundError:
-        raise ValueError(f"{path} is not there: name {', '.join(PRESETS)} or a JSON file") from None
+        raise ValueError(f"{path} is not there: name {', '.join(PRESET_NAMES)} or a JSON file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} can't be read: {error}") from None
 

@@ -6,12 +6,8 @@ games are not comparable. JaxMARL is an optional extra, imported when the enviro
 In shapes, ``N`` is the number of allies (the agents) and ``U`` that of all units, allies first.
 """
 
-import contextlib
 import functools
 import importlib.util
-import io
-import sys
-from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import jax
@@ -21,6 +17,7 @@ import pydantic
 from pydantic import Field
 
 from wqmix_jax.envs.base import Environment, EnvState, External, ExternalPackage, without_weak_types
+from wqmix_jax.envs.quiet_imports import quiet_imports
 from wqmix_jax.errors import install_extra
 from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, PyTree, StepOutcome
@@ -251,20 +248,9 @@ def map_names() -> list[str]:
 @functools.cache
 def _library() -> Any:
     """Imports JaxMARL's module of the game, in silence and outside of any trace: its maps are arrays."""
-    with _silence(), jax.ensure_compile_time_eval():
+    with quiet_imports(), jax.ensure_compile_time_eval():
         from jaxmarl.environments.smax import smax_env
     return smax_env
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Hides JaxMARL's messages about missing packages; one of its modules replaces the standard streams, too."""
-    kept = sys.stdout, sys.stderr, sys.__stdout__
-    sys.stdout = sys.__stdout__ = io.StringIO()  # type: ignore[misc]
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr, sys.__stdout__ = kept  # type: ignore[misc]
 
 
 @functools.cache
