@@ -29,23 +29,29 @@ def test_an_environment_first_used_in_a_trace_keeps_no_tracer() -> None:
     # SMAX's object and jumanji's are cleared from their caches: the options' own checks fill them before any trace.
     code = textwrap.dedent(FIRST_USE) + textwrap.dedent("""
     from tests.envs.host.running import toy
-    from wqmix_jax.envs import jumanji
+    from wqmix_jax.envs import jaxmarl, jumanji
     from wqmix_jax.envs.smax import task as smax
 
     def fresh(group, **changes):
         env = build("env", load_group("env", group) | changes)
         smax._game.cache_clear(), smax._library.cache_clear(), jumanji._made.cache_clear()
+        jumanji._spec.cache_clear(), jaxmarl._made.cache_clear()
         return env
 
     first_used_in_a_trace(lambda: fresh("smax", map="3m"))
     first_used_in_a_trace(lambda: fresh("smax", map="corridor"))
     first_used_in_a_trace(lambda: fresh("jumanji"))
     first_used_in_a_trace(lambda: fresh("jumanji", name="RobotWarehouse-v0"))
+    first_used_in_a_trace(lambda: fresh("jumanji", name="Connector-v3"))
+    first_used_in_a_trace(lambda: fresh("jumanji", name="Cleaner-v0"))
+    first_used_in_a_trace(lambda: fresh("jaxmarl"))
+    first_used_in_a_trace(lambda: fresh("jaxmarl", name="overcooked"))
     first_used_in_a_trace(lambda: fresh("predator_prey"))
     first_used_in_a_trace(lambda: fresh("matrix_game"))
+    first_used_in_a_trace(lambda: fresh("mmdp"))
     first_used_in_a_trace(toy)
     """)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    expected = ["SMAX", "SMAX", "JumanjiEnvironment", "JumanjiEnvironment"]
-    assert done.stdout.split() == [*expected, "PredatorPrey", "MatrixGame", "HostEnvironment"]
+    expected = [*["SMAX"] * 2, *["JumanjiEnvironment"] * 4, *["JaxMARL"] * 2]
+    assert done.stdout.split() == [*expected, "PredatorPrey", "MatrixGame", "MMDP", "HostEnvironment"]
