@@ -102,7 +102,7 @@ def test_the_value_of_a_repeated_game_bootstraps_at_its_end() -> None:
     run = ("total_env_steps=6000", "eval_interval=3000", "eval_episodes=1", "num_seeds=1")
     config = load_config("+algo=vdn", "env=matrix_game", "env.payoff=[[1]]", "env.steps=2", *small, *run)
     _, records = train_seeds(config, [0])
-    assert [r["q_tot_mean"] for r in records if r["kind"] == "train"][-1] == pytest.approx(2, abs=0.1)
+    assert [r["q_tot_mean"] for r in records if r["kind"] == "train"][-1] == pytest.approx(2, abs=0.25)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 2.5, None])
