@@ -275,7 +275,7 @@ def near(picture: np.ndarray, colour: tuple[int, int, int]) -> int:
         (["episodes=0"], "episodes=0 is not allowed: input should be greater than 0"),
         (["seed=-1"], "seed=-1 is not allowed"),
         (["env.obs_radius=1"], "agent.th: fc1.weight has shape (4, 82), expected is (4, 34)"),
-        (["env=nowhere"], "env=nowhere is not allowed: choose one of jaxmarl, jumanji, matrix_game, mmdp, "),
+        (["env=nowhere"], "env=nowhere is not allowed: choose one of gymnasium, jaxmarl, jumanji, "),
         (["episods=3"], "episods is unknown: did you mean episodes? known keys are run_dir, "),
         (["run=here"], "run is unknown: did you mean run_dir?"),
         (["no option"], "'no option' can't be read: options are written key=value, as in run_dir=outputs/first"),

@@ -92,8 +92,13 @@ TABLES = {
             "episodes; up to 1: `algo.target_update_tau`",
         ),
         Row(("env_args.time_limit",), ("env.episode_limit",)),
-        Row(("env_args.key",), ("env",), "`lbforaging`: `jumanji`, whose game is similar; `matrixgames`: `matrix_game`"),
-        Row(("standardise_rewards",), (), "rewards stay as they are"),
+        Row(
+            ("env_args.key",),
+            ("env.name",),
+            "of `env=gymnasium`, or `env=pettingzoo` with a module's name; `matrixgames`: `env=matrix_game`",
+        ),
+        Row(("standardise_rewards",), ("algo.standardise_rewards",), "over real steps alone; there, over padding too"),
+        Row(("standardise_returns",), ("algo.standardise_returns",), "by the statistics before the batch"),
     ),
     "JaxMARL": (
         Row(("alg", "ALG_NAME"), ("+algo=NAME", "+algo=NAME")),
