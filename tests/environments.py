@@ -141,7 +141,9 @@ def tiny_run(algo: Algorithm, env: Environment, **changes: Any) -> Any:
         "eval_episodes": 2,
         "chunk_iterations": 1,
         "checkpoint": CheckpointOptions(every=1000, keep=1),
-        "logger": LoggerOptions(wandb="disabled", project="test", group=None, progress=False),
+        "logger": LoggerOptions(
+            wandb="disabled", project="test", group=None, tensorboard=False, csv=False, progress=False
+        ),
     }
     return RunConfig(algo=algo, env=env, **(values | changes))
 

@@ -44,13 +44,20 @@ TINY = (
 """Episodes of one or two steps, evaluated every six iterations and saved in between."""
 
 
+FILES = (
+    "run_dir", "resume", "checkpoint", "logger", "sweep", "callbacks",
+    "init_from", "init_from_nets", "init_from_seed", "init_from_policy", "init_from_optimizer",
+)  # fmt: skip
+"""Options that no compiled program depends on."""
+
+
 @contextlib.contextmanager
 def shared_programs() -> Iterator[None]:
     """Runs of the same options share one trainer and its compiled programs: tracing takes most of a small run."""
     trainers, compiled = {}, {}
 
     def make(config: RunConfig, *, sharding: Any, real: Any = session.make_trainer) -> Any:
-        files = {"run_dir": None, "resume": None, "checkpoint": None, "logger": None, "sweep": None}
+        files = dict.fromkeys(FILES)
         options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | files
         key = repr((options, sharding))
         if key not in trainers:

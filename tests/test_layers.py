@@ -14,7 +14,7 @@ LAYERS = (
     (("ops", "networks", "interop"),),
     (("envs", "algos"),),
     (("training",),),
-    (("records",),),
+    (("callbacks", "records"),),
     (("runs",),),
     (("api", "cli"),),
     (("tabular", "train", "evaluate", "compare", "table", "merge"), ("__main__",)),
@@ -54,6 +54,7 @@ INSIDE = {
     "runs": (
         ("checkpoint_pieces", "hosts", "loggers", "output", "progress", "saved_policies", "signals", "startup"),
         ("checkpoints", "memory", "playing", "trust"),
+        ("initial",),
         ("session",),
     ),
     "cli": (("command", "help", "parser", "syntax"), ("checks",), ("overrides",), ("arguments",), ("sweeps",)),
@@ -68,6 +69,7 @@ INSIDE = {
 
 HOMES = {
     "hydra": {"cli"},
+    "tensorboard": {"runs.loggers"},
     "wandb": {"runs.loggers"},
     "orbax": {"runs.checkpoints"},
     "tensorstore": {"runs.checkpoints"},

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wqmix_jax.algos.base import Algorithm
+from wqmix_jax.callbacks import Callbacks
 from wqmix_jax.config import MAX_SEED, RunConfig, run_config
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.envs.checks import check_environment
@@ -20,6 +21,7 @@ from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import build, checked
 from wqmix_jax.records.metrics import load_header
 from wqmix_jax.records.run_dir import failed_members
+from wqmix_jax.runs.initial import Initial, read_initial, with_arrays
 from wqmix_jax.runs.memory import compile_within_memory, memory_faults_in_one_line
 from wqmix_jax.runs.progress import Display, make_optional_display
 from wqmix_jax.runs.saved_policies import (
@@ -33,7 +35,7 @@ from wqmix_jax.runs.saved_policies import (
 )
 from wqmix_jax.runs.trust import NOTHING_NAMED, Named, open_config
 from wqmix_jax.training.compile_cache import use_compilation_cache
-from wqmix_jax.training.compiled_loop import Trainer, TrainState, make_trainer, train_sharding
+from wqmix_jax.training.compiled_loop import Trainer, TrainState, abstract_state, make_trainer, train_sharding
 from wqmix_jax.training.host_loop import Loop, advance, begin, is_finished, sound_steps
 from wqmix_jax.training.members import Member, make_members, member_name
 
@@ -47,6 +49,8 @@ def train_seeds(
     progress: bool | None = None,
 ) -> tuple[TrainState, list[dict[str, Any]]]:
     """Trains all ``seeds`` in one compiled call until each has played ``config.total_env_steps`` environment steps.
+
+    The run's callbacks (``config.callbacks``) see every evaluation, and may end training earlier.
 
     Args:
         config: the result of `wqmix_jax.load_config`, or nested mappings as in a run folder's ``config.yaml``, whose
@@ -74,37 +78,45 @@ def train_seeds(
     sharding = train_sharding(config, len(members))  # claims the cores before the check may start JAX's backend
     check_environment(config.env)
 
+    trainer = make_trainer(config, sharding=sharding)
+    initial = None
+    if config.init_from is not None:
+        initial = read_initial(config, members, abstract_state(trainer, members).learner)
+
     with make_optional_display(config.total_env_steps, shown=progress) as display:
         display.note("compiling")
-        trainer, compilation, _ = compile_within_memory(config, make_trainer(config, sharding=sharding), members)
+        trainer, compilation, _ = compile_within_memory(config, trainer, members)
         display.note(str(compilation))
-        return _trained(config, trainer, members, callback, display)
+        return _trained(config, trainer, members, initial, callback, display)
 
 
 def _trained(
     config: RunConfig,
     trainer: Trainer,
     members: tuple[Member, ...],
+    initial: Initial | None,
     callback: Callable[[dict[str, Any]], None] | None,
     display: Display,
 ) -> tuple[TrainState, list[dict[str, Any]]]:
     """Trains to the end and returns the state and all records."""
     records: list[dict[str, Any]] = []
+    callbacks = Callbacks(config)
 
     def take(loop: Loop, lines: list[dict[str, Any]]) -> None:
-        for line in lines:
+        for line in callbacks.see(loop, lines) if lines else ():
             records.append(line)
             if callback is not None:
                 callback(line)
         display.update(sound_steps(loop), lines)
 
     with config.env.external.running([member.seed for member in members]):
-        loop, lines = begin(trainer, members)
+        prepare = None if initial is None else lambda state: with_arrays(state, initial.arrays)
+        loop, lines = begin(trainer, members, prepare=prepare)
         while True:
             if (failure := trainer.failure()) is not None:
                 raise failure
             take(loop, lines)
-            if is_finished(loop):
+            if is_finished(loop) or callbacks.stopped is not None:
                 return loop.state, records
             loop, lines = advance(trainer, loop)
 

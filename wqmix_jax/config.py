@@ -37,7 +37,7 @@ MAX_NUM_SEEDS = 100_000
 PROGRAMS = ("worker_python", "simulator")
 """Options of ``env`` that name a program, see `wqmix_jax.runs.trust`."""
 
-RESUMABLE = ("total_env_steps", "distributed", "compilation_cache", "checkpoint", "logger")
+RESUMABLE = ("total_env_steps", "distributed", "compilation_cache", "checkpoint", "logger", "callbacks")
 """Options that may differ when a run is resumed."""
 
 
@@ -62,12 +62,17 @@ class LoggerOptions:
         wandb: mode of Weights & Biases: ``disabled``, ``offline`` or ``online``.
         project: its project name.
         group: its group name; ``null``: the name of the run's folder.
+        tensorboard: writes event files to ``RUN_DIR/tensorboard``, a TensorBoard run per seed; needs the extra
+            ``tensorboard``.
+        csv: writes ``RUN_DIR/metrics.csv``, one row per record.
         progress: draws a progress bar on a terminal.
     """
 
     wandb: Literal["disabled", "offline", "online"]
     project: str
     group: str | None
+    tensorboard: bool
+    csv: bool
     progress: bool
 
 
@@ -101,6 +106,16 @@ class RunConfig:
             nowhere (``false``).
         run_dir: the run's folder; ``null``: a dated folder under ``outputs``.
         resume: the folder of a run to continue.
+        init_from: the folder of another run, from whose last checkpoint each seed takes its first parameters;
+            ``null``: they are drawn.
+        init_from_nets: the nets that are taken, by their names, ``[agent]`` for example; ``null``: all that both runs
+            have.
+        init_from_seed: the seed of that run whose parameters all seeds take; ``null``: each takes those of its equal,
+            or of the only seed there is.
+        init_from_policy: ``best`` or ``last``: takes the nets that act from that run's ``policies`` instead.
+        init_from_optimizer: also takes the state of the optimiser for these nets; otherwise it starts afresh.
+        callbacks: classes that see each evaluation, see `wqmix_jax.callbacks.Callback`: ``MODULE.CLASS``, or
+            ``{_target_: MODULE.CLASS, NAME: VALUE}``.
         checkpoint: see `CheckpointOptions`.
         logger: see `LoggerOptions`.
     """
@@ -124,6 +139,12 @@ class RunConfig:
     compilation_cache: CacheSetting
     run_dir: str | None
     resume: str | None
+    init_from: str | None
+    init_from_nets: Annotated[list[str], Field(min_length=1)] | None
+    init_from_seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None
+    init_from_policy: Literal["best", "last"] | None
+    init_from_optimizer: bool
+    callbacks: list[Any]
     checkpoint: CheckpointOptions
     logger: LoggerOptions
 
@@ -135,6 +156,7 @@ class RunConfig:
             raise ValueError(f"host={self.host} is not allowed: hosts={self.hosts} are counted from 0")
         if (self.hosts or 1) > self.num_seeds:
             raise ValueError(f"hosts={self.hosts} is not allowed: there are only num_seeds={self.num_seeds}")
+        _refuse_unused_choices(self)
         buffer_size = getattr(self.algo, "buffer_size", self.num_envs)
         if self.num_envs > buffer_size:
             raise ValueError(
@@ -158,6 +180,17 @@ class RunConfig:
         return self.updates_per_iteration / self.steps_per_iteration
 
 
+def _refuse_unused_choices(config: RunConfig) -> None:
+    """Refuses options of ``init_from`` without it, and an optimiser from a file that holds none."""
+    for name in ("init_from_nets", "init_from_seed", "init_from_policy", "init_from_optimizer"):
+        value = getattr(config, name)
+        if value not in (None, False) and config.init_from is None:
+            raise ValueError(f"{name}={value} is not allowed without init_from=RUN_DIR")
+    if config.init_from_optimizer and config.init_from_policy is not None:
+        holds_none = f"not with init_from_policy={config.init_from_policy}, a file without an optimiser"
+        raise ValueError(f"init_from_optimizer=True is not allowed: {holds_none}")
+
+
 def run_config(values: Mapping[str, Any]) -> RunConfig:
     """Builds a run from nested mappings, as ``config.yaml`` of a run folder holds them.
 
@@ -171,12 +204,28 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
         if not isinstance(plain.get(name), Mapping):
             raise ConfigError(f"{name}={plain.get(name)!r} is not allowed: a group of options is needed")
         plain[name] = make(name, plain[name])
+    if isinstance(plain.get("callbacks"), list):
+        plain["callbacks"] = [_built_callback(*each) for each in enumerate(plain["callbacks"])]
     config = checked(RunConfig, plain, prefix="")
     for name, swept in config.sweep.items():
         swept[:] = [getattr(build("algo", {**values["algo"], name: value}), name) for value in swept]
         if len(set(swept)) < len(swept):
             raise ConfigError(f"sweep.{name}={swept} is not allowed: different values are needed")
     return config
+
+
+def _built_callback(index: int, value: Any) -> Any:
+    """Builds one callback.
+
+    Args:
+        index: its place in the list, for messages.
+        value: its class, ``MODULE.CLASS``, or a mapping with the class in ``_target_`` and its options.
+    """
+    values = {"_target_": value} if isinstance(value, str) else value
+    if not isinstance(values, Mapping):
+        written = "write MODULE.CLASS, or {_target_: MODULE.CLASS, NAME: VALUE}"
+        raise ConfigError(f"callbacks.{index}={value!r} is not allowed: {written}")
+    return build(f"callbacks.{index}", values)
 
 
 def with_checked_numbers(values: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:

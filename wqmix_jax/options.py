@@ -43,8 +43,12 @@ T = TypeVar("T")
 PositiveInt = Annotated[int, Field(gt=0)]
 """The type of an option that is an integer above 0."""
 
-CONTRACTS = {"algo": "wqmix_jax.algos.base.Algorithm", "env": "wqmix_jax.envs.base.Environment"}
-"""The parent classes of a run's parts, named like a ``_target_`` because both import this module."""
+CONTRACTS = {
+    "algo": "wqmix_jax.algos.base.Algorithm",
+    "env": "wqmix_jax.envs.base.Environment",
+    "callbacks": "wqmix_jax.callbacks.Callback",
+}
+"""The parent classes of a run's parts, named like a ``_target_`` because they import this module."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -79,7 +83,7 @@ def build(name: str, values: Mapping[str, Any]) -> Any:
     The class is checked before anything is constructed.
 
     Args:
-        name: a key of `CONTRACTS`; keys in messages are prefixed with it.
+        name: a key of `CONTRACTS`, or of one part in its list (``callbacks.0``); keys in messages are prefixed with it.
         values: the class in ``_target_``, and its options as plain data; no ``_target_`` inside them is built.
 
     Raises:
@@ -93,15 +97,15 @@ def part_class(name: str, target: str | None) -> type:
     """Returns `target_class`, which must subclass its contract.
 
     Args:
-        name: a key of `CONTRACTS`.
+        name: as in `build`.
         target: the class, ``MODULE.CLASS``.
 
     Raises:
         ConfigError: if the class can't be found, or isn't a subclass.
     """
-    cls = target_class(name, target)
-    if not issubclass(cls, pkgutil.resolve_name(CONTRACTS[name])):
-        raise ConfigError(f"{name}._target_={target!r} is not allowed: it is not a subclass of {CONTRACTS[name]}")
+    cls, contract = target_class(name, target), CONTRACTS[name.partition(".")[0]]
+    if not issubclass(cls, pkgutil.resolve_name(contract)):
+        raise ConfigError(f"{name}._target_={target!r} is not allowed: it is not a subclass of {contract}")
     return cls
 
 

@@ -24,7 +24,7 @@ from wqmix_jax.config import LoggerOptions
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.records.metrics import HEADER_FILE, METRICS_FILE, MetricsFile, create_metrics, load_header
 from wqmix_jax.runs import loggers
-from wqmix_jax.runs.loggers import SUPERSEDED, WandbRuns
+from wqmix_jax.runs.loggers import SUPERSEDED, Loggers
 
 LINES = [
     {"kind": kind, "seed": seed, "env_steps": steps, "learner_steps": 0, "episodes": steps, "episode_return": value}
@@ -121,12 +121,15 @@ def test_the_file_is_cut_where_a_checkpoint_says(run_dir: Path) -> None:
         MetricsFile(run_dir, num_bytes=length)
 
 
+FILES = {"tensorboard": False, "csv": False}
+
+
 def options(mode: Any, **changes: Any) -> LoggerOptions:
-    return LoggerOptions(**({"wandb": mode, "project": "test", "group": "curves", "progress": False} | changes))
+    return LoggerOptions(**({"wandb": mode, "project": "test", "group": "curves", "progress": False} | FILES | changes))
 
 
 def test_offline_runs_hold_what_metrics_hold(run_dir: Path) -> None:
-    with WandbRuns(run_dir, options("offline"), {"algo": {"lr": 0.5}}) as runs:
+    with Loggers(run_dir, options("offline"), {"algo": {"lr": 0.5}}) as runs:
         runs.sync()
         append(run_dir, [LINES[0] | {"env_steps": 9, "episodes": 9}])
     wandb.teardown()  # as at a process's end: its service has written everything once this returns
@@ -174,7 +177,7 @@ def test_a_run_that_is_resumed_offline_is_one_curve(run_dir: Path) -> None:
         [LINES[4] | {"env_steps": 9, "episodes": 9}],
         [LINES[5] | {"env_steps": 11, "episodes": 11}, LINES[2] | {"env_steps": 12, "episodes": 12}],
     ):
-        with WandbRuns(run_dir, options("offline"), {}) as runs:
+        with Loggers(run_dir, options("offline"), {}) as runs:
             runs.sync()
             append(run_dir, more)
         wandb.teardown()
@@ -183,9 +186,9 @@ def test_a_run_that_is_resumed_offline_is_one_curve(run_dir: Path) -> None:
 
 
 def test_a_run_for_which_wandb_is_switched_on_when_it_is_resumed_is_one_curve(run_dir: Path) -> None:
-    with WandbRuns(run_dir, options("disabled"), {}) as runs:
+    with Loggers(run_dir, options("disabled"), {}) as runs:
         runs.sync()
-    with WandbRuns(run_dir, options("offline"), {}) as runs:
+    with Loggers(run_dir, options("offline"), {}) as runs:
         append(run_dir, [LINES[4] | {"env_steps": 9, "episodes": 9}])
         runs.sync()
     wandb.teardown()
@@ -194,7 +197,7 @@ def test_a_run_for_which_wandb_is_switched_on_when_it_is_resumed_is_one_curve(ru
 
 def hand_over_and_die(run_dir: str) -> None:
     """Writes in a separate process the records so far and some more, and ends with ``kill -9``."""
-    with WandbRuns(Path(run_dir), options("offline"), {}) as runs:
+    with Loggers(Path(run_dir), options("offline"), {}) as runs:
         runs.sync()
         append(
             Path(run_dir), [LINES[4] | {"env_steps": 9, "episodes": 9}, LINES[5] | {"env_steps": 11, "episodes": 11}]
@@ -210,7 +213,7 @@ def test_a_run_that_was_killed_after_its_last_checkpoint_is_one_curve(run_dir: P
     assert killed.returncode == -signal.SIGKILL
     assert len(load_metrics(run_dir)) == len(LINES) + 2
     cut_to(run_dir, 4)
-    with WandbRuns(run_dir, options("offline"), {}) as runs:
+    with Loggers(run_dir, options("offline"), {}) as runs:
         append(
             run_dir,
             [
@@ -239,7 +242,7 @@ def test_an_online_run_gets_what_it_does_not_have(run_dir: Path, monkeypatch: py
 
     monkeypatch.setattr(wandb, "init", init)
     (run_dir / "wandb" / f"offline-run-20260101_000000-{load_header(run_dir)['run']}-1").mkdir(parents=True)
-    with WandbRuns(run_dir, options("online"), {}) as runs:
+    with Loggers(run_dir, options("online"), {}) as runs:
         runs.sync()
         append(run_dir, [LINES[4] | {"env_steps": 9, "episodes": 9}])
     assert [each for each in logged if each[0] == "0"] == [("0", 7, 3), ("0", 19, 9)]
@@ -263,15 +266,15 @@ def test_a_group_is_named_by_what_tells_its_folder_apart(
     monkeypatch.setattr(wandb, "init", lambda **given: started.append(given) or SimpleNamespace(define_metric=print))
     Path(folder).mkdir(parents=True)
     create_metrics(Path(folder), version="0", algo="iql", env="coin", members=[{"seed": 0}])
-    WandbRuns(Path(folder), options("offline", group=None), {})
+    Loggers(Path(folder), options("offline", group=None), {})
     monkeypatch.chdir(folder)
-    WandbRuns(Path(), options("offline", group=None), {})
+    Loggers(Path(), options("offline", group=None), {})
     assert [(given["group"], given["name"]) for given in started] == [(group, f"{group}_seed0")] * 2
 
 
 def test_nothing_is_made_where_wandb_is_disabled(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wandb, "init", None)
-    with WandbRuns(run_dir, options("disabled"), {}) as runs:
+    with Loggers(run_dir, options("disabled"), {}) as runs:
         runs.sync()
     assert sorted(path.name for path in run_dir.iterdir()) == sorted([HEADER_FILE, METRICS_FILE])
 
@@ -284,7 +287,7 @@ def test_a_failure_there_is_told_once_and_stops_nothing(
         raise ConnectionError("no\nroute")
 
     monkeypatch.setattr(wandb if broken == "init" else wandb.Run, broken, fail)
-    with WandbRuns(run_dir, options("offline"), {}) as runs:
+    with Loggers(run_dir, options("offline"), {}) as runs:
         runs.sync()
         runs.sync()
     monkeypatch.undo()

@@ -91,12 +91,14 @@ class Restored(NamedTuple):
         best: the best policies so far.
         metrics_bytes: the size of ``metrics.jsonl`` when the checkpoint was written.
         wall_seconds: wall-clock seconds of the run until then.
+        callbacks: the states of the callbacks by their names.
     """
 
     loop: Loop
     best: Policy
     metrics_bytes: int
     wall_seconds: float
+    callbacks: dict[str, Any]
 
 
 class Checkpoints:
@@ -142,7 +144,9 @@ class Checkpoints:
         self._manager = _manager(self._directory, keep)
         self._latest = self._manager.latest_step()
 
-    def save(self, loop: Loop, best: Policy, *, metrics_bytes: int, wall_seconds: float) -> None:
+    def save(
+        self, loop: Loop, best: Policy, *, metrics_bytes: int, wall_seconds: float, callbacks: Mapping[str, Any]
+    ) -> None:
         """Writes a checkpoint or starts writing it; does nothing if the latest has the same step.
 
         Args:
@@ -150,6 +154,7 @@ class Checkpoints:
             best: the best policies so far.
             metrics_bytes: the size of ``metrics.jsonl``.
             wall_seconds: wall-clock seconds of the run so far.
+            callbacks: the states of the callbacks by their names, plain data.
 
         Raises:
             RunError: if there is no room for it, or the previous one could not be written.
@@ -176,6 +181,7 @@ class Checkpoints:
             "seconds": loop.seconds,
             "metrics_bytes": metrics_bytes,
             "wall_seconds": wall_seconds,
+            "callbacks": callbacks,
             "crc32": _checksum(arrays),
         }
         with self._writing():
@@ -295,7 +301,8 @@ class Checkpoints:
             seconds=host["seconds"],
         )
         best = _unflat("best", arrays, self._best)
-        return Restored(loop, best, host["metrics_bytes"], host["wall_seconds"])
+        callbacks = host.get("callbacks", {})  # absent in checkpoints older than callbacks
+        return Restored(loop, best, host["metrics_bytes"], host["wall_seconds"], callbacks)
 
     def _assembled(self, stored: "Mapping[str, _Stored]") -> tuple[dict[str, Any], int]:
         """Returns all arrays, those of the state on their devices, and their checksum."""
@@ -371,6 +378,33 @@ class Checkpoints:
         return jax.tree.map(lambda rows, zeros: np.concatenate([rows, zeros[count:]]), join(loop.pending), empty)
 
 
+def read_learner(directory: Path) -> tuple[Path, dict[str, np.ndarray]]:
+    """Reads the learner in the latest checkpoint of any run, whatever its options; the folder stays as it is.
+
+    Args:
+        directory: the folder of its checkpoints.
+
+    Returns:
+        The checkpoint's path, and the arrays ``[S, ..]`` by their paths in the `LearnerState`.
+
+    Raises:
+        ConfigError: if there is no checkpoint, or it can't be read.
+    """
+    _hush_orbax()
+    if not any(directory.glob("[0-9]*")):
+        raise ConfigError(f"{directory} has no checkpoint")
+    prefix = "state.learner."
+    with contextlib.closing(_manager(directory.absolute(), None, read_only=True)) as manager:
+        step = manager.latest_step()
+        path = directory / str(step)
+        try:
+            stored = manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore()))["arrays"]
+            found = {name: assemble_on_host(each, each) for name, each in stored.items() if name.startswith(prefix)}
+        except Exception as error:  # damaged bytes may raise anything
+            raise ConfigError(f"{path} can't be read: {_reason(error)}") from error
+    return path, {name.removeprefix(prefix): leaf for name, leaf in found.items()}
+
+
 def checkpoint_bytes(trainer: Trainer, members: Sequence[Member], best: Policy) -> int:
     """Returns the most bytes that the arrays of a checkpoint take, before there is a folder for them."""
     state = _raw_shapes(abstract_state(trainer, members))
@@ -387,7 +421,7 @@ def _named(state: TrainState, pending: TrainRecord, best: Policy) -> dict[str, A
     return {name: leaf for name, leaf in named.items() if leaf.size}
 
 
-def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
+def _manager(directory: Path, keep: int | None, *, read_only: bool = False) -> ocp.CheckpointManager:
     """Makes orbax's manager for this process alone, even if JAX connects it with others."""
     index = jax.process_index()
     alone = MultiprocessingOptions(
@@ -402,7 +436,8 @@ def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
         options=ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             create=False,
-            cleanup_tmp_directories=True,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
             multiprocessing_options=alone,
             # Otherwise connected processes take each other's signals that a folder is there.
             async_options=AsyncOptions(create_directories_asynchronously=False),

@@ -101,7 +101,7 @@ def read_policies(path: Path, params: PyTree) -> Policy:
     Raises:
         ConfigError: if it can't be read or has other shapes.
     """
-    leaves = _arrays(path)
+    leaves = read_arrays(path)
     like = Policy(params, np.int32(0), np.float32(0))  # type: ignore[arg-type]
     num_members = {len(leaves[name]) if leaves[name].ndim else 0 for name in leaves}
     if len(num_members) != 1 or num_members == {0}:
@@ -121,13 +121,13 @@ def read_labels(path: Path) -> list[dict[str, Any]]:
     Raises:
         ConfigError: if it can't be read or has none.
     """
-    labels = {name: values.tolist() for name, values in _arrays(path).items() if labels_of({name: None})}
+    labels = {name: values.tolist() for name, values in read_arrays(path).items() if labels_of({name: None})}
     if "seed" not in labels or len({len(values) for values in labels.values()}) != 1:
         raise ConfigError(f"{path} is damaged: it doesn't say whose policies it holds")
     return [dict(zip(labels, values, strict=True)) for values in zip(*labels.values(), strict=True)]
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Reads all arrays of a file; nothing is unpickled.
 
     Raises:

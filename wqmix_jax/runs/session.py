@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 import wqmix_jax
+from wqmix_jax.callbacks import Callbacks
 from wqmix_jax.config import RunConfig, run_config, with_checked_numbers
 from wqmix_jax.envs.checks import check_environment
 from wqmix_jax.errors import SEEDS_FAILED, ConfigError, RunError, exit_code_of
@@ -36,7 +37,8 @@ from wqmix_jax.records.run_dir import (
 )
 from wqmix_jax.runs.checkpoints import Checkpoints, Origin, Restored, checkpoint_bytes
 from wqmix_jax.runs.hosts import connected
-from wqmix_jax.runs.loggers import WandbRuns, refuse_missing_wandb
+from wqmix_jax.runs.initial import load_initial, read_initial, save_initial, with_arrays
+from wqmix_jax.runs.loggers import Loggers, refuse_missing_packages
 from wqmix_jax.runs.memory import (
     compile_within_memory,
     host_memory_left,
@@ -48,7 +50,7 @@ from wqmix_jax.runs.progress import Display, make_display
 from wqmix_jax.runs.saved_policies import BEST, LAST, POLICY_DIR, Policy, better, no_policy, save_policy
 from wqmix_jax.runs.signals import StopSignals
 from wqmix_jax.runs.startup import checkpoint_lines, command_to_continue, device_lines, plan_lines, refuse_full_disk
-from wqmix_jax.runs.trust import Named, open_config
+from wqmix_jax.runs.trust import Named, open_config, refuse_foreign_callbacks
 from wqmix_jax.training.compile_cache import use_compilation_cache
 from wqmix_jax.training.compiled_loop import (
     Compilation,
@@ -102,11 +104,14 @@ def start(
         RunError: if the run had to stop, or seeds of it failed.
         SystemExit: if a signal ended it.
     """
-    refuse_missing_wandb(config.logger)
+    refuse_missing_packages(config.logger)
     use_compilation_cache(config.compilation_cache)
     members = make_members(config.algo, config.seeds, config.sweep)
     run_dir = new_run_dir(_folder_of_host(config), algo=algo, env=env)
     trainer = _make_trainer(config, members)
+    initial = None
+    if config.init_from is not None:
+        initial = read_initial(config, members, abstract_state(trainer, members).learner)
     refuse_small_memory(trainer, members)
     refuse_full_disk(run_dir, checkpoint_bytes(trainer, members, _no_policy(config, trainer, members)))
     run_dir = make_run_dir(run_dir, numbered=config.run_dir is None)
@@ -121,6 +126,9 @@ def start(
     )
     values = {**with_checked_numbers(values, config), "run_dir": str(run_dir)}
     save_config(run_dir, values)
+    if initial is not None:
+        save_initial(run_dir, initial)
+        _print_lines(initial.lines)
     Session(config, values, run_dir, trainer, members, command_to_continue(run_dir, config_dir)).run()
     return run_dir
 
@@ -130,9 +138,9 @@ def resume(run_dir: Path, changes: Mapping[str, Any], *, config_dir: str | os.Pa
 
     Args:
         run_dir: the run's folder.
-        changes: nested mappings. ``total_env_steps``, ``distributed``, ``compilation_cache``, ``checkpoint`` and
-            ``logger`` may differ from the run's ``config.yaml``; ``env`` repeats the programs that it may start
-            (`config.PROGRAMS`).
+        changes: nested mappings. ``total_env_steps``, ``distributed``, ``compilation_cache``, ``checkpoint``,
+            ``logger`` and ``callbacks`` may differ from the run's ``config.yaml``; ``env`` repeats the programs that
+            it may start (`config.PROGRAMS`).
         config_dir: a folder of the user's yamls, from which modules may be imported, see `wqmix_jax.runs.trust`.
 
     Returns:
@@ -150,12 +158,14 @@ def resume(run_dir: Path, changes: Mapping[str, Any], *, config_dir: str | os.Pa
         raise ConfigError(f"resume={run_dir} is not allowed: it was merged from {', '.join(header['merged'])}")
     refuse_lost_checkpoints(run_dir)
     old = _open_options(run_dir, recorded["env"], changes.get("env", {}), config_dir)
+    if "callbacks" not in changes:
+        refuse_foreign_callbacks(run_dir, old["callbacks"], Named(config_dir))
     values = _trusted_cache(_merged(old, changes), changes)
     values = connected(values, os.environ)
     refuse_missing_backend()
     config = run_config(values)
     values = with_checked_numbers(values, config)
-    refuse_missing_wandb(config.logger)
+    refuse_missing_packages(config.logger)
     if config.total_env_steps < old["total_env_steps"]:
         least = f"at least {old['total_env_steps']}, what the run was started with, is needed"
         raise ConfigError(f"total_env_steps={config.total_env_steps} is not allowed with resume: {least}")
@@ -239,6 +249,7 @@ class Session:
         hint: the command that continues the run, see `command_to_continue`.
         interval: the shapes of the records of an evaluation interval.
         best: the policies of the best evaluations so far.
+        callbacks: the run's callbacks, with their states.
         compilation: facts about the trainer's compilation.
         seconds_before: wall-clock seconds that earlier processes spent on the run.
     """
@@ -251,10 +262,11 @@ class Session:
     hint: str
     interval: TrainRecord = dataclasses.field(init=False)
     best: Policy = dataclasses.field(init=False)
+    callbacks: Callbacks = dataclasses.field(init=False)
     signals: StopSignals = dataclasses.field(init=False)
     checkpoints: Checkpoints = dataclasses.field(init=False)
     metrics: MetricsFile = dataclasses.field(init=False)
-    wandb_runs: WandbRuns = dataclasses.field(init=False)
+    loggers: Loggers = dataclasses.field(init=False)
     compilation: Compilation = dataclasses.field(default_factory=lambda: Compilation(0.0, from_cache=False))
     reported_failures: list[Line] = dataclasses.field(default_factory=list)
     seconds_before: float = 0.0
@@ -264,6 +276,7 @@ class Session:
         # Here and not where checkpoints are opened: this is where a resumed run is first traced.
         self.interval = abstract_interval(self.trainer, self.members)
         self.best = _no_policy(self.config, self.trainer, self.members)
+        self.callbacks = Callbacks(self.config)
 
     def run(self) -> None:
         """Trains to the end, or until a signal asks to stop, and saves; every way out of a run leads through here.
@@ -283,9 +296,9 @@ class Session:
                             self.config, self.trainer, self.members, fresh=restored is None
                         )
                         _print_lines((str(self.compilation), *notes))
-                    loop, lines = begin(self.trainer, self.members) if restored is None else (restored.loop, [])
+                    loop, lines = self._begun() if restored is None else (restored.loop, [])
                 loop = self._run_chunks(loop, lines, display)
-            self._write_summary(loop, "finished" if is_finished(loop) else "interrupted")
+            self._write_summary(loop, self._status(loop))
         self._conclude(loop)
 
     @contextlib.contextmanager
@@ -304,7 +317,7 @@ class Session:
             with (
                 _closing(self.checkpoints),
                 MetricsFile(self.run_dir, num_bytes=num_bytes) as self.metrics,
-                WandbRuns(self.run_dir, self.config.logger, self.values) as self.wandb_runs,
+                Loggers(self.run_dir, self.config.logger, self.values) as self.loggers,
                 self.config.env.external.running([member.seed for member in self.members]),
             ):
                 if restored is not None:
@@ -323,9 +336,17 @@ class Session:
             memory_left=host_memory_left,
         )
 
+    def _begun(self) -> tuple[Loop, list[Line]]:
+        """Makes the first state, with the parameters of another run if the options say so, and its records."""
+        if self.config.init_from is None:
+            return begin(self.trainer, self.members)
+        arrays = load_initial(self.run_dir, abstract_state(self.trainer, self.members).learner)
+        return begin(self.trainer, self.members, prepare=lambda state: with_arrays(state, arrays))
+
     def _take_over(self, restored: Restored) -> None:
         """Continues the counts of the process that wrote the checkpoint."""
         self.seconds_before, self.best = restored.wall_seconds, restored.best
+        self.callbacks.restore(restored.callbacks)
         print(f"resumed at {slowest_steps(restored.loop):,} environment steps", flush=True)
         if is_finished(restored.loop):
             print("this run has already finished; pass a larger total_env_steps=N to extend it", flush=True)
@@ -335,16 +356,25 @@ class Session:
         before: tuple[np.ndarray, int] | None = None
         while True:
             self._end_if_failed(None if before is None else loop)
+            lines = self._with_callbacks(loop, lines)
             self._record(loop, lines)
             display.update(sound_steps(loop), lines)
             self._save_if_due(loop, before)
-            if is_finished(loop) or self.signals.received is not None:
+            if self._status(loop) != "running":
                 break
             before = env_steps(loop), slowest_steps(loop)
             loop, lines = advance(self.trainer, loop)
         self._save(loop)
         self.checkpoints.wait()
         return loop
+
+    def _status(self, loop: Loop) -> str:
+        """Returns ``finished``, ``stopped`` by a callback, ``interrupted`` by a signal, or ``running``."""
+        if is_finished(loop):
+            return "finished"
+        if self.callbacks.stopped is not None:
+            return "stopped"
+        return "running" if self.signals.received is None else "interrupted"
 
     def _conclude(self, loop: Loop) -> None:
         """Reports how the run ended.
@@ -353,9 +383,11 @@ class Session:
             RunError: if seeds failed.
             SystemExit: if a signal ended the run.
         """
-        if not is_finished(loop):
+        if self._status(loop) == "interrupted":
             report(f"interrupted; {self.hint}")
             sys.exit(exit_code_of(self.signals.received or 0))
+        if self._status(loop) == "stopped" and self.callbacks.stopped is not None:
+            print(f"stopped by {self.callbacks.stopped.callback}: {self.callbacks.stopped.reason}", flush=True)
         if failures(loop):
             failed = f"{len(failures(loop))} of {len(self.members)} seeds failed"
             raise RunError(f"{failed}, see {self.run_dir / SUMMARY_FILE}", SEEDS_FAILED)
@@ -371,13 +403,32 @@ class Session:
         if failure is None:
             return
         if loop is not None:
-            if not is_finished(loop):  # its last evaluation must still be made
-                with _warning_of_faults("the checkpoint can't be written"):
-                    self._save(loop)
-                    self.checkpoints.wait()
-            with _warning_of_faults(f"{SUMMARY_FILE} can't be written"):
-                self._write_summary(loop, "failed")
+            self._save_unevaluated(loop)
         raise failure
+
+    def _save_unevaluated(self, loop: Loop) -> None:
+        """Saves a run that ends before an evaluation that is due, which is made when the run is resumed."""
+        if not is_finished(loop):  # otherwise the evaluation would not be made
+            with _warning_of_faults("the checkpoint can't be written"):
+                self._save(loop)
+                self.checkpoints.wait()
+        with _warning_of_faults(f"{SUMMARY_FILE} can't be written"):
+            self._write_summary(loop, "failed")
+
+    def _with_callbacks(self, loop: Loop, lines: list[Line]) -> list[Line]:
+        """Shows an evaluation to the callbacks and returns the records with their metrics.
+
+        Raises:
+            RunError: if a callback fails; the run is saved then as before the evaluation.
+        """
+        if not lines:
+            return lines
+        try:
+            return self.callbacks.see(loop, lines)
+        except RunError:
+            if loop.before_evaluation is not None:
+                self._save_unevaluated(loop.before_evaluation)
+            raise
 
     def _record(self, loop: Loop, lines: list[Line]) -> None:
         """Writes the records, and keeps the policies that are better than before."""
@@ -386,7 +437,7 @@ class Session:
         if not lines:
             return
         self.metrics.write(lines)
-        self.wandb_runs.sync()
+        self.loggers.sync()
         self.best = better(self.best, self._policy(loop, _new_returns(self.members, lines)))
 
     def _report_failures(self, loop: Loop) -> None:
@@ -422,6 +473,7 @@ class Session:
             self.best,
             metrics_bytes=self.metrics.num_bytes,
             wall_seconds=self._wall_seconds(),
+            callbacks=self.callbacks.states,
         )
         last = self._policy(loop, np.full(len(self.members), np.nan, np.float32))
         for name, policy in ((BEST, self.best), (LAST, last)):
@@ -429,7 +481,7 @@ class Session:
 
     def _write_summary(self, loop: Loop, status: str) -> None:
         """Writes the summary, and the picture if there is something to draw."""
-        header = load_header(self.run_dir)
+        header, stopped = load_header(self.run_dir), self.callbacks.stopped
         save_summary(
             self.run_dir,
             self.config,
@@ -441,6 +493,7 @@ class Session:
             compile_seconds=round(self.compilation.seconds, 2),
             compiled_from_cache=self.compilation.from_cache,
             wall_seconds=round(self._wall_seconds(), 2),
+            **({} if stopped is None else {"stopped": stopped._asdict()}),
         )
         if load_metrics(self.run_dir, kind="eval"):
             with _warning_of_faults(f"{CURVE_FILE} can't be drawn"):

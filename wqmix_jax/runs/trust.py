@@ -20,7 +20,7 @@ from wqmix_jax.config import PROGRAMS
 from wqmix_jax.envs.host.bridge import BridgedEnvironment, HostEnvironment, simulator_file
 from wqmix_jax.envs.host.farama import FaramaEnvironment, imported_module, module_file
 from wqmix_jax.errors import ConfigError
-from wqmix_jax.options import CONTRACTS, add_import_paths, part_class
+from wqmix_jax.options import add_import_paths, part_class
 from wqmix_jax.records.metrics import HEADER_FILE
 from wqmix_jax.records.run_dir import CONFIG_FILE, read_config
 from wqmix_jax.runs.output import report
@@ -70,7 +70,9 @@ def open_config(run_dir: Path, named: Named, *, option: str = "run_dir") -> dict
     values, config = read_config(run_dir, option=option), run_dir / CONFIG_FILE
     add_import_paths(named.config_dir)
     try:
-        lines = {group: _checked_target(run_dir, group, values[group].get("_target_"), named) for group in CONTRACTS}
+        lines = {
+            group: _checked_target(run_dir, group, values[group].get("_target_"), named) for group in ("algo", "env")
+        }
         _report(f"importing {line}, named by {config}" for line in lines["env"])
         env_class = part_class("env", values["env"]["_target_"])
         values["env"] = _checked_programs(run_dir, env_class, values["env"], named)
@@ -79,6 +81,27 @@ def open_config(run_dir: Path, named: Named, *, option: str = "run_dir") -> dict
     except ConfigError as error:
         raise ConfigError(f"{config}: {error}") from error
     return values
+
+
+def refuse_foreign_callbacks(run_dir: Path, callbacks: Any, named: Named) -> None:
+    """Checks the code that building a run's callbacks executes, by the rules of `open_config`.
+
+    Args:
+        run_dir: the run's folder.
+        callbacks: the option ``callbacks`` in its ``config.yaml``.
+        named: the places that the user has named.
+
+    Raises:
+        ConfigError: if a callback is from elsewhere; nothing of it has been executed then.
+    """
+    config = run_dir / CONFIG_FILE
+    for index, value in enumerate(callbacks if isinstance(callbacks, list) else ()):
+        target = value.get("_target_") if isinstance(value, Mapping) else value
+        try:
+            lines = _checked_target(run_dir, f"callbacks.{index}", target, named)
+        except ConfigError as error:
+            raise ConfigError(f"{config}: {error}; callbacks=[] resumes without them") from error
+        _report(f"importing {line}, named by {config}" for line in lines)
 
 
 def _report(lines: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ means over the iterations of a whole evaluation interval, so chunk sizes never c
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +40,7 @@ class Loop(NamedTuple):
         seconds: wall-clock seconds of training since then.
         iteration_seconds: seconds per iteration of the last chunk; None where the next one may take longer: at the
             start of a process, and when learning begins.
+        before_evaluation: the same state with its evaluation still due, if one was just made.
     """
 
     state: TrainState
@@ -48,16 +49,25 @@ class Loop(NamedTuple):
     evaluated_at: np.ndarray
     seconds: float
     iteration_seconds: float | None = None
+    before_evaluation: "Loop | None" = None
 
 
-def begin(trainer: Trainer, members: Sequence[Member]) -> tuple[Loop, list[Line]]:
+def begin(
+    trainer: Trainer, members: Sequence[Member], *, prepare: Callable[[TrainState], TrainState] | None = None
+) -> tuple[Loop, list[Line]]:
     """Draws the first state, and evaluates it before any learning.
+
+    Args:
+        trainer: the compiled functions.
+        members: the trainings.
+        prepare: changes the first state before it is evaluated; its shapes must stay.
 
     Returns:
         The run at its start, and an eval line per member.
     """
     state = trainer.init([member.seed for member in members])
     state = state._replace(hp=_with_swept(state.hp, members, trainer.sharding))
+    state = state if prepare is None else prepare(state)
     evaluated = jax.device_get(trainer.evaluate(state))
     lines = [_eval_line(member, evaluated, index) for index, member in enumerate(members)]
     return Loop(state, tuple(members), (), np.array(evaluated.counters.env_steps), seconds=0.0), lines
@@ -91,7 +101,7 @@ def advance(trainer: Trainer, loop: Loop) -> tuple[Loop, list[Line]]:
     trained = np.flatnonzero(interval.active.any(0)).tolist()
     lines = [_train_line(loop, interval, index) for index in trained]
     lines += [_eval_line(loop.members[index], evaluated, index) for index in trained if not failed(loop)[index]]
-    return loop._replace(pending=(), evaluated_at=env_steps(loop), seconds=0.0), lines
+    return loop._replace(pending=(), evaluated_at=env_steps(loop), seconds=0.0, before_evaluation=loop), lines
 
 
 def _train_chunk(trainer: Trainer, loop: Loop) -> Loop:
@@ -108,6 +118,7 @@ def _train_chunk(trainer: Trainer, loop: Loop) -> Loop:
         pending=(*loop.pending, chunk),
         seconds=loop.seconds + seconds,
         iteration_seconds=None if iterations == iterations_until_learning else seconds / iterations,
+        before_evaluation=None,
     )
 
 
