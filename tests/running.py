@@ -20,6 +20,8 @@ from wqmix_jax import train
 from wqmix_jax.config import RunConfig
 from wqmix_jax.runs import session
 from wqmix_jax.runs.startup import command_to_continue
+from wqmix_jax.training.compiled_loop import Trainer
+from wqmix_jax.training.host_loop import Loop
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,6 +78,26 @@ def shared_programs() -> Iterator[None]:
         patch.setattr(session, "make_trainer", make)
         patch.setattr(session, "compile_within_memory", compile_once)
         yield
+
+
+class Killed(BaseException):
+    """Ends a run immediately."""
+
+
+@contextlib.contextmanager
+def killed_after(chunks: int) -> Iterator[None]:
+    """Ends the run in the block after some chunks, as if its process had been killed."""
+    left = iter(range(chunks))
+
+    def advance(trainer: Trainer, loop: Loop, *, real: Any = session.advance) -> Any:
+        if next(left, None) is None:
+            raise Killed
+        return real(trainer, loop)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "advance", advance)
+        with pytest.raises(Killed):
+            yield
 
 
 WALL_CLOCK = "steps_per_second"

@@ -39,6 +39,7 @@ NOT_RUN = {
     "*FOLDER*": "names a folder of the reader's own",
     "srun *": "needs SLURM",
     "wandb sync *": "needs the network",
+    "tensorboard *": "is a server, which never ends",
     "make *": "needs the package index, or takes minutes; a dry run checks the target",
     "cd wqmix_jax": "follows git clone",
     "python -m experiments.accelerators *": "needs the extras `tpu` and `cuda`, and takes minutes",

@@ -1,5 +1,6 @@
-"""``metrics.jsonl`` as it is written and read, and W&B fed from it, for real but offline."""
+"""``metrics.jsonl`` as it is written and read, and the loggers fed from it: W&B for real, but offline."""
 
+import csv
 import json
 import math
 import os
@@ -14,17 +15,20 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import wandb
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2
 
-from tests.running import ROOT, TINY, main
+from tests.running import ROOT, TINY, killed_after, main, shared_programs
 from wqmix_jax import load_metrics
 from wqmix_jax.config import LoggerOptions
-from wqmix_jax.errors import ConfigError
+from wqmix_jax.errors import ConfigError, install_extra
 from wqmix_jax.records.metrics import HEADER_FILE, METRICS_FILE, MetricsFile, create_metrics, load_header
 from wqmix_jax.runs import loggers
-from wqmix_jax.runs.loggers import SUPERSEDED, Loggers
+from wqmix_jax.runs.loggers import CSV_FILE, SUPERSEDED, TENSORBOARD_DIR, Loggers
+from wqmix_jax.training.members import labels_of, member_name
 
 LINES = [
     {"kind": kind, "seed": seed, "env_steps": steps, "learner_steps": 0, "episodes": steps, "episode_return": value}
@@ -121,10 +125,11 @@ def test_the_file_is_cut_where_a_checkpoint_says(run_dir: Path) -> None:
         MetricsFile(run_dir, num_bytes=length)
 
 
-FILES = {"tensorboard": False, "csv": False}
+FILES = {"tensorboard": True, "csv": True}
 
 
 def options(mode: Any, **changes: Any) -> LoggerOptions:
+    """W&B in some mode, TensorBoard and CSV."""
     return LoggerOptions(**({"wandb": mode, "project": "test", "group": "curves", "progress": False} | FILES | changes))
 
 
@@ -156,8 +161,37 @@ def cut_to(run_dir: Path, count: int) -> None:
         pass
 
 
+def assert_files(run_dir: Path) -> None:
+    """Checks that the CSV file and the event files have every record once."""
+    records = load_metrics(run_dir)
+    with open(run_dir / CSV_FILE, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [{name: text for name, text in row.items() if text} for row in rows] == [
+        {name: str(value) for name, value in record.items()} for record in records
+    ]
+    expected: dict[str, dict[str, list[tuple[int, str]]]] = {}
+    for record in records:
+        labels = labels_of(record)
+        for name in record.keys() - labels.keys() - {"kind", "env_steps", "learner_steps", "episodes"}:
+            curve = expected.setdefault(member_name(labels), {}).setdefault(f"{record['kind']}/{name}", [])
+            curve.append((record["env_steps"], str(np.float32(record[name]))))
+    folders = [path for path in (run_dir / TENSORBOARD_DIR).iterdir() if path.is_dir()]
+    assert {folder.name: curves(folder) for folder in folders} == expected
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, str]]]:
+    """The only event file of a folder, as TensorBoard reads it: step and value by tag."""
+    [path] = folder.iterdir()
+    read = EventAccumulator(str(path), size_guidance={"scalars": 0}, purge_orphaned_data=False).Reload()
+    return {
+        tag: [(event.step, str(np.float32(event.value))) for event in read.Scalars(tag)]
+        for tag in read.Tags()["scalars"]
+    }
+
+
 def assert_one_curve(run_dir: Path) -> None:
-    """Checks that ``wandb sync`` finds one file per seed, with every record once."""
+    """Checks that ``wandb sync`` finds one file per seed, with every record once, and so do the readers of files."""
+    assert_files(run_dir)
     assert len({path.resolve() for path in run_dir.glob("wandb/*/*.wandb")}) == 2, "without the link latest-run"
     for seed in (0, 1):
         logged = [record.history for record in wandb_records(run_dir, seed) if record.HasField("history")]
@@ -274,7 +308,7 @@ def test_a_group_is_named_by_what_tells_its_folder_apart(
 
 def test_nothing_is_made_where_wandb_is_disabled(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wandb, "init", None)
-    with Loggers(run_dir, options("disabled"), {}) as runs:
+    with Loggers(run_dir, options("disabled", tensorboard=False, csv=False), {}) as runs:
         runs.sync()
     assert sorted(path.name for path in run_dir.iterdir()) == sorted([HEADER_FILE, METRICS_FILE])
 
@@ -294,6 +328,76 @@ def test_a_failure_there_is_told_once_and_stops_nothing(
     wandb.teardown()
     assert capfd.readouterr().err == ("warning: W&B logging stopped (no route); metrics.jsonl has every record\n")
     assert len(load_metrics(run_dir)) == len(LINES)
+
+
+def test_a_column_that_appears_later_is_added_at_the_right(run_dir: Path) -> None:
+    with Loggers(run_dir, options("disabled", tensorboard=False), {}) as running:
+        before = (run_dir / CSV_FILE).read_text().splitlines()
+        append(run_dir, [LINES[4] | {"env_steps": 9, "episodes": 9, "loss": 0.25}])
+        running.sync()
+    after = (run_dir / CSV_FILE).read_text().splitlines()
+    assert before[0] == "kind,seed,env_steps,learner_steps,episodes,episode_return"
+    assert before[1:3] == ["eval,0,0,0,0,0.0", "eval,1,0,0,0,1.5"]
+    assert after == [f"{before[0]},loss", *(f"{row}," for row in before[1:]), "eval,0,9,0,9,nan,0.25"]
+
+
+def test_files_of_a_folder_that_starts_over_are_emptied(run_dir: Path) -> None:
+    with Loggers(run_dir, options("disabled"), {}):
+        pass
+    cut_to(run_dir, 0)
+    with Loggers(run_dir, options("disabled"), {}):
+        assert (run_dir / CSV_FILE).read_text() == ""
+        assert curves(run_dir / TENSORBOARD_DIR / "0") == curves(run_dir / TENSORBOARD_DIR / "1") == {}
+
+
+@pytest.mark.parametrize(("broken", "name"), [("_append_events", "TensorBoard"), ("csv", "CSV")])
+def test_a_logger_that_fails_leaves_the_others_alone(
+    broken: str, name: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loggers, broken, None)
+    with Loggers(run_dir, options("disabled"), {}) as running:
+        running.sync()
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {name} logging stopped (")
+    assert line.endswith("; metrics.jsonl has every record")
+    if name == "CSV":
+        assert curves(run_dir / TENSORBOARD_DIR / "1")["train/episode_return"] == [(2, "nan")]
+    else:
+        assert len((run_dir / CSV_FILE).read_text().splitlines()) == 1 + len(LINES)
+
+
+def test_a_killed_run_of_a_sweep_has_every_record_once(tmp_path: Path) -> None:
+    run_dir, files = tmp_path / "run", ("logger.tensorboard=true", "logger.csv=true")
+    with shared_programs():
+        with killed_after(9):
+            main(*TINY, "sweep.lr=[0.01,0.02]", *files, f"run_dir={run_dir}")
+        (run_dir / CSV_FILE).write_text((run_dir / CSV_FILE).read_text() + "eval,3,")  # as if in the middle of a row
+        assert main(f"resume={run_dir}") == 0
+    assert {path.name for path in (run_dir / TENSORBOARD_DIR).iterdir()} == {
+        "3-lr0.01", "4-lr0.01", "3-lr0.02", "4-lr0.02",
+    }  # fmt: skip
+    assert "loss" in load_metrics(run_dir, kind="train")[-1]
+    assert_files(run_dir)
+
+
+def test_every_host_has_its_files(tmp_path: Path) -> None:
+    with shared_programs():
+        for host in (0, 1):
+            arguments = ("hosts=2", f"host={host}", "logger.tensorboard=true", "logger.csv=true")
+            assert main(*TINY, *arguments, "total_env_steps=4", f"run_dir={tmp_path / 'run'}") == 0
+            assert_files(tmp_path / "run" / f"host_{host}")
+
+
+def test_tensorboard_is_an_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda _: None)
+    assert main(*TINY, "logger.tensorboard=true", f"run_dir={tmp_path / 'run'}") == 2
+    message = f"error: logger.tensorboard=true is not allowed here: {install_extra('tensorboard')} first\n"
+    assert capfd.readouterr().err == message
+    assert main(*TINY, "logger.csv=perhaps", f"run_dir={tmp_path / 'run'}") == 2
+    assert capfd.readouterr().err == "error: logger.csv='perhaps' is not allowed: input should be a valid boolean\n"
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_package_is_told_before_anything_starts(

@@ -36,6 +36,8 @@ train, one per seed and evaluation interval, means over the interval's iteration
                                 compilation
     and, over the iterations with a learner step (absent if there was none):
     ``loss``, ``grad_norm`` (before clipping), and the algorithm's own metrics (``weight_mean``, ``q_tot_mean``, ..)
+
+Callbacks may add metrics to both.
 """
 
 import contextlib

@@ -2,7 +2,8 @@
 
 ``run.json`` identifies the run and its members, ``config.yaml`` holds the resolved options, ``metrics.jsonl`` the
 records (see `wqmix_jax.records.metrics`), ``summary.json`` the results, ``learning_curve.png`` their picture,
-``policies`` the parameters that act, and ``checkpoints`` the states from which a resumed run continues.
+``policies`` the parameters that act, ``initial.npz`` the first ones if they are those of another run, and
+``checkpoints`` the states from which a resumed run continues.
 """
 
 import contextlib
