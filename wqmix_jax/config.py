@@ -184,7 +184,7 @@ def _refuse_unused_choices(config: RunConfig) -> None:
     """Refuses options of ``init_from`` without it, and an optimiser from a file that holds none."""
     for name in ("init_from_nets", "init_from_seed", "init_from_policy", "init_from_optimizer"):
         value = getattr(config, name)
-        if value not in (None, False) and config.init_from is None:
+        if value is not None and value is not False and config.init_from is None:
             raise ValueError(f"{name}={value} is not allowed without init_from=RUN_DIR")
     if config.init_from_optimizer and config.init_from_policy is not None:
         holds_none = f"not with init_from_policy={config.init_from_policy}, a file without an optimiser"

@@ -56,6 +56,7 @@ from wqmix_jax.training.compiled_loop import (
     Compilation,
     Trainer,
     TrainRecord,
+    TrainState,
     abstract_interval,
     abstract_state,
     make_trainer,
@@ -340,8 +341,11 @@ class Session:
         """Makes the first state, with the parameters of another run if the options say so, and its records."""
         if self.config.init_from is None:
             return begin(self.trainer, self.members)
-        arrays = load_initial(self.run_dir, abstract_state(self.trainer, self.members).learner)
-        return begin(self.trainer, self.members, prepare=lambda state: with_arrays(state, arrays))
+
+        def prepare(state: TrainState) -> TrainState:
+            return with_arrays(state, load_initial(self.run_dir, state.learner))
+
+        return begin(self.trainer, self.members, prepare=prepare)
 
     def _take_over(self, restored: Restored) -> None:
         """Continues the counts of the process that wrote the checkpoint."""
