@@ -70,9 +70,10 @@ def shared_programs() -> Iterator[None]:
         config: Any, trainer: Any, members: Any, *, fresh: bool, real: Any = session.compile_within_memory
     ) -> Any:
         del fresh
-        if id(trainer) not in compiled:
-            compiled[id(trainer)] = real(config, trainer, members)
-        return compiled[id(trainer)]
+        key = id(trainer), len(members)
+        if key not in compiled:
+            compiled[key] = real(config, trainer, members)
+        return compiled[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session, "make_trainer", make)

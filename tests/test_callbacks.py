@@ -107,7 +107,7 @@ def test_a_callback_that_fails_is_named_and_the_run_saved(
     run_dir, broken = tmp_path / "run", tmp_path / "broken"
     broken.touch()
     assert main(*TINY, counts(fails_at=3, broken=broken), f"run_dir={run_dir}") == 1
-    [line] = capfd.readouterr().err.splitlines()
+    *_, line = capfd.readouterr().err.splitlines()
     place = f"in {USER_FOLDER / 'watchers.py'}, line "
     assert line.startswith(f"error: callback watchers.Counts failed (ValueError: no luck, {place}")
     assert line.endswith(to_continue(run_dir))
@@ -125,7 +125,7 @@ def test_the_first_evaluation_may_fail_too(tmp_path: Path, capfd: pytest.Capture
     broken = tmp_path / "broken"
     broken.touch()
     assert main(*TINY, counts(fails_at=1, broken=broken), f"run_dir={tmp_path / 'run'}") == 1
-    assert capfd.readouterr().err.count("\n") == 1
+    assert "callback watchers.Counts failed (ValueError: no luck, " in capfd.readouterr().err.splitlines()[-1]
     assert load_metrics(tmp_path / "run") == []
 
 
@@ -169,15 +169,15 @@ def test_a_folder_names_only_code_from_allowed_places(
     run_dir = Path(shutil.copytree(counted, tmp_path / "run"))
     (run_dir / "evil.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\nclass Evil: pass\n")
     values = yaml.safe_load((run_dir / "config.yaml").read_text())
-    for entry in ("evil.Evil", {"_target_": "os.path.join"}, {"_target_": "subprocess.Popen", "args": "true"}):
+    process = {"_target_": "subprocess.Popen", "args": ["touch", str(tmp_path / "mark")]}
+    for entry, reason in (("evil.Evil", "resumes without them"), (process, "not a subclass of wqmix_jax.callbacks.C")):
         (run_dir / "config.yaml").write_text(yaml.safe_dump({**values, "callbacks": [entry]}))
         assert main(f"resume={run_dir}", config_dir=run_dir) == 2
-        assert main(f"resume={run_dir}") == 2
-        last = capfd.readouterr().err.splitlines()[-1]
-        assert "callbacks.0._target_=" in last
-        assert last.endswith("callbacks=[] resumes without them")
-        assert main(f"resume={run_dir}", "callbacks=[]") == 0
+        *_, line = capfd.readouterr().err.splitlines()
+        assert "callbacks.0._target_=" in line
+        assert reason in line
         assert not (tmp_path / "mark").exists()
+    assert main(f"resume={run_dir}", "callbacks=[]") == 0
 
 
 def config(*changes: str) -> Any:

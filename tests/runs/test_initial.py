@@ -12,9 +12,13 @@ import pytest
 
 from tests.running import TINY, USER_FOLDER, killed_after, last_checkpoint, main, shared_programs, timeless
 from wqmix_jax import load_config, load_metrics, train_seeds
+from wqmix_jax.errors import ConfigError
 from wqmix_jax.records.metrics import HEADER_FILE
 from wqmix_jax.runs import session
+from wqmix_jax.runs.initial import Initial, read_initial
 from wqmix_jax.runs.saved_policies import read_arrays
+from wqmix_jax.training.learner import LearnerState, init_learner
+from wqmix_jax.training.members import make_members
 
 # At most six episodes, too few for a learner step.
 UNTRAINED = ("total_env_steps=6", "algo.batch_size=8")
@@ -75,6 +79,30 @@ def test_the_optimiser_is_kept_if_asked_for(source: Path, tmp_path: Path) -> Non
     assert any((leaf != 0).any() for leaf in leaves(source, OPTIMIZER).values())
 
 
+def initial_of(*arguments: str) -> Initial:
+    """Returns what a run of some options would start from."""
+    config = load_config(*arguments, config_dir=USER_FOLDER / "configs")
+    members = make_members(config.algo, config.seeds, config.sweep)
+
+    def learner(seed: jax.Array) -> LearnerState:
+        return init_learner(config.algo.init(jax.random.key(seed), config.env.spec))
+
+    seeds = jax.ShapeDtypeStruct((len(members),), np.uint32)
+    return read_initial(config, members, jax.eval_shape(jax.vmap(learner), seeds))
+
+
+def assert_taken(initial: Initial, expected: dict[str, np.ndarray], places: Any = slice(None)) -> None:
+    assert_equal({f"state.learner.{name}": leaf for name, leaf in initial.arrays.items()}, expected, places)
+
+
+def labelled(source: Path, copy: Path, *members: dict[str, Any]) -> Path:
+    """Copies a run of two members and gives them other labels."""
+    shutil.copytree(source, copy)
+    header = json.loads((copy / HEADER_FILE).read_text())
+    (copy / HEADER_FILE).write_text(json.dumps({**header, "members": members}))
+    return copy
+
+
 @pytest.mark.parametrize(
     ("given", "places"),
     [
@@ -83,63 +111,65 @@ def test_the_optimiser_is_kept_if_asked_for(source: Path, tmp_path: Path) -> Non
         (("sweep.lr=[0.1,0.2]",), [0, 1, 0, 1]),
     ],
 )
-def test_seeds_are_chosen(given: tuple[str, ...], places: list[int], source: Path, tmp_path: Path) -> None:
-    assert main(*TINY, *UNTRAINED, *given, f"init_from={source}", f"run_dir={tmp_path / 'run'}") == 0
-    assert_equal(leaves(tmp_path / "run", PARAMS), leaves(source, PARAMS), places)
+def test_seeds_are_chosen(given: tuple[str, ...], places: list[int], source: Path) -> None:
+    assert_taken(initial_of(*TINY, *given, f"init_from={source}"), leaves(source, PARAMS), places)
 
 
-def test_the_only_seed_is_taken_by_all(source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(*TINY, *UNTRAINED, "seed=7", "num_seeds=1", f"run_dir={tmp_path / 'one'}") == 0
-    assert main(*TINY, *UNTRAINED, f"init_from={tmp_path / 'one'}", f"run_dir={tmp_path / 'run'}") == 0
-    assert "(seed 7 for 3, seed 7 for 4)\n" in capfd.readouterr().out
-    assert_equal(leaves(tmp_path / "run", PARAMS), leaves(tmp_path / "one", PARAMS), [0, 0])
+def test_the_only_seed_is_taken_by_all(source: Path, tmp_path: Path) -> None:
+    one = Path(shutil.copytree(source, tmp_path / "one"))
+    arrays = {name: leaf[:1] + 7 if leaf.ndim == 1 else leaf[:1] for name, leaf in read_arrays(last(one)).items()}
+    np.savez(last(one), **arrays)  # type: ignore[arg-type]
+    initial = initial_of(*TINY, f"init_from={one}", "init_from_policy=last")
+    assert_taken(initial, leaves(source, PARAMS), [0, 0])
+    assert initial.lines == [f"first parameters: agent of {last(one)} (seed 10 for 3, seed 10 for 4)"]
 
 
-def test_a_sweep_starts_from_the_equal_members_of_a_sweep(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    swept = tmp_path / "swept"
-    assert main(*TINY, "sweep.lr=[0.1,0.01]", f"run_dir={swept}") == 0
-    again = (*TINY, *UNTRAINED, f"init_from={swept}")
-    assert main(*again, "sweep.lr=[0.01,0.1]", f"run_dir={tmp_path / 'run'}") == 0
-    assert_equal(leaves(tmp_path / "run", PARAMS), leaves(swept, PARAMS), [2, 3, 0, 1])
-    capfd.readouterr()
-    assert main(*again, f"run_dir={tmp_path / 'other'}") == 2
-    message = f"error: init_from={swept} is not allowed: it has seed 3 several times: 3-lr0.1, 3-lr0.01\n"
-    assert capfd.readouterr().err == message
+def last(run_dir: Path) -> Path:
+    return run_dir / "policies" / "last.npz"
+
+
+def test_a_sweep_starts_from_the_equal_members_of_a_sweep(source: Path, tmp_path: Path) -> None:
+    swept = labelled(source, tmp_path / "swept", {"seed": 3, "algo.lr": 0.1}, {"seed": 3, "algo.lr": 0.01})
+    arguments = (*TINY, "num_seeds=1", f"init_from={swept}")
+    assert_taken(initial_of(*arguments, "sweep.lr=[0.01,0.1]"), leaves(source, PARAMS), [1, 0])
+    with pytest.raises(ConfigError) as refused:
+        initial_of(*arguments)
+    assert str(refused.value) == f"init_from={swept} is not allowed: it has seed 3 several times: 3-lr0.1, 3-lr0.01"
+
+
+def test_hosts_find_their_seeds_in_the_parts_of_another_run(source: Path, tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
+    for host in (0, 1):
+        labelled(source, parts / f"host_{host}", {"seed": 2 * host + 3}, {"seed": 2 * host + 4})
+    initial = initial_of(*TINY, "seed=4", f"init_from={parts}")
+    assert_taken(initial, leaves(source, PARAMS), [1, 0])
+    assert [line.split(" (")[1] for line in initial.lines] == ["each of its seeds)"] * 2
 
 
 @pytest.mark.parametrize("which", ["best", "last"])
 def test_policies_are_taken_instead_of_the_checkpoint(which: str, source: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(source, tmp_path / "copy"))
     shutil.rmtree(copied / "checkpoints")
-    arguments = (f"init_from={copied}", f"init_from_policy={which}", f"run_dir={tmp_path / 'run'}")
-    assert main(*TINY, *UNTRAINED, *arguments) == 0
     arrays = read_arrays(source / "policies" / f"{which}.npz")
     policy = {f"state.learner.{name}": leaf for name, leaf in arrays.items() if name.startswith("params.")}
-    assert_equal(leaves(tmp_path / "run", PARAMS), policy)
+    assert_taken(initial_of(*TINY, f"init_from={copied}", f"init_from_policy={which}"), policy)
 
 
-def test_other_algorithms_share_nets(source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    run_dir, drawn, arguments = tmp_path / "run", tmp_path / "drawn", ("+algo=ow_qmix", *BUILT_IN, *UNTRAINED)
-    assert main(*arguments, f"run_dir={drawn}") == 0
-    assert main(*arguments, f"init_from={source}", f"run_dir={run_dir}") == 0
-    found, expected = leaves(run_dir, PARAMS), leaves(drawn, PARAMS)
-    agent = {name: leaf for name, leaf in found.items() if name.startswith(f"{PARAMS}agent.")}
-    assert_equal(agent, leaves(source, PARAMS))
-    assert_equal({name: found[name] for name in found.keys() - agent}, {n: expected[n] for n in found.keys() - agent})
-
-    more = (f"init_from={run_dir}", "init_from_nets=[mixer]")
-    assert main("+algo=qmix", *BUILT_IN, *UNTRAINED, *more, f"run_dir={tmp_path / 'mixed'}") == 0
-    assert "first parameters: mixer of " in capfd.readouterr().out
-    mixed = leaves(tmp_path / "mixed", PARAMS)
+def test_other_algorithms_share_nets(source: Path, tmp_path: Path) -> None:
+    run_dir, arguments = tmp_path / "run", (*BUILT_IN, *UNTRAINED)
+    assert main("+algo=ow_qmix", *arguments, f"init_from={source}", f"run_dir={run_dir}") == 0
+    found = leaves(run_dir, PARAMS)
     assert_equal(
-        {name: leaf for name, leaf in mixed.items() if name.startswith(f"{PARAMS}mixer.")},
-        {name: leaf for name, leaf in found.items() if name.startswith(f"{PARAMS}mixer.")},
+        {name: leaf for name, leaf in found.items() if name.startswith(f"{PARAMS}agent.")}, leaves(source, PARAMS)
     )
-    assert (mixed[some_kernel(agent)] != found[some_kernel(agent)]).any()
+    nets = {name.removeprefix(PARAMS).split(".")[0] for name in found}
+    assert nets > {"agent", "mixer"}
+    assert all((leaf[0] != leaf[1]).any() for name, leaf in found.items() if name.endswith("kernel")), "drawn per seed"
 
-
-def some_kernel(agent: dict[str, np.ndarray]) -> str:
-    return next(name for name in sorted(agent) if name.endswith("kernel"))
+    for given, taken in (("init_from_nets=[mixer]", {"mixer"}), ("init_from_nets=null", {"agent", "mixer"})):
+        initial = initial_of("+algo=qmix", *arguments, f"init_from={run_dir}", given, "init_from_optimizer=true")
+        both = {**found, **leaves(run_dir, OPTIMIZER)}
+        assert_taken(initial, {name: leaf for name, leaf in both.items() if taken & set(name.split("."))})
 
 
 def test_a_run_needs_the_other_folder_no_more(source: Path, tmp_path: Path) -> None:
@@ -157,16 +187,6 @@ def test_a_run_needs_the_other_folder_no_more(source: Path, tmp_path: Path) -> N
         records = load_metrics(tmp_path / name)
         assert timeless(records) == timeless(load_metrics(tmp_path / "straight"))
         assert timeless(records) != timeless(drawn)
-
-
-def test_hosts_find_their_seeds_in_the_parts_of_another_run(source: Path, tmp_path: Path) -> None:
-    for host in (0, 1):
-        assert main(*TINY, "hosts=2", f"host={host}", f"run_dir={tmp_path / 'parts'}") == 0
-    run_dir = tmp_path / "run"
-    assert main(*TINY, *UNTRAINED, f"init_from={tmp_path / 'parts'}", f"run_dir={run_dir}") == 0
-    for place in (0, 1):
-        expected = leaves(tmp_path / "parts" / f"host_{place}", PARAMS)
-        assert_equal({name: leaf[place : place + 1] for name, leaf in leaves(run_dir, PARAMS).items()}, expected)
 
 
 @pytest.mark.parametrize(
