@@ -189,7 +189,8 @@ class TensorBoardRuns:
 
 def _append_events(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
     """Appends events to a file, each given by the fields of TensorBoard's protocol buffer ``Event``."""
-    from tensorboard.compat.proto.event_pb2 import Event  # of an extra, and slow to load
+    # Here, because they are of an extra, and slow to load.
+    from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[attr-defined]
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     with open(path, "ab") as file:
