@@ -212,8 +212,19 @@ def test_early_stopping_counts_evaluations_without_a_new_best_mean() -> None:
         state = json.loads(json.dumps(outcome.state))
         stops.append(outcome.stop)
     # Means: 1.0 is the first; 1.4 and 1.75 - the second is 0.75 better; 2.0 is only 0.25 better; 0.0.
-    assert stops == [None, None, None, None, "episode_return has not exceeded 1.75 for 2 evaluations"]
+    assert stops == [None, None, None, None, "episode_return has not improved for 2 evaluations; its best mean is 1.75"]
     assert state == {"best": 1.75, "since": 2}
+
+
+def test_early_stopping_takes_nan_for_no_improvement() -> None:
+    state = EarlyStopping().initial_state()
+    for returns in ((math.nan, 1.0), (-3.0, -1.0), (math.nan, math.nan)):
+        outcome = EarlyStopping().on_evaluation(evaluation_of(*returns), state)
+        assert outcome is not None
+        state = outcome.state
+    assert state == {"best": -2.0, "since": 1}
+    with pytest.raises(ValueError, match=r"^metric=gain is not allowed: eval records have kind, seed, episode_return$"):
+        EarlyStopping(metric="gain").on_evaluation(evaluation_of(1.0), state)
 
 
 def test_early_stopping_ends_at_a_target() -> None:

@@ -232,3 +232,15 @@ def test_runs_from_before_sweeps_are_tabled(tmp_path: Path) -> None:
     (folder / "run.json").write_text(json.dumps(header))
     [row] = table.table([folder])
     assert (row["seeds"], row["episode_return"]) == (2, "3")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "joined"),
+    [
+        (("finished", "finished"), "finished"),
+        (("finished", "stopped"), "stopped"),
+        (("stopped", "interrupted"), "running"),
+    ],
+)
+def test_the_status_is_that_of_all_parts(statuses: tuple[str, ...], joined: str) -> None:
+    assert merge._joined([{"status": status} for status in statuses])["status"] == joined

@@ -65,7 +65,20 @@ def test_metadata(wheel: Path) -> None:
     assert set(metadata["Requires-Python"].split(",")) == {">=3.11", "<3.14"}
     assert metadata["License-Expression"] == "Apache-2.0"
     assert {name.rsplit("/", 1)[-1] for name in names if "/licenses/" in name} == {"LICENSE", "NOTICE"}
-    extras = {"cuda", "tpu", "smax", "tensorboard", "torch", "launchers", "notebooks", "docs", "dev"}
+    extras = {
+        "cuda",
+        "tpu",
+        "smax",
+        "jaxmarl",
+        "pettingzoo",
+        "gymnasium",
+        "tensorboard",
+        "torch",
+        "launchers",
+        "notebooks",
+        "docs",
+        "dev",
+    }
     assert set(metadata.get_all("Provides-Extra", [])) == extras
 
 

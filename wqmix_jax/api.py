@@ -55,7 +55,7 @@ def train_seeds(
     Args:
         config: the result of `wqmix_jax.load_config`, or nested mappings as in a run folder's ``config.yaml``, whose
             classes are imported from anywhere: don't pass those of a run that you don't trust. Its ``seed``,
-            ``num_seeds`` and ``host`` are ignored, and so are all options about files.
+            ``num_seeds`` and ``host`` are ignored, and so are all options about files, except ``init_from``.
         seeds: different integers from 0 to 2**31 - 1. A seed draws the same random numbers whichever seeds train with
             it, but how many they are, and on how many devices or CPU cores, changes the order of floating-point sums.
             Such differences start as rounding errors and grow, so that two curves of one seed may drift apart.

@@ -6,6 +6,7 @@ returns; a run saves it with its checkpoints, so that a resumed run's callbacks 
 
 import abc
 import json
+import math
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -112,19 +113,21 @@ class EarlyStopping(Callback):
         """See `Callback.on_evaluation`.
 
         Raises:
-            KeyError: if the records don't have the metric.
+            ValueError: if the records don't have the metric.
         """
-        values = [record[self.metric] for _, record in evaluation.eval_records()]
-        if not values:  # every member has failed
+        records, best = [record for _, record in evaluation.eval_records()], state["best"]
+        if not records:  # every member has failed
             return None
-        mean = float(np.mean(values))
+        if missing := [record for record in records if self.metric not in record]:
+            raise ValueError(f"metric={self.metric} is not allowed: eval records have {', '.join(missing[0])}")
+        mean = float(np.mean([record[self.metric] for record in records]))
         if self.target is not None and mean >= self.target:
             return Outcome(state, stop=f"{self.metric} is {mean:.5g}, the target is {self.target:.5g}")
-        if state["best"] is None or mean > state["best"] + self.min_delta:
+        if not math.isnan(mean) and (best is None or mean > best + self.min_delta):
             return Outcome({"best": mean, "since": 0})
         since = state["since"] + 1
-        reason = f"{self.metric} has not exceeded {state['best']:.5g} for {since} evaluations"
-        return Outcome({**state, "since": since}, stop=reason if since >= self.patience else None)
+        reason = f"{self.metric} has not improved for {since} evaluations; its best mean is {best}"
+        return Outcome({"best": best, "since": since}, stop=reason if since >= self.patience else None)
 
 
 class Stopped(NamedTuple):

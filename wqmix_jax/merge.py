@@ -110,9 +110,10 @@ def _warn_of_missing(configs: Sequence[dict[str, Any]]) -> None:
 def _joined(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Joins the summaries: all final figures and failures, and the longest time, because the parts run in parallel."""
     statuses = {summary.get("status", "running") for summary in summaries}
+    ended = "stopped" if "stopped" in statuses else "finished"
     return {
         **summaries[0],
-        "status": "finished" if statuses == {"finished"} else "running",
+        "status": ended if statuses <= {"finished", "stopped"} else "running",
         "failed": [failure for summary in summaries for failure in summary.get("failed", [])],
         "final": {name: line for summary in summaries for name, line in summary.get("final", {}).items()},
         "wall_seconds": max(summary.get("wall_seconds", 0.0) for summary in summaries),

@@ -18,7 +18,7 @@ FOLDERS = ("run_dir", "resume", "policy_file", "pymarl", "render", "out", "compi
 
 NAMES = (
     "logger.project", "logger.group", "env.map", "env.name", "env.difficulty", "env.game_version", "env.worker_python",
-    "env.simulator", "init_from",
+    "env.simulator", "env.module", "init_from",
 )  # fmt: skip
 """Options of a name, or of a file that a sweep may vary."""
 
