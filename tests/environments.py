@@ -108,7 +108,10 @@ TINY = load_group("algo", "_base") | {
     "epsilon_anneal_steps": 40,
     "hidden_dim": 5,
 }
-TD = load_group("algo", "_td") | TINY
+AGENT = load_group("algo", "_agent")
+"""The options of a `QLearner`'s agents."""
+
+TD = TINY | AGENT | {"returns": "one_step", "td_lambda": 0.8}
 QMIX = TD | {"mixer": "qmix", "mixer_embed_dim": 4, "hypernet_dim": 3, "num_heads": 2}
 WQMIX = QMIX | {"weighting": "central", "alpha": 0.1, "q_star": "feedforward", "q_star_dim": 6}
 
@@ -121,13 +124,13 @@ def tiny_wqmix(**changes: Any) -> Algorithm:
 def tiny_masac(**changes: Any) -> Algorithm:
     """MASAC, whose loss draws, with narrow nets."""
     own = {"alpha_ent": 0.3, "q_star_dim": 6}
-    return build("algo", {"_target_": "wqmix_jax.algos.masac.MASAC", **TINY, **own, **changes})
+    return build("algo", {"_target_": "wqmix_jax.algos.masac.MASAC", **TINY, **AGENT, **own, **changes})
 
 
 def tiny_maddpg(**changes: Any) -> Algorithm:
     """MADDPG with narrow nets."""
     own = {"gumbel_temperature": 0.5, "q_star_dim": 6}
-    return build("algo", {"_target_": "wqmix_jax.algos.maddpg.MADDPG", **TINY, **own, **changes})
+    return build("algo", {"_target_": "wqmix_jax.algos.maddpg.MADDPG", **TINY, **AGENT, **own, **changes})
 
 
 def tiny_run(algo: Algorithm, env: Environment, **changes: Any) -> Any:

@@ -23,7 +23,7 @@ def plain(**changes: Any) -> dict[str, Any]:
     values = yaml.safe_load((CONFIG_DIR / "train.yaml").read_text())
     del values["hydra"], values["defaults"]
     algo: dict[str, Any] = {}
-    for name in ("_base", "_td", "_q_star", "qmix", "ow_qmix"):
+    for name in ("_base", "_agent", "_td", "_q_star", "qmix", "ow_qmix"):
         algo |= yaml.safe_load((CONFIG_DIR / "algo" / f"{name}.yaml").read_text())
     del algo["defaults"]
     values |= {"algo": algo, "env": env}

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wqmix_jax.networks.agent import RecurrentAgent, SeenByAgents, agent_inputs, unroll_agents
-from wqmix_jax.networks.functional import BlockForm, compute_in, init_net, unroll_in_blocks
+from wqmix_jax.networks.agent import AgentForm, SeenByAgents, unroll_agents
+from wqmix_jax.networks.functional import BlockForm, compute_in, unroll_in_blocks
 
 ROWS, AGENTS, OBS, ACTIONS, HIDDEN, BLOCK = 3, 2, 4, 5, 6, 4
-AGENT = RecurrentAgent(HIDDEN, ACTIONS)
+AGENT = AgentForm(HIDDEN, ACTIONS)
 TRAINED, NETS = 2, 3
 
 
@@ -40,7 +40,7 @@ def data_of(num_steps, dtype):
 
     base, codes = normal(*batch, OBS), jnp.asarray(rng.integers(1, 4, (num_steps, ROWS, 1, 1)), jnp.int8)
     last_action, carry = jnp.asarray(rng.integers(-1, ACTIONS, batch)), normal(ROWS, AGENTS, HIDDEN)
-    like = jax.eval_shape(lambda: init_net(AGENT, jax.random.key(0), carry, agent_inputs(base, last_action, ACTIONS)))
+    like = jax.eval_shape(lambda: AGENT.init(jax.random.key(0), AGENTS, OBS))
     nets = [jax.tree.map(lambda leaf: normal(*leaf.shape), like) for _ in range(NETS)]
     starts, weights = jnp.asarray(rng.random(batch) < 0.3), [normal(NETS, *batch, size) for size in (ACTIONS, HIDDEN)]
     return Data(nets, carry, base, codes, last_action, starts, *weights)

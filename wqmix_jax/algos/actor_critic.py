@@ -3,8 +3,8 @@
 import flax.linen as nn
 import jax
 
-from wqmix_jax.algos.q_learning import QLearner, gather_actions, init_agent, init_central
-from wqmix_jax.networks.functional import apply_net, block_form
+from wqmix_jax.algos.q_learning import QLearner, gather_actions, init_central
+from wqmix_jax.networks.functional import apply_net
 from wqmix_jax.networks.q_star import FeedForwardQStar
 from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, PRNGKey, PyTree
@@ -26,6 +26,11 @@ class ActorCritic(QLearner):
     q_star_dim: PositiveInt
 
     @property
+    def head_gain(self) -> float:
+        """See `QLearner.head_gain`: actors start nearly uniform."""
+        return 0.01
+
+    @property
     def q_star_net(self) -> nn.Module:
         """The critic's mixer as a flax module."""
         return FeedForwardQStar(self.q_star_dim)
@@ -34,7 +39,7 @@ class ActorCritic(QLearner):
         """Draws the parameters of actors and critic."""
         actor_key, agent_key, mixer_key = jax.random.split(key, 3)
         return super().init(actor_key, env_spec) | {
-            "q_star_agent": init_agent(agent_key, self.hidden_dim, env_spec),
+            "q_star_agent": self.init_agents(agent_key, env_spec),
             "q_star_mixer": init_central(self.q_star_net, mixer_key, env_spec),
         }
 

@@ -1,32 +1,94 @@
-"""The base of all algorithms with a recurrent utility network: unroll it, act with it, read values from it."""
+"""The base of all algorithms with utility networks of agents: unroll them, act with them, read values from them."""
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import pydantic
 
 from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, Fraction, Hyperparams
-from wqmix_jax.networks.agent import RecurrentAgent, SeenByAgents, Unrolled, agent_inputs, unroll_agents
-from wqmix_jax.networks.functional import apply_net, init_net
-from wqmix_jax.ops.action_selection import explore, greedy_actions, sample_exploration
-from wqmix_jax.ops.td import lambda_return, n_step_return, td_target
-from wqmix_jax.options import PositiveInt, options
+from wqmix_jax.errors import ConfigError
+from wqmix_jax.networks.agent import AgentForm, SeenByAgents, Unrolled, unroll_agents
+from wqmix_jax.networks.functional import init_net
+from wqmix_jax.ops.action_selection import explore, sample_exploration
+from wqmix_jax.ops.td import lambda_return, td_target
+from wqmix_jax.options import options
 from wqmix_jax.types import Array, EnvSpec, Episode, Observation, PRNGKey, PyTree
+
+
+def _sharing(value: Any) -> Any:
+    if value in ("all", "none"):
+        return value
+    groups = value if isinstance(value, list | tuple) else ()
+    groups = tuple(tuple(group) if isinstance(group, list | tuple) else () for group in groups)
+    agents = [agent for group in groups for agent in group]
+    are_numbers = bool(agents) and all(groups) and all(type(agent) is int for agent in agents)
+    if not are_numbers or sorted(agents) != list(range(len(agents))):
+        raise ValueError("choose all, none or groups that name each agent, from 0, once, such as [[0,1],[2]]")
+    return groups
+
+
+ParameterSharing = Annotated[Any, pydantic.AfterValidator(_sharing)]
+"""``all``, ``none``, or a tuple of tuples of agents."""
 
 
 @options
 class QLearner(Algorithm):
-    """Recurrent agents that act epsilon-greedily on their outputs; parameters ``{"agent": ..}``.
+    """Agents that act epsilon-greedily on their outputs; parameters ``{"agent": ..}``.
 
-    The base of `TDLearner`, whose outputs are utilities, and of `ActorCritic`, whose outputs are logits.
+    The base of `TDLearner`, whose outputs are utilities, and of `ActorCritic`, whose outputs are logits. The defaults
+    are in ``configs/algo/_agent.yaml``. All options but ``hidden_dim`` are about all networks of agents, those of a Q*
+    or a critic included.
+
+    Attributes:
+        agent_id: whether agents see their number (one-hot).
+        last_action: whether agents see their last action (one-hot).
+        recurrent: agents with a GRU; otherwise without memory, with a linear layer in its place.
+        share_parameters: the agents that have the same parameters: ``all``, ``none``, or groups such as
+            ``[[0,1],[2]]``, which name each agent once.
+        layer_norm: whether a layer normalisation follows the agents' first linear layer and precedes their last one.
+        weight_init: how the agents' parameters are drawn: as ``torch`` does, or ``orthogonal`` kernels and zero biases.
     """
 
+    agent_id: bool
+    last_action: bool
+    recurrent: bool
+    share_parameters: ParameterSharing
+    layer_norm: bool
+    weight_init: Literal["torch", "orthogonal"]
+
+    @property
+    def head_gain(self) -> float:
+        """The gain of orthogonal kernels of the acting agents' last layer."""
+        return 1.0
+
+    def agents(self, num_agents: int, num_actions: int, head_gain: float = 1.0) -> AgentForm:
+        """Returns the form of a network of agents.
+
+        Raises:
+            ConfigError: if ``share_parameters`` doesn't name all agents.
+        """
+        return AgentForm(
+            hidden_dim=self.hidden_dim,
+            num_actions=num_actions,
+            has_id=self.agent_id,
+            has_last_action=self.last_action,
+            recurrent=self.recurrent,
+            layer_norm=self.layer_norm,
+            head_gain=head_gain if self.weight_init == "orthogonal" else None,
+            groups=_groups(self.share_parameters, num_agents),
+        )
+
+    def init_agents(self, key: PRNGKey, env_spec: EnvSpec, head_gain: float = 1.0) -> PyTree:
+        """Draws the parameters of one network of agents."""
+        agents = self.agents(env_spec.num_agents, env_spec.num_actions, head_gain)
+        return agents.init(key, env_spec.num_agents, env_spec.obs_dim)
+
     def init(self, key: PRNGKey, env_spec: EnvSpec) -> PyTree:
-        """Draws the agent's parameters; families with more nets add to this."""
-        return {"agent": init_agent(key, self.hidden_dim, env_spec)}
+        """Draws the agents' parameters; families with more nets add to this."""
+        return {"agent": self.init_agents(key, env_spec, self.head_gain)}
 
     def acting_params(self, params: PyTree) -> PyTree:
         """Returns the agent alone."""
@@ -57,12 +119,7 @@ class QLearner(Algorithm):
 
     def step(self, agent_params: PyTree, carry: Array, inputs: AgentInputs) -> tuple[Array, Array]:
         """Returns the recurrent state after one step, ``[.., N, H]``, and the utilities, ``[.., N, A]``."""
-        num_actions = inputs.avail_actions.shape[-1]
-        # The unrolled net on a sequence of one step: the same arithmetic as in `unroll`.
-        features = agent_inputs(inputs.obs, inputs.last_action, num_actions)
-        agent = RecurrentAgent(self.hidden_dim, num_actions)
-        carry, agent_qs = apply_net(agent, agent_params, carry, features[None])
-        return carry, agent_qs[0]
+        return self.agents(*inputs.avail_actions.shape[-2:]).step(agent_params, carry, inputs.obs, inputs.last_action)
 
     def unroll(self, agent_params: PyTree, batch: Episode) -> Array:
         """Returns the utilities of whole episodes from a fresh recurrent state: ``[B, T+1, N, A]``."""
@@ -86,7 +143,6 @@ class QLearner(Algorithm):
             T+1, N, H]``, after each observation; past the batch's ``num_places`` they have no meaning.
         """
         # Time comes first inside, ``[T+1, B, N, ..]``, as the scan over time needs it.
-        num_actions = batch.avail_actions.shape[-1]
         # The last action before the first step of an episode is -1, which `agent_inputs` encodes as zeros.
         first = jnp.full_like(batch.joint_action[:, :1], -1)
         last_action = jnp.concatenate([first, batch.joint_action], axis=1)
@@ -97,8 +153,8 @@ class QLearner(Algorithm):
         seen = SeenByAgents(batch.obs, last_action, starts, batch.compact)
         seen = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), seen)._replace(num_places=batch.num_places)
         carry = self.initial_carry(last_action.shape[:1] + last_action.shape[2:]).astype(batch.obs.dtype)
-        agent = RecurrentAgent(self.hidden_dim, num_actions)
-        unrolled = unroll_agents(agent, trained, frozen, carry, seen, keeps_hiddens=keeps_hiddens)
+        agents = self.agents(*batch.avail_actions.shape[-2:])
+        unrolled = unroll_agents(agents, trained, frozen, carry, seen, keeps_hiddens=keeps_hiddens)
         return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), unrolled)
 
 
@@ -225,12 +281,18 @@ def seen_after(batch: Episode) -> Observation:
     return Observation(batch.obs[:, 1:], batch.state[:, 1:], batch.avail_actions[:, 1:])
 
 
-def init_agent(key: PRNGKey, hidden_dim: int, env_spec: EnvSpec) -> PyTree:
-    """Draws the parameters of one `RecurrentAgent`."""
-    obs = jnp.zeros((1, env_spec.num_agents, env_spec.obs_dim))
-    features = agent_inputs(obs, jnp.full(obs.shape[:-1], -1), env_spec.num_actions)
-    carry = jnp.zeros((env_spec.num_agents, hidden_dim))
-    return init_net(RecurrentAgent(hidden_dim, env_spec.num_actions), key, carry, features)
+def _groups(sharing: Any, num_agents: int) -> tuple[int, ...] | None:
+    """Returns the number of each agent's group; None if all agents share their parameters."""
+    if sharing == "all":
+        return None
+    if sharing == "none":
+        return tuple(range(num_agents))
+    groups = {agent: group for group, agents in enumerate(sharing) for agent in agents}
+    if len(groups) != num_agents:
+        named = [list(agents) for agents in sharing]
+        needed = f"it names {len(groups)} agents, and the environment has {num_agents}"
+        raise ConfigError(f"algo.share_parameters={named} is not allowed: {needed}")
+    return tuple(groups[agent] for agent in range(num_agents))
 
 
 def init_central(net: nn.Module, key: PRNGKey, env_spec: EnvSpec) -> PyTree:

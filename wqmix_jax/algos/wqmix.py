@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from wqmix_jax.algos.base import Aux, Context, Hyperparams, PositiveFraction, mean_over_steps
-from wqmix_jax.algos.q_learning import gather_actions, init_agent, init_central, seen_after, seen_before
+from wqmix_jax.algos.q_learning import gather_actions, init_central, seen_after, seen_before
 from wqmix_jax.algos.qmix import QMIX
 from wqmix_jax.networks.functional import apply_net
 from wqmix_jax.networks.q_star import AttentionQStar, FeedForwardQStar
@@ -78,7 +78,7 @@ class WQMIX(QMIX):
         if self.q_star == "none":
             return params
         return params | {
-            "q_star_agent": init_agent(agent_key, self.hidden_dim, env_spec),
+            "q_star_agent": self.init_agents(agent_key, env_spec),
             "q_star_mixer": init_central(self.q_star_net, mixer_key, env_spec),
         }
 

@@ -69,16 +69,25 @@ class LinearWeights(NamedTuple):
 
 
 class Linear(nn.Module):
-    """A linear layer, ``[.., I] -> [.., features]``; flax's Dense can't initialise its bias from the fan-in."""
+    """A linear layer, ``[.., I] -> [.., features]``; flax's Dense can't initialise its bias from the fan-in.
+
+    Attributes:
+        features: width of the outputs.
+        gain: None for torch's initialisation; otherwise the kernel is orthogonal with this gain, and the bias zero.
+    """
 
     features: int
+    gain: float | None = None
 
     @nn.compact
     def weights(self, num_inputs: int) -> LinearWeights:
         """Returns the weights for inputs of this width."""
-        init = torch_uniform(num_inputs)
+        kernel_init = bias_init = torch_uniform(num_inputs)
+        if self.gain is not None:
+            kernel_init, bias_init = nn.initializers.orthogonal(self.gain), nn.initializers.zeros
         return LinearWeights(
-            self.param("kernel", init, (num_inputs, self.features)), self.param("bias", init, (self.features,))
+            self.param("kernel", kernel_init, (num_inputs, self.features), jnp.float32),
+            self.param("bias", bias_init, (self.features,), jnp.float32),
         )
 
     def __call__(self, *inputs: Array) -> Array:

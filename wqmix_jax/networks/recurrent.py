@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from wqmix_jax.networks.linear import LinearWeights, product, torch_uniform
-from wqmix_jax.types import Array, PyTree
+from wqmix_jax.types import Array, PRNGKey, PyTree
 
 
 class GRUWeights(NamedTuple):
@@ -44,7 +44,7 @@ def gru_step(weights: GRUWeights, carry: Array, inputs: Array) -> Array:
 
 @jax.custom_vjp
 def encoded_unroll(
-    encoder: LinearWeights,
+    encoder: LinearWeights | None,
     weights: GRUWeights,
     carry: Array,
     inputs: Array,
@@ -57,10 +57,10 @@ def encoded_unroll(
     step while what they are made of is in the cache, where autodiff would store every intermediate and reread it.
 
     Args:
-        encoder: the linear layer, ``[I, F]`` and ``[F]``.
+        encoder: the linear layer, ``[I, F]`` and ``[F]``; None if ``inputs`` are encoded already.
         weights: the unit, see `GRUWeights`.
         carry: ``[R, H]``, the hidden state before the first step.
-        inputs: ``[T, R, I]``.
+        inputs: ``[T, R, I]``; ``[T, R, F]`` without an encoder.
         starts: ``[T, R]`` bool, where the hidden state before the step is ``carry`` again; None for nowhere.
         num_places: scalar int32, the number of steps that are taken; None for all. The hidden states of the others are
             zero and have no gradient.
@@ -114,7 +114,9 @@ def _restarted(hidden: Array, carry: Array, start: Array | None) -> Array:
     return hidden if start is None else jnp.where(start[:, None], carry, hidden)
 
 
-def _encode(encoder: LinearWeights, inputs: Array) -> Array:
+def _encode(encoder: LinearWeights | None, inputs: Array) -> Array:
+    if encoder is None:
+        return inputs
     return nn.relu(product(inputs, encoder.kernel) + encoder.bias[None, :])
 
 
@@ -137,7 +139,7 @@ def _next_hidden(gates: _Gates, hidden: Array) -> Array:
 class _Residuals(NamedTuple):
     """The inputs of the backward pass; ``encoded``, ``hiddens`` and the gates are those of every step."""
 
-    encoder: LinearWeights
+    encoder: LinearWeights | None
     weights: GRUWeights
     carry: Array
     inputs: Array
@@ -149,7 +151,7 @@ class _Residuals(NamedTuple):
 
 
 def _unroll_forward(
-    encoder: LinearWeights,
+    encoder: LinearWeights | None,
     weights: GRUWeights,
     carry: Array,
     inputs: Array,
@@ -169,7 +171,7 @@ def _unroll_forward(
 
 def _unroll_backward(
     residuals: _Residuals, d_hiddens: Array
-) -> tuple[LinearWeights, GRUWeights, Array, Array, None, None]:
+) -> tuple[LinearWeights | None, GRUWeights, Array, Array, None, None]:
     """Backpropagates through time: ``[T, R, H]`` -> the gradients with respect to all differentiable arguments.
 
     ``d_before`` ``[R, H]`` is the gradient of the loss with respect to the hidden state that the current step outputs,
@@ -183,7 +185,8 @@ def _unroll_backward(
     hidden_dim = carry.shape[-1]
     narrow = weights.hidden_kernel.dtype  # that of matrix products: bfloat16 with `compute_in("bfloat16")`
     # Transposed once: within the loop XLA would do it at every step.
-    encoder_kernel, input_kernel, hidden_kernel = encoder.kernel.T, weights.input_kernel.T, weights.hidden_kernel.T
+    encoder_kernel = None if encoder is None else encoder.kernel.T
+    input_kernel, hidden_kernel = weights.input_kernel.T, weights.hidden_kernel.T
 
     def step(grads: tuple[Array, Array, PyTree], at: Any) -> tuple[tuple[Array, Array, PyTree], Array]:
         d_carry, d_before, d_weights = grads
@@ -199,10 +202,12 @@ def _unroll_backward(
         d_from_inputs = jnp.concatenate([d_reset, d_update, d_new], axis=-1)
         d_from_hidden = jnp.concatenate([d_reset, d_update, d_hidden_new], axis=-1)
         # The two products differ in the new gate alone, where the reset gate scales the hidden state's term.
-        d_encoded = jnp.where(features > 0, product(d_from_inputs, input_kernel), 0)
+        d_encoded = product(d_from_inputs, input_kernel)
+        if encoder is not None:
+            d_encoded = jnp.where(features > 0, d_encoded, 0)
         d_input_bias = d_from_inputs.sum(0)
         d_step = (
-            LinearWeights(product(x.T, d_encoded.astype(narrow)), d_encoded.sum(0)),
+            None if encoder is None else LinearWeights(product(x.T, d_encoded.astype(narrow)), d_encoded.sum(0)),
             GRUWeights(
                 product(features.T, d_from_inputs.astype(narrow)),
                 product(before.T, d_from_hidden.astype(narrow)),
@@ -214,7 +219,8 @@ def _unroll_backward(
         if start is not None:  # the step began an episode: this gradient is with respect to ``carry``
             d_carry += jnp.where(start[:, None], d_before, 0)
             d_before = jnp.where(start[:, None], 0, d_before)
-        return (d_carry, d_before, jax.tree.map(jnp.add, d_weights, d_step)), product(d_encoded, encoder_kernel)
+        d_x = d_encoded if encoder_kernel is None else product(d_encoded, encoder_kernel)
+        return (d_carry, d_before, jax.tree.map(jnp.add, d_weights, d_step)), d_x
 
     both = (encoder, weights)
     zero = jnp.zeros_like(carry)
@@ -230,17 +236,33 @@ encoded_unroll.defvjp(_unroll_forward, _unroll_backward)
 
 
 class GRU(nn.Module):
-    """The unit's weights, initialised U(-1/sqrt(H), 1/sqrt(H)) as in torch."""
+    """The unit's weights.
+
+    Attributes:
+        hidden_dim: width of the hidden state.
+        is_orthogonal: whether each gate's kernels are orthogonal, and biases zero. Otherwise all weights are drawn from
+            U(-1/sqrt(H), 1/sqrt(H)) as in torch.
+    """
 
     hidden_dim: int
+    is_orthogonal: bool = False
 
     @nn.compact
     def __call__(self, num_features: int) -> GRUWeights:
         """Returns the weights for inputs of this width."""
-        init, gates = torch_uniform(self.hidden_dim), 3 * self.hidden_dim
+        kernel_init = bias_init = torch_uniform(self.hidden_dim)
+        if self.is_orthogonal:
+            kernel_init, bias_init = _orthogonal_gates, nn.initializers.zeros
+        gates = 3 * self.hidden_dim
         return GRUWeights(
-            self.param("input_kernel", init, (num_features, gates)),
-            self.param("hidden_kernel", init, (self.hidden_dim, gates)),
-            self.param("input_bias", init, (gates,)),
-            self.param("hidden_bias", init, (gates,)),
+            self.param("input_kernel", kernel_init, (num_features, gates), jnp.float32),
+            self.param("hidden_kernel", kernel_init, (self.hidden_dim, gates), jnp.float32),
+            self.param("input_bias", bias_init, (gates,), jnp.float32),
+            self.param("hidden_bias", bias_init, (gates,), jnp.float32),
         )
+
+
+def _orthogonal_gates(key: PRNGKey, shape: tuple[int, int], dtype: Any) -> Array:
+    """Draws the three gates' kernels ``[F, H]``, each orthogonal, and returns them side by side, ``[F, 3H]``."""
+    draw = functools.partial(nn.initializers.orthogonal(), shape=(shape[0], shape[1] // 3), dtype=dtype)
+    return jax.vmap(draw, out_axes=1)(jax.random.split(key, 3)).reshape(shape)
