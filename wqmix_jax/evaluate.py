@@ -222,9 +222,9 @@ def _pymarl_policy(env: Environment, algo_values: Mapping[str, Any], chosen: Eva
     if not Path(folder).is_dir():
         raise ConfigError(f"pymarl={folder} is not allowed: there is no such folder")
     try:
-        algo = build("algo", {**algo_values, "hidden_dim": pymarl.hidden_dim(folder)})
         check_environment(env)
         spec = env.spec  # outside the trace, in case the environment keeps what it makes on first use
+        algo = build("algo", {**algo_values, **pymarl.agent_options(folder, spec)})
         like = jax.eval_shape(lambda: algo.init(jax.random.key(0), spec))
         params = pymarl.load_checkpoint(folder, like, nets=["agent"])
     except pymarl.PyMARLError as error:

@@ -3,8 +3,12 @@
 A PyMARL learner saves one ``state_dict`` per net into a folder: ``agent.th`` and, with a mixer, ``mixer.th``. The
 authors' WQMIX learners leave the central nets out; forks that save them call the files ``central_agent.th`` and
 ``central_mixer.th``, and so do we. The optimiser's ``opt.th`` is not read. `NETS` is the one table of names.
+
+EPyMARL's agents without a recurrent unit (``use_rnn: False``) and without shared parameters (``rnn_ns``) are read, too.
+Agents with layer normalisation, and groups of agents that share parameters, have no counterpart there.
 """
 
+import itertools
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +20,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from wqmix_jax.errors import install_extra
-from wqmix_jax.types import PyTree
+from wqmix_jax.types import EnvSpec, PyTree
 
 
 class PyMARLError(ValueError):
@@ -67,6 +71,12 @@ _AGENT = _linear(encoder="fc1", head="fc2") | {
     "rnn.bias_ih": "gru/input_bias",
     "rnn.bias_hh": "gru/hidden_bias",
 }
+# EPyMARL's agents without a recurrent unit, and its agents without shared parameters.
+_FEED_FORWARD = _linear(encoder="fc1", hidden="rnn", head="fc2")
+_AGENTS = tuple(
+    {f"agents.*.{theirs}": f"agents/{ours}" for theirs, ours in layout.items()} for layout in (_AGENT, _FEED_FORWARD)
+)
+_AGENT_LAYOUTS = (_AGENT, _FEED_FORWARD, *_AGENTS)
 _MIXER = _V | _linear(
     hyper_w_1__hidden="hyper_w_1.0",
     hyper_w_1__out="hyper_w_1.2",
@@ -96,9 +106,9 @@ _CENTRAL_MIXER = _V | _linear(
 )
 
 NETS: Mapping[str, Net] = {
-    "agent": Net("agent", (_AGENT,), optional=False),
+    "agent": Net("agent", _AGENT_LAYOUTS, optional=False),
     "mixer": Net("mixer", (_MIXER, _QTRAN, _QPLEX), optional=False),
-    "central_agent": Net("q_star_agent", (_AGENT,), optional=True),
+    "central_agent": Net("q_star_agent", _AGENT_LAYOUTS, optional=True),
     "central_mixer": Net("q_star_mixer", (_CENTRAL_MIXER,), optional=True),
 }
 """The nets by PyMARL's names, which are also the names of the files (with ``.th``)."""
@@ -216,18 +226,36 @@ def read_tensors(folder: str | Path, net: str) -> dict[str, np.ndarray]:
     return {name: _as_numpy(torch, tensor, f"{path}: {name}") for name, tensor in state_dict.items()}
 
 
-def hidden_dim(folder: str | Path) -> int:
-    """Returns the width of the recurrent agent in ``agent.th``.
+def agent_options(folder: str | Path, env_spec: EnvSpec) -> dict[str, Any]:
+    """Returns the options of the agents in ``agent.th``, by their names in an algorithm.
+
+    Args:
+        folder: the folder that contains it.
+        env_spec: the environment that they play. ``agent_id`` and ``last_action`` follow from the width of the inputs;
+            they are left out where no width or more than one fits.
 
     Raises:
         PyMARLError: as `read_tensors`, or if it is another kind of agent.
     """
     tensors = read_tensors(folder, "agent")
-    if "rnn.weight_hh" not in tensors:
-        raise PyMARLError(f"{Path(folder) / 'agent.th'}: rnn.weight_hh is missing")
-    if tensors["rnn.weight_hh"].ndim != 2:
-        raise PyMARLError(f"{Path(folder) / 'agent.th'}: rnn.weight_hh has shape {tensors['rnn.weight_hh'].shape}")
-    return tensors["rnn.weight_hh"].shape[-1]
+    is_alone = "agents.0.fc1.weight" in tensors
+    prefix = "agents.0." if is_alone else ""
+    recurrent = f"{prefix}rnn.weight" not in tensors
+    hidden = f"{prefix}rnn.weight_hh" if recurrent else f"{prefix}rnn.weight"
+    for name in (hidden, f"{prefix}fc1.weight"):
+        if name not in tensors:
+            raise PyMARLError(f"{Path(folder) / 'agent.th'}: {name} is missing")
+        if tensors[name].ndim != 2:
+            raise PyMARLError(f"{Path(folder) / 'agent.th'}: {name} has shape {tensors[name].shape}")
+    options = {"hidden_dim": tensors[hidden].shape[-1], "recurrent": recurrent}
+    options["share_parameters"] = "none" if is_alone else "all"
+    more = tensors[f"{prefix}fc1.weight"].shape[-1] - env_spec.obs_dim
+    inputs = [
+        {"agent_id": has_id, "last_action": has_action}
+        for has_id, has_action in itertools.product((True, False), repeat=2)
+        if has_id * env_spec.num_agents + has_action * env_spec.num_actions == more
+    ]
+    return options | (inputs[0] if len(inputs) == 1 else {})
 
 
 def _layout(net: str, leaves: Collection[str]) -> Mapping[str, str]:
