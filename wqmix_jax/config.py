@@ -280,21 +280,22 @@ def with_newer_options(values: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         values: nested mappings, as ``config.yaml`` of a run folder holds them. An algorithm that isn't of this package
-            gets the options of all algorithms, an environment that isn't gets none.
+            gets the options of all algorithms, or of every `TDLearner` if it has one of them; an environment that isn't
+            gets none.
     """
     defaults = run_defaults()
     for group in ("algo", "env"):
-        defaults[group] = _defaults_of(group, values[group].get("_target_"))
+        defaults[group] = _defaults_of(group, values[group])
     filled = {**defaults, **values}
     nested = (name for name in defaults if isinstance(defaults[name], dict) and isinstance(filled[name], Mapping))
     return filled | {name: {**defaults[name], **filled[name]} for name in nested if name != "sweep"}
 
 
-def _defaults_of(group: str, target: str | None) -> dict[str, Any]:
+def _defaults_of(group: str, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the values of the first yaml of a class; nothing is imported."""
     choices = (load_group(group, path.stem) for path in sorted((CONFIG_DIR / group).glob("[!_]*.yaml")))
-    common = load_group("algo", "_base") if group == "algo" else {}
-    return next((choice for choice in choices if choice["_target_"] == target), common)
+    common = load_group("algo", "_td" if "returns" in recorded else "_base") if group == "algo" else {}
+    return next((choice for choice in choices if choice["_target_"] == recorded.get("_target_")), common)
 
 
 def run_defaults() -> dict[str, Any]:

@@ -396,6 +396,24 @@ def test_accelerators_learn_what_a_cpu_learns(platform, batches, algo, lengths):
     same_to_rounding(learned_from_lengths(algo, batches, platform, lengths), learned_from_whole_batches(algo, lengths))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"share_parameters": "none", "agent_id": False, "weight_init": "orthogonal"},
+        {"share_parameters": [[1, 0]], "layer_norm": True, "last_action": False},
+        {"recurrent": False, "share_parameters": "none"},
+    ],
+    ids=["alone", "normalised", "feedforward"],
+)
+def test_every_form_of_agents_learns_the_same_from_packed_batches_and_on_accelerators(options, monkeypatch):
+    monkeypatch.setattr(batch_gradients, "LARGE_TILE", 8)
+    monkeypatch.setattr(batch_gradients, "SMALL_TILE", 4)
+    algo = tiny_wqmix(**FIVE, **options)
+    expected = learned_from_whole_batches(algo)
+    same_to_rounding(learned_from_lengths(algo, "packed"), expected)
+    same_to_rounding(learned_from_lengths(algo, "bounded", "tpu"), expected)
+
+
 def test_an_unmarked_loss_learns_the_same(monkeypatch):
     algo = tiny_wqmix(**FIVE, returns="td_lambda")
     expected = learned_from_whole_batches(algo)

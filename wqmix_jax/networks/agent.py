@@ -325,10 +325,7 @@ def unroll_agents(
     def unroll(params: PyTree) -> Unrolled:
         return each_agent(params, carry, inputs, seen.starts)
 
-    if form is None:
-        unrolled = [unroll(params) for params in nets]
-    else:
-        unrolled = _unroll_stacked(unroll, nets, len(trained))
+    unrolled = [unroll(params) for params in nets] if form is None else _unroll_stacked(unroll, nets, len(trained))
     return unrolled if keeps_hiddens else [one._replace(hiddens=None) for one in unrolled]
 
 

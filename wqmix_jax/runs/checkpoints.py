@@ -274,7 +274,11 @@ class Checkpoints:
             raise ConfigError(f"{path} has schema {host['schema']}; this version of wqmix_jax reads schema {SCHEMA}")
         here = self._origin.options
         # Options newer than the checkpoint count as their defaults.
-        classes = {group: {"_target_": here.get(f"{group}._target_")} for group in ("algo", "env")}
+        names = {"algo": ("_target_", "returns"), "env": ("_target_",)}
+        classes = {
+            group: {name: here[f"{group}.{name}"] for name in known if f"{group}.{name}" in here}
+            for group, known in names.items()
+        }
         newer = {name: value for name, value in kept_options(with_newer_options(classes)).items() if name in here}
         there = {**newer, **host["options"]}
         for name in sorted(differing(there, here)):
