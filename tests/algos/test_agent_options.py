@@ -43,7 +43,7 @@ def test_every_algorithm_trains_with_them(algo: str, options: tuple[str, ...], t
         last = load_metrics(tmp_path, kind="train", seed=seed)[-1]
         assert last["learner_steps"] >= 4
         assert all(isinstance(value, str) or math.isfinite(value) for value in last.values())
-    assert load_policy(tmp_path, member=1, which="last").env_steps >= 30
+    assert (load_policy(tmp_path, member=1, which="last").env_steps or 0) >= 30
 
 
 @pytest.mark.slow

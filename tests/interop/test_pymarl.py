@@ -1,5 +1,6 @@
 """PyMARL's checkpoints, written and read by the real torch."""
 
+import dataclasses
 import itertools
 import sys
 from collections.abc import Mapping
@@ -13,8 +14,15 @@ import pytest
 import torch
 
 from wqmix_jax import load_config
-from wqmix_jax.algos.base import Algorithm
-from wqmix_jax.interop.pymarl import PyMARLError, from_pymarl, hidden_dim, load_checkpoint, save_checkpoint, to_pymarl
+from wqmix_jax.algos.base import AgentInputs, Algorithm
+from wqmix_jax.interop.pymarl import (
+    PyMARLError,
+    agent_options,
+    from_pymarl,
+    load_checkpoint,
+    save_checkpoint,
+    to_pymarl,
+)
 from wqmix_jax.networks.agent import RecurrentAgent
 from wqmix_jax.types import EnvSpec, PyTree
 
@@ -35,6 +43,31 @@ class TorchAgent(torch.nn.Module):
     def forward(self, inputs: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = self.rnn(torch.relu(self.fc1(inputs)), hidden)
         return self.fc2(hidden), hidden
+
+
+class TorchEPyMARL(torch.nn.Module):
+    """EPyMARL's agent with its ``use_rnn``, written from its description."""
+
+    def __init__(self, num_inputs: int, *, use_rnn: bool) -> None:
+        super().__init__()
+        self.use_rnn = use_rnn
+        self.fc1 = torch.nn.Linear(num_inputs, 16)
+        self.rnn = torch.nn.GRUCell(16, 16) if use_rnn else torch.nn.Linear(16, 16)
+        self.fc2 = torch.nn.Linear(16, SPEC.num_actions)
+
+    def forward(self, inputs: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        encoded = torch.relu(self.fc1(inputs))
+        hidden = self.rnn(encoded, hidden) if self.use_rnn else torch.relu(self.rnn(encoded))
+        return self.fc2(hidden), hidden
+
+
+class TorchSeparate(torch.nn.Module):
+    """EPyMARL's agents without shared parameters."""
+
+    def __init__(self, num_inputs: int, *, use_rnn: bool) -> None:
+        super().__init__()
+        each = [TorchEPyMARL(num_inputs, use_rnn=use_rnn) for _ in range(SPEC.num_agents)]
+        self.agents = torch.nn.ModuleList(each)
 
 
 class TorchMixer(torch.nn.Module):
@@ -206,7 +239,8 @@ def test_what_we_wrote_comes_back_bit_for_bit(tmp_path: Path, params: PyTree) ->
     save_checkpoint(tmp_path, params)
     loaded = load_checkpoint(tmp_path, jax.eval_shape(lambda: params))
     assert bits(loaded) == bits(params)
-    assert hidden_dim(tmp_path) == 16
+    every = {"hidden_dim": 16, "recurrent": True, "share_parameters": "all", "agent_id": True, "last_action": True}
+    assert agent_options(tmp_path, SPEC) == every
 
 
 def test_a_loaded_agent_computes_what_torchs_does(tmp_path: Path, params: PyTree) -> None:
@@ -222,6 +256,66 @@ def test_a_loaded_agent_computes_what_torchs_does(tmp_path: Path, params: PyTree
             expected.append(utilities.numpy())
     _, got = RecurrentAgent(16, SPEC.num_actions).apply({"params": ours}, jnp.zeros((6, 16)), jnp.asarray(inputs))
     np.testing.assert_allclose(got, np.stack(expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_rnn", [True, False])
+@pytest.mark.parametrize("is_shared", [True, False])
+@pytest.mark.parametrize(("agent_id", "last_action"), [(True, True), (True, False), (False, True), (False, False)])
+def test_epymarls_agents_compute_what_torchs_do(
+    tmp_path: Path, use_rnn: bool, is_shared: bool, agent_id: bool, last_action: bool
+) -> None:
+    """Their options follow from the file, which is written again with the same tensors."""
+    num_inputs = SPEC.obs_dim + agent_id * SPEC.num_agents + last_action * SPEC.num_actions
+    theirs = (TorchEPyMARL if is_shared else TorchSeparate)(num_inputs, use_rnn=use_rnn)
+    write(tmp_path, "agent", theirs.state_dict())
+    options = agent_options(tmp_path, SPEC)
+    sharing = "all" if is_shared else "none"
+    expected = {"hidden_dim": 16, "recurrent": use_rnn, "share_parameters": sharing}
+    assert options == expected | {"agent_id": agent_id, "last_action": last_action}
+    algo = dataclasses.replace(load_config("+algo=iql").algo, **options)
+    ours = load_checkpoint(tmp_path, shapes(algo), nets=["agent"])
+
+    rng, carry, hidden = np.random.default_rng(0), jnp.zeros((3, 16)), [torch.zeros(1, 16)] * 3
+    for last in (-1, 2):
+        obs = rng.normal(size=(3, SPEC.obs_dim)).astype(np.float32)
+        seen = AgentInputs(jnp.asarray(obs), jnp.full(3, last), jnp.ones((3, SPEC.num_actions), bool))
+        carry, found = algo.step(ours["agent"], carry, seen)
+        for agent in range(3):
+            net = theirs if is_shared else theirs.agents[agent]
+            action = np.zeros(SPEC.num_actions) if last < 0 else np.eye(SPEC.num_actions)[last]
+            parts = [obs[agent]] + [action] * last_action + [np.eye(3)[agent]] * agent_id
+            inputs = torch.from_numpy(np.concatenate(parts).astype(np.float32)[None])
+            with torch.no_grad():
+                utilities, hidden[agent] = net(inputs, hidden[agent])
+            np.testing.assert_allclose(found[agent], utilities[0], rtol=1e-5, atol=1e-6)
+
+    again = tmp_path / "again"
+    save_checkpoint(again, ours)
+    assert bits(dict(sorted(read(again, "agent").items()))) == bits(dict(sorted(theirs.state_dict().items())))
+
+
+def test_agents_without_a_counterpart_are_refused(tmp_path: Path) -> None:
+    for option, leaf in {"share_parameters": "groups/encoder/bias", "layer_norm": "encoder_norm/bias"}.items():
+        value = {"share_parameters": ((0, 1), (2,)), "layer_norm": True}[option]
+        algo = dataclasses.replace(load_config("+algo=vdn").algo, **{option: value})
+        params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes(algo))
+        with pytest.raises(PyMARLError, match=f"^agent/{leaf} has no name in PyMARL's agent$"):
+            save_checkpoint(tmp_path, params)
+
+
+def test_a_file_without_an_agent_of_a_known_kind_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "agent", {"fc1.weight": torch.zeros(4, 9), "rnn.weight": torch.zeros(4)})
+    with pytest.raises(PyMARLError, match=r"agent\.th: rnn\.weight has shape \(4,\)$"):
+        agent_options(tmp_path, SPEC)
+    write(tmp_path, "agent", {"agents.0.fc1.weight": torch.zeros(4, 9)})
+    with pytest.raises(PyMARLError, match=r"agent\.th: agents\.0\.rnn\.weight_hh is missing$"):
+        agent_options(tmp_path, SPEC)
+
+
+def test_inputs_are_left_open_where_two_choices_have_the_same_width(tmp_path: Path) -> None:
+    spec = SPEC._replace(num_actions=SPEC.num_agents)
+    write(tmp_path, "agent", TorchEPyMARL(spec.obs_dim + 3, use_rnn=True).state_dict())
+    assert agent_options(tmp_path, spec).keys() == {"hidden_dim", "recurrent", "share_parameters"}
 
 
 def test_the_authors_learners_leave_the_central_nets_out(tmp_path: Path, params: PyTree) -> None:
