@@ -130,7 +130,7 @@ def test_groups_are_kept_when_an_option_is_changed() -> None:
 
 @pytest.mark.parametrize("target", ["wqmix_jax.algos.iql.IQL", "huber_iql.HuberIQL"])
 def test_an_older_run_has_the_default_agents(target: str) -> None:
-    """Of this package's classes, and of custom ones with the options of a `TDLearner`."""
+    """Classes of this package have them, and custom ones with an option of a `TDLearner`."""
     config = load_config("+algo=iql")
     recorded = {"_target_": target, "returns": "one_step", "td_lambda": 0.5, "hidden_dim": 3}
     filled = with_newer_options({"algo": recorded, "env": {"_target_": "coin.Coin"}})["algo"]
