@@ -64,10 +64,9 @@ class TorchEPyMARL(torch.nn.Module):
 class TorchSeparate(torch.nn.Module):
     """EPyMARL's agents without shared parameters."""
 
-    def __init__(self, num_inputs: int, *, use_rnn: bool) -> None:
+    def __init__(self, agents: list[TorchEPyMARL]) -> None:
         super().__init__()
-        each = [TorchEPyMARL(num_inputs, use_rnn=use_rnn) for _ in range(SPEC.num_agents)]
-        self.agents = torch.nn.ModuleList(each)
+        self.agents = torch.nn.ModuleList(agents)
 
 
 class TorchMixer(torch.nn.Module):
@@ -266,7 +265,8 @@ def test_epymarls_agents_compute_what_torchs_do(
 ) -> None:
     """Their options follow from the file, which is written again with the same tensors."""
     num_inputs = SPEC.obs_dim + agent_id * SPEC.num_agents + last_action * SPEC.num_actions
-    theirs = (TorchEPyMARL if is_shared else TorchSeparate)(num_inputs, use_rnn=use_rnn)
+    agents = [TorchEPyMARL(num_inputs, use_rnn=use_rnn) for _ in range(1 if is_shared else SPEC.num_agents)]
+    theirs = agents[0] if is_shared else TorchSeparate(agents)
     write(tmp_path, "agent", theirs.state_dict())
     options = agent_options(tmp_path, SPEC)
     sharing = "all" if is_shared else "none"
@@ -281,7 +281,7 @@ def test_epymarls_agents_compute_what_torchs_do(
         seen = AgentInputs(jnp.asarray(obs), jnp.full(3, last), jnp.ones((3, SPEC.num_actions), bool))
         carry, found = algo.step(ours["agent"], carry, seen)
         for agent in range(3):
-            net = theirs if is_shared else theirs.agents[agent]
+            net = agents[agent % len(agents)]
             action = np.zeros(SPEC.num_actions) if last < 0 else np.eye(SPEC.num_actions)[last]
             parts = [obs[agent]] + [action] * last_action + [np.eye(3)[agent]] * agent_id
             inputs = torch.from_numpy(np.concatenate(parts).astype(np.float32)[None])
