@@ -399,8 +399,10 @@ def test_accelerators_learn_what_a_cpu_learns(platform, batches, algo, lengths):
 @pytest.mark.parametrize(
     "options",
     [
-        {"share_parameters": "none", "agent_id": False, "weight_init": "orthogonal"},
-        {"share_parameters": [[1, 0]], "layer_norm": True, "last_action": False},
+        pytest.param(
+            {"share_parameters": "none", "agent_id": False, "weight_init": "orthogonal"}, marks=pytest.mark.slow
+        ),
+        pytest.param({"share_parameters": [[1, 0]], "layer_norm": True, "last_action": False}, marks=pytest.mark.slow),
         {"recurrent": False, "share_parameters": "none"},
     ],
     ids=["alone", "normalised", "feedforward"],
