@@ -73,6 +73,25 @@ def test_written_backward_pass_equals_autodiff(num_steps, starts):
         np.testing.assert_allclose(ours, autodiff, rtol=1e-4, atol=1e-5)
 
 
+def test_inputs_may_be_encoded_already():
+    """No ReLU comes before the unit then: the gradient reaches negative inputs."""
+    weights, carry, inputs = weights_and_inputs(5)
+    target = jax.random.normal(jax.random.key(2), (5, *carry.shape))
+
+    def plain(encoder, weights, carry, inputs):
+        def step(hidden, x):
+            hidden = gru_step(weights, hidden, x)
+            return hidden, hidden
+
+        return jax.lax.scan(step, carry, inputs)[1]
+
+    def gradients(unroll):
+        return jax.grad(lambda *args: (unroll(None, *args) * target).sum(), argnums=(0, 1, 2))(weights, carry, inputs)
+
+    for ours, autodiff in zip(*map(jax.tree.leaves, (gradients(encoded_unroll), gradients(plain))), strict=True):
+        np.testing.assert_allclose(ours, autodiff, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("starts", [None, SHARED])
 @pytest.mark.parametrize("num_places", [1, 4, 7])
 def test_only_the_first_steps_are_taken(num_places, starts):
