@@ -111,7 +111,7 @@ TINY = load_group("algo", "_base") | {
 AGENT = load_group("algo", "_agent")
 """The options of a `QLearner`'s agents."""
 
-TD = TINY | AGENT | {"returns": "one_step", "td_lambda": 0.8}
+TD = load_group("algo", "_td") | TINY
 QMIX = TD | {"mixer": "qmix", "mixer_embed_dim": 4, "hypernet_dim": 3, "num_heads": 2}
 WQMIX = QMIX | {"weighting": "central", "alpha": 0.1, "q_star": "feedforward", "q_star_dim": 6}
 

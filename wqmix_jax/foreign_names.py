@@ -72,7 +72,7 @@ TABLES = {
         Row(("use_cuda",), (), "JAX uses the accelerator that it finds; `JAX_PLATFORMS=cpu` keeps it off"),
         Row(("save_model",), (), "checkpoints are always written"),
         Row(("log_interval",), ("eval_interval",), "one train record per evaluation"),
-        Row(("double_q",), (), "Q-learners always use double Q-learning"),
+        Row(("double_q",), ("algo.double_q",)),
         Row(("mac",), ("algo.share_parameters",), "`basic_mac`: `all`; EPyMARL's `non_shared_mac`: `none`"),
         Row(("agent",), ("algo.recurrent",), "`rnn`: `true`; EPyMARL's `rnn_ns` is `algo.share_parameters=none`"),
         Row(("obs_agent_id",), ("algo.agent_id",)),
@@ -87,7 +87,11 @@ TABLES = {
     "EPyMARL": (
         Row(("hidden_dim",), ("algo.hidden_dim",)),
         Row(("use_rnn",), ("algo.recurrent",), "`False`: a linear layer with a ReLU in the GRU's place"),
-        Row(("target_update_interval_or_tau",), ("algo.target_update_interval",), "episodes; no soft updates"),
+        Row(
+            ("target_update_interval_or_tau",),
+            ("algo.target_update_interval",),
+            "episodes; up to 1: `algo.target_update_tau`",
+        ),
         Row(("env_args.time_limit",), ("env.episode_limit",)),
         Row(
             ("env_args.key",),

@@ -44,8 +44,14 @@ def test_a_preset_of_the_users_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["+algo=qmix", "+preset=smak"], "preset=smak is not allowed: choose one of epymarl, jaxmarl_smax, pymarl2, smax"),
-        (["+algo=qmix", "preset=smax"], r"preset=smax is not allowed: write \+preset=NAME, NAME one of epymarl, jaxmarl_smax, pymarl2, smax"),
+        (
+            ["+algo=qmix", "+preset=smak"],
+            "preset=smak is not allowed: choose one of epymarl, jaxmarl_smax, pymarl2, smax",
+        ),
+        (
+            ["+algo=qmix", "preset=smax"],
+            r"preset=smax is not allowed: write \+preset=NAME, NAME one of epymarl, jaxmarl_smax, pymarl2, smax",
+        ),
         (["+algo=qmix", "+preset=null"], r"\+preset=null is not allowed: write \+preset=NAME"),
         (["+algo=masac", "+preset=smax"], "algo.returns is unknown"),
         (["+algo=qmix", "+preset=smax", "env=predator_prey"], "env.map is unknown"),

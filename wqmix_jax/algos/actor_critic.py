@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 
 from wqmix_jax.algos.q_learning import QLearner, gather_actions, init_central
-from wqmix_jax.networks.functional import apply_net
+from wqmix_jax.networks.functional import apply_net, block_form
 from wqmix_jax.networks.q_star import FeedForwardQStar
 from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, PRNGKey, PyTree

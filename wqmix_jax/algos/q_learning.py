@@ -1,6 +1,7 @@
 """The base of all algorithms with utility networks of agents: unroll them, act with them, read values from them."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import flax.linen as nn
@@ -12,9 +13,9 @@ from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, Fraction, Hype
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.networks.agent import AgentForm, SeenByAgents, Unrolled, unroll_agents
 from wqmix_jax.networks.functional import init_net
-from wqmix_jax.ops.action_selection import explore, sample_exploration
-from wqmix_jax.ops.td import lambda_return, td_target
-from wqmix_jax.options import options
+from wqmix_jax.ops.action_selection import explore, greedy_actions, sample_exploration
+from wqmix_jax.ops.td import lambda_return, n_step_return, td_target
+from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, Episode, Observation, PRNGKey, PyTree
 
 
