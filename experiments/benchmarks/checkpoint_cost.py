@@ -95,7 +95,7 @@ def measure(num_seeds: int, folder: Path) -> dict[str, float]:
     checkpoints = Checkpoints(folder, trainer, members, abstract_interval(trainer, members), best, origin, keep=1)
     with PeakMemory() as saving:
         started = time.perf_counter()
-        checkpoints.save(loop, best, metrics_bytes=0, wall_seconds=0.0)
+        checkpoints.save(loop, best, callbacks={}, metrics_bytes=0, wall_seconds=0.0)
         blocked = time.perf_counter() - started
         checkpoints.wait()
         saved = time.perf_counter() - started

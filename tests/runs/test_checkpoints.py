@@ -34,7 +34,7 @@ from wqmix_jax.training.host_loop import Loop
 
 CLOCKS = {"seconds", "wall_seconds", "metrics_bytes"}  # the last: a clock's figures differ in length
 
-WORDS = {"run", "options", "machine", "members", "crc32"}
+WORDS = {"run", "options", "machine", "members", "callbacks", "crc32"}
 
 TORN = '{"kind": "eval", "seed": 3, "env_st'
 

@@ -88,8 +88,8 @@ def test_a_run_counts_every_replayed_step_and_only_while_it_learns() -> None:
     for num_chunks in range(4):
         moments, calls = state.learner.moments, 2 * max(0, num_chunks - 1)
         count = calls * algo.batch_size * 4
-        np.testing.assert_allclose(moments["rewards"].count, [count + 1e-4] * 2, rtol=1e-6)
-        np.testing.assert_allclose(moments["returns"].count, [count + 1e-4] * 2, rtol=1e-6)
+        np.testing.assert_allclose(moments["rewards"].num_values, [count + 1e-4] * 2, rtol=1e-6)
+        np.testing.assert_allclose(moments["returns"].num_values, [count + 1e-4] * 2, rtol=1e-6)
         if calls:
             np.testing.assert_allclose(moments["rewards"].mean, [2.5] * 2, rtol=1e-4)
             np.testing.assert_allclose(moments["rewards"].variance, [1.25] * 2, rtol=1e-4)

@@ -143,8 +143,8 @@ class Algorithm(abc.ABC):
 
     def without_effect(self) -> dict[str, str]:
         """Maps each option that has no effect to the setting that disables it."""
-        unused = ("adam_b1", "adam_b2", "adam_eps") if self.optimizer == "rmsprop" else ("rms_decay", "rms_eps")
-        without = dict.fromkeys(unused, f"algo.optimizer={self.optimizer}")
+        unused = ["adam_b1", "adam_b2", "adam_eps"] if self.optimizer == "rmsprop" else ["rms_decay", "rms_eps"]
+        without: dict[str, str] = dict.fromkeys(unused, f"algo.optimizer={self.optimizer}")
         if self.standardise_rewards:
             without |= {"reward_scale": "algo.standardise_rewards=true"}
         if self.target_update_tau is not None:

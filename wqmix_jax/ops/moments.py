@@ -11,12 +11,12 @@ class Moments(NamedTuple):
     """The moments of all numbers so far, scalars.
 
     Attributes:
-        count: how many there were, and a little more at the start, which keeps the variance positive.
+        num_values: how many there were, and a little more at the start, which keeps the variance positive.
         mean: their mean.
-        variance: their variance (divided by the count).
+        variance: their variance (divided by their number).
     """
 
-    count: Array
+    num_values: Array
     mean: Array
     variance: Array
 
@@ -33,10 +33,10 @@ def no_moments() -> Moments:
 
 def add_moments(moments: Moments, batch: Moments) -> Moments:
     """Returns the moments of both sets of numbers together (Chan et al. 1979)."""
-    count = moments.count + batch.count
-    share, difference = batch.count / count, batch.mean - moments.mean
+    num_values = moments.num_values + batch.num_values
+    share, difference = batch.num_values / num_values, batch.mean - moments.mean
     return Moments(
-        count=count,
+        num_values=num_values,
         mean=moments.mean + difference * share,
         variance=moments.variance + share * (batch.variance - moments.variance + jnp.square(difference) * (1 - share)),
     )

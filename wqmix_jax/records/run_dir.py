@@ -179,7 +179,7 @@ def read_config(run_dir: Path, *, option: str = "resume") -> dict[str, Any]:
     for group in ("algo", "env"):
         if not isinstance(values.get(group), dict):
             raise ConfigError(f"{path} is damaged: it has no options of {group}")
-    return with_newer_options(values)
+    return with_newer_options(values)  # type: ignore[arg-type]
 
 
 def _no_run(path: Path, option: str) -> str:
