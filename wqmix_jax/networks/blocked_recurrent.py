@@ -184,73 +184,17 @@ class _Gradients(NamedTuple):
 def _backward(
     plan: UnrollPlan, residuals: _Residuals, d_results: tuple[Array, Array | None]
 ) -> tuple[AgentWeights, Array, Sequence]:
-    """Backpropagates through time: the gradients of `blocked_unroll`'s results -> those of its arguments.
-
-    At most hidden states were stored: the gates are recomputed from them, as products over a block of steps. Given
-    the gates, the gradient with respect to a hidden state, ``[G, R, H]``, depends linearly on that of the next one: the
-    inner loop scales it by factors computed beforehand and multiplies it with the kernel. The products that make the
-    weights' gradients of it follow after the loop.
-    """
-    every, carry, sequence, hiddens, first = residuals
-    weights = jax.tree.map(lambda leaf: leaf[: plan.num_trained], every)
-    encoder, gru, head = weights
-    narrow = gru.hidden_kernel.dtype  # that of matrix products: bfloat16 with `compute_in("bfloat16")`
-    d_outputs, d_hiddens = jax.tree.map(lambda leaf: leaf[: plan.num_trained], d_results)
-    begin = jnp.broadcast_to(carry[None], first.shape[1:])
+    """Backpropagates through time: the gradients of `blocked_unroll`'s results -> those of its arguments."""
+    every, carry, sequence, _, first = residuals
+    weights, d_results = jax.tree.map(lambda leaf: leaf[: plan.num_trained], (every, d_results))
     used = _used_blocks(plan, sequence)
 
-    def step(d_before: Array, at: Any) -> tuple[Array, Array]:
-        d_hidden, factors, update, start = at
-        d_hidden = d_before + d_hidden
-        d_from_hidden = jnp.tile(d_hidden, 3) * factors
-        d_before = d_hidden * update + _product("grm,ghm->grh", d_from_hidden, gru.hidden_kernel)
-        return _restarted(d_before, jnp.zeros_like(d_before), start), d_hidden
-
     def add_block(count: Array, so_far: _Gradients) -> _Gradients:
-        index = used - 1 - count
-        inputs, start = _inputs(plan, sequence, index)
-        block, d_head = _before_gates(weights, inputs), _at_block(plan, d_outputs, index, axis=1)
-        if hiddens is None:
-            after = _steps(plan, gru, begin, first[index], block.from_inputs, start)[1]
-        else:
-            after = _at_block(plan, hiddens, index, axis=1)
-        before = jnp.concatenate([first[index][:, None], after[:, :-1]], axis=1)
-        before = _restarted(before, begin[:, None], start)
-        from_hidden = _product("gkrh,ghm->gkrm", before, gru.hidden_kernel) + _bias(gru.hidden_bias)
-        gates = _gates(block.from_inputs, from_hidden)
-        input_factors, hidden_factors = _factors(gates, before)
-        d_after = _product("gkra,gha->gkrh", d_head, head.kernel)
-        if d_hiddens is not None:
-            d_after += _at_block(plan, d_hiddens, index, axis=1)
-        xs = d_after.swapaxes(0, 1), hidden_factors.swapaxes(0, 1), gates.update.swapaxes(0, 1), start
-        d_before, d_hidden = jax.lax.scan(step, so_far.before, xs, reverse=True, unroll=plan.unroll)
-        d_hidden = d_hidden.swapaxes(0, 1)
-        d_from_inputs, d_from_hidden = (jnp.tile(d_hidden, 3) * each for each in (input_factors, hidden_factors))
-        d_encoded = _product("gkrm,gfm->gkrf", d_from_inputs, gru.input_kernel)
-        d_encoded = jnp.where(block.encoded > 0, d_encoded, 0)
-        d_carry = so_far.carry
-        if start is not None:  # the gradient that `step` cuts off is with respect to ``carry``
-            d_start = d_hidden * gates.update + _product("gkrm,ghm->gkrh", d_from_hidden, gru.hidden_kernel)
-            d_carry += jnp.where(start[None, :, :, None], d_start, 0).sum((0, 1))
-        d_weights = AgentWeights(
-            LinearWeights(_product("kri,gkrf->gif", inputs, d_encoded.astype(narrow)), d_encoded.sum((1, 2))),
-            GRUWeights(
-                _product("gkrf,gkrm->gfm", block.encoded, d_from_inputs.astype(narrow)),
-                _product("gkrh,gkrm->ghm", before, d_from_hidden.astype(narrow)),
-                d_from_inputs.sum((1, 2)),
-                d_from_hidden.sum((1, 2)),
-            ),
-            LinearWeights(_product("gkrh,gkra->gha", after, d_head.astype(narrow)), d_head.sum((1, 2))),
-        )
-        # Sources are data as a rule: then nothing reads their gradient, and the compiler removes it.
-        d_block = _sources_gradient(plan, sequence, index, _product("gkrf,gif->kri", d_encoded, encoder.kernel))
-        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=index * plan.block, axis=0)
-        d_sources = jax.tree.map(put, so_far.sources, d_block)
-        return _Gradients(d_before, d_carry, jax.tree.map(jnp.add, so_far.weights, d_weights), d_sources)
+        return _add_block(plan, weights, residuals, d_results, used - 1 - count, so_far)
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, carry.dtype), weights)
     d_sources = jax.tree.map(lambda leaf: jnp.zeros_like(leaf) if _is_float(leaf) else None, sequence.sources)
-    so_far = _Gradients(jnp.zeros_like(begin), jnp.zeros_like(carry), zeros, d_sources)
+    so_far = _Gradients(jnp.zeros(first.shape[1:], carry.dtype), jnp.zeros_like(carry), zeros, d_sources)
     with _loop_scope(plan, sequence):
         grads = jax.lax.fori_loop(0, used, add_block, so_far)
 
@@ -259,6 +203,107 @@ def _backward(
 
     d_sequence = Sequence(grads.sources, None, None, None)  # type: ignore[arg-type]
     return jax.tree.map(with_frozen, grads.weights, every), grads.carry + grads.before.sum(0), d_sequence
+
+
+def _add_block(
+    plan: UnrollPlan,
+    weights: AgentWeights,
+    residuals: _Residuals,
+    d_results: tuple[Array, Array | None],
+    index: Array,
+    so_far: _Gradients,
+) -> _Gradients:
+    """Adds the gradients of one block, given those with respect to the hidden states after it.
+
+    At most hidden states were stored: the gates are recomputed from them, as products over a block of steps. The
+    products that make the weights' gradients follow after the loop over the steps.
+
+    Args:
+        plan: static choices.
+        weights: of the trained nets.
+        residuals: see `_Residuals`.
+        d_results: the gradients with respect to the trained nets' results, ``[num_trained, T, R, ..]``.
+        index: the number of the block.
+        so_far: the sums over the blocks after it.
+    """
+    (encoder, gru, head), carry, sequence = weights, residuals.carry, residuals.sequence
+    inputs, start = _inputs(plan, sequence, index)
+    block, d_head = _before_gates(weights, inputs), _at_block(plan, d_results[0], index, axis=1)
+    begin, first = jnp.broadcast_to(carry[None], so_far.before.shape), residuals.first[index]
+    if residuals.hiddens is None:
+        after = _steps(plan, gru, begin, first, block.from_inputs, start)[1]
+    else:
+        after = _at_block(plan, residuals.hiddens, index, axis=1)
+    before = _restarted(jnp.concatenate([first[:, None], after[:, :-1]], axis=1), begin[:, None], start)
+    from_hidden = _product("gkrh,ghm->gkrm", before, gru.hidden_kernel) + _bias(gru.hidden_bias)
+    gates = _gates(block.from_inputs, from_hidden)
+    input_factors, hidden_factors = _factors(gates, before)
+    d_after = _product("gkra,gha->gkrh", d_head, head.kernel)
+    if d_results[1] is not None:
+        d_after += _at_block(plan, d_results[1], index, axis=1)
+    d_before, d_hidden = _steps_back(plan, gru, so_far.before, d_after, hidden_factors, gates.update, start)
+    d_from_inputs, d_from_hidden = (jnp.tile(d_hidden, 3) * each for each in (input_factors, hidden_factors))
+    d_encoded = jnp.where(block.encoded > 0, _product("gkrm,gfm->gkrf", d_from_inputs, gru.input_kernel), 0)
+    d_carry = so_far.carry
+    if start is not None:  # the gradient that `_steps_back` cuts off is with respect to ``carry``
+        d_start = d_hidden * gates.update + _product("gkrm,ghm->gkrh", d_from_hidden, gru.hidden_kernel)
+        d_carry += jnp.where(start[None, :, :, None], d_start, 0).sum((0, 1))
+    narrow = gru.hidden_kernel.dtype  # that of matrix products: bfloat16 with `compute_in("bfloat16")`
+    d_weights = AgentWeights(
+        LinearWeights(_product("kri,gkrf->gif", inputs, d_encoded.astype(narrow)), d_encoded.sum((1, 2))),
+        GRUWeights(
+            _product("gkrf,gkrm->gfm", block.encoded, d_from_inputs.astype(narrow)),
+            _product("gkrh,gkrm->ghm", before, d_from_hidden.astype(narrow)),
+            d_from_inputs.sum((1, 2)),
+            d_from_hidden.sum((1, 2)),
+        ),
+        LinearWeights(_product("gkrh,gkra->gha", after, d_head.astype(narrow)), d_head.sum((1, 2))),
+    )
+    # Sources are data as a rule: then nothing reads their gradient, and the compiler removes it.
+    d_block = _sources_gradient(plan, sequence, index, _product("gkrf,gif->kri", d_encoded, encoder.kernel))
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=index * plan.block, axis=0)
+    d_sources = jax.tree.map(put, so_far.sources, d_block)
+    return _Gradients(d_before, d_carry, jax.tree.map(jnp.add, so_far.weights, d_weights), d_sources)
+
+
+def _steps_back(
+    plan: UnrollPlan,
+    gru: GRUWeights,
+    d_before: Array,
+    d_after: Array,
+    hidden_factors: Array,
+    update: Array,
+    starts: Array | None,
+) -> tuple[Array, Array]:
+    """Takes the steps of a block from the last to the first.
+
+    Given the gates, the gradient with respect to a hidden state, ``[G, R, H]``, depends linearly on that of the next
+    one: a step scales it by factors computed beforehand and multiplies it with the kernel.
+
+    Args:
+        plan: static choices.
+        gru: of ``G`` nets.
+        d_before: ``[G, R, H]``, the gradient with respect to the hidden states after the block, by the steps after it.
+        d_after: ``[G, K, R, H]``, that with respect to the hidden states after each step, by the results.
+        hidden_factors: ``[G, K, R, 3H]``, see `_factors`.
+        update: ``[G, K, R, H]``, the update gates.
+        starts: ``[K, R]``, or None.
+
+    Returns:
+        The gradient with respect to the hidden states before the block, and those with respect to the hidden states
+        after each step ``[G, K, R, H]``.
+    """
+
+    def step(d_before: Array, at: Any) -> tuple[Array, Array]:
+        d_hidden, factors, update, start = at
+        d_hidden = d_before + d_hidden
+        d_from_hidden = jnp.tile(d_hidden, 3) * factors
+        d_before = d_hidden * update + _product("grm,ghm->grh", d_from_hidden, gru.hidden_kernel)
+        return _restarted(d_before, jnp.zeros_like(d_before), start), d_hidden
+
+    xs = d_after.swapaxes(0, 1), hidden_factors.swapaxes(0, 1), update.swapaxes(0, 1), starts
+    d_before, d_hidden = jax.lax.scan(step, d_before, xs, reverse=True, unroll=plan.unroll)
+    return d_before, d_hidden.swapaxes(0, 1)
 
 
 blocked_unroll.defvjp(_forward, _backward)
