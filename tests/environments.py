@@ -124,13 +124,13 @@ def tiny_wqmix(**changes: Any) -> Algorithm:
 def tiny_masac(**changes: Any) -> Algorithm:
     """MASAC, whose loss draws, with narrow nets."""
     own = {"alpha_ent": 0.3, "q_star_dim": 6}
-    return build("algo", {"_target_": "wqmix_jax.algos.masac.MASAC", **TINY, **AGENT, **own, **changes})
+    return build("algo", {"_target_": "wqmix_jax.algos.masac.MASAC", **AGENT, **TINY, **AGENT, **own, **changes})
 
 
 def tiny_maddpg(**changes: Any) -> Algorithm:
     """MADDPG with narrow nets."""
     own = {"gumbel_temperature": 0.5, "q_star_dim": 6}
-    return build("algo", {"_target_": "wqmix_jax.algos.maddpg.MADDPG", **TINY, **AGENT, **own, **changes})
+    return build("algo", {"_target_": "wqmix_jax.algos.maddpg.MADDPG", **AGENT, **TINY, **AGENT, **own, **changes})
 
 
 def tiny_run(algo: Algorithm, env: Environment, **changes: Any) -> Any:

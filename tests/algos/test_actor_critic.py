@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.environments import TINY
+from tests.environments import AGENT, TINY
 from wqmix_jax import load_config, train_seeds
 from wqmix_jax.algos import masac
 from wqmix_jax.algos.actor_critic import ActorCritic
@@ -27,7 +27,7 @@ def tiny(name: str, **changes: Any) -> ActorCritic:
     """``maddpg`` or ``masac`` with narrow nets."""
     own = {"maddpg": {"gumbel_temperature": 0.5}, "masac": {"alpha_ent": 0.3, "epsilon_start": 0.5}}[name]
     target = {"maddpg": "wqmix_jax.algos.maddpg.MADDPG", "masac": "wqmix_jax.algos.masac.MASAC"}[name]
-    return build("algo", {"_target_": target, **TINY, "q_star_dim": 6, **own, **changes})
+    return build("algo", {"_target_": target, **AGENT, **TINY, "q_star_dim": 6, **own, **changes})
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.environments import QMIX, TD, TINY, Clock, tiny_wqmix
+from tests.environments import AGENT, QMIX, TD, TINY, Clock, tiny_wqmix
 from wqmix_jax.algos.actor_critic import ActorCritic
 from wqmix_jax.algos.base import Context, hyperparams
 from wqmix_jax.algos.iql import IQL
@@ -47,7 +47,7 @@ def every_algorithm():
     qmix = {"_target_": "wqmix_jax.algos.qmix.QMIX", **QMIX}
     qplex = {"_target_": "wqmix_jax.algos.qplex.QPLEX", **TD, "hypernet_dim": 3, "attention_dim": 4, "num_heads": 2}
     qtran = {"_target_": "wqmix_jax.algos.qtran.QTRAN", **TD, "mixer_embed_dim": 4, "mixer_layers": 2}
-    critic = TINY | {"q_star_dim": 6}
+    critic = AGENT | TINY | {"q_star_dim": 6}
     return {
         "iql": build("algo", td),
         "vdn": build("algo", qmix | {"mixer": "vdn"}),
