@@ -44,7 +44,7 @@ INSIDE = {
         ("wqmix",),
     ),
     "training": (
-        ("compile_cache", "devices", "learner", "members", "rollout", "row_packing"),
+        ("compile_cache", "devices", "learner", "members", "priorities", "rollout", "row_packing"),
         ("replay",),
         ("batch_gradients",),
         ("compiled_loop",),

@@ -83,6 +83,8 @@ TABLES = {
         Row(("optimizer",), ("algo.optimizer",), "`adam` with `algo.lr=0.001`"),
         Row(("q_lambda",), ("algo.returns",), "`True`: `pymarl2_q_lambda`; `False`: `td_lambda`"),
         Row(("td_lambda",), ("algo.td_lambda",), "without effect unless `algo.returns` is one of the lambda-returns"),
+        Row(("use_per",), ("algo.prioritised",)),
+        Row(("per_alpha", "per_beta"), ("algo.priority_exponent", "algo.importance_exponent")),
     ),
     "EPyMARL": (
         Row(("hidden_dim",), ("algo.hidden_dim",)),

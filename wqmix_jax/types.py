@@ -95,6 +95,8 @@ class Episode(NamedTuple):
         mask: ``[.., T]`` float32, 1 for a real step.
         starts: ``[.., T+1]`` bool, where an episode begins; None where each row is one episode.
         num_places: scalar int32, the number of places after which every row is empty; None if unknown.
+        importance: ``[.., T]`` float32, the weight of a step in a loss, where episodes aren't drawn uniformly; None
+            where they are.
         compact: a function that makes ``obs`` of its arguments, leaves ``[.., T+1, ..]``: an unroll on an accelerator
             slices the arguments, so that only the observations of some steps exist at a time. None if there is none. A
             loss that changes ``obs`` before an unroll must set it to None.
@@ -109,6 +111,7 @@ class Episode(NamedTuple):
     mask: Array
     starts: Array | None = None
     num_places: Array | None = None
+    importance: Array | None = None
     compact: jax.tree_util.Partial | None = None
 
 

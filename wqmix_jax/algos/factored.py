@@ -76,7 +76,7 @@ class FactoredQLearner(TDLearner):
             return self.mix(target["mixer"], target_qs[:, :-1], joint_action, seen_before(batch))[0]
 
         y = self.corrected_targets(batch, hp, next_q, to_bootstrap, value)
-        loss = masked_mean_square(q_tot - y, batch.mask)
+        loss = masked_mean_square(q_tot - y, batch.mask, batch.importance)
         metrics = {
             "loss": loss,
             "q_tot_mean": masked_mean(q_tot, batch.mask),

@@ -51,10 +51,11 @@ class IQL(TDLearner):
         metrics = {"chosen_q_mean": masked_mean(chosen_qs, mask), "td_target_mean": masked_mean(y, mask)}
         values = {"agent_qs": agent_qs, "chosen_qs": chosen_qs}
         values |= {"td_target": y, "next_value": next_qs, "td_error": td_error}
+        importance = None if batch.importance is None else jnp.broadcast_to(batch.importance[..., None], mask.shape)
         if self.weighting == "uniform":
-            loss = masked_mean_square(td_error, mask)
+            loss = masked_mean_square(td_error, mask, importance)
             return loss, Aux({"loss": loss, **metrics}, values)
         weights = jax.lax.stop_gradient(weighting.optimistic(td_error, hp.alpha))
-        loss = masked_mean_square(td_error, mask, weights)
+        loss = masked_mean_square(td_error, mask, weights if importance is None else weights * importance)
         weight_mean = masked_mean(weights, mask)
         return loss, Aux({"loss": loss, **metrics, "weight_mean": weight_mean}, values | {"weights": weights})

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pydantic
+from pydantic import Field
 
 from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, Fraction, Hyperparams
 from wqmix_jax.errors import ConfigError
@@ -167,6 +168,12 @@ class TDLearner(QLearner):
     """A Q-learner whose targets bootstrap from the value of the next joint action; the defaults are in ``_td.yaml``.
 
     Attributes:
+        prioritised: whether episodes are replayed in proportion to their priority, sum |td_error| / sqrt(length), to a
+            power, with importance weights. `Aux.values` must have ``td_error``, and the loss reads
+            `Episode.importance`.
+        priority_exponent: that power; 0 is uniform.
+        importance_exponent: the power of the importance weights at the start; it rises linearly to 1 at
+            ``total_env_steps``.
         standardise_returns: whether the networks learn targets minus their mean, divided by their standard deviation,
             both over all steps that were learned from before. `Aux.values` must have them as ``td_target``.
         double_q: whether the online agents choose the greedy joint actions to bootstrap from (double Q-learning);
@@ -179,6 +186,9 @@ class TDLearner(QLearner):
         td_lambda: lambda.
     """
 
+    prioritised: bool
+    priority_exponent: Annotated[float, Field(ge=0, le=1)]
+    importance_exponent: Annotated[float, Field(ge=0, le=1)]
     standardise_returns: bool
     double_q: bool
     returns: Returns
@@ -189,7 +199,10 @@ class TDLearner(QLearner):
         """See `Algorithm.without_effect`."""
         unused = {"n_steps"} if self.returns != "n_step" else set()
         unused |= {"td_lambda"} if self.returns in ("one_step", "n_step") else set()
-        return super().without_effect() | dict.fromkeys(sorted(unused), f"algo.returns={self.returns}")
+        without = dict.fromkeys(sorted(unused), f"algo.returns={self.returns}")
+        if not self.prioritised:
+            without |= dict.fromkeys(["priority_exponent", "importance_exponent"], "algo.prioritised=false")
+        return super().without_effect() | without
 
     def greedy_to_bootstrap(self, online_qs: Array, target_qs: Array, batch: Episode) -> Array:
         """Returns the greedy joint actions whose target values are bootstrapped from, ``[B, T+1, N]``.

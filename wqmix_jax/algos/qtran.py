@@ -86,10 +86,13 @@ class QTRAN(TDLearner):
         td_error = taken.q - y
         opt_error = greedy_qs.sum(-1) + taken.v - jax.lax.stop_gradient(best.q)
         nopt_error = chosen_qs.sum(-1) + taken.v - jax.lax.stop_gradient(taken.q)
+        importance, is_under = batch.importance, weighting.optimistic(nopt_error, jnp.zeros(()))
         losses = {
-            "td_loss": masked_mean_square(td_error, batch.mask),
-            "opt_loss": masked_mean_square(opt_error, batch.mask),
-            "nopt_loss": masked_mean_square(nopt_error, batch.mask, weighting.optimistic(nopt_error, jnp.zeros(()))),
+            "td_loss": masked_mean_square(td_error, batch.mask, importance),
+            "opt_loss": masked_mean_square(opt_error, batch.mask, importance),
+            "nopt_loss": masked_mean_square(
+                nopt_error, batch.mask, is_under if importance is None else is_under * importance
+            ),
         }
         loss = losses["td_loss"] + hp.lambda_opt * losses["opt_loss"] + hp.lambda_nopt * losses["nopt_loss"]
 

@@ -100,7 +100,8 @@ class WQMIX(QMIX):
         y = self.corrected_targets(batch, hp, bootstrap.next_value, to_bootstrap, value)
         # The paper's td_error is Q_tot - y: negative where Q_tot underestimates.
         weights = self._weights(q_tot - y, y, greedy, bootstrap, batch, hp)
-        qmix_loss = masked_mean_square(q_tot - y, batch.mask, weights)
+        both = weights if batch.importance is None else weights * batch.importance
+        qmix_loss = masked_mean_square(q_tot - y, batch.mask, both)
         metrics = {
             "loss": qmix_loss,
             "q_tot_mean": masked_mean(q_tot, batch.mask),
@@ -119,7 +120,7 @@ class WQMIX(QMIX):
         # Q* learns the same target, unweighted, from separate agents with separate parameters: no gradient of this loss
         # reaches the utilities, and none of the weighted loss reaches Q*.
         q_star = self.central_estimate(params, central_qs[:, :-1], batch.joint_action, seen_before(batch))
-        q_star_loss = masked_mean_square(q_star - y, batch.mask)
+        q_star_loss = masked_mean_square(q_star - y, batch.mask, batch.importance)
         loss = qmix_loss + q_star_loss
         metrics |= {"loss": loss, "qmix_loss": qmix_loss, "q_star_loss": q_star_loss}
         return loss, Aux(metrics, values | {"q_star": q_star})

@@ -101,6 +101,7 @@ class LearnerInputs(NamedTuple):
         learner: their learners.
         rows: ``[S, B, row_bytes]`` uint8, the sampled episodes as the replay stores them.
         lengths: ``[S, B]`` int32, the steps of each episode; all 0 for a seed that doesn't learn.
+        importance: ``[S, B]``, the weight of each episode; None if they are all the same.
         noise: ``[S, B, T(+1), ..]``, the random numbers of the loss.
         hp: the traced options.
         ctx: the progress of training.
@@ -109,9 +110,24 @@ class LearnerInputs(NamedTuple):
     learner: LearnerState
     rows: Array
     lengths: Array
+    importance: Array | None
     noise: PyTree
     hp: Hyperparams
     ctx: Context
+
+
+class Gradients(NamedTuple):
+    """The results of `batch_gradients`; while they are summed up, terms of them.
+
+    Attributes:
+        grads: each seed's gradient, leaves ``[S, ..]``.
+        metrics: the loss's metrics, ``[S]`` float32.
+        errors: ``[S, B]``, the sum of the absolute TD errors of each episode; None unless episodes are prioritised.
+    """
+
+    grads: PyTree
+    metrics: dict[str, Array]
+    errors: Array | None
 
 
 def make_batching(
@@ -186,8 +202,9 @@ def batch_gradients(
     hp: Hyperparams,
     ctx: Context,
     ready: Array,
-) -> tuple[PyTree, dict[str, Array]]:
-    """Computes each seed's gradient on its batch, and the loss's metrics (float32).
+    importance: Array | None = None,
+) -> Gradients:
+    """Computes each seed's gradient on its batch, and the loss's metrics.
 
     How much padding is skipped is the same for all seeds of a group, so that it is a real branch and not a select.
 
@@ -203,6 +220,7 @@ def batch_gradients(
         ctx: leaves ``[S]``.
         ready: ``[S]`` bool. The batch of a seed that is not ready counts as empty, so that it takes the least time; its
             gradient is to be discarded.
+        importance: see `LearnerInputs`; needed where episodes are prioritised.
     """
     # Noise is drawn for whole episodes, from their shapes alone, before any of them is decoded: then the random numbers
     # of an episode's step are the same however the batch is cut, packed, grouped or shared afterwards. `sample_noise`
@@ -210,7 +228,7 @@ def batch_gradients(
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), batching.whole)
     noise = jax.vmap(lambda key: batching.algo.sample_noise(key, zeros))(keys)
     lengths = jnp.where(ready[:, None], jax.vmap(batching.replay.lengths)(rows), 0)
-    inputs = LearnerInputs(learner, rows, lengths, noise, hp, ctx)
+    inputs = LearnerInputs(learner, rows, lengths, importance, noise, hp, ctx)
     gradients = functools.partial(_packed_gradients if batching.tiles is not None else _cut_gradients, batching)
     groups = num_groups(batching, len(rows))
     if groups == 1:
@@ -233,22 +251,26 @@ def num_groups(batching: Batching, num_seeds: int) -> int:
     return next(number for number in range(least, num_seeds + 1) if num_seeds % number == 0)
 
 
-def _cut_gradients(batching: Batching, inputs: LearnerInputs) -> tuple[PyTree, dict[str, Array]]:
+def _cut_gradients(batching: Batching, inputs: LearnerInputs) -> Gradients:
     """Learns from the batches cut to the shortest static length that holds their longest episode.
 
     Bounded batches have one length, the whole one, and the unroll ends with their longest episode.
     """
     limit = batching.whole.reward.shape[1]
-    rows, lengths, noise = _own_episodes(batching, (inputs.rows, inputs.lengths, inputs.noise))
+    own = inputs.rows, inputs.lengths, inputs.importance, inputs.noise
+    rows, lengths, importance, noise = _own_episodes(batching, own)
 
-    def at_length(num_steps: int, rows: Array, noise: PyTree) -> tuple[PyTree, dict[str, Array]]:
+    def at_length(num_steps: int, rows: Array, noise: PyTree) -> Gradients:
         batch = jax.vmap(lambda rows: batching.replay.decode(rows, num_steps))(rows)
         batch = batch._replace(num_places=lengths.max() + 1 if batching.is_bounded else None)
+        if importance is not None:
+            batch = batch._replace(importance=jnp.broadcast_to(importance[..., None], batch.mask.shape))
         # [S, B, T(+1), ..]: noise of a leaf with T+1 steps keeps one more than that of a leaf with T.
         noise = jax.tree.map(lambda leaf: with_length(leaf, leaf.shape[2] - limit + num_steps, axis=2), noise)
         gradient = _seeds_gradient(batching, batch)
         grads, aux = gradient(inputs.learner, batch, inputs.hp, inputs.ctx, noise)
-        return grads, {name: metric.astype(jnp.float32) for name, metric in aux.metrics.items()}
+        metrics = {name: metric.astype(jnp.float32) for name, metric in aux.metrics.items()}
+        return Gradients(grads, metrics, None if importance is None else _errors(batch, aux).sum(-1))
 
     # One compiled copy of the loss per length. The longest episode of any seed chooses: a branch can't depend on the
     # seed, since under `vmap` all copies would run.
@@ -258,10 +280,12 @@ def _cut_gradients(batching: Batching, inputs: LearnerInputs) -> tuple[PyTree, d
     if batching.num_parts == 1:
         return means
     share = lengths.sum(-1) / jnp.maximum(inputs.lengths.sum(-1), 1)
-    return jax.tree.map(functools.partial(jax.vmap(jnp.multiply), share), means)
+    grads, metrics = jax.tree.map(functools.partial(jax.vmap(jnp.multiply), share), means[:2])
+    errors = None if means.errors is None else _at_own_episodes(batching, means.errors)
+    return Gradients(grads, metrics, errors)
 
 
-def _packed_gradients(batching: Batching, inputs: LearnerInputs) -> tuple[PyTree, dict[str, Array]]:
+def _packed_gradients(batching: Batching, inputs: LearnerInputs) -> Gradients:
     """Learns from the batches packed into few rows, one tile of rows after another.
 
     A mean over steps is the sum of the tiles' means, each times the tile's share of the steps. The number of tiles is
@@ -276,23 +300,31 @@ def _packed_gradients(batching: Batching, inputs: LearnerInputs) -> tuple[PyTree
     layout = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, large), (0, 0))), layout)
     num_steps = jnp.maximum(inputs.lengths.sum(-1), 1)
 
-    def add_tile(size: int, so_far: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
+    def add_tile(size: int, so_far: tuple[Array, Gradients]) -> tuple[Array, Gradients]:
         first, sums = so_far
         tile = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, size, axis=1), layout)
         # The unroll ends after the last place that is filled in any row of any seed.
         num_places = jnp.where(tile.filled.any((0, 1)), jnp.arange(1, limit + 2), 0).max()
         batch = jax.vmap(batching.replay.decode_packed)(inputs.rows, tile)._replace(num_places=num_places)
+        episode = tile.episode[..., :-1]
+        if inputs.importance is not None:
+            batch = batch._replace(importance=jax.vmap(lambda each, at: each[at])(inputs.importance, episode))
         noise = jax.vmap(_noise_at)(inputs.noise, tile)
         gradient = _seeds_gradient(batching, batch)
         grads, aux = gradient(inputs.learner, batch, inputs.hp, inputs.ctx, noise)
         terms = jax.vmap(_times_share)(batch.mask.sum((1, 2)) / num_steps, (grads, aux.metrics))
-        return first + size, jax.tree.map(jnp.add, sums, terms)
+        errors = sums.errors
+        if errors is not None:  # a row's places are of several episodes
+            errors = jax.vmap(lambda sums, at, more: sums.at[at].add(more))(errors, episode, _errors(batch, aux))
+        grads, metrics = jax.tree.map(jnp.add, sums[:2], terms)
+        return first + size, Gradients(grads, metrics, errors)
 
-    def is_left(least: int, so_far: tuple[Array, PyTree]) -> Array:
+    def is_left(least: int, so_far: tuple[Array, Gradients]) -> Array:
         return num_rows.max() - so_far[0] >= least
 
     metrics = dict.fromkeys(batching.metric_names, jnp.zeros(len(inputs.rows), jnp.float32))
-    so_far = jnp.int32(0), (jax.tree.map(jnp.zeros_like, inputs.learner.params), metrics)
+    errors = None if inputs.importance is None else jnp.zeros_like(inputs.importance)
+    so_far = jnp.int32(0), Gradients(jax.tree.map(jnp.zeros_like, inputs.learner.params), metrics, errors)
     stages = [(large, large - small + 1)]  # large tiles, until small ones would cover the rest with fewer empty rows
     if small < large:  # where the sizes are equal, the large tiles cover all rows
         stages.append((small, 1))
@@ -345,6 +377,12 @@ def standardising_loss(algo: Algorithm) -> Callable[..., tuple[Array, Aux]]:
     return loss
 
 
+def _errors(batch: Episode, aux: Aux) -> Array:
+    """Returns the absolute TD errors of real steps, the mean over agents where each has one: ``[S, B, T]``."""
+    errors = jnp.abs(aux.values["td_error"])
+    return (errors if errors.ndim == batch.mask.ndim else errors.mean(-1)) * batch.mask
+
+
 def _noise_at(noise: PyTree, layout: RowLayout) -> PyTree:
     """Returns the noise of each place: ``[B, T(+1), ..]`` and a layout ``[R, T+1]`` -> ``[R, T(+1), ..]``."""
 
@@ -367,6 +405,14 @@ def _own_episodes(batching: Batching, batch: PyTree) -> PyTree:
     size = batching.algo.batch_size // batching.num_parts
     start = jax.lax.axis_index(BATCH_AXIS) * size
     return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size, axis=1), batch)
+
+
+def _at_own_episodes(batching: Batching, errors: Array) -> Array:
+    """Returns values of this device's episodes in their places among all, zero elsewhere: ``[S, B / parts]``."""
+    size = batching.algo.batch_size // batching.num_parts
+    everywhere = jnp.zeros((len(errors), batching.algo.batch_size), errors.dtype)
+    start = jax.lax.axis_index(BATCH_AXIS) * size
+    return jax.lax.dynamic_update_slice_in_dim(everywhere, errors, start, axis=1)
 
 
 def _own_rows(batching: Batching, layout: RowLayout, num_rows: Array) -> tuple[RowLayout, Array]:

@@ -37,6 +37,14 @@ from wqmix_jax.training.learner import (
     with_scheduled_lr,
 )
 from wqmix_jax.training.members import Member
+from wqmix_jax.training.priorities import (
+    Priorities,
+    add_episodes,
+    draw_episodes,
+    is_prioritised,
+    no_priorities,
+    set_priorities,
+)
 from wqmix_jax.training.replay import Replay, ReplayState, make_replay
 from wqmix_jax.training.rollout import greedy_episodes, mean_metrics, rollout
 from wqmix_jax.types import Array, PRNGKey, PyTree
@@ -84,6 +92,7 @@ class TrainState(NamedTuple):
         keys: see `Keys`.
         hp: the traced hyperparameters.
         total_env_steps: int32, the environment steps after which a seed stops: from then on its state stays as it is.
+        priorities: those of the stored episodes, see `Priorities`; ``()`` unless episodes are prioritised.
         failed: bool, whether a loss or parameter was not finite after the learner steps of an iteration: from then on
             its state stays as it is too, so that the counters show when that was.
     """
@@ -95,6 +104,7 @@ class TrainState(NamedTuple):
     hp: Hyperparams
     total_env_steps: Array
     failed: Array
+    priorities: Priorities | tuple[()]
 
 
 class TrainRecord(NamedTuple):
@@ -357,6 +367,7 @@ def _init(run: _Run, seeds: Array) -> TrainState:
             hp=jax.tree.map(jnp.asarray, hyperparams(algo)),
             total_env_steps=jnp.int32(total_env_steps),
             failed=jnp.bool_(False),
+            priorities=no_priorities(algo.buffer_size) if is_prioritised(algo) else (),
         )
 
     with pinned_draws():
@@ -428,15 +439,20 @@ def _iteration(run: _Run, index: Array, carry: tuple[TrainState, Array]) -> tupl
     trains = (counters.env_steps < state.total_env_steps) & ~state.failed
     active = trains & (played.episodes.length > 0).any(-1)
     replay = jax.vmap(run.replay.add)(state.replay, played.episodes, active)
+    priorities = state.priorities
+    if isinstance(priorities, Priorities):
+        places = jax.vmap(lambda replay: run.replay.next_places(replay, config.num_envs))(state.replay)
+        priorities = jax.vmap(add_episodes)(priorities, places, active)
     # Inactive seeds have played too, with the others, but nothing of that is counted or stored.
     played_counters = counters._replace(
         env_steps=counters.env_steps + jnp.where(active, played.episodes.length.sum(-1), 0),
         episodes=counters.episodes + jnp.where(active, config.num_envs, 0),
     )
     ready = active & (played_counters.episodes >= config.algo.batch_size)
-    state = state._replace(replay=replay, counters=played_counters)
+    state = state._replace(replay=replay, counters=played_counters, priorities=priorities)
     # A loss sees the epsilon of the episodes that were just played, as in PyMARL, where acting alone updates it.
-    learner, losses = _learn(run, state, ready=ready, epsilon=ctx.epsilon, episodes_before=counters.episodes)
+    learned = _learn(run, state, ready=ready, epsilon=ctx.epsilon, episodes_before=counters.episodes)
+    learner, priorities, losses = learned
     updates = jnp.where(ready, config.updates_per_iteration, 0)
     counters = played_counters._replace(learner_steps=played_counters.learner_steps + updates)
     record = TrainRecord(
@@ -452,7 +468,7 @@ def _iteration(run: _Run, index: Array, carry: tuple[TrainState, Array]) -> tupl
     # number that isn't finite, and keeps its parameters from then on.
     failed = state.failed | (ready & ~_is_finite((learner.params, losses["loss"])))
     rows = _set_row(index, rows, _as_words(record))
-    return state._replace(learner=learner, counters=counters, failed=failed), rows
+    return state._replace(learner=learner, counters=counters, failed=failed, priorities=priorities), rows
 
 
 def _mean_where(whole: Array, values: Array) -> Array:
@@ -474,13 +490,14 @@ def _is_finite(tree: PyTree) -> Array:
 
 def _learn(
     run: _Run, state: TrainState, *, ready: Array, epsilon: Array, episodes_before: Array
-) -> tuple[LearnerState, dict[str, Array]]:
+) -> tuple[LearnerState, Priorities | tuple[()], dict[str, Array]]:
     """Takes the learner steps of one iteration; the learners of seeds that aren't ``ready`` ``[S]`` stay as they are.
 
     Each step samples a batch per seed, takes an optimiser step, and copies the targets when that is due.
 
     Returns:
-        The learners, leaves ``[S, ..]``, and the metrics' means over the steps, ``[S]`` float32, 0 for the others.
+        The learners and priorities, leaves ``[S, ..]``, and the metrics' means over the steps, ``[S]`` float32, 0 for
+        the others.
     """
     # All seeds compute, ready or not: under `vmap` a branch per seed would compute both sides anyway. Batches of seeds
     # that aren't ready count as empty, which makes them cheap where rows are packed.
@@ -488,26 +505,55 @@ def _learn(
     hp = with_scheduled_lr(algo, state.hp, state.counters.env_steps, state.total_env_steps)
     step = jax.vmap(functools.partial(apply_gradients, algo))
 
-    def update(index: Array, carry: tuple[LearnerState, dict[str, Array]]) -> tuple[LearnerState, dict[str, Array]]:
-        learner, losses = carry
+    def update(index: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        learner, priorities, losses = carry
         ctx = Context(epsilon, state.counters.env_steps, state.counters.learner_steps + index)
-        rows = jax.vmap(run.replay.sample)(state.replay, _fold_in(state.keys.sample, ctx.learner_steps))
+        drawn = _draw(run, state, priorities, _fold_in(state.keys.sample, ctx.learner_steps))
+        rows = drawn.rows
         before, learner = learner, _with_rewards(run, learner, rows)
         loss_keys = _fold_in(state.keys.loss, ctx.learner_steps)
-        grads, metrics = batch_gradients(run.batching, learner, rows, loss_keys, hp, ctx, ready)
-        stepped, grad_norm = step(learner, grads, hp)
-        stepped = add_returns(stepped, metrics, jax.vmap(run.replay.lengths)(rows).sum(-1))
+        found = batch_gradients(run.batching, learner, rows, loss_keys, hp, ctx, ready, drawn.importance)
+        stepped, grad_norm = step(learner, found.grads, hp)
+        lengths = jax.vmap(run.replay.lengths)(rows)
+        stepped = add_returns(stepped, found.metrics, lengths.sum(-1))
         learner = jax.tree.map(functools.partial(jax.vmap(jnp.where), ready), stepped, before)
         learner = update_targets(algo, learner, hp, episodes_before, ready)
-        return learner, jax.tree.map(functools.partial(_set_row, index), losses, metrics | {"grad_norm": grad_norm})
+        if isinstance(priorities, Priorities):
+            assert drawn.places is not None
+            assert found.errors is not None
+            set_all = jax.vmap(functools.partial(set_priorities, exponent=algo.priority_exponent))
+            changed = set_all(priorities, drawn.places, found.errors, lengths)
+            priorities = jax.tree.map(functools.partial(jax.vmap(jnp.where), ready), changed, priorities)
+        metrics = found.metrics | {"grad_norm": grad_norm}
+        return learner, priorities, jax.tree.map(functools.partial(_set_row, index), losses, metrics)
 
     # A loop without a turn where no seed is ready, and not a branch: a loop changes the learners in place, whereas a
     # branch would copy all of them in every iteration.
     losses = dict.fromkeys(_loss_names(run), jnp.zeros((num_updates, len(ready)), jnp.float32))
     turns = jnp.where(ready.any(), num_updates, 0)
     with jax.named_scope(f"updates_at_most_{num_updates}"):  # named for whoever reads the compiled program
-        learner, losses = jax.lax.fori_loop(0, turns, update, (state.learner, losses))
-    return learner, jax.tree.map(lambda loss: jnp.where(ready, loss.mean(0), 0.0), losses)
+        learner, priorities, losses = jax.lax.fori_loop(0, turns, update, (state.learner, state.priorities, losses))
+    return learner, priorities, jax.tree.map(lambda loss: jnp.where(ready, loss.mean(0), 0.0), losses)
+
+
+class _Drawn(NamedTuple):
+    """A batch of each seed: rows ``[S, B, row_bytes]`` and, where episodes are prioritised, as in `Draw` ``[S, B]``."""
+
+    rows: Array
+    places: Array | None = None
+    importance: Array | None = None
+
+
+def _draw(run: _Run, state: TrainState, priorities: Priorities | tuple[()], keys: PRNGKey) -> _Drawn:
+    """Draws a batch from the replay of each seed."""
+    if not isinstance(priorities, Priorities):
+        return _Drawn(jax.vmap(run.replay.sample)(state.replay, keys))
+    algo = run.config.algo
+    progress = jnp.minimum(state.counters.env_steps / state.total_env_steps, 1)
+    beta = algo.importance_exponent + (1 - algo.importance_exponent) * progress
+    draw = jax.vmap(functools.partial(draw_episodes, batch_size=algo.batch_size))
+    places, importance = draw(priorities, keys, beta=beta)
+    return _Drawn(jax.vmap(run.replay.rows_at)(state.replay, places), places, importance)
 
 
 def _with_rewards(run: _Run, learner: LearnerState, rows: Array) -> LearnerState:
@@ -531,7 +577,8 @@ def _loss_names(run: _Run) -> tuple[str, ...]:
 def _learn_alone(run: _Run, state: TrainState) -> tuple[LearnerState, dict[str, Array]]:
     with _numerics(run):
         ready, epsilon = jnp.ones(state.failed.shape, bool), _context(state).epsilon
-        return _learn(run, state, ready=ready, epsilon=epsilon, episodes_before=state.counters.episodes)
+        learner, _, losses = _learn(run, state, ready=ready, epsilon=epsilon, episodes_before=state.counters.episodes)
+        return learner, losses
 
 
 def _play_greedily(run: _Run, state: TrainState) -> EvalRecord:

@@ -30,6 +30,8 @@ class Replay(NamedTuple):
         add: ``(state, episodes, is_active) -> state``, stores ``StoredEpisode`` leaves ``[E, ..]`` if ``is_active`` (a
             scalar bool) is true and otherwise leaves the state unchanged, in place in both cases.
         sample: ``(state, key) -> rows``, a batch ``[B, row_bytes]`` drawn uniformly with replacement.
+        next_places: ``(state, count) -> [count]`` int32, the places where the next ``count`` episodes will be stored.
+        rows_at: ``(state, places) -> rows``, the episodes at places ``[B]``.
         lengths: ``rows -> [B]`` int32, the episodes' lengths.
         rewards: ``rows -> [B, T]``, their rewards.
         decode: ``(rows, num_steps) -> Episode``, cut to the first ``num_steps`` (static) steps, or padded to them.
@@ -41,6 +43,8 @@ class Replay(NamedTuple):
     init: Callable[[], ReplayState]
     add: Callable[[ReplayState, StoredEpisode, Array], ReplayState]
     sample: Callable[[ReplayState, PRNGKey], Array]
+    next_places: Callable[[ReplayState, int], Array]
+    rows_at: Callable[[ReplayState, Array], Array]
     lengths: Callable[[Array], Array]
     rewards: Callable[[Array], Array]
     decode: Callable[[Array, int], Episode]
@@ -62,12 +66,15 @@ def make_replay(env: Environment, *, buffer_size: int, batch_size: int) -> Repla
         state = buffer.init(jnp.zeros(num_bytes, jnp.uint8))
         return state.replace(experience=jnp.zeros(state.experience.shape, jnp.uint8))
 
+    def next_places(state: ReplayState, count: int) -> Array:
+        return (state.current_index + jnp.arange(count)) % buffer_size
+
     def add(state: ReplayState, episodes: StoredEpisode, is_active: Array) -> ReplayState:
         rows = jax.vmap(to_row)(episodes)  # [E, row_bytes]
         # The replay is by far the largest array of a run, and it must stay in place: a select between the replay before
         # and after would copy all of it in every iteration. So rows are written in any case, either the new ones or
         # those that are already there, and only the two small counters are selected.
-        places = (state.current_index + jnp.arange(rows.shape[0])) % buffer_size
+        places = next_places(state, len(rows))
         added = buffer.add(state, jnp.where(is_active, rows, state.experience[0, places]))
         return added.replace(
             current_index=jnp.where(is_active, added.current_index, state.current_index),
@@ -77,6 +84,9 @@ def make_replay(env: Environment, *, buffer_size: int, batch_size: int) -> Repla
     def sample(state: ReplayState, key: PRNGKey) -> Array:
         with jax.numpy_rank_promotion("allow"):  # flashbax broadcasts its indices
             return buffer.sample(state, key).experience
+
+    def rows_at(state: ReplayState, places: Array) -> Array:
+        return state.experience[0, places]
 
     def lengths(rows: Array) -> Array:
         return jax.vmap(functools.partial(from_row, template=template))(rows).length
@@ -92,7 +102,19 @@ def make_replay(env: Environment, *, buffer_size: int, batch_size: int) -> Repla
         stored = jax.vmap(functools.partial(from_row, template=template))(rows)
         return _packed_rows(env, stored, layout)
 
-    return Replay(init, add, sample, lengths, rewards, decode, decode_packed, num_bytes, num_bytes * buffer_size)
+    return Replay(
+        init=init,
+        add=add,
+        sample=sample,
+        next_places=next_places,
+        rows_at=rows_at,
+        lengths=lengths,
+        rewards=rewards,
+        decode=decode,
+        decode_packed=decode_packed,
+        row_bytes=num_bytes,
+        num_bytes=num_bytes * buffer_size,
+    )
 
 
 def _first_steps(env: Environment, stored: StoredEpisode, num_steps: int) -> Episode:
