@@ -289,7 +289,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ended = _process(*TINY, "--config-dir", "configs", "run_dir=first/run", cwd=folder)  # in the midst of the options
     assert ended.returncode == 0, ended.stderr
     assert sorted(path.name for path in folder.iterdir() if path.name != "__pycache__") == [
-        "coin.py", "configs", "first", "huber_iql.py",
+        "coin.py", "configs", "first", "huber_iql.py", "watchers.py",
     ]  # fmt: skip
     (folder / "first" / "stdout").write_text(ended.stdout)
     (folder / "first" / "stderr").write_text(ended.stderr)

@@ -72,7 +72,7 @@ def test_runs_from_the_command_line_on_predator_prey_with_two_seeds(algo: str, t
 
 @pytest.mark.parametrize("algo", all_but_slow(LEARN_FAST))
 def test_learns_the_values_of_a_one_step_game(algo: str) -> None:
-    config = small_run(algo, MatrixGame(payoff=PAYOFF), total_env_steps=8000)
+    config = small_run(algo, MatrixGame(payoff=PAYOFF, steps=1), total_env_steps=8000)
     state, records = train_seeds(config, [0])
     assert last_return(records) == 4.0
     got, known = known_values(config, jax.tree.map(lambda leaf: leaf[0], state.learner.params))
@@ -138,7 +138,8 @@ def test_options_that_change_no_parameter_and_no_loss_are_known(overrides: list[
     """Sizes are compared by the parameters that they change; `alpha` and `td_lambda` change the loss."""
     algo = load_config(*overrides).algo
     unused = algo.without_effect()
-    assert unused.keys() == expected | {"td_lambda"}
+    always = {"adam_b1", "adam_b2", "adam_eps", "importance_exponent", "n_steps", "priority_exponent", "td_lambda"}
+    assert unused.keys() == expected | always
     spec = EnvSpec(num_agents=2, num_actions=3, obs_dim=3, state_dim=2, episode_limit=1)
 
     def shapes(algo: Algorithm) -> PyTree:

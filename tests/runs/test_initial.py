@@ -85,7 +85,7 @@ def initial_of(*arguments: str) -> Initial:
     members = make_members(config.algo, config.seeds, config.sweep)
 
     def learner(seed: jax.Array) -> LearnerState:
-        return init_learner(config.algo.init(jax.random.key(seed), config.env.spec))
+        return init_learner(config.algo, config.algo.init(jax.random.key(seed), config.env.spec))
 
     seeds = jax.ShapeDtypeStruct((len(members),), np.uint32)
     return read_initial(config, members, jax.eval_shape(jax.vmap(learner), seeds))

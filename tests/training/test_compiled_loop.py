@@ -459,7 +459,7 @@ def test_a_bounded_batch_is_unrolled_as_far_as_its_longest_episode(monkeypatch):
     def without_loss(batching, batch):
         jax.debug.callback(lambda num_places: seen.append(int(num_places)), batch.num_places)
         metrics = dict.fromkeys(batching.metric_names, jnp.zeros(len(batch.mask)))
-        return lambda params, *_: (params, Aux(metrics, {}))
+        return lambda learner, *_: (learner.params, Aux(metrics, {}))
 
     monkeypatch.setattr(batch_gradients, "_seeds_gradient", without_loss)
     learned_from_lengths(tiny_wqmix(**FIVE, returns="td_lambda"), "bounded", "tpu", SHORT)

@@ -75,7 +75,7 @@ class FactoredQLearner(TDLearner):
         def value(joint_action: Array) -> Array:
             return self.mix(target["mixer"], target_qs[:, :-1], joint_action, seen_before(batch))[0]
 
-        y = self.corrected_targets(batch, hp, next_q, to_bootstrap, value)
+        y = self.td_targets(batch, hp, next_q, self.correction(batch, to_bootstrap, value))
         loss = masked_mean_square(q_tot - y, batch.mask, batch.importance)
         metrics = {
             "loss": loss,

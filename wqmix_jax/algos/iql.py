@@ -44,7 +44,7 @@ class IQL(TDLearner):
         greedy = self.greedy_to_bootstrap(agent_qs, target_qs, batch)
         next_qs = gather_actions(target_qs[:, 1:], self.next_actions(greedy, batch))
         value = functools.partial(gather_actions, target_qs[:, :-1])
-        y = self.corrected_targets(batch, hp, next_qs, greedy, value)
+        y = self.td_targets(batch, hp, next_qs, self.correction(batch, greedy, value))
         # Every agent counts: the mask of steps, repeated per agent, [B, T, N].
         mask = jnp.broadcast_to(batch.mask[..., None], chosen_qs.shape)
         td_error = chosen_qs - y

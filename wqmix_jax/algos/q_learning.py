@@ -227,57 +227,49 @@ class TDLearner(QLearner):
         taken = jnp.concatenate([batch.joint_action[:, 1:], greedy[:, -1:]], axis=1)
         return jnp.where(_is_followed(batch)[..., None] > 0, taken, greedy[:, 1:])
 
-    def td_targets(self, batch: Episode, hp: Hyperparams, next_value: Array) -> Array:
-        """Returns y, a constant to the gradient, of all ``returns`` but those of Q(lambda).
+    def correction(self, batch: Episode, greedy: Array, value: Callable[[Array], Array]) -> Array | None:
+        """Returns V(s) - Q(s, u) of each step for Q(lambda), None for other ``returns``.
+
+        Args:
+            batch: the episodes.
+            greedy: ``[B, T+1, N]``, see `greedy_to_bootstrap`.
+            value: the target nets' value of joint actions ``[B, T, N]`` before each step, shaped as its result.
+        """
+        if self.returns not in ("q_lambda", "pymarl2_q_lambda"):
+            return None
+        return jax.lax.stop_gradient(value(greedy[:, :-1]) - value(batch.joint_action))
+
+    def td_targets(self, batch: Episode, hp: Hyperparams, next_value: Array, correction: Array | None = None) -> Array:
+        """Returns y, a constant to the gradient.
 
         Args:
             batch: the episodes.
             hp: the traced options.
             next_value: ``[B, T]`` or, one for each agent, ``[B, T, N]``: the target nets' value of `next_actions`.
+            correction: see `correction`; shaped as ``next_value``.
         """
-        return self._targets(batch, hp, next_value, None)
-
-    def corrected_targets(
-        self, batch: Episode, hp: Hyperparams, next_value: Array, greedy: Array, value: Callable[[Array], Array]
-    ) -> Array:
-        """Returns y: `td_targets`, or those of Q(lambda), which look at the greedy joint action of each state, too.
-
-        Args:
-            batch: the episodes.
-            hp: the traced options.
-            next_value: see `td_targets`.
-            greedy: ``[B, T+1, N]``, see `greedy_to_bootstrap`.
-            value: the target nets' value of joint actions ``[B, T, N]`` before each step, shaped as ``next_value``.
-        """
-        if self.returns not in ("q_lambda", "pymarl2_q_lambda"):
-            return self.td_targets(batch, hp, next_value)
-        correction = jax.lax.stop_gradient(value(greedy[:, :-1]) - value(batch.joint_action))
-        y = self._targets(batch, hp, next_value, correction)
-        return y + correction if self.returns == "pymarl2_q_lambda" else y
-
-    def _targets(self, batch: Episode, hp: Hyperparams, next_value: Array, correction: Array | None) -> Array:
-        if not self.standardise_returns:
-            return jax.lax.stop_gradient(self._returns(batch, hp, next_value, correction))
-        # The networks' values are standardised, the rewards aren't.
-        mean, deviation = hp.return_mean, hp.return_deviation
-        correction = None if correction is None else correction * deviation
-        y = self._returns(batch, hp, next_value * deviation + mean, correction)
-        return jax.lax.stop_gradient((y - mean) / deviation)
-
-    def _returns(self, batch: Episode, hp: Hyperparams, next_value: Array, correction: Array | None) -> Array:
-        reward, discount = batch.reward, batch.discount
+        reward, discount, mean, deviation = batch.reward, batch.discount, 0.0, 1.0
+        if self.standardise_returns:  # the networks' values are standardised, the rewards aren't
+            mean, deviation = hp.return_mean, hp.return_deviation
+            next_value = next_value * deviation + mean
         if self.returns == "one_step":
             # Reward and discount are shared; values may be one per agent, [B, T, N].
             per_agent = (1,) * (next_value.ndim - reward.ndim)
             reward, discount = (leaf.reshape(*leaf.shape, *per_agent) for leaf in (reward, discount))
-            return td_target(reward, discount, hp.gamma, next_value)
+            y = td_target(reward, discount, hp.gamma, next_value)
         # No return passes from one episode of a row to another: nothing follows an episode's last step.
-        is_followed = _is_followed(batch)
-        if self.returns == "n_step":
+        elif self.returns == "n_step":
             each_row = jax.vmap(functools.partial(n_step_return, num_steps=self.n_steps), in_axes=(0, 0, None, 0, 0))
-            return each_row(reward, discount, hp.gamma, next_value, is_followed)
-        each_row = jax.vmap(lambda_return, in_axes=(0, 0, None, 0, 0, 0))
-        return each_row(reward, discount, hp.gamma, next_value, hp.td_lambda * is_followed, correction)
+            y = each_row(reward, discount, hp.gamma, next_value, _is_followed(batch))
+        else:
+            each_row = jax.vmap(lambda_return, in_axes=(0, 0, None, 0, 0, 0))
+            plain = None if correction is None else correction * deviation
+            y = each_row(reward, discount, hp.gamma, next_value, hp.td_lambda * _is_followed(batch), plain)
+        if self.standardise_returns:
+            y = (y - mean) / deviation
+        if self.returns == "pymarl2_q_lambda":
+            y += correction
+        return jax.lax.stop_gradient(y)
 
 
 def _is_followed(batch: Episode) -> Array:

@@ -77,7 +77,7 @@ class QTRAN(TDLearner):
         def value(joint_action: Array) -> Array:
             return self.joint_value(target["mixer"], target_hidden[:, :-1], joint_action, before).q
 
-        y = self.corrected_targets(batch, hp, following.q, to_bootstrap, value)
+        y = self.td_targets(batch, hp, following.q, self.correction(batch, to_bootstrap, value))
 
         # Q_tot is the sum of utilities plus V(s), and learns from Q*, a constant here, at two joint actions. If the one
         # taken is overestimated, `optimistic` with alpha = 0 leaves it alone.

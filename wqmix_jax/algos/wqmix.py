@@ -97,7 +97,7 @@ class WQMIX(QMIX):
         def value(joint_action: Array) -> Array:
             return self.central_estimate(target, target_qs[:, :-1], joint_action, seen_before(batch))
 
-        y = self.corrected_targets(batch, hp, bootstrap.next_value, to_bootstrap, value)
+        y = self.td_targets(batch, hp, bootstrap.next_value, self.correction(batch, to_bootstrap, value))
         # The paper's td_error is Q_tot - y: negative where Q_tot underestimates.
         weights = self._weights(q_tot - y, y, greedy, bootstrap, batch, hp)
         both = weights if batch.importance is None else weights * batch.importance

@@ -336,45 +336,41 @@ def _packed_gradients(batching: Batching, inputs: LearnerInputs) -> Gradients:
 def _seeds_gradient(batching: Batching, batch: Episode) -> Callable[..., tuple[PyTree, Aux]]:
     """Returns the loss's gradient and `Aux` of all seeds; every argument has the seed axis but `Episode.num_places`."""
     axes = jax.tree.map(lambda _: 0, batch)._replace(num_places=None)
-    loss = standardising_loss(batching.algo)
+    algo = batching.algo
 
-    def gradient(learner: LearnerState, *args: PyTree) -> tuple[PyTree, Aux]:
+    def gradient(
+        learner: LearnerState, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree
+    ) -> tuple[PyTree, Aux]:
+        batch, hp = standardised_inputs(algo, learner.moments, batch, hp)
         with unroll_in_blocks(batching.block_form):
-            return jax.grad(loss, has_aux=True)(learner.params, learner.target, learner.moments, *args)
+            loss = jax.grad(algo.loss, has_aux=True)
+            grads, aux = loss(learner.params, learner.target, batch, hp, ctx, noise)
+        return grads, _with_target_square(learner.moments, batch, aux)
 
     return jax.vmap(gradient, in_axes=(0, axes, 0, 0, 0))
 
 
-def standardising_loss(algo: Algorithm) -> Callable[..., tuple[Array, Aux]]:
-    """Returns the loss of ``algo`` as a function of ``(params, target, moments, batch, hp, ctx, noise)``.
-
-    It sees rewards that are scaled or standardised. Where returns are standardised, its metrics have the targets' mean
-    square, ``td_target_square_mean``, in addition.
-    """
-
-    def loss(
-        params: PyTree,
-        target: PyTree,
-        moments: dict[str, Moments],
-        batch: Episode,
-        hp: Hyperparams,
-        ctx: Context,
-        noise: PyTree,
-    ) -> tuple[Array, Aux]:
-        if "rewards" in moments:
-            rewards = moments["rewards"]
-            batch = batch._replace(reward=(batch.reward - rewards.mean) / rewards.deviation * batch.mask)
-        elif algo.reward_scale != 1:
-            batch = batch._replace(reward=batch.reward * algo.reward_scale)
-        if "returns" not in moments:
-            return algo.loss(params, target, batch, hp, ctx, noise)
+def standardised_inputs(
+    algo: Algorithm, moments: dict[str, Moments], batch: Episode, hp: Hyperparams
+) -> tuple[Episode, Hyperparams]:
+    """Returns a loss's inputs with scaled or standardised rewards and, if returns are standardised, their moments."""
+    if "rewards" in moments:
+        rewards = moments["rewards"]
+        batch = batch._replace(reward=(batch.reward - rewards.mean) / rewards.deviation * batch.mask)
+    elif algo.reward_scale != 1:
+        batch = batch._replace(reward=batch.reward * algo.reward_scale)
+    if "returns" in moments:
         hp = with_return_moments(hp, moments["returns"].mean, moments["returns"].deviation)
-        value, aux = algo.loss(params, target, batch, hp, ctx, noise)
-        y = aux.values["td_target"]
-        mask = jnp.broadcast_to(batch.mask.reshape(*batch.mask.shape, *(1,) * (y.ndim - batch.mask.ndim)), y.shape)
-        return value, aux._replace(metrics=aux.metrics | {"td_target_square_mean": masked_mean(jnp.square(y), mask)})
+    return batch, hp
 
-    return loss
+
+def _with_target_square(moments: dict[str, Moments], batch: Episode, aux: Aux) -> Aux:
+    """Adds the targets' mean square to the metrics, ``td_target_square_mean``, if returns are standardised."""
+    if "returns" not in moments:
+        return aux
+    y = aux.values["td_target"]
+    mask = jnp.broadcast_to(batch.mask.reshape(*batch.mask.shape, *(1,) * (y.ndim - batch.mask.ndim)), y.shape)
+    return aux._replace(metrics=aux.metrics | {"td_target_square_mean": masked_mean(jnp.square(y), mask)})
 
 
 def _errors(batch: Episode, aux: Aux) -> Array:
@@ -446,8 +442,9 @@ def _metric_names(env: Environment, algo: Algorithm, whole: Episode) -> tuple[st
         params, hp = algo.init(key, env.spec), jax.tree.map(jnp.asarray, hyperparams(algo))
         ctx = Context(epsilon=jnp.float32(0), env_steps=jnp.int32(0), learner_steps=jnp.int32(0))
         moments = {name: no_moments() for name in standardised(algo)}
-        loss = standardising_loss(algo)
-        return loss(params, params, moments, batch, hp, ctx, algo.sample_noise(key, batch))[1].metrics
+        batch, hp = standardised_inputs(algo, moments, batch, hp)
+        aux = algo.loss(params, params, batch, hp, ctx, algo.sample_noise(key, batch))[1]
+        return _with_target_square(moments, batch, aux).metrics
 
     found = tuple(jax.eval_shape(metrics, whole))
     if "loss" not in found:

@@ -53,7 +53,7 @@ def add_returns(learner: LearnerState, metrics: Mapping[str, Array], num_steps: 
 
     Args:
         learner: leaves ``[S, ..]``.
-        metrics: those of `standardising_loss`, ``[S]``.
+        metrics: those of `batch_gradients`, ``[S]``.
         num_steps: ``[S]``, the steps of the batch.
     """
     if "returns" not in learner.moments:
