@@ -18,10 +18,9 @@ from wqmix_jax.records.atomic import write_whole
 from wqmix_jax.records.metrics import load_header, load_metrics, read_mapping
 from wqmix_jax.records.run_dir import failed_members, read_config, read_summary, refuse_common_seeds
 from wqmix_jax.records.statistics import Estimate, SeedCurves, horizon, iqm_estimate, quartiles, seed_curves
-from wqmix_jax.records.text_table import Row
+from wqmix_jax.records.text_table import Row, write_csv
 from wqmix_jax.runs.playing import play_policies
 from wqmix_jax.runs.saved_policies import BEST, POLICY_DIR
-from wqmix_jax.table import write_csv
 
 NUM_POINTS = 101
 ABSOLUTE_FILE = "absolute.json"

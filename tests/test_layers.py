@@ -17,7 +17,7 @@ LAYERS = (
     (("callbacks", "records"),),
     (("runs",),),
     (("api", "cli"),),
-    (("tabular", "train", "evaluate", "compare", "table", "merge"), ("__main__",)),
+    (("tabular", "train", "evaluate", "compare", "table", "merge", "search"), ("__main__",)),
 )
 
 # The same for the modules inside each package.
@@ -58,6 +58,7 @@ INSIDE = {
         ("session",),
     ),
     "cli": (("command", "help", "parser", "syntax"), ("checks",), ("overrides",), ("arguments",), ("sweeps",)),
+    "search": (("settings",), ("space",), ("report", "trials"), ("__main__",)),
     "tabular": (
         ("isotonic", "weightings"),
         ("additive", "degeneracy", "search"),
@@ -71,6 +72,7 @@ HOMES = {
     "hydra": {"cli"},
     "tensorboard": {"runs.loggers"},
     "wandb": {"runs.loggers"},
+    "optuna": {"search"},
     "orbax": {"runs.checkpoints"},
     "tensorstore": {"runs.checkpoints"},
 }

@@ -47,7 +47,7 @@ def test_the_console_script_lists_the_commands(site: Path) -> None:
         [site / "bin" / "wqmix_jax"], env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True
     )
     assert (listed.returncode, listed.stderr) == (0, b"")
-    for name in ("train", "evaluate", "compare", "merge", "table", "tabular"):
+    for name in ("train", "evaluate", "compare", "merge", "table", "search", "tabular"):
         assert f"wqmix_jax {name} ".encode() in listed.stdout
 
 
@@ -75,6 +75,7 @@ def test_metadata(wheel: Path) -> None:
         "tensorboard",
         "torch",
         "launchers",
+        "search",
         "notebooks",
         "docs",
         "dev",

@@ -13,10 +13,11 @@ COMMANDS = {
     "compare": "compares runs of one task: intervals over seeds, and a picture",
     "table": "lists many runs in one table",
     "merge": "joins parts of a run that were trained on several hosts",
+    "search": "searches for good values of an algorithm's options",
     "tabular": "projects a payoff matrix as QMIX and Weighted QMIX do, exactly",
 }
 
-HOMES = {"tabular": "wqmix_jax.tabular.__main__"}
+HOMES = {"search": "wqmix_jax.search.__main__", "tabular": "wqmix_jax.tabular.__main__"}
 """Modules of commands that are not called ``wqmix_jax.COMMAND``."""
 
 

@@ -40,7 +40,6 @@ from wqmix_jax.training.host_loop import Loop, advance, begin, is_finished, soun
 from wqmix_jax.training.members import Member, make_members, member_name
 
 
-@memory_faults_in_one_line()
 def train_seeds(
     config: RunConfig | Mapping[str, Any],
     seeds: Sequence[int],
@@ -73,8 +72,34 @@ def train_seeds(
         RunError: if an environment outside of JAX fails too often, or the memory is too small.
     """
     config = config if isinstance(config, RunConfig) else run_config(config)
-    use_compilation_cache(config.compilation_cache)
     members = make_members(config.algo, _checked(seeds), config.sweep)
+    return train_members(config, members, callback=callback, progress=progress)
+
+
+@memory_faults_in_one_line()
+def train_members(
+    config: RunConfig,
+    members: tuple[Member, ...],
+    *,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    progress: bool | None = None,
+) -> tuple[TrainState, list[dict[str, Any]]]:
+    """Trains as `train_seeds`, but members that are given: any seeds with any values of traced options.
+
+    Args:
+        config: the options; its ``sweep`` is ignored too.
+        members: different members with values of the same options.
+        callback: as in `train_seeds`.
+        progress: as in `train_seeds`.
+
+    Returns:
+        What `train_seeds` returns, in the order of ``members``.
+
+    Raises:
+        ConfigError: if an option is not allowed, or the environment doesn't fit its spec.
+        RunError: if an environment outside of JAX fails too often, or the memory is too small.
+    """
+    use_compilation_cache(config.compilation_cache)
     sharding = train_sharding(config, len(members))  # claims the cores before the check may start JAX's backend
     check_environment(config.env)
 

@@ -5,7 +5,6 @@ the runs or are swept inside one, with median and quartiles over the seeds of th
 seed in common (because one was started again, or merged from the others) have a row each.
 """
 
-import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from wqmix_jax.records.run_dir import (
     simulator_versions,
 )
 from wqmix_jax.records.statistics import quartiles
-from wqmix_jax.records.text_table import Row, columns_of, show
+from wqmix_jax.records.text_table import Row, show, write_csv
 from wqmix_jax.training.members import labels_of, member_name
 
 
@@ -129,14 +128,6 @@ def _figures(members: Sequence[Row]) -> Row:
             median, low, high = quartiles(np.array(values))
             figures |= {name: f"{median:.4g}", f"{name}_q25": f"{low:.4g}", f"{name}_q75": f"{high:.4g}"}
     return figures
-
-
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Writes a table; what a row doesn't have stays empty."""
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns_of(rows), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -243,7 +243,7 @@ def test_a_simulator_in_another_folder_is_found_with_config_dir() -> None:
 
 
 def test_the_command_of_all_commands(refused: Callable[[str, str], str]) -> None:
-    message = "the commands are train, evaluate, compare, table, merge, tabular"
+    message = "the commands are train, evaluate, compare, table, merge, search, tabular"
     for arguments, meant in {
         "trian": "did you mean train? ",
         "+algo=qmix": "did you mean wqmix_jax train +algo=qmix? ",

@@ -117,6 +117,16 @@ def compose_evaluation(overrides: Sequence[str], config_dir: str | os.PathLike[s
         return _compose("evaluate", forced, config_dir, reports_replaced=uses_yamls)
 
 
+def compose_search(overrides: Sequence[str], config_dir: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """Composes ``search.yaml``, the options of a search without those of its runs; unknown keys are added.
+
+    Raises:
+        ConfigError: if an option can't be read.
+    """
+    with errors_in_one_line():
+        return _compose("search", [f"++{text}" for text in overrides], config_dir).values
+
+
 def _compose(
     primary: str,
     overrides: Sequence[str],

@@ -122,15 +122,19 @@ def _is_made(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def held(run_dir: Path) -> Iterator[None]:
+def held(run_dir: Path, file_name: str = METRICS_FILE) -> Iterator[None]:
     """Locks the run: no other process can train it until the block ends.
 
     Does nothing if the platform or the file system has no locks.
 
+    Args:
+        run_dir: the folder of the run.
+        file_name: the file in it that is locked.
+
     Raises:
         ConfigError: if another process trains it.
     """
-    path = run_dir / METRICS_FILE
+    path = run_dir / file_name
     try:
         file = open(path, "r+b")  # noqa: SIM115 (closed below)
     except OSError as error:

@@ -1,6 +1,8 @@
-"""A table of rows as text."""
+"""A table of rows as text, printed or in a file."""
 
+import csv
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
@@ -18,3 +20,11 @@ def show(rows: Sequence[Row]) -> None:
 def columns_of(rows: Sequence[Row]) -> list[str]:
     """Returns all columns of the rows, in the order of their first appearance."""
     return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """Writes a table; what a row doesn't have stays empty."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns_of(rows), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

@@ -7,7 +7,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,32 @@ from wqmix_jax.training.compiled_loop import Trainer
 from wqmix_jax.training.devices import num_cores
 
 
-def command_to_continue(run_dir: Path, config_dir: str | os.PathLike[str] | None = None) -> str:
+def command_to_continue(
+    run_dir: Path, config_dir: str | os.PathLike[str] | None = None, *, command: str = "train"
+) -> str:
     """Returns a hint with the command that continues a run, to be pasted into a shell in the current folder.
 
     Args:
         run_dir: the run's folder.
         config_dir: the folder of the user's yamls and modules that it was started with.
+        command: the command that started it.
     """
-    parts = [_python(), "-m", "wqmix_jax.train"]
+    repeated = [f"{name}={_as_option(value)}" for name, value in _programs(run_dir).items()]
+    return f"to continue: {shell_command(command, [f'resume={_as_option(str(run_dir))}', *repeated], config_dir)}"
+
+
+def shell_command(command: str, arguments: Sequence[str], config_dir: str | os.PathLike[str] | None = None) -> str:
+    """Returns a command of this package, to be pasted into a shell in the current folder.
+
+    Args:
+        command: its name, ``train`` for example.
+        arguments: its arguments.
+        config_dir: the folder of the user's yamls and modules.
+    """
+    parts = [_python(), "-m", f"wqmix_jax.{command}"]
     if config_dir is not None:
         parts += ["--config-dir", _from_here(Path(config_dir))]
-    repeated = [f"{name}={_as_option(value)}" for name, value in _programs(run_dir).items()]
-    return f"to continue: {shlex.join([*parts, f'resume={_as_option(str(run_dir))}', *repeated])}"
+    return shlex.join([*parts, *arguments])
 
 
 def _programs(run_dir: Path) -> dict[str, str]:
