@@ -83,8 +83,11 @@ class Result(NamedTuple):
 def open_study(folder: Path, direction: str) -> optuna.Study:
     """Opens the study in the folder of a search; a new one if there is none."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = JournalStorage(JournalFileBackend(str(folder / STUDY_FILE)))
-    return optuna.create_study(storage=storage, study_name="search", direction=direction, load_if_exists=True)
+    path = folder / STUDY_FILE
+    storage = JournalStorage(JournalFileBackend(str(path)))
+    if path.is_file() and path.stat().st_size > 0:
+        return optuna.load_study(storage=storage, study_name="search")
+    return optuna.create_study(storage=storage, study_name="search", direction=direction)
 
 
 def run_trials(search: Search, study: optuna.Study, *, train: Train) -> None:
