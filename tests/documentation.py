@@ -92,16 +92,23 @@ def arguments_of(module: str, command: str) -> list[str] | None:
 
 def shortened(command: str) -> str:
     """The command with options that make its training one of seconds; others as they are."""
+    if (arguments := arguments_of("wqmix_jax.search", command)) is not None:
+        resumes = any(text.startswith("resume=") for text in arguments)
+        return _with(command, ["trials=3"] if resumes else [*SHORT, "trials=2"])
     arguments = arguments_of("wqmix_jax.train", command)
     if arguments is None or "--help" in arguments or "--cfg" in arguments:
         return command
     if any(text.startswith("resume=") for text in arguments):
-        command = re.sub(r" total_env_steps=\S+", "", command)
-        return f"{command} total_env_steps=400"
+        return _with(command, ["total_env_steps=400"])
     known = [text for text in SHORT if not re.search(rf" {text.partition('=')[0]}=\S*,", command)]
-    for text in known:
+    return " ".join([_with(command, known), *_short_episodes(arguments)])
+
+
+def _with(command: str, options: Sequence[str]) -> str:
+    """The command with these options in place of those of the same names."""
+    for text in options:
         command = re.sub(rf" {re.escape(text.partition('=')[0])}=\S+", "", command)
-    return " ".join([command, *known, *_short_episodes(arguments)])
+    return " ".join([command, *options])
 
 
 def _short_episodes(arguments: Sequence[str]) -> list[str]:

@@ -58,7 +58,7 @@ INSIDE = {
         ("session",),
     ),
     "cli": (("command", "help", "parser", "syntax"), ("checks",), ("overrides",), ("arguments",), ("sweeps",)),
-    "search": (("settings",), ("space",), ("report", "trials"), ("__main__",)),
+    "search": (("settings",), ("space",), ("trials",), ("report",), ("__main__",)),
     "tabular": (
         ("isotonic", "weightings"),
         ("additive", "degeneracy", "search"),

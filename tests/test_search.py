@@ -16,6 +16,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
+from tests.documentation import arguments_of, commands
 from wqmix_jax import api, load_config, load_metrics, table
 from wqmix_jax.cli.overrides import load_values
 from wqmix_jax.config import RunConfig
@@ -45,13 +46,13 @@ class Calls:
         members: the members of each call.
     """
 
-    def __init__(self, value: Value) -> None:
-        self.value = value
+    def __init__(self, value: Value, progress: bool | None = False) -> None:
+        self.value, self.progress = value, progress
         self.configs: list[RunConfig] = []
         self.members: list[tuple[Member, ...]] = []
 
     def __call__(self, config: RunConfig, members: Sequence[Member], *, progress: bool | None) -> tuple[Any, list[Any]]:
-        assert progress is False
+        assert progress is self.progress
         self.configs.append(config)
         self.members.append(tuple(members))
         values = [self.value(config, member) for member in members]
@@ -71,7 +72,7 @@ class Calls:
 
 def near_best(config: RunConfig, member: Member) -> float:
     """A return that is best for lr=0.001 with adam, and differs between seeds."""
-    lr = dict(member.swept).get("lr", config.algo.lr)
+    lr = dict(member.swept).get("lr", 1e-3)
     return member.seed - abs(math.log10(lr) + 3) - (config.algo.optimizer == "rmsprop")
 
 
@@ -80,8 +81,8 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ca
     """Runs the command line in an empty folder with `Calls` in place of training."""
     monkeypatch.chdir(tmp_path)
 
-    def start(*arguments: str, value: Value = near_best) -> Calls:
-        calls = Calls(value)
+    def start(*arguments: str, value: Value = near_best, progress: bool | None = False) -> Calls:
+        calls = Calls(value, progress)
         monkeypatch.setattr(search, "train_members", calls)
         search.main(list(arguments))
         return calls
@@ -348,7 +349,7 @@ def test_a_trial_that_was_written_but_not_reported_is_trained_again(
     started: Callable[..., Calls], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(trials, "_tell", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(trials, "_report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(SystemExit):
             started(*RUN, LR, "trials=4", "run_dir=one")
     assert Path("one/trials/0000/summary.json").is_file()
@@ -412,7 +413,7 @@ def test_importance_finds_the_option_that_matters() -> None:
     generator = np.random.default_rng(0)
     assert importances_of(study) is None
     for lr, gamma in generator.uniform(size=(100, 2)):
-        trial = optuna.trial.create_trial(params={"lr": lr, "gamma": gamma}, distributions=dict(space), value=-abs(lr))
+        trial = optuna.trial.create_trial(params={"lr": lr, "gamma": gamma}, distributions=dict(space), value=-lr)
         study.add_trial(trial)
     found = importances_of(study)
     assert found is not None
@@ -434,6 +435,15 @@ def test_the_command_of_the_best_values_is_read_as_written() -> None:
     params = {"lr": 1e-05, "target_update_tau": None, "double_q": False, "optimizer": "adam", "hidden_dim": 8}
     algo = load_config(*shlex.split(best_command(origin, params))[3:]).algo
     assert {name: getattr(algo, name) for name in params} == params
+
+
+def test_the_searches_of_the_documentation_start_and_continue(started: Callable[..., Calls]) -> None:
+    page = "docs/pages/tutorials/search.md"
+    listed = [found for each in commands(page) if (found := arguments_of("wqmix_jax.search", each)) is not None]
+    assert len(listed) == 2
+    for arguments in listed:
+        started(*arguments, value=near_best, progress=None)
+    assert len(rows("outputs/search")) == 20
 
 
 # Refused options.

@@ -11,7 +11,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import optuna
@@ -80,7 +80,7 @@ class Result(NamedTuple):
         return float(np.mean(list(self.objectives.values())))
 
 
-def open_study(folder: Path, direction: str) -> optuna.Study:
+def open_study(folder: Path, direction: Literal["maximize", "minimize"]) -> optuna.Study:
     """Opens the study in the folder of a search; a new one if there is none."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = folder / STUDY_FILE
@@ -252,7 +252,7 @@ def _finish(search: Search, study: optuna.Study, trial: Trial, lines: Sequence[L
     values = {**with_checked_numbers(search.values, search.config), "algo": algo, "run_dir": str(folder)}
     save_config(folder, values)
     _save_summary(folder, trial, lines, result)
-    _tell(study, trial, result)
+    _report(study, trial, result)
 
 
 def _save_summary(folder: Path, trial: Trial, lines: Sequence[Line], result: Result) -> None:
@@ -275,10 +275,10 @@ def _copy(search: Search, study: optuna.Study, trial: Trial, original: int) -> N
     summary = read_mapping(folder / SUMMARY_FILE)
     own = {"number": trial.number, "same_as": original}
     write_whole(folder / SUMMARY_FILE, json.dumps({**summary, "trial": {**summary["trial"], **own}}, indent=2) + "\n")
-    _tell(study, trial, result)
+    _report(study, trial, result)
 
 
-def _tell(study: optuna.Study, trial: Trial, result: Result) -> None:
+def _report(study: optuna.Study, trial: Trial, result: Result) -> None:
     """Reports a result to optuna, and prints it."""
     words = ", ".join(as_words(trial.params))
     if result.reason is not None:
