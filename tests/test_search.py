@@ -38,7 +38,7 @@ Value = Callable[[RunConfig, Member], float]
 
 
 class Calls:
-    """Stands in for training: an evaluation at steps 0, 100, 200 and 300, whose return a function gives.
+    """Takes the place of training: an evaluation at steps 0, 100, 200 and 300, whose return a function gives.
 
     Attributes:
         value: the return from step 100 on, by the options and the member; nan for a seed that fails.
@@ -187,7 +187,7 @@ def test_a_search_trains_batches_in_calls_and_reports_them(
     assert [len({member.seed for member in members}) for members in calls.members] == [2] * len(calls.members)
     found = rows("one")
     assert [row["trial"] for row in found] == [str(number) for number in range(8)]
-    for row in found:  # each trial has the results of its own values
+    for row in found:  # each trial has the results of its values
         lr, is_rmsprop = float(row["lr"]), row["optimizer"] == "rmsprop"
         expected = -abs(math.log10(lr) + 3) - is_rmsprop
         assert [float(row["seed_0"]), float(row["seed_1"])] == pytest.approx([expected, expected + 1])
@@ -526,6 +526,7 @@ def test_what_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(done)
+    monkeypatch.setattr(search, "train_members", None)
     before = {path: path.stat().st_mtime_ns for path in done.rglob("*")}
     assert message in refusal(arguments, capsys)
     assert {path: path.stat().st_mtime_ns for path in done.rglob("*")} == before, "nothing is written"
