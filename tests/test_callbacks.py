@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -274,6 +275,39 @@ def test_a_state_is_plain_data() -> None:
     with pytest.raises(RunError, match=r"callback tests.test_callbacks.Does has a state that is not plain data: "):
         seen_by(Does(action=lambda _: Outcome(object())))
     assert seen_by(Does(action=lambda _: Outcome((1, 2)))).states == {"tests.test_callbacks.Does": [1, 2]}
+
+
+@declare
+class Counts(Does):
+    """Changes its state in place."""
+
+    def initial_state(self) -> Any:
+        return {"seen": 0}
+
+    def on_evaluation(self, evaluation: Evaluation, state: Any) -> Any:
+        state["seen"] += 1
+        return self.action(Outcome(state))
+
+
+def test_a_state_that_is_changed_in_place_counts_only_if_it_is_returned() -> None:
+    name = "tests.test_callbacks.Counts"
+    assert seen_by(Counts(action=lambda outcome: outcome)).states == {name: {"seen": 1}}
+    assert seen_by(Counts(action=lambda _: None)).states == {name: {"seen": 0}}
+    evaluation = evaluation_of(1.0)
+    failing = Does(action=lambda _: 1 / 0)
+    options = SimpleNamespace(callbacks=(Counts(action=lambda outcome: outcome), failing))
+    made = Callbacks(options)  # type: ignore[arg-type]
+    with pytest.raises(RunError, match="ZeroDivisionError"):
+        made.see(Loop(None, evaluation.members, (), np.zeros(1), 0.0), evaluation.records)  # type: ignore[arg-type]
+    assert made.states[name] == {"seen": 0}
+
+
+@pytest.mark.parametrize("kind", [jnp.bfloat16, jnp.float32, jnp.int32])
+def test_a_metric_may_have_any_kind_of_number(kind: Any) -> None:
+    def act(seen: Evaluation) -> None:
+        seen.records[0].update(half=jnp.asarray(2, kind))
+
+    seen_by(Does(action=act))
 
 
 def test_two_of_one_class_have_their_own_states() -> None:

@@ -5,12 +5,14 @@ returns; a run saves it with its checkpoints, so that a resumed run's callbacks 
 """
 
 import abc
+import copy
 import json
 import math
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from pydantic import Field
 
@@ -52,7 +54,7 @@ class Outcome(NamedTuple):
     Attributes:
         state: the callback's new state, plain data: None, booleans, numbers, strings, and lists and dicts of them.
             It is passed to the next call as JSON gives it back, so a tuple becomes a list.
-        stop: the reason why the run shall end now, for all members; None to continue.
+        stop: the reason to end the run now, for all members; None to continue.
     """
 
     state: Any
@@ -187,7 +189,9 @@ class Callbacks:
         for name, callback in self._callbacks.items():
             given = [dict(record) for record in seen]
             evaluation = Evaluation(given, loop.state, loop.members, self._config)
-            outcome = _guarded(name, callback.on_evaluation, evaluation, self.states[name])
+            # A copy: a callback that changes it and then fails, or another one does, must not have counted already.
+            state = copy.deepcopy(self.states[name])
+            outcome = _guarded(name, callback.on_evaluation, evaluation, state)
             if not isinstance(outcome, Outcome | None):
                 raise RunError(f"callback {name} is not allowed to return {outcome!r}: return an Outcome or None")
             seen = _with_metrics(name, seen, given)
@@ -235,6 +239,12 @@ def _with_metrics(name: str, before: Sequence[Line], after: Sequence[Line]) -> l
 def _number(name: str, key: Any, value: Any) -> float:
     if not isinstance(key, str) or key.startswith("algo."):  # a label of sweeps
         raise RunError(f"callback {name} is not allowed to add {key!r} to a record: use another name")
-    if np.ndim(value) != 0 or not np.issubdtype(np.asarray(value).dtype, np.number) or np.iscomplexobj(value):
+    if np.ndim(value) != 0 or not _is_real(value):
         raise RunError(f"callback {name} is not allowed to add {key}={value!r} to a record: a number is needed")
     return np.asarray(value).item()
+
+
+def _is_real(value: Any) -> bool:
+    """Returns True for integers and floating numbers, bfloat16 included."""
+    kind = np.asarray(value).dtype
+    return jnp.issubdtype(kind, jnp.integer) or jnp.issubdtype(kind, jnp.floating)

@@ -110,8 +110,8 @@ class RunConfig:
             ``null``: they are drawn.
         init_from_nets: the nets that are taken, by their names, ``[agent]`` for example; ``null``: all that both runs
             have.
-        init_from_seed: the seed of that run whose parameters all seeds take; ``null``: each takes those of its equal,
-            or of the only seed there is.
+        init_from_seed: the seed of that run whose parameters all seeds take; ``null``: each takes those of the
+            same seed, or of the only one.
         init_from_policy: ``best`` or ``last``: takes the nets that act from that run's ``policies`` instead.
         init_from_optimizer: also takes the state of the optimiser for these nets; otherwise it starts afresh.
         callbacks: classes that see each evaluation, see `wqmix_jax.callbacks.Callback`: ``MODULE.CLASS``, or

@@ -245,11 +245,13 @@ def test_a_source_without_usable_parameters_is_refused(
             path.write_bytes(path.read_bytes()[:20])
     before = sorted(copied.rglob("*"))
     assert main(*refused) == 2
-    assert f"error: {copied / 'checkpoints' / latest(copied)} can't be read: " in capfd.readouterr().err
+    refusal = f"error: init_from={copied} is not allowed: "
+    assert f"{refusal}{copied / 'checkpoints' / latest(copied)} can't be read: " in capfd.readouterr().err
     assert sorted(copied.rglob("*")) == before, "a folder that is only read stays as it is"
     shutil.rmtree(copied / "checkpoints")
     assert main(*refused) == 2
-    assert capfd.readouterr().err == f"error: {copied / 'checkpoints'} has no checkpoint\n"
+    remedy = "init_from_policy=best takes the nets that act from its policies"
+    assert capfd.readouterr().err == f"{refusal}{copied / 'checkpoints'} has no checkpoint; {remedy}\n"
 
     diverged = tmp_path / "diverged"
     assert main(*TINY, "algo.lr=1e38", f"run_dir={diverged}") == 3

@@ -400,6 +400,8 @@ def read_learner(directory: Path) -> tuple[Path, dict[str, np.ndarray]]:
     prefix = "state.learner."
     with contextlib.closing(_manager(directory.absolute(), None, read_only=True)) as manager:
         step = manager.latest_step()
+        if step is None:
+            raise ConfigError(f"{directory} has no finished checkpoint")
         path = directory / str(step)
         try:
             stored = manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore()))["arrays"]

@@ -1,6 +1,6 @@
 """The first parameters of a run that starts from those of another run (``init_from``).
 
-They are read before anything is compiled and kept in the new run's folder, which then needs the other no more.
+They are read before anything is compiled and kept in the new run's folder, so that it no longer needs the other one.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -138,7 +138,11 @@ def _runs(folder: Path) -> list[Path]:
 
 def _read(run_dir: Path, policy: str | None) -> _Part:
     if policy is None:
-        path, arrays = read_learner(run_dir / CHECKPOINT_DIR)
+        try:
+            path, arrays = read_learner(run_dir / CHECKPOINT_DIR)
+        except ConfigError as error:
+            ways = "init_from_policy=best takes the nets that act from its policies"
+            raise ConfigError(f"init_from={run_dir} is not allowed: {error}; {ways}") from error
         return _Part(path, load_header(run_dir)["members"], arrays)
     path = policy_file(run_dir, policy)
     arrays = {name: leaf for name, leaf in read_arrays(path).items() if name.startswith(f"{PARAMS}.")}

@@ -171,7 +171,8 @@ class TensorBoardRuns:
                 earlier.unlink()
             name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
             self._files[folder.name] = folder / name
-            _append_events(folder / name, [{"file_version": "brain.Event:2"}])
+            # A start of a session: TensorBoard then drops what it has read of the earlier files.
+            _append_events(folder / name, [{"file_version": "brain.Event:2"}, {"session_log": {"status": "START"}}])
 
     def write(self, records: Sequence[Line]) -> None:
         """See `Logger.write`."""

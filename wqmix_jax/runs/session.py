@@ -126,10 +126,11 @@ def start(
         simulator=config.env.external.versions(),
     )
     values = {**with_checked_numbers(values, config), "run_dir": str(run_dir)}
-    save_config(run_dir, values)
-    if initial is not None:
-        save_initial(run_dir, initial)
+    if initial is not None:  # before the options, without which the folder is no run yet
+        with _faults(run_dir, "nothing was trained"):
+            save_initial(run_dir, initial)
         _print_lines(initial.lines)
+    save_config(run_dir, values)
     Session(config, values, run_dir, trainer, members, command_to_continue(run_dir, config_dir)).run()
     return run_dir
 
