@@ -44,8 +44,8 @@ INSIDE = {
         ("wqmix",),
     ),
     "training": (
-        ("compile_cache", "devices", "learner", "members", "priorities", "rollout", "row_packing"),
-        ("replay",),
+        ("compile_cache", "devices", "members", "priorities", "rollout", "row_packing"),
+        ("learner", "replay"),
         ("batch_gradients",),
         ("compiled_loop",),
         ("host_loop",),

@@ -280,8 +280,8 @@ def with_newer_options(values: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         values: nested mappings, as ``config.yaml`` of a run folder holds them. An algorithm that isn't of this package
-            gets the options of all algorithms, or of every `TDLearner` if it has one of them; an environment that isn't
-            gets none.
+            gets the options of all algorithms, and those of a `TDLearner` or an `ActorCritic` if it has one of them; an
+            environment that isn't gets none.
     """
     defaults = run_defaults()
     for group in ("algo", "env"):
@@ -292,10 +292,27 @@ def with_newer_options(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _defaults_of(group: str, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values of the first yaml of a class; nothing is imported."""
-    choices = (load_group(group, path.stem) for path in sorted((CONFIG_DIR / group).glob("[!_]*.yaml")))
-    common = load_group("algo", "_td" if "returns" in recorded else "_base") if group == "algo" else {}
-    return next((choice for choice in choices if choice["_target_"] == recorded.get("_target_")), common)
+    """Returns the values of a class's options; of an algorithm's, those that it shares with others.
+
+    Those of its own are as old as it is, and yamls of one class differ in them. Nothing is imported.
+    """
+    stems = [path.stem for path in sorted((CONFIG_DIR / group).glob("[!_]*.yaml"))]
+    own = next((stem for stem in stems if load_group(group, stem)["_target_"] == recorded.get("_target_")), None)
+    if group == "env":
+        return {} if own is None else load_group(group, own)
+    if own is not None:
+        return _shared_values(own)
+    kinds = {"returns": "_td", "q_star_dim": "_agent"}
+    found = [load_group("algo", shared) for name, shared in kinds.items() if name in recorded]
+    return functools.reduce(operator.or_, found, load_group("algo", "_base"))
+
+
+def _shared_values(option: str) -> dict[str, Any]:
+    """Returns the values that an algorithm's yaml inherits from those that several share, ``_NAME.yaml``."""
+    if option.startswith("_"):
+        return load_group("algo", option)
+    parents = plain_values(OmegaConf.load(CONFIG_DIR / "algo" / f"{option}.yaml")).get("defaults", [])
+    return functools.reduce(operator.or_, map(_shared_values, parents), {})
 
 
 def run_defaults() -> dict[str, Any]:

@@ -172,6 +172,28 @@ def test_other_algorithms_share_nets(source: Path, tmp_path: Path) -> None:
         assert_taken(initial, {name: leaf for name, leaf in both.items() if taken & set(name.split("."))})
 
 
+def test_adams_counter_is_common_to_all_nets(source: Path) -> None:
+    """It would be wrong for nets that are drawn."""
+    options = (*BUILT_IN, f"init_from={source}", "init_from_optimizer=true", "algo.optimizer=adam")
+    message = "init_from_optimizer=true is not allowed: adam counts the steps of all nets together, and mixer is drawn"
+    with pytest.raises(ConfigError) as refused:
+        initial_of("+algo=qmix", *options)
+    assert str(refused.value) == message
+
+
+def test_moments_are_taken_where_both_runs_have_them(source: Path, tmp_path: Path) -> None:
+    run_dir, options = tmp_path / "run", (*TINY, "algo.standardise_returns=true")
+    assert main(*options, f"run_dir={run_dir}") == 0
+    moments = leaves(run_dir, "state.learner.moments.")
+    assert len(moments) == 3
+    assert_taken(initial_of(*options, f"init_from={run_dir}"), {**leaves(run_dir, PARAMS), **moments})
+    assert_taken(initial_of(*TINY, f"init_from={run_dir}"), leaves(run_dir, PARAMS))
+    assert_taken(initial_of(*options, f"init_from={source}"), leaves(source, PARAMS))
+    tuned = tmp_path / "tuned"
+    assert main(*options, *UNTRAINED, f"init_from={run_dir}", f"run_dir={tuned}") == 0
+    assert_equal(leaves(tuned, "state.learner.moments."), moments)
+
+
 def test_a_run_needs_the_other_folder_no_more(source: Path, tmp_path: Path) -> None:
     arguments = (*TINY, f"init_from={tmp_path / 'copy'}", "init_from_optimizer=true")
     shutil.copytree(source, tmp_path / "copy")
@@ -216,6 +238,14 @@ def test_a_run_needs_the_other_folder_no_more(source: Path, tmp_path: Path) -> N
             "init_from={source} is not allowed: seed 5 is not among its seeds 3, 4; init_from_seed=SEED takes one",
         ),
         (["init_from={source}", "init_from_seed=5"], "init_from_seed=5 is not allowed: seed 5 is not among its seeds"),
+        (
+            ["init_from={source}", "algo.share_parameters=[[0],[1]]"],
+            "init_from={source} is not allowed: it has algo.share_parameters=all, and this run ((0,), (1,))",
+        ),
+        (
+            ["init_from={source}", "algo.agent_id=false"],
+            "init_from={source} is not allowed: it has algo.agent_id=True, and this run False",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_anything_compiles(

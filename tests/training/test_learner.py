@@ -14,6 +14,7 @@ from wqmix_jax.algos.masac import MASAC
 from wqmix_jax.algos.q_learning import gather_actions, seen_after
 from wqmix_jax.algos.qtran import QTRAN
 from wqmix_jax.algos.wqmix import WQMIX
+from wqmix_jax.errors import ConfigError
 from wqmix_jax.ops.action_selection import greedy_actions
 from wqmix_jax.options import build
 from wqmix_jax.training.learner import apply_gradients, clip_by_joint_norm, copy_targets, init_learner, joint_sum
@@ -288,6 +289,14 @@ def test_q_lambda_corrects_actions_that_are_not_greedy(name, returns):
         expected += best - taken
     real = np.array(batch.mask) > 0
     np.testing.assert_allclose(aux.values["td_target"][real], expected[real], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("returns", ["q_lambda", "pymarl2_q_lambda"])
+def test_a_loss_without_corrections_is_refused(returns):
+    algo = dataclasses.replace(every_algorithm()["vdn"], returns=returns)
+    batch = batch_of([2, 4], [False, True])
+    with pytest.raises(ConfigError, match=f"algo.returns={returns} is not allowed: the loss of QMIX has no correction"):
+        algo.td_targets(batch, hyperparams(algo), batch.reward)
 
 
 @pytest.mark.parametrize("name", LAMBDA_LEARNERS)

@@ -114,6 +114,8 @@ def test_tau_is_swept_in_one_call_only_if_targets_are_soft() -> None:
     assert len(make_members(tiny_wqmix(target_update_tau=0.01), [0], sweep)) == 2
     with pytest.raises(ConfigError, match=r"sweep\.target_update_tau is not allowed"):
         make_members(tiny_wqmix(), [0], sweep)
+    with pytest.raises(ConfigError, match=r"sweep\.target_update_tau is not allowed to have null"):
+        make_members(tiny_wqmix(target_update_tau=0.01), [0], {"target_update_tau": [None, 0.1]})
 
 
 @pytest.mark.parametrize(

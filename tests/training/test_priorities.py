@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ import numpy as np
 import pytest
 
 from tests.environments import Clock, tiny_run, tiny_wqmix
-from tests.running import TINY, main
+from tests.running import ROOT, TINY, main
 from tests.runs.test_checkpoints import assert_same_run
 from tests.training.test_learner import CTX, KEY, batch_of, every_algorithm, params_and_target
 from wqmix_jax.algos.base import hyperparams
+from wqmix_jax.training import compiled_loop
 from wqmix_jax.training.compiled_loop import make_trainer
 from wqmix_jax.training.priorities import Priorities, add_episodes, draw_episodes, no_priorities, set_priorities
 
@@ -78,12 +81,13 @@ def test_a_loss_weighs_episodes(name: str) -> None:
 PRIORITISED = {"prioritised": True, "priority_exponent": 1.0, "importance_exponent": 1.0}
 
 
-def trained(batches: Any, num_chunks: int = 5, **changes: Any) -> Any:
+def trained(batches: Any, num_chunks: int = 5, seeds: Any = (0, 1), sharding: Any = None, **changes: Any) -> Any:
     """A run of two seeds whose episodes take 3 to 32 steps."""
     algo = tiny_wqmix(batch_size=4, buffer_size=5, **PRIORITISED, **changes)
     env = Clock(episode_limit=32, ends_from=2)
-    trainer = make_trainer(tiny_run(algo, env, updates_per_iteration=2, num_envs=2), batches=batches)
-    state = trainer.init([0, 1])
+    config = tiny_run(algo, env, updates_per_iteration=2, num_envs=2)
+    trainer = make_trainer(config, batches=batches, sharding=sharding)
+    state = trainer.init(list(seeds))
     for _ in range(num_chunks):
         state, _ = trainer.train_chunk(state)
     return state
@@ -99,6 +103,45 @@ def test_every_form_of_a_batch_finds_the_same_priorities() -> None:
             np.testing.assert_allclose(mine, its, rtol=1e-3)
         for mine, its in zip(*map(jax.tree.leaves, (state.learner, whole.learner)), strict=True):
             np.testing.assert_allclose(mine, its, rtol=5e-3, atol=1e-5)
+
+
+def test_importance_weights_rise_with_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 0.4 at the start to 1 at the end, in the middle 0.7."""
+    seen = []
+
+    def spied(*args: Any, beta: Any, **options: Any) -> Any:
+        jax.debug.callback(lambda beta: seen.append(float(beta)), beta)
+        return draw_episodes(*args, beta=beta, **options)
+
+    monkeypatch.setattr(compiled_loop, "draw_episodes", spied)
+    algo = tiny_wqmix(prioritised=True, importance_exponent=0.4)
+    config = tiny_run(algo, Clock(episode_limit=4, ends_from=9), total_env_steps=16)
+    trainer = make_trainer(config)
+    state = trainer.init([0])
+    for _ in range(4):
+        state, _ = trainer.train_chunk(state)
+    jax.block_until_ready(state)
+    jax.effects_barrier()
+    np.testing.assert_allclose(seen, [0.7, 0.85, 1], rtol=1e-6)  # at 8, 12 and 16 steps
+
+
+def test_devices_that_share_a_batch_find_the_same_priorities_and_moments() -> None:
+    """Two devices learn from a part of each batch; the numbers are those of one."""
+    code = """
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+import numpy as np
+from tests.training.test_priorities import trained
+options = dict(standardise_rewards=True, standardise_returns=True)
+mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(1, 2), ("seeds", "batch"))
+sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("seeds"))
+for batches in ("packed", "cut"):
+    one, two = (trained(batches, seeds=[0], sharding=each, **options) for each in (None, sharding))
+    for part in ("priorities", "learner"):
+        for mine, its in zip(*(jax.tree.leaves(getattr(state, part)) for state in (one, two)), strict=True):
+            np.testing.assert_allclose(np.array(mine), np.array(its), rtol=5e-3, atol=1e-5)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_seeds_that_do_not_learn_keep_their_priorities() -> None:

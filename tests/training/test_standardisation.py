@@ -33,6 +33,32 @@ def test_moments_of_batches_are_those_of_all_values() -> None:
     np.testing.assert_allclose(add_moments(moments, masked_moments(jnp.ones(3), jnp.zeros(3))), moments, rtol=1e-6)
 
 
+def test_equal_values_have_a_small_deviation_and_not_none() -> None:
+    """So many that the start's 1e-4 values are lost in float32; -0.1 has no exact sum either."""
+    for value in (0.0, -0.1, 100.0):
+        batch = jnp.full((32, 200), value)
+        moments = add_moments(no_moments(), masked_moments(batch, jnp.ones_like(batch)))
+        standardised = (batch - moments.mean) / moments.deviation
+        assert jnp.isfinite(standardised).all()
+        assert jnp.abs(standardised).max() < 2
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.005])
+def test_nearly_equal_targets_are_standardised_after_a_few_batches(spread: float) -> None:
+    """Mean 100 and its square cancel in float32, which leaves too large a deviation at first."""
+    learner = init_learner(tiny_wqmix(standardise_returns=True), {"x": jnp.zeros(1)})
+    for seed in range(20):
+        y = 100 + spread * jax.random.normal(jax.random.key(seed), (6400,))
+        old = learner.moments["returns"]
+        z = (y - old.mean) / old.deviation
+        metrics = {"td_target_mean": z.mean(), "td_target_square_mean": jnp.square(z).mean()}
+        learner = add_returns(learner, metrics, jnp.int32(6400))
+    moments = learner.moments["returns"]
+    assert jnp.isfinite(moments.deviation)
+    np.testing.assert_allclose(moments.mean, 100, rtol=1e-4)
+    assert moments.deviation < 0.1
+
+
 def loss_with(algo: Any, moments: dict[str, Moments], batch: Any) -> tuple[Any, Any]:
     params, target = params_and_target(algo)
     noise = algo.sample_noise(KEY, batch)
@@ -95,6 +121,20 @@ def test_a_run_counts_every_replayed_step_and_only_while_it_learns() -> None:
         state, record = trainer.train_chunk(state)
         assert record.episode_return.tolist() == [[10, 10]]
     assert all(jax.tree.leaves(jax.tree.map(lambda leaf: bool(jnp.isfinite(leaf).all()), state.learner.moments)))
+
+
+def test_a_schedule_that_is_made_longer_is_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for name, option, is_reported in (
+        ("linear", "algo.lr_schedule=linear", True),
+        ("prioritised", "algo.prioritised=true", True),
+        ("constant", "algo.lr_schedule=constant", False),
+    ):
+        run_dir = tmp_path / name
+        assert main(*TINY, option, "total_env_steps=6", f"run_dir={run_dir}") == 0
+        capfd.readouterr()
+        assert main(f"resume={run_dir}", "total_env_steps=8") == 0
+        warning = "warning: algo.lr_schedule and algo.importance_exponent reach their end at total_env_steps"
+        assert (warning in capfd.readouterr().err) == is_reported
 
 
 def test_a_run_continues_exactly(tmp_path: Path) -> None:

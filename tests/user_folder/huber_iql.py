@@ -26,5 +26,7 @@ class HuberIQL(IQL):
         _, aux = super().loss(params, target, batch, hp, ctx, noise)
         td_error = aux.values["td_error"]
         losses = jnp.square(hp.delta) * (jnp.sqrt(1.0 + jnp.square(td_error / hp.delta)) - 1.0)
+        if batch.importance is not None:  # with algo.prioritised=true
+            losses *= batch.importance[..., None]
         loss = masked_mean(losses, jnp.broadcast_to(batch.mask[..., None], losses.shape))
         return loss, Aux(aux.metrics | {"loss": loss}, aux.values)

@@ -91,7 +91,8 @@ class Algorithm(abc.ABC):
             over all steps replayed so far; then ``reward_scale`` has no effect.
         lr: learning rate.
         lr_schedule: ``constant``, or ``linear`` or ``cosine``: from ``lr`` at the start to 0 at ``total_env_steps``.
-        optimizer: ``rmsprop``, ``adam``, ``adamw`` or ``radam``, with torch's conventions.
+        optimizer: ``rmsprop``, ``adam``, ``adamw`` or ``radam``, with torch's conventions, except that ``radam`` adds
+            epsilon after the correction of the bias, as optax does.
         rms_decay: decay of RMSProp's mean square.
         rms_eps: added to RMSProp's root mean square (outside the square root).
         adam_b1: decay of the mean gradient of Adam, AdamW and RAdam.

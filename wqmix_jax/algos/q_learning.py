@@ -202,6 +202,8 @@ class TDLearner(QLearner):
         without = dict.fromkeys(sorted(unused), f"algo.returns={self.returns}")
         if not self.prioritised:
             without |= dict.fromkeys(["priority_exponent", "importance_exponent"], "algo.prioritised=false")
+        elif self.priority_exponent == 0:
+            without |= {"importance_exponent": "algo.priority_exponent=0"}
         return super().without_effect() | without
 
     def greedy_to_bootstrap(self, online_qs: Array, target_qs: Array, batch: Episode) -> Array:
@@ -248,6 +250,9 @@ class TDLearner(QLearner):
             next_value: ``[B, T]`` or, one for each agent, ``[B, T, N]``: the target nets' value of `next_actions`.
             correction: see `correction`; shaped as ``next_value``.
         """
+        if correction is None and self.returns in ("q_lambda", "pymarl2_q_lambda"):
+            name = type(self).__qualname__
+            raise ConfigError(f"algo.returns={self.returns} is not allowed: the loss of {name} has no correction")
         reward, discount, mean, deviation = batch.reward, batch.discount, 0.0, 1.0
         if self.standardise_returns:  # the networks' values are standardised, the rewards aren't
             mean, deviation = hp.return_mean, hp.return_deviation
@@ -267,7 +272,7 @@ class TDLearner(QLearner):
             y = each_row(reward, discount, hp.gamma, next_value, hp.td_lambda * _is_followed(batch), plain)
         if self.standardise_returns:
             y = (y - mean) / deviation
-        if self.returns == "pymarl2_q_lambda":
+        if self.returns == "pymarl2_q_lambda" and correction is not None:
             y += correction
         return jax.lax.stop_gradient(y)
 

@@ -6,12 +6,15 @@ import jax.numpy as jnp
 
 from wqmix_jax.types import Array
 
+PRIOR_COUNT = 1e-4
+"""The number of values, of variance 1, that the moments start with."""
+
 
 class Moments(NamedTuple):
     """The moments of all numbers so far, scalars.
 
     Attributes:
-        num_values: how many there were, and a little more at the start, which keeps the variance positive.
+        num_values: how many there were, and `PRIOR_COUNT`.
         mean: their mean.
         variance: their variance (divided by their number).
     """
@@ -22,13 +25,13 @@ class Moments(NamedTuple):
 
     @property
     def deviation(self) -> Array:
-        """The standard deviation."""
-        return jnp.sqrt(self.variance)
+        """The standard deviation, at least what `PRIOR_COUNT` contributes, which float32 may lose: all may be equal."""
+        return jnp.sqrt(jnp.maximum(self.variance, PRIOR_COUNT / self.num_values))
 
 
 def no_moments() -> Moments:
     """Returns the moments at the start: mean 0, variance 1."""
-    return Moments(jnp.float32(1e-4), jnp.float32(0), jnp.float32(1))
+    return Moments(jnp.float32(PRIOR_COUNT), jnp.float32(0), jnp.float32(1))
 
 
 def add_moments(moments: Moments, batch: Moments) -> Moments:

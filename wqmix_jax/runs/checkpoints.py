@@ -215,8 +215,8 @@ class Checkpoints:
 
         Usually this is the latest. It is an earlier one if the longer run would train a seed further that has stopped
         in the latest: then the last one in which no seed has stopped, if it was kept, so that the result equals that of
-        an uninterrupted run. A checkpoint that can't be read, doesn't fit, or belongs to another run is reported and
-        moved aside, and another one is used.
+        an uninterrupted run, unless something is scheduled over ``total_env_steps``. A checkpoint that can't be read,
+        doesn't fit, or belongs to another run is reported and moved aside, and another one is used.
 
         Returns:
             The run, with its new total, or None if there is no checkpoint.

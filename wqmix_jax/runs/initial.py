@@ -3,6 +3,7 @@
 They are read before anything is compiled and kept in the new run's folder, so that it no longer needs the other one.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from wqmix_jax.config import RunConfig
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.records.atomic import atomic
 from wqmix_jax.records.metrics import HEADER_FILE, load_header
-from wqmix_jax.records.run_dir import CHECKPOINT_DIR
+from wqmix_jax.records.run_dir import CHECKPOINT_DIR, read_config
 from wqmix_jax.runs.checkpoints import read_learner
 from wqmix_jax.runs.saved_policies import finite_members, flat, policy_file, read_arrays, read_labels
 from wqmix_jax.training.compiled_loop import TrainState
@@ -25,7 +26,7 @@ from wqmix_jax.types import PyTree
 
 INITIAL_FILE = "initial.npz"
 
-PARAMS, OPTIMIZER = "params", "opt_state"
+PARAMS, OPTIMIZER, MOMENTS = "params", "opt_state", "moments"
 
 Arrays = dict[str, np.ndarray]
 """Arrays ``[S, ..]`` by their paths in a `LearnerState`, ``params.agent.encoder.kernel`` for example."""
@@ -70,11 +71,18 @@ def read_initial(config: RunConfig, members: Sequence[Member], learner: LearnerS
     """
     folder = Path(str(config.init_from))
     parts = [_read(run, config.init_from_policy) for run in _runs(folder)]
-    here, there = _flat(learner, (PARAMS, OPTIMIZER)), parts[0].arrays
+    here, there = _flat(learner, (PARAMS, OPTIMIZER, MOMENTS)), parts[0].arrays
     nets = _chosen_nets(config, _names_of_nets(here), _names_of_nets(there))
     names = [name for name in here if name.startswith(PARAMS) and _net(name) in nets]
+    for run in _runs(folder):
+        _refuse_other_agents(config, run, nets)
     if config.init_from_optimizer:
+        if config.algo.optimizer != "rmsprop" and (drawn := [net for net in _names_of_nets(here) if net not in nets]):
+            reason = f"{config.algo.optimizer} counts the steps of all nets together, and {', '.join(drawn)} is drawn"
+            raise ConfigError(f"init_from_optimizer=true is not allowed: {reason}")
         names += _names_in_optimizer(here, nets)
+    # Networks that have learned standardised returns mean nothing without their moments.
+    names += [name for name in here if name.startswith(MOMENTS) and name in there]
     for part in parts:
         _refuse_other_shapes(f"init_from={folder} is not allowed", part.arrays, here, names, nets)
     found = [_origin(config, member, parts) for member in members]
@@ -102,19 +110,21 @@ def load_initial(run_dir: Path, learner: LearnerState) -> Arrays:
     Raises:
         ConfigError: if they can't be read, or don't fit.
     """
-    path, here = run_dir / INITIAL_FILE, _flat(learner, (PARAMS, OPTIMIZER))
+    path, here = run_dir / INITIAL_FILE, _flat(learner, (PARAMS, OPTIMIZER, MOMENTS))
     arrays = read_arrays(path)
     _refuse_other_shapes(f"{path} doesn't fit", arrays, here, list(arrays), [])
     return arrays
 
 
 def with_arrays(state: TrainState, arrays: Arrays) -> TrainState:
-    """Replaces parameters of a first train state, and the target's, by ``arrays``."""
+    """Replaces parameters of a first train state, the target's, and the optimiser's and moments, by ``arrays``."""
     learner = state.learner
     params = _replaced(learner.params, PARAMS, arrays)
     opt_state = _replaced(learner.opt_state, OPTIMIZER, arrays)
+    moments = _replaced(learner.moments, MOMENTS, arrays)
     target = jax.tree.map(jnp.copy, params)  # as `init_learner`
-    return state._replace(learner=learner._replace(params=params, target=target, opt_state=opt_state))
+    learner = learner._replace(params=params, target=target, opt_state=opt_state, moments=moments)
+    return state._replace(learner=learner)
 
 
 def _replaced(tree: PyTree, prefix: str, arrays: Arrays) -> PyTree:
@@ -164,6 +174,23 @@ def _chosen_nets(config: RunConfig, here: list[str], there: list[str]) -> list[s
         if net not in here or net not in there:
             raise ConfigError(f"init_from_nets={config.init_from_nets} is not allowed: {lists}")
     return config.init_from_nets
+
+
+def _refuse_other_agents(config: RunConfig, run: Path, nets: Sequence[str]) -> None:
+    """Refuses nets of agents that mean something else there, although they may have the same shapes.
+
+    Raises:
+        ConfigError: if an option differs.
+    """
+    if not any(net.endswith("agent") for net in nets):
+        return
+    there = read_config(run, option="init_from")["algo"]
+    for name in ("agent_id", "last_action", "share_parameters"):
+        if name in there and hasattr(config.algo, name):
+            here = getattr(config.algo, name)
+            if json.dumps(here) != json.dumps(there[name]):
+                difference = f"it has algo.{name}={there[name]}, and this run {here}"
+                raise ConfigError(f"init_from={run} is not allowed: {difference}")
 
 
 def _names_in_optimizer(here: Mapping[str, Any], nets: Sequence[str]) -> list[str]:

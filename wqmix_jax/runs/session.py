@@ -74,6 +74,7 @@ from wqmix_jax.training.host_loop import (
     slowest_steps,
     sound_steps,
 )
+from wqmix_jax.training.learner import has_schedule
 from wqmix_jax.training.members import Member, labels_of, make_members, member_name
 
 SETTINGS = "configuration of jax"
@@ -171,6 +172,9 @@ def resume(run_dir: Path, changes: Mapping[str, Any], *, config_dir: str | os.Pa
     if config.total_env_steps < old["total_env_steps"]:
         least = f"at least {old['total_env_steps']}, what the run was started with, is needed"
         raise ConfigError(f"total_env_steps={config.total_env_steps} is not allowed with resume: {least}")
+    if config.total_env_steps > old["total_env_steps"] and has_schedule(config.algo):
+        schedules = "algo.lr_schedule and algo.importance_exponent reach their end at total_env_steps"
+        report(f"warning: {schedules}, so the result will not equal that of an uninterrupted run")
     _refuse_other_game(run_dir, header, config.env.external.versions())
     use_compilation_cache(config.compilation_cache)
     members = make_members(config.algo, config.seeds, config.sweep)

@@ -10,6 +10,7 @@ import optax
 
 from wqmix_jax.algos.base import Algorithm, Hyperparams, hyperparams
 from wqmix_jax.ops.moments import Moments, add_moments, no_moments
+from wqmix_jax.training.priorities import is_prioritised
 from wqmix_jax.types import Array, PyTree
 
 
@@ -58,9 +59,10 @@ def add_returns(learner: LearnerState, metrics: Mapping[str, Array], num_steps: 
     """
     if "returns" not in learner.moments:
         return learner
-    old, mean = learner.moments["returns"], metrics["td_target_mean"]
-    variance = jnp.maximum(metrics["td_target_square_mean"] - jnp.square(mean), 0)
-    batch = Moments(num_steps.astype(jnp.float32), mean * old.deviation + old.mean, variance * old.variance)
+    old, mean, square = learner.moments["returns"], metrics["td_target_mean"], metrics["td_target_square_mean"]
+    # Standardised targets are about 0, except in the first batches, where float32 may cancel the difference out.
+    variance = jnp.maximum(square - jnp.square(mean), 1e-6 * square) * jnp.square(old.deviation)
+    batch = Moments(num_steps.astype(jnp.float32), mean * old.deviation + old.mean, variance)
     return learner._replace(moments=learner.moments | {"returns": add_moments(old, batch)})
 
 
@@ -81,6 +83,11 @@ def optimizer(algo: Algorithm, hp: Hyperparams) -> optax.GradientTransformation:
         return scale
     decay = optax.add_decayed_weights(algo.weight_decay)
     return optax.chain(scale, decay) if algo.optimizer == "adamw" else optax.chain(decay, scale)
+
+
+def has_schedule(algo: Algorithm) -> bool:
+    """Returns True if a value that the learner uses depends on the run's ``total_env_steps``."""
+    return algo.lr_schedule != "constant" or is_prioritised(algo)
 
 
 def with_scheduled_lr(algo: Algorithm, hp: Hyperparams, env_steps: Array, total_env_steps: Array) -> Hyperparams:

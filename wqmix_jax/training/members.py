@@ -43,6 +43,9 @@ def make_members(algo: Algorithm, seeds: Iterable[int], sweep: Mapping[str, Sequ
             raise ConfigError(
                 f"sweep.{name} is not allowed: in one call go {', '.join(traced)}; python -m wqmix_jax.{one_by_one}"
             )
+        if None in sweep[name]:
+            one_by_one = f"train -m algo.{name}=null,B runs one after the other"
+            raise ConfigError(f"sweep.{name} is not allowed to have null: python -m wqmix_jax.{one_by_one}")
         if name in (unused := algo.without_effect()):
             raise ConfigError(f"sweep.{name} is not allowed: with {unused[name]} it has no effect")
     seeds = list(seeds)
