@@ -171,6 +171,8 @@ def load_policy(
     config_dir: str | os.PathLike[str] | None = None,
     worker_python: str | None = None,
     simulator: str | None = None,
+    name: str | None = None,
+    module: str | None = None,
 ) -> GreedyPolicy:
     """Loads the greedy policy of one member of a run.
 
@@ -186,6 +188,9 @@ def load_policy(
         worker_python: the interpreter of the workers, which must be repeated if the run names one.
         simulator: the run's ``env.simulator``, which must be repeated if it is neither in the current folder nor in
             ``config_dir``.
+        name: the run's ``env.name``, which must be repeated if it is a module of a task of PettingZoo that is neither
+            in the current folder nor in a well-known package.
+        module: the same of ``env.module``, which registers a task of Gymnasium.
 
     Returns:
         The policy.
@@ -195,7 +200,7 @@ def load_policy(
             the folder names code that may not be executed.
     """
     if config is None:
-        opened = open_policies(run_dir, which=which, named=Named(config_dir, worker_python, simulator))
+        opened = open_policies(run_dir, which=which, named=Named(config_dir, worker_python, simulator, name, module))
     else:
         path = Path(run_dir)
         path = policy_file(path, which) if path.is_dir() else path
@@ -213,6 +218,8 @@ def load_policies(
     config_dir: str | os.PathLike[str] | None = None,
     worker_python: str | None = None,
     simulator: str | None = None,
+    name: str | None = None,
+    module: str | None = None,
     named: Named | None = None,
 ) -> tuple[Environment, dict[str, GreedyPolicy]]:
     """Loads the environment of a run and the greedy policies of all its members.
@@ -225,7 +232,9 @@ def load_policies(
         config_dir: as in `load_policy`.
         worker_python: as in `load_policy`.
         simulator: as in `load_policy`.
-        named: the last three as one value; the three are ignored if it is given.
+        name: as in `load_policy`.
+        module: as in `load_policy`.
+        named: the last five as one value; the five are ignored if it is given.
 
     Returns:
         The environment, and a dict from a member's name (``"0"``; in a sweep ``"0-alpha0.1"``) to its policy.
@@ -234,10 +243,12 @@ def load_policies(
         ConfigError: if the folder holds no such policies, or none with finite parameters, if it names code that may not
             be executed, or if the environment doesn't fit its spec.
     """
-    opened = open_policies(run_dir, which=which, named=named or Named(config_dir, worker_python, simulator))
-    for name in opened.names:
-        if name not in opened.policies:
-            warnings.warn(f"{run_dir}: seed {name} is left out: its parameters are not finite", stacklevel=2)
+    opened = open_policies(
+        run_dir, which=which, named=named or Named(config_dir, worker_python, simulator, name, module)
+    )
+    for member in opened.names:
+        if member not in opened.policies:
+            warnings.warn(f"{run_dir}: seed {member} is left out: its parameters are not finite", stacklevel=2)
     return opened.env, opened.policies
 
 

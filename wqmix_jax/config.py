@@ -34,8 +34,8 @@ MAX_SEED = 2**31 - 1
 MAX_NUM_SEEDS = 100_000
 """The most seeds of one run: all of them are listed before it is known how many fit into the memory."""
 
-PROGRAMS = ("worker_python", "simulator")
-"""Options of ``env`` that name a program, see `wqmix_jax.runs.trust`."""
+PROGRAMS = ("worker_python", "simulator", "name", "module")
+"""Options of ``env`` that may name a program or a module of workers, see `wqmix_jax.runs.trust`."""
 
 RESUMABLE = ("total_env_steps", "distributed", "compilation_cache", "checkpoint", "logger", "callbacks")
 """Options that may differ when a run is resumed."""

@@ -7,6 +7,7 @@ import difflib
 import importlib
 import os
 import pkgutil
+import re
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -243,8 +244,8 @@ def _worst(errors: list[Any]) -> Any:
     return next((error for error in errors if error["type"] == "unexpected_keyword_argument"), errors[0])
 
 
-def _keys(cls: type) -> list[str]:
-    """Returns the names of its options, without class variables."""
+def names_of(cls: type) -> list[str]:
+    """Returns the names of the options that a class declares, without class variables."""
     return [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
 
 
@@ -262,14 +263,14 @@ def _one_line(error: Any, cls: type, prefix: str) -> str:
         return f"{key} is missing"
     allowed = error["msg"].removeprefix("Value error, ")
     if not error["loc"]:  # the message of a class's own check, which starts with one of its keys
-        is_key = allowed.split("=")[0] in _keys(cls)
+        is_key = re.split("=| is missing", allowed)[0] in names_of(cls)
         return f"{prefix}{allowed}" if is_key else allowed
     return f"{key}={error['input']!r} is not allowed: {allowed[0].lower()}{allowed[1:]}"
 
 
 def _hint(key: str, value: Any, cls: type, prefix: str) -> str:
     """Suggests what an unknown key may stand for; otherwise lists the known keys."""
-    known = _keys(cls)
+    known = names_of(cls)
     group, name = prefix.rstrip("."), key.removeprefix(prefix)
     foreign = translated(f"{key}.{next(iter(value))}" if isinstance(value, Mapping) and value else key)
     all_known = f"known keys are {', '.join(known)}"

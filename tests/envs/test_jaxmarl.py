@@ -104,9 +104,10 @@ def test_a_seed_gives_the_same_episode_and_masks_are_honoured(name: str) -> None
 
 @pytest.mark.parametrize("name", [SPREAD, "overcooked", "overcooked_v2"])
 def test_a_time_limit_cuts_and_does_not_terminate(name: str) -> None:
-    """JaxMARL reports its own limit as ``done``; here it is 3, and an episode of 5 steps goes past it."""
-    for options, limit in [({"options": {"max_steps": 3}}, 3), ({"options": {"max_steps": 3}, "episode_limit": 5}, 5)]:
-        env = make(name, **options)
+    """JaxMARL reports its own limit as ``done``; a longer episode goes past it."""
+    for steps, limit in [(3, None), (3, 5), (1, None), (1, 2)]:
+        env = make(name, options={"max_steps": steps}, episode_limit=limit)
+        limit = limit or steps
         assert env.spec.episode_limit == limit
         state, step = jax.jit(env.reset)(KEY), jax.jit(env.step)
         ends = []
@@ -211,6 +212,18 @@ def test_a_shared_reward_is_multiplied_by_the_agents_only_in_a_sum(reward: str, 
         ),
         ({"name": "switch_riddle", "options": {"num_agents": 2}}, "is not allowed: The minimum number of agents for t"),
         ({"name": "hanabi", "episode_limit": None}, "env.episode_limit=None is not allowed: hanabi has no limit; give"),
+        (
+            {"name": "overcooked_v2", "options": {"initial_state_buffer": 3}},
+            "initial_state_buffer is unknown: known names are layout, max_steps, observation_type, ",
+        ),
+        ({"name": "overcooked_v2", "options": {"layout": 3}}, "env.options={'layout': 3} is not allowed: "),
+        ({"options": {"dt": "a"}}, "env.options={'dt': 'a'} is not allowed: TypeError: "),
+        ({"options": {"max_steps": "10"}}, "is not allowed: max_steps must be an integer above 0, but is '10'"),
+        ({"options": {"max_steps": True}}, "is not allowed: max_steps must be an integer above 0, but is True"),
+        (
+            {"options": {"colour": [1]}},
+            "colour is unknown: known names are num_agents, num_landmarks, local_ratio, action_type, dim_p, max_steps, dt",
+        ),
         ({"episode_limit": 0}, "env.episode_limit=0 is not allowed"),
         ({"reward": "max"}, "env.reward='max' is not allowed: input should be 'mean', 'sum' or 'first'"),
     ],

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -431,23 +432,49 @@ def test_a_sweep_in_a_file_of_policies_is_named(tmp_path: Path) -> None:
     assert json.loads((RECORDED / "run.json").read_text())["seeds"] == [0, 1]
 
 
-def task(name: str, **changes: Any) -> dict[str, Any]:
+def task(name: str) -> dict[str, Any]:
     yamls = [yaml.safe_load((CONFIG_DIR / "env" / f"{part}.yaml").read_text()) for part in ("_host", "pettingzoo")]
     values = {key: value for values in yamls for key, value in values.items() if key != "defaults"}
-    return {"env": {**values, "name": name, **changes}}
+    return {"env": {**values, "name": name}}
+
+
+def gymnasium_task(module: str | None) -> dict[str, Any]:
+    values = yaml.safe_load((CONFIG_DIR / "env" / "gymnasium.yaml").read_text())
+    del values["defaults"]
+    return {"env": {**task("")["env"], **values, "module": module}}
+
+
+PLACE = "must be in the current folder, outside of runs and of folders without __init__.py; if you trust it, add env."
 
 
 @pytest.mark.parametrize("opened", [by_evaluate, by_resume, by_load_policy])
 @pytest.mark.parametrize(
-    ("folder", "name", "message"),
+    ("folder", "pythonpath", "name", "message"),
     [
-        ("outputs/run", "planted", r"error: \S+config.yaml: module planted is not imported: \S+/planted.py must be in"),
-        ("outputs/run", "package.planted", r"error: \S+config.yaml: module package.planted is not imported: \S+/__in"),
-        (".", "outputs.run.planted", r"error: PettingZoo can't be used: outputs.run.planted can't be imported by "),
+        ("outputs/run", "", "planted", rf"'planted' is not allowed: \S+/run/planted.py {PLACE}KEY=planted"),
+        ("outputs/run", "", "package.planted", rf"'package.planted' is not allowed: \S+/package/__init__.py {PLACE}"),
+        (".", "", "outputs.run.planted", rf"'outputs.run.planted' is not allowed: \S+/run/planted.py {PLACE}"),
+        (".", ".", "outputs.run.planted", rf"'outputs.run.planted' is not allowed: \S+/run/planted.py {PLACE}"),
+        (".", ":nowhere", "outputs.run.planted", rf"'outputs.run.planted' is not allowed: \S+/run/planted.py {PLACE}"),
+        (".", ".", "outputs.run.package.planted", rf"' is not allowed: \S+/run/package/__init__.py {PLACE}"),
+        (".", "outputs/run", "planted", rf"'planted' is not allowed: \S+/run/planted.py {PLACE}"),
+        (".", "outputs/run", "extension", rf"'extension' is not allowed: \S+/run/extension\S*.so {PLACE}"),
+        (".", "", "own.outputs.other.planted", rf"' is not allowed: \S+/own/outputs/other/planted.py {PLACE}"),
+        (".", ".", "loose.planted", rf"'loose.planted' is not allowed: \S+/loose/planted.py {PLACE}"),
+        (".", "", "own.nowhere", r"'own.nowhere' can't be imported: a module in this name is not found in "),
+        (
+            ".",
+            "",
+            "antigravity",
+            "'antigravity' is not imported: it is no file here, and not of pettingzoo, mpe2, lbfora",
+        ),
+        (".", "", "nowhere", "'nowhere' is not imported: it is no file here, .*; if you trust it, add env.KEY=nowhere"),
+        (".", "", "sys", "'sys' is not imported: it is no file here"),
     ],
 )
-def test_a_task_in_a_runs_folder_is_not_imported(
+def test_a_task_from_elsewhere_is_not_imported(
     folder: str,
+    pythonpath: str,
     name: str,
     message: str,
     opened: Callable[[Path], None],
@@ -456,23 +483,91 @@ def test_a_task_in_a_runs_folder_is_not_imported(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    mark = tmp_path / "mark"
+    mark, here = tmp_path / "mark", tmp_path / "here"
     for path in ("planted.py", "package/__init__.py", "package/planted.py"):
         module(run_dir / path, mark)
-    edit(run_dir, **task(name))
-    monkeypatch.chdir(tmp_path / "here" / folder)
-    with pytest.raises(SystemExit) as ended:
-        opened(run_dir)
-    assert ended.value.code == 2
-    assert re.match(message, capfd.readouterr().err)
-    assert not mark.exists()
+    (run_dir / f"extension{EXTENSION_SUFFIXES[0]}").touch()
+    (here / "loose").mkdir()
+    module(here / "loose" / "planted.py", mark)
+    other = Path(shutil.copytree(run_dir, here / "own" / "outputs" / "other"))
+    (here / "own" / "__init__.py").touch()
+    module(other / "planted.py", mark)
+    monkeypatch.setenv("PYTHONPATH", pythonpath)
+    monkeypatch.chdir(here / folder)
+    for key, changes in (("name", task(name)), ("module", gymnasium_task(name))):
+        edit(run_dir, **changes)
+        with pytest.raises(SystemExit) as ended:
+            opened(run_dir)
+        assert ended.value.code == 2
+        [line] = capfd.readouterr().err.splitlines()
+        assert re.match(rf"error: \S+/config.yaml: env.{key}=.*{message.replace('KEY', key)}", line)
+        assert not mark.exists()
 
 
-def test_a_task_in_the_current_folder_is_named(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Installed ones are imported without a message."""
-    file = Path.cwd() / "mine.py"
-    file.touch()
-    for name, lines in (("mine", [f"workers import {file}, named by {run_dir}/config.yaml"]), ("mpe2.simple_v3", [])):
-        edit(run_dir, **task(name))
-        assert open_config(run_dir, NOTHING_NAMED)["env"]["name"] == name
+def test_a_task_in_the_current_folder_or_a_known_package_is_named(
+    run_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    files = [Path.cwd() / name for name in ("mine.py", "own/__init__.py", "own/inner.py")]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    for changes, imported in (
+        (task("mine"), files[:1]),
+        (task("own.inner"), files[1:]),
+        (gymnasium_task("mine"), files[:1]),
+        (task("mpe2.simple_v3"), ["mpe2.simple_v3"]),
+        (gymnasium_task(None), ["lbforaging"]),
+        (gymnasium_task("rware"), ["rware"]),
+    ):
+        edit(run_dir, **changes)
+        assert open_config(run_dir, NOTHING_NAMED)["env"] == changes["env"]
+        lines = [f"workers import {each}, named by {run_dir}/config.yaml" for each in imported]
         assert capfd.readouterr().err.splitlines() == lines
+
+
+def test_a_task_that_hides_a_known_package_is_checked(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Although this process has imported the package itself."""
+    importlib.import_module("mpe2")
+    (run_dir / "mpe2").mkdir()
+    (run_dir / "mpe2" / "__init__.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(run_dir))
+    edit(run_dir, **task("mpe2.simple_v3"))
+    with pytest.raises(
+        ConfigError, match=r"env.name='mpe2.simple_v3' is not allowed: \S+/run/mpe2/__init__.py must be"
+    ):
+        open_config(run_dir, NOTHING_NAMED)
+
+
+@pytest.mark.parametrize("key", ["name", "module"])
+def test_a_task_that_is_repeated_is_imported(
+    key: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    edit(run_dir, **(task("json.tool") if key == "name" else gymnasium_task("json.tool")))
+    with pytest.raises(ConfigError, match=rf"env\.{key}='json\.tool' is not 'other': a run keeps its tasks"):
+        open_config(run_dir, Named(**{key: "other"}))
+    assert open_config(run_dir, Named(**{key: "json.tool"}))["env"][key] == "json.tool"
+    with pytest.raises(ConfigError, match={"name": "no function parallel", "module": "^env.name=Foraging"}[key]):
+        load_policy(run_dir, **{key: "json.tool"})
+    command = command_to_continue(run_dir).partition(" -m wqmix_jax.train ")[2]
+    assert command.endswith(f" env.{key}=json.tool")
+    resumed: list[Any] = []
+    monkeypatch.setattr(session, "resume", lambda *args, **kwargs: resumed.append(args))
+    monkeypatch.setattr(sys, "argv", ["train", *shlex.split(command)])
+    train.main()
+    assert resumed == [(run_dir, {"env": {key: "json.tool"}})]
+    overrides = as_text([f"run_dir={run_dir}", f"env.{key}=json.tool"])
+    assert evaluate._named(overrides, None) == Named(**{key: "json.tool"})
+    evaluate._refuse_foreign(overrides)
+
+
+def test_a_name_that_is_no_module_may_be_repeated(run_dir: Path) -> None:
+    """The command to continue leaves it out."""
+    edit(run_dir, env={**env(), "name": "Connector-v3"})
+    assert "env.name" not in command_to_continue(run_dir)
+    open_config(run_dir, Named(name="Connector-v3"))
+    with pytest.raises(ConfigError, match=r"env.name='Connector-v3' is not 'Cleaner-v0': a run keeps its tasks"):
+        open_config(run_dir, Named(name="Cleaner-v0"))
+    edit(run_dir, **task("mpe2.simple_spread_v3"))
+    assert "env.name" not in command_to_continue(run_dir)

@@ -32,6 +32,10 @@ _SHARES: Mapping[str, Callable[[Array], Array]] = {"sum": jnp.sum, "mean": jnp.m
 """The team's reward from those of the agents, ``[N]``."""
 
 
+_NOT_GIVEN = ("initial_state_buffer", "action_spaces", "observation_spaces", "num_moves")
+"""Arguments of constructors that no option can give: they need objects, or, as hanabi's ``num_moves``, do not work."""
+
+
 class EnvState(NamedTuple):
     """JaxMARL's state with its observation, which some games return only together with a step.
 
@@ -108,8 +112,8 @@ class JaxMARL(Environment):
             raise ValueError(f"env=jaxmarl is not allowed: it needs jaxmarl, {install_extra('jaxmarl')}")
         try:
             _ = self._game
-        except (TypeError, ValueError, AssertionError, KeyError, NotImplementedError) as error:
-            raise ValueError(f"options={self.options} is not allowed: {error}") from None
+        except Exception as error:  # each game has its own
+            raise ValueError(f"options={self.options} is not allowed: {_reason(error)}") from None
         if self._limit is None:
             raise ValueError(f"episode_limit=None is not allowed: {self.name} has no limit; give a number of steps")
         return self
@@ -139,15 +143,15 @@ class JaxMARL(Environment):
         """Plays JaxMARL's ``step_env``, which unlike its ``step`` never resets.
 
         JaxMARL's ``done`` also reports its own time limit. The limit depends on the number of steps in its state, so
-        the ``done`` of the same step with that number at 0 reports the end of the task alone; a compiler computes what
-        both have in common once. An episode that is longer than JaxMARL's limit is not done, either.
+        the ``done`` of the same step with that number at -1, so at 0 after it, reports the end of the task alone; a
+        compiler computes what both have in common once. An episode that is longer than JaxMARL's limit is not done, either.
         """
         native, first = self._game.native, env_state.state
         first = first.replace(done=jnp.zeros_like(first.done))
         actions = dict(zip(native.agents, joint_action, strict=True))
         with jax.numpy_rank_promotion("allow"):
             seen, state, rewards, _, _ = native.step_env(key, first, actions)
-            *_, dones, _ = native.step_env(key, first.replace(step=jnp.zeros_like(first.step)), actions)
+            *_, dones, _ = native.step_env(key, first.replace(step=jnp.full_like(first.step, -1)), actions)
             state = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), state, first)
             following = self._env_state(state, seen, steps=env_state.steps + jnp.int32(1))
         each = jnp.stack([jnp.asarray(rewards[agent], jnp.float32) for agent in native.agents])
@@ -213,14 +217,14 @@ def _native(name: str, arguments: dict[str, Any]) -> Any:
     """Returns JaxMARL's object.
 
     Raises:
-        ValueError, TypeError, AssertionError: if an argument is not allowed.
+        Exception: if an argument is not allowed; each game has its own.
     """
     import jaxmarl
     from jaxmarl.environments import overcooked_layouts
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # overcooked recommends overcooked_v2
-        _refuse_unknown(arguments, type(jaxmarl.make(name)))
+        _refuse_unknown(arguments, jaxmarl.make, name)
         layout = arguments.get("layout")
         if name == "overcooked" and layout is not None:
             if layout not in overcooked_layouts:
@@ -229,22 +233,41 @@ def _native(name: str, arguments: dict[str, Any]) -> Any:
         return jaxmarl.make(name, **arguments)
 
 
-def _refuse_unknown(arguments: Mapping[str, Any], cls: type) -> None:
-    """Refuses names that no constructor of the class has: some of JaxMARL's ignore them."""
-    constructors = (inspect.signature(each.__init__).parameters for each in cls.__mro__ if each is not object)
-    known = dict.fromkeys(name for parameters in constructors for name in parameters)
-    for name in ("self", "args", "kwargs"):
+def _refuse_unknown(arguments: Mapping[str, Any], make: Callable[..., Any], game: str) -> None:
+    """Refuses names that no constructor of the game's class has, which some of JaxMARL's ignore, or that it sets."""
+    classes = [each for each in type(make(game)).__mro__ if each is not object]
+    known = dict.fromkeys(name for each in classes for name in inspect.signature(each.__init__).parameters)
+    for name in ("self", "args", "kwargs", *_NOT_GIVEN):
         known.pop(name, None)
-    for name in arguments:
-        if name not in known:
-            raise ValueError(f"{name} is unknown: known names are {', '.join(known)}")
+    for argument in arguments:
+        if argument not in known or _is_set_by(make, game, argument):
+            listed = ", ".join(name for name in known if not _is_set_by(make, game, name))
+            raise ValueError(f"{argument} is unknown: known names are {listed}")
+
+
+def _is_set_by(make: Callable[..., Any], game: str, argument: str) -> bool:
+    """Returns True for an argument of a parent's constructor that the game's own gives itself."""
+    try:
+        make(game, **{argument: None})
+    except TypeError as error:
+        return "multiple values" in str(error) or "unexpected keyword" in str(error)
+    except Exception:  # None is not allowed, but another value may be
+        return False
+    return False
+
+
+def _reason(error: Exception) -> str:
+    """Returns an error's first line, with its type where the text alone says little."""
+    text = next(iter(str(error).splitlines()), "")
+    return text if isinstance(error, ValueError | AssertionError) and text else f"{type(error).__name__}: {text}"
 
 
 def _described(native: Any) -> _Game:
     """Returns a game with its sizes.
 
     Raises:
-        ValueError: if an action is not one of a number of choices.
+        ValueError: if an action is not one of a number of choices, or the limit is no integer above 0.
+        Exception: if the game can't be played with its options; each game has its own.
     """
     from jaxmarl.environments import MultiAgentEnv
     from jaxmarl.environments.spaces import Discrete
@@ -252,7 +275,11 @@ def _described(native: Any) -> _Game:
     spaces = [native.action_space(agent) for agent in native.agents]
     if not all(isinstance(space, Discrete) for space in spaces):
         raise ValueError("the actions are continuous; only discrete ones are possible")
-    seen, _ = jax.eval_shape(native.reset, jax.random.key(0))
+    limit = getattr(native, "max_steps", 1)
+    if type(limit) is not int or limit < 1:
+        raise ValueError(f"max_steps must be an integer above 0, but is {limit!r}")
+    seen, state = jax.eval_shape(native.reset, jax.random.key(0))
+    jax.eval_shape(native.step_env, jax.random.key(0), state, dict.fromkeys(native.agents, jnp.int32(0)))
     each = [seen[agent] for agent in native.agents]
     legal = None
     if hasattr(native, "get_legal_moves"):  # hanabi's name

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from wqmix_jax.config import PROGRAMS, RunConfig
+from wqmix_jax.envs.host.farama import imported_module, is_known, module_file, module_option
 from wqmix_jax.errors import ConfigError, install_extra
 from wqmix_jax.records.run_dir import read_config
 from wqmix_jax.training.compiled_loop import Trainer
@@ -53,9 +54,13 @@ def _programs(run_dir: Path) -> dict[str, str]:
     values: dict[str, Any] = {"env": {}}
     with contextlib.suppress(ConfigError):
         values = read_config(run_dir)
-    programs = {f"env.{name}": values["env"].get(name) for name in PROGRAMS}
+    env = values["env"]
+    programs = {f"env.{name}": env.get(name) for name in PROGRAMS if name not in ("name", "module")}
     if programs["env.worker_python"] == sys.executable:
         del programs["env.worker_python"]
+    module = imported_module(env) if "worker_python" in env and "name" in env else None
+    if module is not None and not is_known(module) and module_file(module) is None:
+        programs[f"env.{module_option(env)}"] = module
     cache = values.get("compilation_cache")
     programs["compilation_cache"] = cache if isinstance(cache, str) else None
     return {name: str(value) for name, value in programs.items() if value is not None}

@@ -1,14 +1,16 @@
 """The rules for opening a run's folder: which code its ``config.yaml`` may have executed.
 
 Runs are passed around, and a ``config.yaml`` names code: the classes of the algorithm and the environment, the file of
-a simulator, the interpreter of its workers. Classes of this package are always allowed. Other modules and simulators
+a simulator, the module of a task, the interpreter of its workers. Classes of this package are always allowed. Other modules and simulators
 are imported only from places that the user has named, never from the folder itself, and a program is started only if
 the user has named it.
 """
 
+import importlib
 import os
 import re
 import shlex
+import site
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +20,15 @@ from typing import Any, NamedTuple
 
 from wqmix_jax.config import PROGRAMS
 from wqmix_jax.envs.host.bridge import BridgedEnvironment, HostEnvironment, simulator_file
-from wqmix_jax.envs.host.farama import FaramaEnvironment, imported_module, module_file
+from wqmix_jax.envs.host.farama import (
+    KNOWN_PACKAGES,
+    FaramaEnvironment,
+    imported_module,
+    is_known,
+    is_module_name,
+    module_file,
+    module_option,
+)
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.options import add_import_paths, part_class
 from wqmix_jax.records.metrics import HEADER_FILE
@@ -29,9 +39,14 @@ _TARGET = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*)[.:][^\W\d]\w*")
 
 _INSTALLED = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")}
 
+_INSTALLED_ALSO = {Path(folder).resolve() for folder in (*site.getsitepackages(), site.getusersitepackages())}
+"""Places of packages that are not those where this interpreter's pip installs."""
+
 _HOW = "start where it is, or name its folder with --config-dir (config_dir= in Python)"
 
 _PLACES = "the current folder or --config-dir (config_dir= in Python), outside of runs and installed packages"
+
+_PLACES_OF_TASKS = "the current folder, outside of runs and of folders without __init__.py"
 
 
 class Named(NamedTuple):
@@ -41,11 +56,15 @@ class Named(NamedTuple):
         config_dir: a folder of yamls; modules may come from it and from its parent, as from the current folder.
         worker_python: the interpreter of the workers.
         simulator: the run's ``env.simulator``, which then may come from anywhere.
+        name: the run's ``env.name``; the same holds if it is a module.
+        module: the run's ``env.module``; the same holds.
     """
 
     config_dir: str | os.PathLike[str] | None = None
     worker_python: str | None = None
     simulator: str | None = None
+    name: str | None = None
+    module: str | None = None
 
 
 NOTHING_NAMED = Named()
@@ -141,16 +160,20 @@ def _is_module_of_package(module: str) -> bool:
     return path.with_name(f"{path.name}.py").is_file() or (path / "__init__.py").is_file()
 
 
-def _files_to_import(module: str) -> Iterator[tuple[str, Path | None]]:
+def _files_to_import(module: str, path: Iterable[str] | None = None) -> Iterator[tuple[str, Path | None]]:
     """Yields the modules that importing ``module`` executes, outermost package first, with their files.
 
-    The file is None if it is not found or unknown, as for a built-in module. Modules that this process has imported
-    already are left out, because they are not executed again. Nothing is imported here.
+    The file is None if it is not found or unknown, as for a built-in module. Nothing is imported here.
+
+    Args:
+        module: its dotted name.
+        path: the folders where another process looks for modules. Without it, this process imports the module, and
+            modules that it has imported already are left out, because they are not executed again.
     """
-    parts, search = module.split("."), None
+    parts, search, here = module.split("."), path, path is None
     for index in range(len(parts)):
         name = ".".join(parts[: index + 1])
-        if name in sys.modules:
+        if here and name in sys.modules:
             search = getattr(sys.modules[name], "__path__", None)
         else:
             spec = _spec(name, search)
@@ -210,14 +233,17 @@ def _checked_programs(run_dir: Path, env_class: type, options: Mapping[str, Any]
     """
     programs = {name: value for name in PROGRAMS if (value := getattr(named, name)) is not None}
     if not issubclass(env_class, BridgedEnvironment):
-        for name, value in programs.items():
-            raise ConfigError(f"env.{name}={value} is not allowed: {env_class.__name__} has no workers")
+        for name in programs.keys() & {"worker_python", "simulator"}:
+            raise ConfigError(f"env.{name}={programs[name]} is not allowed: {env_class.__name__} has no workers")
     else:
         _check_worker_python(options.get("worker_python"), named.worker_python)
+    for name in programs.keys() & {"name", "module"}:
+        if options.get(name) != programs[name]:
+            raise ConfigError(f"env.{name}={options.get(name)!r} is not {programs[name]!r}: a run keeps its tasks")
     if issubclass(env_class, HostEnvironment):
         _check_simulator(run_dir, str(options.get("simulator")), named)
     if issubclass(env_class, FaramaEnvironment):
-        _check_task(run_dir, imported_module(options), named)
+        _check_task(run_dir, options, named)
     return {**options, **programs}
 
 
@@ -243,10 +269,43 @@ def _check_simulator(run_dir: Path, simulator: str, named: Named) -> None:
     _report([f"workers run {file}, named by {run_dir / CONFIG_FILE}"])
 
 
-def _check_task(run_dir: Path, module: str | None, named: Named) -> None:
-    """Refuses a task's module outside the places that the user has named; workers may import installed ones."""
-    if module is None or (file := module_file(module)) is None:
+def _check_task(run_dir: Path, options: Mapping[str, Any], named: Named) -> None:
+    """Refuses a task's module outside of the current folder and of well-known packages, unless it is named itself."""
+    module, key = imported_module(options), module_option(options)
+    if module is None or not is_module_name(module):  # the class of the options refuses the latter
         return
-    if not _is_allowed(file.resolve(), run_dir, named):
-        raise ConfigError(f"module {module} is not imported: {file} must be in {_PLACES}")
-    _report([f"workers import {file}, named by {run_dir / CONFIG_FILE}"])
+    if getattr(named, key) == module:
+        return
+    option = f"env.{key}={module!r}"
+    repeat = f"if you trust it, add env.{key}={module} ({key}= in Python)"
+    files = [file for _, file in _files_to_import(module, _path_of_workers(module))]
+    if all(file is None or _is_installed(file) for file in files):
+        if not is_known(module):
+            listed = ", ".join(KNOWN_PACKAGES)
+            raise ConfigError(f"{option} is not imported: it is no file here, and not of {listed}; {repeat}")
+        _report([f"workers import {module}, named by {run_dir / CONFIG_FILE}"])
+        return
+    in_folder = module_file(module) is not None
+    for file in files:
+        if file is None:
+            where = Path.cwd()
+            raise ConfigError(f"{option} can't be imported: a module in this name is not found in {where}; {repeat}")
+        if not in_folder or not _is_allowed(file, run_dir, Named()):
+            raise ConfigError(f"{option} is not allowed: {file} must be in {_PLACES_OF_TASKS}; {repeat}")
+    _report(f"workers import {file}, named by {run_dir / CONFIG_FILE}" for file in files)
+
+
+def _path_of_workers(module: str) -> list[str]:
+    """Returns the folders where workers look for a task's module, and after them all that this process has, too.
+
+    Workers have the current folder if a file of the module is in it, and inherit PYTHONPATH. A module that is found
+    only in a folder that workers lack is not installed, so it is refused.
+    """
+    importlib.invalidate_caches()
+    inherited = os.environ.get("PYTHONPATH")
+    folders = ["" if module_file(module) is not None else None, *(inherited.split(os.pathsep) if inherited else ())]
+    return [str(Path(folder).absolute()) for folder in folders if folder is not None] + sys.path
+
+
+def _is_installed(file: Path) -> bool:
+    return any(file.is_relative_to(place) for place in _INSTALLED | _INSTALLED_ALSO)

@@ -9,14 +9,15 @@ import pydantic
 import yaml
 from pydantic import Field
 
+from wqmix_jax.config import PROGRAMS
 from wqmix_jax.errors import ConfigError, install_extra
 from wqmix_jax.options import PositiveInt, checked, options
 from wqmix_jax.records.atomic import write_whole
 
 SEARCH_FILE = "search.yaml"
 
-CHANGEABLE = ("trials", "compilation_cache", "env.worker_python", "env.simulator")
-"""Options that may be given when a search is resumed; the last two repeat those of the search."""
+CHANGEABLE = ("trials", "compilation_cache", *(f"env.{name}" for name in PROGRAMS))
+"""Options that may be given when a search is resumed; those of ``env`` repeat those of the search."""
 
 
 @options

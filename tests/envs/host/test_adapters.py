@@ -243,31 +243,31 @@ def test_versions_are_told(env: str, versions: dict[str, str], game: Path) -> No
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["env=smac", "env.map=4z"], "SMAC can't be used: map=4z is not allowed: choose one of 3m, 3s5z, 8m"),
-        (["env=smaclite", "env.map=4z"], "SMAClite can't be used: map=4z is not allowed: choose one of 1m, 3m, 3s5z"),
+        (["env=smac", "env.map=4z"], "^env.map=4z is not allowed: choose one of 3m, 3s5z, 8m"),
+        (["env=smaclite", "env.map=4z"], "^env.map=4z is not allowed: choose one of 1m, 3m, 3s5z"),
         (["env=smac", "env.game_version=1.0.0"], r"SMAC can't be used: StarCraft II is not found \(Unknown game"),
         (["env=smac", "env.difficulty=X"], "env.difficulty='X' is not allowed: input should be '1', '2'"),
-        (["env=smac", "env.options={seed: 1}"], "env.options={seed: ..} is not allowed: it has its own key"),
-        (["env=smac", "env.options={difficulty: 1}"], "env.options={difficulty: ..} is not allowed"),
+        (["env=smac", "env.options={seed: 1}"], "^env.options={seed: ..} is not allowed: it has its own key"),
+        (["env=smac", "env.options={difficulty: 1}"], "^env.options={difficulty: ..} is not allowed"),
         (
             ["env=smac", "env.options={reward_sparce: true}"],
-            r"options={reward_sparce: ..} is not allowed: StarCraft2Env has no such option; did you mean reward_spa",
+            r"^env.options={reward_sparce: ..} is not allowed: StarCraft2Env has no such option; did you mean reward_spa",
         ),
         (
             ["env=smacv2", "env.options={conic_fof: true}"],
-            r"options={conic_fof: ..} is not allowed: StarCraft2Env has no such option; did you mean conic_fov\?$",
+            r"^env.options={conic_fof: ..} is not allowed: StarCraft2Env has no such option; did you mean conic_fov\?$",
         ),
         (
             ["env=smaclite", "env.options={use_rvo2: true}"],
-            r"options={use_rvo2: ..} is not allowed: SMACliteEnv has no such option; did you mean use_cpp_rvo2\?$",
+            r"^env.options={use_rvo2: ..} is not allowed: SMACliteEnv has no such option; did you mean use_cpp_rvo2\?$",
         ),
         (
             ["env=smaclite", "env.options={map_file: x}"],
-            r"options={map_file: ..} is not allowed: .*; choose from use_cpp",
+            r"^env.options={map_file: ..} is not allowed: .*; choose from use_cpp",
         ),
         (
             ["env=smaclite", "env.options={max_episode_steps: 9}"],
-            r"options={max_episode_steps: ..} is not allowed: env.episode_limit is the time limit$",
+            r"^env.options={max_episode_steps: ..} is not allowed: env.episode_limit is the time limit$",
         ),
         (["env=smac", "env.options={heuristic_ai: true}"], "it replaces the agents' actions"),
         (["env=smacv2", "env.options={heuristic_ai: true}"], "it replaces the agents' actions"),

@@ -5,6 +5,7 @@ import itertools
 import os
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,17 @@ def test_a_shorter_limit_truncates() -> None:
     seen = played(pasture(leaves=0, episode_limit=3))
     assert [step[4:] for step in seen] == [(False, False)] * 3 + [(False, True)]
     assert seen[-1][0].any(axis=1).all()
+
+
+def test_a_mask_without_an_observation_is_an_observation() -> None:
+    obs, _, avail, *_ = played(pasture(masks="part"))[0]
+    np.testing.assert_array_equal(obs, [[0, 1, 1, 1], [0, 1, 0, 0], [0, 1, 1, 0]])
+    np.testing.assert_array_equal(avail, [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
+
+
+def test_an_image_is_the_state_only_if_it_is_chosen() -> None:
+    assert pasture(image=True).info()["state_dim"] == 21
+    assert pasture(image=True, state="env").info()["state_dim"] == 2
 
 
 @pytest.mark.parametrize(("state", "has_state"), [("auto", False), ("observations", True)])
@@ -340,9 +352,12 @@ def test_workers_play_the_task_in_the_batch() -> None:
 def test_a_module_in_the_current_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("pasture", "orchard"):
         (tmp_path / f"my_{name}.py").write_text((FAKES / f"{name}.py").read_text().replace("Orchard-", "MyOrchard-"))
+    for name in ("simulator", "mpe2"):  # a file of the adapters' folder and an installed package have these names
+        shutil.copy(FAKES / "pasture.py", tmp_path / f"{name}.py")
     monkeypatch.delenv("PYTHONPATH")
     monkeypatch.chdir(tmp_path)
-    assert make("env=pettingzoo", "env.name=my_pasture").spec.num_agents == 3
+    for name in ("my_pasture", "simulator", "mpe2"):
+        assert tuple(make("env=pettingzoo", f"env.name={name}").spec) == (3, 4, 7, 2, 4)
     assert make("env=gymnasium", "env.name=MyOrchard-v0", "env.module=my_orchard").spec.num_agents == 2
     monkeypatch.chdir("/")
     with pytest.raises(
@@ -357,11 +372,11 @@ def test_a_module_in_the_current_folder_is_found(tmp_path: Path, monkeypatch: py
         (["env=pettingzoo", "env.name=os;x"], "^env.name='os;x' is not allowed: write the name of a module, mpe2.sim"),
         (
             ["env=pettingzoo", "env.name=mpe2.simple_spred_v3"],
-            "module simple_spred_v3; did you mean mpe2.simple_spread_",
+            r"^env.name=mpe2.simple_spred_v3 is not allowed: mpe2 has no .*; did you mean mpe2.simple_spread_",
         ),
         (
             ["env=pettingzoo", "env.name=json"],
-            "name=json is not allowed: this module has no function parallel_env; game",
+            "^env.name=json is not allowed: this module has no function parallel_env; game",
         ),
         (["env=pettingzoo", "env.name=nowhere"], r"can't be imported by .* \(No module named 'nowhere'\): install the"),
         (
@@ -375,19 +390,26 @@ def test_a_module_in_the_current_folder_is_found(tmp_path: Path, monkeypatch: py
         ),
         (["env=pettingzoo", "env.state=obs"], "^env.state='obs' is not allowed: input should be 'auto', 'env' or 'obs"),
         (["env=pettingzoo", "env.episode_limit=0"], "^env.episode_limit=0 is not allowed: input should be greater"),
-        (["env=pettingzoo", "env.episode_limit=26"], "episode_limit=26 is not allowed: .* ends its episodes after 25 "),
+        (
+            ["env=pettingzoo", "env.episode_limit=26"],
+            "^env.episode_limit=26 is not allowed: .* ends its episodes after 25 ",
+        ),
         (["env=gymnasium", "env.name=a:B-v0"], "^env.name='a:B-v0' is not allowed: write the part before the colon as"),
         (["env=gymnasium", "env.module=a b"], "^env.module='a b' is not allowed: write the name of a module, lbforag"),
-        (["env=gymnasium", "env.name=Foraging-8x8-2p-3f-v9"], "name=Foraging-8x8-2p-3f-v9 is not allowed: .*`v3`"),
+        (["env=gymnasium", "env.name=Foraging-8x8-2p-3f-v9"], "^env.name=Foraging-8x8-2p-3f-v9 is not allowed: .*`v3`"),
         (["env=gymnasium", "env.name=Orchard-v0"], "doesn't exist.*; env.module=MODULE imports the module that regist"),
         (
             ["env=gymnasium", "env.options={steps: 9}"],
             "can't be made with env.options={'steps': 9}: TypeError: .*'steps'",
         ),
-        (["env=gymnasium", "env.name=CartPole-v1"], "is not allowed: its spaces are Box.* no task for several agents"),
+        (["env=gymnasium", "env.name=CartPole-v1"], "spaces are Box.*, but a task for several agents needs"),
+        (
+            ["env=pettingzoo", "env.name=pasture", "env.options={max_cycles: null}"],
+            "^env.episode_limit is missing: pasture states no time limit; set",
+        ),
         (
             ["env=gymnasium", "env.state=env"],
-            r"state=env is not allowed: Foraging.* has no state\(\); choose auto or o",
+            r"^env.state=env is not allowed: Foraging.* has no state\(\); choose auto or o",
         ),
     ],
 )

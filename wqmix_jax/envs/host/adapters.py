@@ -190,7 +190,7 @@ class SMAClite:
             raise SetupError(f"smaclite in {sys.executable} is of the time before gymnasium: {self.advice}")
         refuse_unknown(map_name, maps - {"custom"})
         if "max_episode_steps" in options:
-            raise SetupError("env.options={max_episode_steps: ..} is not allowed: env.episode_limit is the time limit")
+            raise SetupError("options={max_episode_steps: ..} is not allowed: env.episode_limit is the time limit")
         refuse_unknown_options(options, importlib.import_module("smaclite.env").SMACliteEnv, "map_info", "map_file")
         self.env = gymnasium.make(f"smaclite/{map_name}-v0", disable_env_checker=True, **options).unwrapped
         self.episode_limit = episode_limit
@@ -277,13 +277,13 @@ def refuse_unknown_options(options, client, *taken):
     for name in sorted(options.keys() - {*known, "seed"}):
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
-        raise SetupError(f"env.options={{{name}: ..}} is not allowed: {client.__name__} has no such option; {hint}")
+        raise SetupError(f"options={{{name}: ..}} is not allowed: {client.__name__} has no such option; {hint}")
 
 
 def refuse_heuristic(options):
     """Refuses the client's own player, whose actions would be recorded as the agents'."""
     if options.get("heuristic_ai"):
-        raise SetupError("env.options={heuristic_ai: true} is not allowed: it replaces the agents' actions")
+        raise SetupError("options={heuristic_ai: true} is not allowed: it replaces the agents' actions")
 
 
 def find_game(map_name, game_version, maps_archive):

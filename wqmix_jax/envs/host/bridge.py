@@ -12,6 +12,7 @@ import copy
 import functools
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from wqmix_jax.envs.base import Environment, EnvState, External
 from wqmix_jax.envs.host.pool import Program, WorkerError, ask
 from wqmix_jax.envs.host.supervisor import Limits, Returned, Supervisor
 from wqmix_jax.errors import ConfigError
-from wqmix_jax.options import PositiveInt, options
+from wqmix_jax.options import PositiveInt, names_of, options
 from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, StepOutcome
 
 Seconds = Annotated[float, Field(gt=0, strict=False)]
@@ -90,6 +91,8 @@ class BridgedEnvironment(Environment):
         try:
             answer = self._answer
         except WorkerError as error:
+            if re.match(rf"({'|'.join(names_of(type(self)))})(=| is missing)", str(error)):
+                raise ValueError(str(error)) from None
             raise ValueError(f"{type(self).__name__} can't be used{interpreter}: {error}") from None
         wrong = _misfit(answer)
         if wrong:

@@ -15,6 +15,9 @@ _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 _REGISTERED_BY = {"Foraging": "lbforaging", "rware": "rware"}
 """The modules that register tasks, by the first word of the tasks' names."""
 
+KNOWN_PACKAGES = ("pettingzoo", "mpe2", "lbforaging", "rware")
+"""Installed packages whose modules a run's folder may name, see `wqmix_jax.runs.trust`."""
+
 
 @options
 class FaramaEnvironment(BridgedEnvironment):
@@ -26,7 +29,7 @@ class FaramaEnvironment(BridgedEnvironment):
         reward: the team's reward: the ``sum`` or ``mean`` of the agents' rewards, or that of the ``first`` agent that
             has one, where all agents get the same.
         state: ``env``: the result of the environment's ``state()``; ``observations``: those of all agents, joined;
-            ``auto``: the former if the environment has it, otherwise the latter.
+            ``auto``: the former if the environment has it and it is no image (one axis at most), otherwise the latter.
         episode_limit: steps; the environment's own limit when absent.
         continuing_episode: whether an episode at the time limit counts as truncated, so that targets bootstrap;
             otherwise it counts as terminated.
@@ -114,6 +117,16 @@ def imported_module(values: Mapping[str, Any]) -> str | None:
     return _REGISTERED_BY.get(name.partition("-")[0]) if values["module"] is None else str(values["module"])
 
 
+def module_option(values: Mapping[str, Any]) -> str:
+    """Returns the option that names the module of `imported_module`."""
+    return "module" if "module" in values else "name"
+
+
+def is_known(module: str) -> bool:
+    """Returns True for a module of `KNOWN_PACKAGES`."""
+    return module.partition(".")[0] in KNOWN_PACKAGES
+
+
 def module_file(module: str) -> Path | None:
     """Returns the file of a module's outermost package in the current folder, None if there is no such file."""
     top = module.partition(".")[0]
@@ -121,7 +134,12 @@ def module_file(module: str) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
+def is_module_name(module: str) -> bool:
+    """Returns True for identifiers with dots between them."""
+    return _MODULE.fullmatch(module) is not None
+
+
 def _checked_module(module: str, example: str) -> str:
-    if _MODULE.fullmatch(module) is None:
+    if not is_module_name(module):
         raise ValueError(f"write the name of a module, {example} for example")
     return module

@@ -57,10 +57,11 @@ class Task(abc.ABC):
         """Takes the agents with their spaces, in order, and refuses spaces that can't be used."""
         self.agents = list(agents)
         self.action_spaces, self.observation_spaces, self.obs_sizes = list(action_spaces), [], []
-        for agent, observations, actions in zip(self.agents, observation_spaces, self.action_spaces):
+        self.masked = [self.has_mask(observations) for observations in observation_spaces]
+        for agent, observations, actions, masked in zip(self.agents, observation_spaces, action_spaces, self.masked):
             if not isinstance(actions, self.spaces.Discrete):
                 raise SetupError(f"{self.name} has the action space {actions} for {agent}, but a Discrete is needed")
-            if self.has_mask(observations):
+            if masked:
                 observations = observations["observation"]
             try:
                 self.obs_sizes.append(self.spaces.flatdim(observations))
@@ -126,13 +127,14 @@ class Task(abc.ABC):
                 self.avail_actions[index, 0] = True
                 continue
             seen, mask = observed[index], masks[index]
-            if isinstance(seen, dict) and "action_mask" in seen:
+            if self.masked[index]:
                 mask = seen["action_mask"] if mask is None else mask
                 seen = seen["observation"]
             self.obs[index, : self.obs_sizes[index]] = self.flat(index, seen)
             self.avail_actions[index, : self.action_counts[index]] = self.mask(index, mask)
         if self.state == "auto":
-            self.state = "observations" if self.state_of_env() is None else "env"
+            state = self.state_of_env()
+            self.state = "observations" if state is None or np.ndim(state) > 1 else "env"  # more axes: an image
 
     def flat(self, index, seen):
         """Returns an agent's observation as numbers; discrete ones become one-hot."""
@@ -272,8 +274,8 @@ class Gymnasium(Task):
         self.env = self.outer.unwrapped
         spaces = self.outer.observation_space, self.outer.action_space
         if not all(isinstance(space, self.spaces.Tuple) for space in spaces) or len(spaces[0]) != len(spaces[1]):
-            needed = "it is no task for several agents, which has a Tuple with one space per agent for both"
-            raise SetupError(f"name={name} is not allowed: its spaces are {spaces[0]} and {spaces[1]}, so {needed}")
+            needed = "a task for several agents needs a Tuple with one space per agent for both"
+            raise SetupError(f"name={name} is not allowed: its spaces are {spaces[0]} and {spaces[1]}, but {needed}")
         self.adopt([f"agent {index}" for index in range(len(spaces[0]))], *spaces)
         self.own_limit = own_limit(self.env)
         limits = [limit for limit in (stated, self.own_limit) if limit is not None]
@@ -346,13 +348,13 @@ def advice_for(module, package):
 
 
 def import_task(name, folder, option):
-    """Imports the module of a task, from ``folder`` if no installed package has it.
+    """Imports the module of a task, from ``folder`` if its file is there.
 
     Raises:
         SetupError: if that fails.
     """
-    if folder is not None and folder not in sys.path:
-        sys.path.append(folder)
+    if folder is not None:
+        sys.path.insert(0, folder)
     parent, _, last = name.rpartition(".")
     try:
         return importlib.import_module(name)

@@ -25,6 +25,9 @@ DONE, FAILED = b".", b"!"
 OBSERVED = ("obs", "state", "avail_actions")
 BY_AGENT = ("obs", "avail_actions")
 
+HERE = os.path.dirname(os.path.abspath(__file__))
+"""The folder of this file and of the adapters, which must not hide a simulator's modules."""
+
 
 def main():
     """Serves the simulator that the command line describes as JSON, until the parent hangs up."""
@@ -58,7 +61,9 @@ def load(target):
     where, _, name = target.rpartition(":")
     if not where.endswith(".py"):
         return getattr(importlib.import_module(where), name)
-    sys.path.insert(0, os.path.dirname(os.path.abspath(where)))  # a user's file may import its neighbours
+    folder = os.path.dirname(os.path.abspath(where))
+    if folder != HERE:
+        sys.path.insert(0, folder)  # a user's file may import its neighbours
     module = types.ModuleType("__simulator__")
     module.__file__ = where
     sys.modules[module.__name__] = module  # for what looks classes up by their module, as pickle does
@@ -193,6 +198,5 @@ def answer(channel, status, text):
 
 
 if __name__ == "__main__":
-    here = os.path.dirname(os.path.abspath(__file__))  # its files must not hide a simulator's modules
-    sys.path[:] = [path for path in sys.path if os.path.abspath(path) != here]
+    sys.path[:] = [path for path in sys.path if os.path.abspath(path) != HERE]
     main()

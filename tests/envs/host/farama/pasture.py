@@ -24,13 +24,21 @@ class Pasture:
     """
 
     def __init__(
-        self, leaves=2, terminates=99, max_cycles=4, masks="infos", has_state=True, spaces=(), keeps_agents=False
+        self,
+        leaves=2,
+        terminates=99,
+        max_cycles=4,
+        masks="infos",
+        has_state=True,
+        image=False,
+        spaces=(),
+        keeps_agents=False,
     ):
         self.possible_agents, self.agents = list(ORDER), []
         self.leaves, self.terminates, self.masks = leaves, terminates, masks
         if max_cycles is not None:
             self.max_cycles = max_cycles
-        self.has_state, self.keeps_agents = has_state, keeps_agents
+        self.has_state, self.image, self.keeps_agents = has_state, image, keeps_agents
         self.spaces, self.received = dict(spaces), []
 
     @property
@@ -43,6 +51,8 @@ class Pasture:
         if self.masks == "observations":
             mask = spaces.MultiBinary(int(ACTIONS[agent].n))
             return spaces.Dict({"action_mask": mask, "observation": OBSERVED[agent]})
+        if self.masks == "part":
+            return spaces.Dict({"action_mask": spaces.MultiBinary(int(ACTIONS[agent].n))})
         return OBSERVED[agent]
 
     def action_space(self, agent):
@@ -76,6 +86,8 @@ class Pasture:
         }
         if self.masks == "observations":
             values = {a: {"observation": value, "action_mask": self.mask(a)} for a, value in values.items()}
+        if self.masks == "part":
+            values = {a: {"action_mask": self.mask(a)} for a in ORDER}
         return {a: values[a] for a in reversed(list(here))}
 
     def infos(self, here):
@@ -88,7 +100,8 @@ class Pasture:
     def state(self):
         if not self.has_state:
             raise NotImplementedError
-        return np.array([[self.start, self.steps]])
+        state = np.array([self.start, self.steps])
+        return state[None] if self.image else state
 
     def close(self):
         pass
