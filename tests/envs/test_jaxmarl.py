@@ -222,7 +222,7 @@ def test_a_shared_reward_is_multiplied_by_the_agents_only_in_a_sum(reward: str, 
         ({"options": {"max_steps": True}}, "is not allowed: max_steps must be an integer above 0, but is True"),
         (
             {"options": {"colour": [1]}},
-            "colour is unknown: known names are num_agents, num_landmarks, local_ratio, action_type, dim_p, max_steps, dt",
+            "colour is unknown: known names are num_agents, num_landmarks, local_ratio, action_type, dim_p, max_steps",
         ),
         ({"episode_limit": 0}, "env.episode_limit=0 is not allowed"),
         ({"reward": "max"}, "env.reward='max' is not allowed: input should be 'mean', 'sum' or 'first'"),

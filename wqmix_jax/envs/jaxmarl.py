@@ -144,7 +144,8 @@ class JaxMARL(Environment):
 
         JaxMARL's ``done`` also reports its own time limit. The limit depends on the number of steps in its state, so
         the ``done`` of the same step with that number at -1, so at 0 after it, reports the end of the task alone; a
-        compiler computes what both have in common once. An episode that is longer than JaxMARL's limit is not done, either.
+        compiler computes what both have in common once. An episode that is longer than JaxMARL's limit is not done,
+        either.
         """
         native, first = self._game.native, env_state.state
         first = first.replace(done=jnp.zeros_like(first.done))

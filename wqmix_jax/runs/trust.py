@@ -1,9 +1,10 @@
 """The rules for opening a run's folder: which code its ``config.yaml`` may have executed.
 
 Runs are passed around, and a ``config.yaml`` names code: the classes of the algorithm and the environment, the file of
-a simulator, the module of a task, the interpreter of its workers. Classes of this package are always allowed. Other modules and simulators
-are imported only from places that the user has named, never from the folder itself, and a program is started only if
-the user has named it.
+a simulator, the module of a task, the interpreter of its workers. Classes of this package are always allowed. Other
+modules and simulators are imported only from places that the user has named, never from the folder itself, and a
+program is started only if the user has named it. Installed modules of tasks are imported if their packages are
+well-known or the user has named them.
 """
 
 import importlib
@@ -278,21 +279,21 @@ def _check_task(run_dir: Path, options: Mapping[str, Any], named: Named) -> None
         return
     option = f"env.{key}={module!r}"
     repeat = f"if you trust it, add env.{key}={module} ({key}= in Python)"
-    files = [file for _, file in _files_to_import(module, _path_of_workers(module))]
-    if all(file is None or _is_installed(file) for file in files):
+    imported = list(_files_to_import(module, _path_of_workers(module)))
+    if all(file is None or _is_installed(file) for _, file in imported):
         if not is_known(module):
-            listed = ", ".join(KNOWN_PACKAGES)
-            raise ConfigError(f"{option} is not imported: it is no file here, and not of {listed}; {repeat}")
+            listed = ", ".join(KNOWN_PACKAGES[:-1]) + f" or {KNOWN_PACKAGES[-1]}"
+            reason = f"it is not in the current folder, and no module of {listed}"
+            raise ConfigError(f"{option} is not imported: {reason}; {repeat}")
         _report([f"workers import {module}, named by {run_dir / CONFIG_FILE}"])
         return
     in_folder = module_file(module) is not None
-    for file in files:
+    for name, file in imported:
         if file is None:
-            where = Path.cwd()
-            raise ConfigError(f"{option} can't be imported: a module in this name is not found in {where}; {repeat}")
+            raise ConfigError(f"{option} can't be imported: {name} is not found; {repeat}")
         if not in_folder or not _is_allowed(file, run_dir, Named()):
             raise ConfigError(f"{option} is not allowed: {file} must be in {_PLACES_OF_TASKS}; {repeat}")
-    _report(f"workers import {file}, named by {run_dir / CONFIG_FILE}" for file in files)
+    _report(f"workers import {file}, named by {run_dir / CONFIG_FILE}" for _, file in imported)
 
 
 def _path_of_workers(module: str) -> list[str]:

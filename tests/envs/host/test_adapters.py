@@ -251,7 +251,7 @@ def test_versions_are_told(env: str, versions: dict[str, str], game: Path) -> No
         (["env=smac", "env.options={difficulty: 1}"], "^env.options={difficulty: ..} is not allowed"),
         (
             ["env=smac", "env.options={reward_sparce: true}"],
-            r"^env.options={reward_sparce: ..} is not allowed: StarCraft2Env has no such option; did you mean reward_spa",
+            r"^env.options={reward_sparce: ..} is not allowed: StarCraft2Env has no such option; did you mean rewa",
         ),
         (
             ["env=smacv2", "env.options={conic_fof: true}"],

