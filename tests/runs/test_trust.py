@@ -547,7 +547,10 @@ def test_a_task_that_is_repeated_is_imported(
         open_config(run_dir, Named(**{key: "other"}))
     assert open_config(run_dir, Named(**{key: "json.tool"}))["env"][key] == "json.tool"
     with pytest.raises(ConfigError, match={"name": "no function parallel", "module": "^env.name=Foraging"}[key]):
-        load_policy(run_dir, **{key: "json.tool"})
+        load_policy(run_dir, name={"name": "json.tool"}.get(key), module={"module": "json.tool"}.get(key))
+    with pytest.raises(SystemExit):
+        evaluate.main([f"run_dir={run_dir}", f"env.{key}=json.tool"])
+    assert re.search("error: env.name=.* is not allowed: ", capfd.readouterr().err)
     command = command_to_continue(run_dir).partition(" -m wqmix_jax.train ")[2]
     assert command.endswith(f" env.{key}=json.tool")
     resumed: list[Any] = []
