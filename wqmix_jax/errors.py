@@ -52,3 +52,9 @@ def install_extra(extra: str) -> str:
     if (checkout / "pyproject.toml").is_file():
         return f"pip install -e {shlex.quote(f'{checkout}[{extra}]')}"
     return f"pip install 'wqmix_jax[{extra}]'"
+
+
+def error_line(error: Exception) -> str:
+    """Returns the first line of another library's error, with its type where the text alone says little."""
+    text = next(iter(str(error).splitlines()), "")
+    return text if isinstance(error, ValueError | AssertionError) and text else f"{type(error).__name__}: {text}"

@@ -182,6 +182,7 @@ def test_features_are_stored_once_and_as_bytes() -> None:
             {"name": "Maze-v0"},
             r"env.name='Maze-v0' is not allowed: input should be 'LevelBasedForaging-v0', 'Rob",
         ),
+        ({"generator": CROWDED | {"force_coop": [1]}}, r"env.generator=.* is not allowed: TypeError: where requires"),
         ({"generator": {"size": 3}}, r"env.generator=.* is not allowed: .*'size'"),
         ({"episode_limit": 0}, r"env.episode_limit=0 is not allowed"),
         ({"name": "Connector-v2"}, r"env.name='Connector-v2' is not allowed: input should be .*'Connector-v3'"),

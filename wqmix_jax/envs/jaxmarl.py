@@ -24,7 +24,7 @@ from pydantic import Field
 from wqmix_jax.envs.base import Environment, External, ExternalPackage, without_weak_types
 from wqmix_jax.envs.payoffs import available_actions
 from wqmix_jax.envs.quiet_imports import quiet_imports
-from wqmix_jax.errors import install_extra
+from wqmix_jax.errors import error_line, install_extra
 from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, PyTree, StepOutcome
 
@@ -113,7 +113,7 @@ class JaxMARL(Environment):
         try:
             _ = self._game
         except Exception as error:  # each game has its own
-            raise ValueError(f"options={self.options} is not allowed: {_reason(error)}") from None
+            raise ValueError(f"options={self.options} is not allowed: {error_line(error)}") from None
         if self._limit is None:
             raise ValueError(f"episode_limit=None is not allowed: {self.name} has no limit; give a number of steps")
         return self
@@ -255,12 +255,6 @@ def _is_set_by(make: Callable[..., Any], game: str, argument: str) -> bool:
     except Exception:  # None is not allowed, but another value may be
         return False
     return False
-
-
-def _reason(error: Exception) -> str:
-    """Returns an error's first line, with its type where the text alone says little."""
-    text = next(iter(str(error).splitlines()), "")
-    return text if isinstance(error, ValueError | AssertionError) and text else f"{type(error).__name__}: {text}"
 
 
 def _described(native: Any) -> _Game:

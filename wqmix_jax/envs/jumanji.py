@@ -16,6 +16,7 @@ import pydantic
 from pydantic import Field
 
 from wqmix_jax.envs.base import Environment, External, ExternalPackage, without_weak_types
+from wqmix_jax.errors import error_line
 from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, Observation, PRNGKey, PyTree, StepOutcome
 
@@ -72,9 +73,14 @@ class JumanjiEnvironment(Environment):
             if self.name == "Cleaner-v0" and len(set(self._jumanji.grid_shape)) > 1:
                 raise ValueError("num_rows and num_cols must be equal, because jumanji's masks exchange them")
             _ = self._jumanji.observation_spec
-        except (TypeError, ValueError, AssertionError) as error:
-            raise ValueError(f"generator={self.generator} is not allowed: {error}") from None
+            if self.generator:  # without it the game is jumanji's own
+                jax.eval_shape(self._first_step, jax.random.key(0))
+        except Exception as error:  # each generator has its own
+            raise ValueError(f"generator={self.generator} is not allowed: {error_line(error)}") from None
         return self
+
+    def _first_step(self, key: PRNGKey) -> tuple[EnvState, StepOutcome]:
+        return self.step(self.reset(key), jnp.zeros(self.spec.num_agents, jnp.int32), key)
 
     @property
     def _jumanji(self) -> Any:
