@@ -134,7 +134,7 @@ class Task(abc.ABC):
             self.avail_actions[index, : self.action_counts[index]] = self.mask(index, mask)
         if self.state == "auto":
             state = self.state_of_env()
-            self.state = "observations" if state is None or np.ndim(state) > 1 else "env"  # more axes: an image
+            self.state = "observations" if state is None or np.asarray(state).ndim > 1 else "env"  # more axes: an image
 
     def flat(self, index, seen):
         """Returns an agent's observation as numbers; discrete ones become one-hot."""
