@@ -294,7 +294,7 @@ def with_newer_options(values: Mapping[str, Any]) -> dict[str, Any]:
 def _defaults_of(group: str, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the values of a class's options; of an algorithm's, those that it shares with others.
 
-    Those of its own are as old as it is, and yamls of one class differ in them. Nothing is imported.
+    Options that only its class has are as old as it is, and yamls of one class differ in them. Nothing is imported.
     """
     stems = [path.stem for path in sorted((CONFIG_DIR / group).glob("[!_]*.yaml"))]
     own = next((stem for stem in stems if load_group(group, stem)["_target_"] == recorded.get("_target_")), None)
