@@ -126,7 +126,6 @@ def test_a_run_counts_every_replayed_step_and_only_while_it_learns() -> None:
 def test_a_schedule_that_is_made_longer_is_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for name, option, is_reported in (
         ("linear", "algo.lr_schedule=linear", True),
-        ("prioritised", "algo.prioritised=true", True),
         ("constant", "algo.lr_schedule=constant", False),
     ):
         run_dir = tmp_path / name
