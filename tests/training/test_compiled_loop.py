@@ -14,6 +14,7 @@ from tests.training.test_replay import plain_episode, stacked
 from wqmix_jax.algos.base import Aux
 from wqmix_jax.algos.wqmix import WQMIX
 from wqmix_jax.errors import ConfigError
+from wqmix_jax.networks.functional import BlockForm
 from wqmix_jax.options import build
 from wqmix_jax.training import batch_gradients
 from wqmix_jax.training.batch_gradients import BLOCK_FORMS, _static_lengths, make_batching, num_groups
@@ -546,3 +547,11 @@ def test_programs_for_a_tpu_are_compiled_with_the_least_effort_unless_the_user_s
         assert compiler_options(sharding).get("exec_time_optimization_effort") == expected
     finally:
         jax.config.update("jax_exec_time_optimization_effort", before)
+
+
+@pytest.mark.parametrize("limit", [1, 11, 12, 32, 200])
+def test_bounded_batches_hold_whole_episodes_and_fill_whole_blocks(limit):
+    form = BlockForm(12, steps_inline=1)
+    length = batch_gradients._whole_blocks(form, limit)
+    assert limit <= length < limit + 12
+    assert (length + 1) % form.block_length(limit + 1) == 0
