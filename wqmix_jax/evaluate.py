@@ -6,6 +6,7 @@ checkpoint is printed as one line on stderr, with exit code 2, before anything i
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,21 +15,20 @@ from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
-import yaml
 from pydantic import Field
 
 from wqmix_jax.api import RunPolicies, open_policies, playable, policies_of_file
 from wqmix_jax.cli.command import command
-from wqmix_jax.cli.help import described
+from wqmix_jax.cli.help import with_options
 from wqmix_jax.cli.overrides import compose_evaluation
-from wqmix_jax.cli.parser import OneLineParser
+from wqmix_jax.cli.parser import overrides_parser
 from wqmix_jax.cli.syntax import as_text, parse_overrides
 from wqmix_jax.config import PROGRAMS, CacheSetting
 from wqmix_jax.envs.base import Environment, Viewer
 from wqmix_jax.envs.checks import check_environment
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.interop import pymarl
-from wqmix_jax.options import CONFIG_DIR, PositiveInt, add_import_paths, build, checked, options
+from wqmix_jax.options import PositiveInt, add_import_paths, build, checked, options
 from wqmix_jax.records.metrics import load_header
 from wqmix_jax.records.run_dir import refuse_other_games
 from wqmix_jax.records.statistics import CONFIDENCE, mean_estimate, standard_deviation
@@ -97,26 +97,13 @@ class EvaluateOptions:
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line on ``arguments``, by default the process's own."""
-    args = _parser().parse_args(arguments)
+    help_text = functools.partial(with_options, _HELP, EvaluateOptions, "evaluate.yaml")
+    args = overrides_parser("python -m wqmix_jax.evaluate", help_text).parse_args(arguments)
     share_gpu()  # with a run that still trains
     add_import_paths(args.config_dir)
     with memory_faults_in_one_line():
         for line in _evaluate(as_text(args.overrides), args.config_dir):
             print(line, flush=True)
-
-
-def _parser() -> OneLineParser:
-    parser = OneLineParser(prog="python -m wqmix_jax.evaluate")
-    parser.format_help = _help
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--config-dir")
-    return parser
-
-
-def _help() -> str:
-    values = yaml.safe_load((CONFIG_DIR / "evaluate.yaml").read_text())
-    del values["defaults"]
-    return _HELP + "".join(f"{line}\n" for line in described(EvaluateOptions, values, indent="  "))
 
 
 def _evaluate(overrides: Sequence[str], config_dir: str | None) -> Iterator[str]:

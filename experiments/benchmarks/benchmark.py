@@ -347,12 +347,13 @@ def matmul_flops(function: Callable[..., Any], *args: Any) -> int:
 
     Of several branches the longest counts. XLA's own count includes the body of a loop only once.
     """
-    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
-    return _flops_of_all(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])  # XLA drops the others as well
+    return _flops_of_all(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def _flops_of_all(jaxpr: Any) -> int:
-    return sum(_flops(eqn) for eqn in jaxpr.eqns)
+    # XLA drops the other products as well, also those in the body of a `while`, which jax leaves as it is.
+    needed, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return sum(_flops(eqn) for eqn in needed.eqns)
 
 
 def _flops(eqn: Any) -> int:

@@ -50,6 +50,12 @@ def test_products_that_nothing_depends_on_are_not_counted():
     assert matmul_flops(lambda a, b: scanned(a, b)[0], a, b) == 7 * one
     assert matmul_flops(jax.grad(lambda a, b: (a @ b).sum()), a, b) == one
 
+    def repeated(times, a, b):  # a loop of dynamic length is counted once
+        used = lambda _, total: total + jax.grad(lambda a: (a @ b).sum())(a).sum()  # noqa: E731
+        return jax.lax.fori_loop(0, times, used, 0.0)
+
+    assert matmul_flops(repeated, jnp.int32(3), a, b) == one
+
 
 def test_an_endless_environment_plays_on_after_its_end():
     options = (

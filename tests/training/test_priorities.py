@@ -29,25 +29,25 @@ def test_draws_are_proportional_one_from_each_share() -> None:
     priorities = Priorities(jnp.array([1.0, 3.0, 0.0, 0.0]), jnp.float32(3))
     for seed in range(5):
         draw = draw_episodes(priorities, jax.random.key(seed), 4, ONES)
-        assert draw.places.tolist() == [0, 1, 1, 1]
+        assert draw.indices.tolist() == [0, 1, 1, 1]
         np.testing.assert_allclose(draw.importance, [1, 1 / 3, 1 / 3, 1 / 3], rtol=1e-6)
     half = draw_episodes(priorities, jax.random.key(0), 4, jnp.float32(0.5))
     np.testing.assert_allclose(half.importance[1], 3**-0.5, rtol=1e-6)
-    many = draw_episodes(priorities, jax.random.key(0), 1000, ONES).places
+    many = draw_episodes(priorities, jax.random.key(0), 1000, ONES).indices
     assert int((many == 0).sum()) == 250
 
 
 def test_a_draw_from_an_empty_replay_is_finite() -> None:
     draw = draw_episodes(no_priorities(4), jax.random.key(0), 3, ONES)
-    assert draw.places.tolist() == [0, 0, 0]
+    assert draw.indices.tolist() == [0, 0, 0]
     assert jnp.isfinite(draw.importance).all()
 
 
 def test_new_episodes_get_the_largest_priority() -> None:
     priorities = Priorities(jnp.array([1.0, 2.0, 0.0]), jnp.float32(5))
-    places = jnp.array([2, 0])
-    assert add_episodes(priorities, places, jnp.bool_(True)).powers.tolist() == [5, 2, 5]
-    assert add_episodes(priorities, places, jnp.bool_(False)).powers.tolist() == [1, 2, 0]
+    indices = jnp.array([2, 0])
+    assert add_episodes(priorities, indices, jnp.bool_(True)).powers.tolist() == [5, 2, 5]
+    assert add_episodes(priorities, indices, jnp.bool_(False)).powers.tolist() == [1, 2, 0]
 
 
 def test_priorities_by_formula() -> None:

@@ -13,7 +13,7 @@ import yaml
 
 from wqmix_jax.config import RunConfig, names
 from wqmix_jax.errors import ConfigError
-from wqmix_jax.options import target_class
+from wqmix_jax.options import CONFIG_DIR, target_class
 
 COLUMN = 34
 """The column of descriptions, unless a value reaches further."""
@@ -67,6 +67,13 @@ def described_group(group: str, values: Mapping[str, Any]) -> str:
     except ConfigError:
         cls = object
     return "\n".join([f"{group}:", *described(cls, values, indent="  ")])
+
+
+def with_options(head: str, cls: type, file: str) -> str:
+    """Returns a command's help: ``head``, and the options of ``cls`` with their defaults in the yaml ``file``."""
+    values = yaml.safe_load((CONFIG_DIR / file).read_text())
+    del values["defaults"]
+    return head + "".join(f"{line}\n" for line in described(cls, values, indent="  "))
 
 
 def described(cls: type, values: Mapping[str, Any], indent: str = "") -> Iterator[str]:

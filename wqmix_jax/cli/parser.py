@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,6 +16,20 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Ends the process with exit code 2."""
         refuse(message)
+
+
+def overrides_parser(prog: str, help_text: Callable[[], str]) -> OneLineParser:
+    """Returns the parser of a command whose arguments are overrides, ``KEY=VALUE``, and ``--config-dir``.
+
+    Args:
+        prog: the command.
+        help_text: makes the text of ``--help``.
+    """
+    parser = OneLineParser(prog=prog)
+    parser.format_help = help_text
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--config-dir")
+    return parser
 
 
 def out_file(text: str) -> Path:

@@ -4,6 +4,7 @@ Whatever is wrong with the options is printed as one line on stderr, with exit c
 """
 
 import difflib
+import functools
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,19 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import yaml
 
 from wqmix_jax.api import train_members
 from wqmix_jax.cli.checks import check_overrides, refuse_incomplete, refuse_settings_of_hydra
 from wqmix_jax.cli.command import command, warn_of_copied_checkout
-from wqmix_jax.cli.help import described
+from wqmix_jax.cli.help import with_options
 from wqmix_jax.cli.overrides import compose_run, compose_search, prepare
-from wqmix_jax.cli.parser import OneLineParser
+from wqmix_jax.cli.parser import overrides_parser
 from wqmix_jax.cli.syntax import Override, parse_overrides
 from wqmix_jax.config import PROGRAMS, RunConfig, run_config
 from wqmix_jax.envs.checks import RESERVED_METRICS, check_environment
 from wqmix_jax.errors import SEEDS_FAILED, ConfigError, RunError, exit_code_of
-from wqmix_jax.options import CONFIG_DIR, add_import_paths, checked
+from wqmix_jax.options import add_import_paths, checked
 from wqmix_jax.records.run_dir import held, make_run_dir, new_run_dir, save_config
 from wqmix_jax.runs.startup import command_to_continue
 from wqmix_jax.runs.trust import Named, open_config, refuse_foreign_callbacks
@@ -63,7 +63,8 @@ _REFUSED = {
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line on ``arguments``, by default the process's own."""
-    args = _parser().parse_args(arguments)
+    help_text = functools.partial(with_options, _HELP, SearchOptions, "search.yaml")
+    args = overrides_parser("python -m wqmix_jax.search", help_text).parse_args(arguments)
     refuse_missing_optuna()
     warn_of_copied_checkout()
     texts = prepare(args.overrides)
@@ -74,20 +75,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         search = _new(texts, args.overrides, args.config_dir)
     _run(search)
-
-
-def _parser() -> OneLineParser:
-    parser = OneLineParser(prog="python -m wqmix_jax.search")
-    parser.format_help = _help
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--config-dir")
-    return parser
-
-
-def _help() -> str:
-    values = yaml.safe_load((CONFIG_DIR / "search.yaml").read_text())
-    del values["defaults"]
-    return _HELP + "".join(f"{line}\n" for line in described(SearchOptions, values, indent="  "))
 
 
 def _new(texts: Sequence[str], written: Sequence[str], config_dir: str | None) -> "Search":

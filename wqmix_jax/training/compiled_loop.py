@@ -441,8 +441,8 @@ def _iteration(run: _Run, index: Array, carry: tuple[TrainState, Array]) -> tupl
     replay = jax.vmap(run.replay.add)(state.replay, played.episodes, active)
     priorities = state.priorities
     if isinstance(priorities, Priorities):
-        places = jax.vmap(lambda replay: run.replay.next_places(replay, config.num_envs))(state.replay)
-        priorities = jax.vmap(add_episodes)(priorities, places, active)
+        indices = jax.vmap(lambda replay: run.replay.next_indices(replay, config.num_envs))(state.replay)
+        priorities = jax.vmap(add_episodes)(priorities, indices, active)
     # Inactive seeds have played too, with the others, but nothing of that is counted or stored.
     played_counters = counters._replace(
         env_steps=counters.env_steps + jnp.where(active, played.episodes.length.sum(-1), 0),
@@ -519,10 +519,10 @@ def _learn(
         learner = jax.tree.map(functools.partial(jax.vmap(jnp.where), ready), stepped, before)
         learner = update_targets(algo, learner, hp, episodes_before, ready)
         if isinstance(priorities, Priorities):
-            assert drawn.places is not None
+            assert drawn.indices is not None
             assert found.errors is not None
             set_all = jax.vmap(functools.partial(set_priorities, exponent=algo.priority_exponent))
-            changed = set_all(priorities, drawn.places, found.errors, lengths)
+            changed = set_all(priorities, drawn.indices, found.errors, lengths)
             priorities = jax.tree.map(functools.partial(jax.vmap(jnp.where), ready), changed, priorities)
         metrics = found.metrics | {"grad_norm": grad_norm}
         return learner, priorities, jax.tree.map(functools.partial(_set_row, index), losses, metrics)
@@ -540,7 +540,7 @@ class _Drawn(NamedTuple):
     """A batch of each seed: rows ``[S, B, row_bytes]`` and, where episodes are prioritised, as in `Draw` ``[S, B]``."""
 
     rows: Array
-    places: Array | None = None
+    indices: Array | None = None
     importance: Array | None = None
 
 
@@ -552,8 +552,8 @@ def _draw(run: _Run, state: TrainState, priorities: Priorities | tuple[()], keys
     progress = jnp.minimum(state.counters.env_steps / state.total_env_steps, 1)
     beta = algo.importance_exponent + (1 - algo.importance_exponent) * progress
     draw = jax.vmap(functools.partial(draw_episodes, batch_size=algo.batch_size))
-    places, importance = draw(priorities, keys, beta=beta)
-    return _Drawn(jax.vmap(run.replay.rows_at)(state.replay, places), places, importance)
+    indices, importance = draw(priorities, keys, beta=beta)
+    return _Drawn(jax.vmap(run.replay.rows_at)(state.replay, indices), indices, importance)
 
 
 def _with_rewards(run: _Run, learner: LearnerState, rows: Array) -> LearnerState:

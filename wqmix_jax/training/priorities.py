@@ -29,11 +29,11 @@ class Draw(NamedTuple):
     """The episodes of one batch.
 
     Attributes:
-        places: ``[B]`` int32, their places in the replay.
+        indices: ``[B]`` int32, their indices in the replay.
         importance: ``[B]``, their importance weights, divided by the largest.
     """
 
-    places: Array
+    indices: Array
     importance: Array
 
 
@@ -47,9 +47,9 @@ def no_priorities(buffer_size: int) -> Priorities:
     return Priorities(jnp.zeros(buffer_size), jnp.float32(1))
 
 
-def add_episodes(priorities: Priorities, places: Array, is_active: Array) -> Priorities:
-    """Gives the episodes that were stored at ``places`` ``[E]`` the largest priority, if ``is_active``, a scalar."""
-    powers = priorities.powers.at[places].set(priorities.largest)
+def add_episodes(priorities: Priorities, indices: Array, is_active: Array) -> Priorities:
+    """Gives the episodes that were stored at ``indices`` ``[E]`` the largest priority, if ``is_active``, a scalar."""
+    powers = priorities.powers.at[indices].set(priorities.largest)
     return priorities._replace(powers=jnp.where(is_active, powers, priorities.powers))
 
 
@@ -64,25 +64,27 @@ def draw_episodes(priorities: Priorities, key: PRNGKey, batch_size: int, beta: A
     """
     sums = jnp.cumsum(priorities.powers)
     shares = (jnp.arange(batch_size) + jax.random.uniform(key, (batch_size,))) / batch_size
-    places = jnp.searchsorted(sums, shares * sums[-1], side="right")
+    indices = jnp.searchsorted(sums, shares * sums[-1], side="right")
     num_stored = (priorities.powers > 0).sum()
-    places = jnp.clip(places, 0, jnp.maximum(num_stored - 1, 0)).astype(jnp.int32)  # rounding may reach past the last
+    indices = jnp.clip(indices, 0, jnp.maximum(num_stored - 1, 0)).astype(jnp.int32)  # rounding may reach past the last
     # Weights are relative: factors that all episodes share cancel out. Nothing is stored in an empty replay.
-    powers = priorities.powers[places]
+    powers = priorities.powers[indices]
     importance = jnp.where(powers > 0, powers, 1) ** -beta
-    return Draw(places, importance / importance.max())
+    return Draw(indices, importance / importance.max())
 
 
-def set_priorities(priorities: Priorities, places: Array, errors: Array, lengths: Array, exponent: float) -> Priorities:
+def set_priorities(
+    priorities: Priorities, indices: Array, errors: Array, lengths: Array, exponent: float
+) -> Priorities:
     """Sets the priorities of a batch's episodes: sum |td_error| / sqrt(length), as in PyMARL2.
 
     Args:
         priorities: before the learner step.
-        places: ``[B]``, see `Draw`; equal ones have equal errors.
+        indices: ``[B]``, see `Draw`; equal ones have equal errors.
         errors: ``[B]``, the sums of the absolute TD errors of their steps.
         lengths: ``[B]`` int32.
         exponent: alpha, the power of the priorities.
     """
     # A small constant keeps every episode possible.
     powers = (errors / jnp.sqrt(jnp.maximum(lengths, 1)) + 1e-6) ** exponent
-    return Priorities(priorities.powers.at[places].set(powers), jnp.maximum(priorities.largest, powers.max()))
+    return Priorities(priorities.powers.at[indices].set(powers), jnp.maximum(priorities.largest, powers.max()))

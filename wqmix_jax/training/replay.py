@@ -30,8 +30,8 @@ class Replay(NamedTuple):
         add: ``(state, episodes, is_active) -> state``, stores ``StoredEpisode`` leaves ``[E, ..]`` if ``is_active`` (a
             scalar bool) is true and otherwise leaves the state unchanged, in place in both cases.
         sample: ``(state, key) -> rows``, a batch ``[B, row_bytes]`` drawn uniformly with replacement.
-        next_places: ``(state, count) -> [count]`` int32, the places where the next ``count`` episodes will be stored.
-        rows_at: ``(state, places) -> rows``, the episodes at places ``[B]``.
+        next_indices: ``(state, count) -> [count]`` int32, where the next ``count`` episodes will be stored.
+        rows_at: ``(state, indices) -> rows``, the episodes at ``[B]``.
         lengths: ``rows -> [B]`` int32, the episodes' lengths.
         rewards: ``rows -> [B, T]``, their rewards.
         decode: ``(rows, num_steps) -> Episode``, cut to the first ``num_steps`` (static) steps, or padded to them.
@@ -43,7 +43,7 @@ class Replay(NamedTuple):
     init: Callable[[], ReplayState]
     add: Callable[[ReplayState, StoredEpisode, Array], ReplayState]
     sample: Callable[[ReplayState, PRNGKey], Array]
-    next_places: Callable[[ReplayState, int], Array]
+    next_indices: Callable[[ReplayState, int], Array]
     rows_at: Callable[[ReplayState, Array], Array]
     lengths: Callable[[Array], Array]
     rewards: Callable[[Array], Array]
@@ -66,7 +66,7 @@ def make_replay(env: Environment, *, buffer_size: int, batch_size: int) -> Repla
         state = buffer.init(jnp.zeros(num_bytes, jnp.uint8))
         return state.replace(experience=jnp.zeros(state.experience.shape, jnp.uint8))
 
-    def next_places(state: ReplayState, count: int) -> Array:
+    def next_indices(state: ReplayState, count: int) -> Array:
         return (state.current_index + jnp.arange(count)) % buffer_size
 
     def add(state: ReplayState, episodes: StoredEpisode, is_active: Array) -> ReplayState:
@@ -74,8 +74,8 @@ def make_replay(env: Environment, *, buffer_size: int, batch_size: int) -> Repla
         # The replay is by far the largest array of a run, and it must stay in place: a select between the replay before
         # and after would copy all of it in every iteration. So rows are written in any case, either the new ones or
         # those that are already there, and only the two small counters are selected.
-        places = next_places(state, len(rows))
-        added = buffer.add(state, jnp.where(is_active, rows, state.experience[0, places]))
+        indices = next_indices(state, len(rows))
+        added = buffer.add(state, jnp.where(is_active, rows, state.experience[0, indices]))
         return added.replace(
             current_index=jnp.where(is_active, added.current_index, state.current_index),
             is_full=jnp.where(is_active, added.is_full, state.is_full),
@@ -85,8 +85,8 @@ def make_replay(env: Environment, *, buffer_size: int, batch_size: int) -> Repla
         with jax.numpy_rank_promotion("allow"):  # flashbax broadcasts its indices
             return buffer.sample(state, key).experience
 
-    def rows_at(state: ReplayState, places: Array) -> Array:
-        return state.experience[0, places]
+    def rows_at(state: ReplayState, indices: Array) -> Array:
+        return state.experience[0, indices]
 
     def lengths(rows: Array) -> Array:
         return jax.vmap(functools.partial(from_row, template=template))(rows).length
@@ -106,7 +106,7 @@ def make_replay(env: Environment, *, buffer_size: int, batch_size: int) -> Repla
         init=init,
         add=add,
         sample=sample,
-        next_places=next_places,
+        next_indices=next_indices,
         rows_at=rows_at,
         lengths=lengths,
         rewards=rewards,

@@ -361,7 +361,7 @@ def test_a_module_in_the_current_folder_is_found(tmp_path: Path, monkeypatch: py
     assert make("env=gymnasium", "env.name=MyOrchard-v0", "env.module=my_orchard").spec.num_agents == 2
     monkeypatch.chdir("/")
     with pytest.raises(
-        ConfigError, match=r"^PettingZoo can't be used: my_pasture can't be imported by .*; did|start in"
+        ConfigError, match=r"^env.name=my_pasture is not allowed: it can't be imported by .*, or start in"
     ):
         make("env=pettingzoo", "env.name=my_pasture", "env.reward=mean")
 
@@ -386,7 +386,14 @@ def test_a_module_on_the_path_is_not_hidden_by_a_file_next_to_the_adapters(
             ["env=pettingzoo", "env.name=json"],
             "^env.name=json is not allowed: this module has no function parallel_env; game",
         ),
-        (["env=pettingzoo", "env.name=nowhere"], r"can't be imported by .* \(No module named 'nowhere'\): install the"),
+        (
+            ["env=pettingzoo", "env.name=nowhere"],
+            r"^env.name=nowhere is not allowed: it can't be imported by .* \(No module named 'nowhere'\): install the",
+        ),
+        (
+            ["env=gymnasium", "env.name=My-v0", "env.module=nowhere"],
+            r"^env.module=nowhere is not allowed: it can't be imported by .* \(No module named 'nowhere'\): install",
+        ),
         (
             ["env=pettingzoo", "env.options={continuous_actions: true}"],
             r"action space Box\(.*, but a Discrete is needed$",

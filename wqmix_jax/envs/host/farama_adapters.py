@@ -332,9 +332,13 @@ def import_module(module, package):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise SetupError(
-            f"{module} can't be imported by {sys.executable} ({one_line(error)}): {advice_for(module, package)}"
-        ) from error
+        raise not_imported(module, module, package, error) from error
+
+
+def not_imported(subject, module, package, error):
+    """Returns the error for a module that can't be imported; the message starts with ``subject``."""
+    advice = advice_for(module, package)
+    return SetupError(f"{subject} can't be imported by {sys.executable} ({one_line(error)}): {advice}")
 
 
 def advice_for(module, package):
@@ -358,14 +362,15 @@ def import_task(name, folder, option):
     parent, _, last = name.rpartition(".")
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if parent and error.name == name:  # its package is installed
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and parent and error.name == name:  # its package is installed
             close = difflib.get_close_matches(last, submodules(parent), n=1)
             hint = f"; did you mean {parent}.{close[0]}?" if close else ""
             raise SetupError(f"{option}={name} is not allowed: {parent} has no module {last}{hint}") from error
-        return import_module(name, name.partition(".")[0])
-    except ImportError:
-        return import_module(name, name.partition(".")[0])
+        package = name.partition(".")[0]
+        is_known = package == "pettingzoo" or package in EXTRAS  # then a package is missing, and the option is right
+        subject = name if is_known else f"{option}={name} is not allowed: it"
+        raise not_imported(subject, name, package, error) from error
 
 
 def submodules(package):
