@@ -1,27 +1,27 @@
-"""The algorithms on the game of the paper's Table 2: ``python -m experiments.table2 [ALGO ..] [--out FILE]``.
+"""The algorithms on the game of the paper's Table 2, or on other matrix games of the literature.
 
-Ten seeds of each algorithm train in one call, with random actions throughout. A seed is right if its greedy joint
-action has the optimal payoff, 8.
+``python -m experiments.table2 [ALGO ..] [--games GAME ..] [--seeds N] [--out FILE]`` trains all seeds of an
+algorithm in one call, with random actions throughout. A seed is right if its greedy joint action has the best payoff.
 """
 
 import json
 import time
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from wqmix_jax import load_config, train_seeds
 from wqmix_jax.cli.command import command
-from wqmix_jax.cli.parser import OneLineParser, out_file
+from wqmix_jax.cli.parser import OneLineParser, count, out_file
 from wqmix_jax.config import RunConfig, names
+from wqmix_jax.envs.matrix_game import MatrixGame
+from wqmix_jax.envs.payoffs import payoff_tensor
 from wqmix_jax.errors import ConfigError, refuse
 
-NUM_SEEDS = 10
-OPTIMUM = 8.0
 OVERRIDES = (
     "env=matrix_game",
-    "env.payoff=table2",
     "algo.batch_size=64",
     "algo.buffer_size=500",
     "num_envs=8",
@@ -34,45 +34,51 @@ OVERRIDES = (
 
 @command
 def main() -> None:
-    """Trains each algorithm and prints one table."""
+    """Trains each algorithm on each game and prints one table."""
     parser = OneLineParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("algos", nargs="*", default=names("algo").split(", "), help="by default all of them")
+    parser.add_argument("--games", nargs="+", default=["table2"], help="values of env.payoff; default: table2")
+    parser.add_argument("--seeds", type=count, default=10, help="number of seeds; default: 10")
     parser.add_argument("--out", type=out_file, help="a file for the rows, one JSON object per line")
     args = parser.parse_args()
+    tasks = [(game, algo) for game in args.games for algo in args.algos]
     try:
-        for algo in args.algos:
-            config_of(algo)  # raises for an unknown name before anything is trained
+        for task in tasks:
+            config_of(*task)  # raises for an unknown name before anything is trained
     except ConfigError as error:
         refuse(str(error))
     rows = []
-    for algo in args.algos:
-        rows.append(train(algo))
+    for task in tasks:
+        rows.append(train(*task, args.seeds))
         if args.out is not None:  # after each algorithm, so that an interrupted command keeps its rows
             args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    table = Table("algorithm", "right of 10 seeds", "greedy payoffs", "seconds with compilation")
+    table = Table("game", "algorithm", f"right of {args.seeds} seeds", "greedy payoffs", "seconds with compilation")
     for row in rows:
         payoffs = ", ".join(f"{payoff:g}" for payoff in row["payoffs"])
-        table.add_row(row["algo"], str(row["right"]), payoffs, f"{row['seconds']:.0f}")
+        table.add_row(row["game"], row["algo"], str(row["right"]), payoffs, f"{row['seconds']:.0f}")
     Console().print(table)
 
 
-def train(algo: str) -> dict[str, Any]:
-    """Trains ten seeds of one algorithm, and returns the payoff of each seed's final greedy joint action."""
+def train(game: str, algo: str, num_seeds: int) -> dict[str, Any]:
+    """Trains some seeds of one algorithm, and returns the payoff of each seed's final greedy joint action."""
     started = time.perf_counter()
-    _, records = train_seeds(config_of(algo), range(NUM_SEEDS))
+    config = config_of(game, algo)
+    _, records = train_seeds(config, range(num_seeds))
     last = {record["seed"]: record["episode_return"] for record in records if record["kind"] == "eval"}
-    payoffs = [last[seed] for seed in range(NUM_SEEDS)]
-    right = sum(payoff == OPTIMUM for payoff in payoffs)
-    return {"algo": algo, "right": right, "payoffs": payoffs, "seconds": round(time.perf_counter() - started, 1)}
+    payoffs = [last[seed] for seed in range(num_seeds)]
+    best = np.float32(payoff_tensor(cast(MatrixGame, config.env).payoff).max())  # returns are float32
+    right = sum(payoff == best for payoff in payoffs)
+    seconds = round(time.perf_counter() - started, 1)
+    return {"game": game, "algo": algo, "right": int(right), "payoffs": payoffs, "seconds": seconds}
 
 
-def config_of(algo: str) -> RunConfig:
-    """Returns the options of an algorithm's run.
+def config_of(game: str, algo: str) -> RunConfig:
+    """Returns the options of an algorithm's run on a game.
 
     Raises:
-        ConfigError: if there is no such algorithm.
+        ConfigError: if there is no such game or algorithm.
     """
-    return load_config(f"+algo={algo}", *OVERRIDES, *exploration(algo))
+    return load_config(f"+algo={algo}", f"env.payoff={game}", *OVERRIDES, *exploration(algo))
 
 
 def exploration(algo: str) -> tuple[str, str]:
