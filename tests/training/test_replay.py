@@ -100,6 +100,19 @@ def test_a_batch_can_be_longer_than_its_episodes():
         assert (longer[:, full.shape[1] :] == (name == "discount")).all()
 
 
+def test_padding_is_zero_even_where_the_first_state_is_stored_as_zero():
+    """The observation of an mmdp's state 0 is [1, 0], and the state is stored as its number."""
+    env = build("env", load_group("env", "mmdp") | {"game": "two_state", "episode_limit": 12})
+    replay = make_replay(env, buffer_size=4, batch_size=4)
+    lengths = np.array([12, 7, 5, 1])
+    pairs = [plain_episode(env, jax.random.key(i), length, False) for i, length in enumerate(lengths)]
+    state = replay.add(replay.init(), stacked([stored for stored, _ in pairs]), jnp.bool_(True))
+    batch = replay.decode(state.experience[0], 12)
+    expected = np.broadcast_to((np.arange(13) <= lengths[:, None])[..., None], (4, 13, 2))  # of two agents
+    np.testing.assert_array_equal(batch.obs.sum(-1), expected)
+    np.testing.assert_array_equal(batch.compact(), batch.obs)
+
+
 @pytest.mark.parametrize("env", [predator_prey(episode_limit=12), Clock(episode_limit=12, ends_from=3)])
 def test_a_packed_batch_has_what_the_whole_one_has_at_each_place(env):
     """Three of the four episodes share a row; everything else is zero."""
