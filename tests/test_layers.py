@@ -42,6 +42,7 @@ INSIDE = {
         ("actor_critic", "factored", "iql", "qtran"),
         ("maddpg", "masac", "qmix", "qplex"),
         ("wqmix",),
+        ("resq",),
     ),
     "training": (
         ("compile_cache", "devices", "members", "priorities", "rollout", "row_packing"),

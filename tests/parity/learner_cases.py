@@ -56,6 +56,8 @@ CASES: Mapping[str, Case] = {
     "qplex": Case("qplex"),
     "ddpg": Case("maddpg"),
     "sac": Case("masac"),
+    "resq": Case("resq", {"residual_sign": "none"}),
+    "resq_mse": Case("resq"),
 }
 """By the names in the recordings."""
 
@@ -78,6 +80,7 @@ SIZES = {
     "policy_temp": "gumbel_temperature",
     "entropy_temp": "alpha_ent",
     "epsilon_target": "epsilon_start",
+    "td_lambda": "td_lambda",
 }
 """The recordings' options with a counterpart of ours."""
 
@@ -91,6 +94,7 @@ LOSSES = {
     "td_loss": "td_loss",
     "opt_loss": "opt_loss",
     "nopt_loss": "nopt_loss",
+    "noopt_loss": "sign_loss",
     "hit_prob": "greedy_mean",
     "grad_norm": "grad_norm",
     "actor_loss": "actor_loss",
@@ -114,10 +118,13 @@ STEP_VALUES = {
     "ans_adv": "q_advantage",
     "target_chosen": "next_q_value",
     "target_adv": "next_q_advantage",
+    "q_tot": "q_tot",
+    "rest_q": "residual",
+    "w_r": "residual_weights",
 }
 """The recordings' values of single steps that not every algorithm has, by our names."""
 
-AGENTS = {name: pymarl.NETS[name].ours for name in ("agent", "central_agent")}
+AGENTS = {name: pymarl.NETS[name].ours for name in ("agent", "central_agent", "rest_agent")}
 """PyMARL's recurrent agents and their names here."""
 
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
@@ -291,6 +298,9 @@ def _compare_tensors(
 ) -> None:
     """Compares one tensor for each of the parameters; what the loss doesn't reach has no recorded gradient."""
     recorded, ours = _group(arrays, group), _by_recorded_name(tree)
+    if group == "target":  # of some cases only the target nets that enter the loss were recorded
+        nets = {name.partition("/")[0] for name in recorded}
+        ours = {name: tensor for name, tensor in ours.items() if name.partition("/")[0] in nets}
     if not recorded:
         report.absent.append(group)
         return
@@ -368,11 +378,10 @@ def _without_nets(arrays: Arrays, nets: Set[str]) -> dict[str, np.ndarray]:
 
 
 def _params(group: str, like: PyTree, arrays: Arrays, dtype: str) -> PyTree:
-    """The recorded parameters in our tree, which they must fill."""
-    tensors: dict[str, dict[str, np.ndarray]] = {}
-    for name, tensor in _group(arrays, group).items():
-        net, _, rest = name.partition("/")
-        tensors.setdefault(net, {})[rest] = tensor
+    """The recorded parameters in our tree, which they must fill; a target net that isn't recorded is a copy."""
+    tensors = _by_net(_group(arrays, group))
+    if group == "target":
+        tensors = _by_net(_group(arrays, "params")) | tensors
     nets = {net: pymarl.NETS[net].ours if net in pymarl.NETS else None for net in tensors}
     for net, ours in nets.items():
         if ours not in like:
@@ -386,6 +395,15 @@ def _params(group: str, like: PyTree, arrays: Arrays, dtype: str) -> PyTree:
         if net.ours in like
     }
     return jax.tree.map(lambda leaf: leaf.astype(dtype), trees)
+
+
+def _by_net(recorded: Arrays) -> dict[str, dict[str, np.ndarray]]:
+    """Maps each net's name to its tensors."""
+    tensors: dict[str, dict[str, np.ndarray]] = {}
+    for name, tensor in recorded.items():
+        net, _, rest = name.partition("/")
+        tensors.setdefault(net, {})[rest] = tensor
+    return tensors
 
 
 def _by_recorded_name(tree: PyTree) -> dict[str, np.ndarray]:
@@ -405,6 +423,7 @@ def _values(ran: Run, expected: Arrays) -> dict[str, tuple[np.ndarray, np.ndarra
     real = ran.batch.mask > 0
     seen = np.pad(real, ((0, 0), (0, 1))) | np.pad(real, ((0, 0), (1, 0)))  # the states before and after a real step
     where = {"seen": seen, "decided": seen[..., None] & ran.batch.avail_actions.any(-1)}
+    where["valued"] = where["decided"].all(-1)
     found = {}
     for name, value in _step_values(ran, expected).items():
         everywhere = name.startswith(("mask", "central_masked"))  # zero in the padding, in the recordings too
@@ -446,6 +465,12 @@ def _step_values(ran: Run, expected: Arrays) -> dict[str, np.ndarray]:
     if "q_star" in values:
         error = per_step("q_star") - y
         steps |= {"central_td_error": error, "central_masked_td_error": error * mask}
+    if "residual" in values:
+        steps["rest_chosen_qvals_agents"] = _taken(ran.utilities["rest_agent"][:, :-1], actions)
+        steps["td_error_without_residual"] = per_step("q_tot") - y
+        # The released default takes minus the absolute value here, and here alone: its loss is always 0.
+        is_free = (expected["Q_r"] <= 0).all()
+        steps["Q_r"] = -np.abs(per_step("residual")) if is_free else per_step("residual")
     if "nopt_error" in values:
         negative = np.minimum(per_step("nopt_error"), 0)
         steps |= {"masked_opt_error": per_step("opt_error") * mask}
@@ -492,6 +517,10 @@ def _state_values(ran: Run) -> dict[str, tuple[np.ndarray, str]]:
             "central_target_mac_out": (central_target[..., None], "seen"),
             "central_target_max_agent_qvals": (_taken(central_target, greedy)[..., None], "decided"),
         }
+    if "rest_agent" in ran.utilities:
+        states["rest_mac_out"] = ran.utilities["rest_agent"], "seen"
+        at_all_states = np.concatenate([values["greedy_value"], values["next_value"][:, -1:]], axis=1)
+        states["target_max_qvals"] = at_all_states[..., None], "valued"
     if "objectives" in values:  # MADDPG's are the critic's, of steps
         del states["target_chosen_qvals"]
     return states | (_policy_state_values(ran) if "policy" in values else {})

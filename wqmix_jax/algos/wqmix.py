@@ -26,10 +26,12 @@ class Bootstrap(NamedTuple):
     """The central estimate under the target nets.
 
     Attributes:
+        td_target: ``[B, T]``, y.
         greedy_value: ``[B, T]``, of the greedy joint action at the state that the action was taken in.
         next_value: ``[B, T]``, of `TDLearner.next_actions` at the state after it.
     """
 
+    td_target: Array
     greedy_value: Array
     next_value: Array
 
@@ -92,12 +94,8 @@ class WQMIX(QMIX):
         greedy = greedy_actions(agent_qs, batch.avail_actions)
         to_bootstrap = self.greedy_to_bootstrap(agent_qs, choosing_qs, batch)
         q_tot, _ = self.mix(params["mixer"], agent_qs[:, :-1], batch.joint_action, seen_before(batch))
-        bootstrap = self._bootstrap(target, target_qs, batch, greedy, to_bootstrap)
-
-        def value(joint_action: Array) -> Array:
-            return self.central_estimate(target, target_qs[:, :-1], joint_action, seen_before(batch))
-
-        y = self.td_targets(batch, hp, bootstrap.next_value, self.correction(batch, to_bootstrap, value))
+        bootstrap = self._bootstrap(target, target_qs, batch, greedy, to_bootstrap, hp)
+        y = bootstrap.td_target
         # The paper's td_error is Q_tot - y: negative where Q_tot underestimates.
         weights = self._weights(q_tot - y, y, greedy, bootstrap, batch, hp)
         both = weights if batch.importance is None else weights * batch.importance
@@ -132,25 +130,27 @@ class WQMIX(QMIX):
         chosen_qs = gather_actions(agent_qs, joint_action)
         return apply_net(self.q_star_net, params["q_star_mixer"], chosen_qs, seen.state)
 
-    def _utilities(self, params: PyTree, target: PyTree, batch: Episode) -> tuple[Array, Array, Array, Array]:
-        """Returns the utilities of four kinds of agents, all ``[B, T+1, N, A]``.
+    def _utilities(self, params: PyTree, target: PyTree, batch: Episode, *more: PyTree) -> tuple[Array, ...]:
+        """Returns the utilities of four kinds of agents and, after them, of ``more``, all ``[B, T+1, N, A]``.
 
         Those of the agents, those of Q*'s, those of the target that bootstrap, and those of the target that choose what
         to bootstrap from. Without a Q* the second are the first, and the target's are those of the agents' copy. With a
         Q* the last are needed without double Q-learning alone; with it they are the first.
         """
         if self.q_star == "none":
-            online, delayed = self.unroll_nets(batch, [params["agent"]], [target["agent"]])
-            return online.utilities, online.utilities, delayed.utilities, delayed.utilities
-        trained = [params["agent"], params["q_star_agent"]]
+            trained = [params["agent"], *more]
+            *nets, delayed = [net.utilities for net in self.unroll_nets(batch, trained, [target["agent"]])]
+            return nets[0], nets[0], delayed, delayed, *nets[1:]
+        trained = [params["agent"], params["q_star_agent"], *more]
         frozen = [target["q_star_agent"]] if self.double_q else [target["q_star_agent"], target["agent"]]
-        online, central, delayed, *choosing = self.unroll_nets(batch, trained, frozen)
-        return online.utilities, central.utilities, delayed.utilities, (choosing or [online])[0].utilities
+        nets = [net.utilities for net in self.unroll_nets(batch, trained, frozen)]
+        online, central, delayed = nets[0], nets[1], nets[len(trained)]
+        return online, central, delayed, online if self.double_q else nets[-1], *nets[2 : len(trained)]
 
     def _bootstrap(
-        self, target: PyTree, agent_qs: Array, batch: Episode, greedy: Array, to_bootstrap: Array
+        self, target: PyTree, agent_qs: Array, batch: Episode, greedy: Array, to_bootstrap: Array, hp: Hyperparams
     ) -> Bootstrap:
-        """Returns the target nets' central estimate, at the greedy actions and at those to bootstrap from.
+        """Returns y, and the target nets' central estimate at the greedy actions and at those to bootstrap from.
 
         With a Q* and double Q-learning the target copies of the agent and the mixer never enter the loss.
         """
@@ -167,7 +167,12 @@ class WQMIX(QMIX):
         if self.returns == "sarsa_lambda" or not self.double_q:
             next_actions = self.next_actions(to_bootstrap, batch)
             following = self.central_estimate(target, agent_qs[:, 1:], next_actions, seen_after(batch))
-        return Bootstrap(greedy_value=estimate[:, :-1], next_value=following)
+
+        def value(joint_action: Array) -> Array:
+            return self.central_estimate(target, agent_qs[:, :-1], joint_action, seen_before(batch))
+
+        y = self.td_targets(batch, hp, following, self.correction(batch, to_bootstrap, value))
+        return Bootstrap(td_target=y, greedy_value=estimate[:, :-1], next_value=following)
 
     def _weights(
         self, td_error: Array, y: Array, greedy: Array, bootstrap: Bootstrap, batch: Episode, hp: Hyperparams

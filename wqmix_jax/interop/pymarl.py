@@ -110,6 +110,8 @@ NETS: Mapping[str, Net] = {
     "mixer": Net("mixer", (_MIXER, _QTRAN, _QPLEX), optional=False),
     "central_agent": Net("q_star_agent", _AGENT_LAYOUTS, optional=True),
     "central_mixer": Net("q_star_mixer", (_CENTRAL_MIXER,), optional=True),
+    "rest_agent": Net("residual_agent", _AGENT_LAYOUTS, optional=True),
+    "rest_mixer": Net("residual_mixer", (_CENTRAL_MIXER,), optional=True),
 }
 """The nets by PyMARL's names, which are also the names of the files (with ``.th``)."""
 
