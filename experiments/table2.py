@@ -31,6 +31,9 @@ OVERRIDES = (
     "chunk_iterations=250",
 )
 
+OWN = {"powqmix": ("algo.no_weighted_steps=0",)}
+"""Options of single algorithms: POWQMIX's weights would otherwise start after the end of the run."""
+
 
 @command
 def main() -> None:
@@ -78,7 +81,7 @@ def config_of(game: str, algo: str) -> RunConfig:
     Raises:
         ConfigError: if there is no such game or algorithm.
     """
-    return load_config(f"+algo={algo}", f"env.payoff={game}", *OVERRIDES, *exploration(algo))
+    return load_config(f"+algo={algo}", f"env.payoff={game}", *OVERRIDES, *exploration(algo), *OWN.get(algo, ()))
 
 
 def exploration(algo: str) -> tuple[str, str]:

@@ -26,7 +26,7 @@ INSIDE = {
     "networks": (
         ("functional",),
         ("linear",),
-        ("mixers", "q_star", "qplex", "qtran", "recurrent"),
+        ("mixers", "q_star", "qplex", "qtran", "recognizer", "recurrent"),
         ("blocked_recurrent",),
         ("agent",),
     ),
@@ -42,7 +42,7 @@ INSIDE = {
         ("actor_critic", "factored", "iql", "qtran"),
         ("maddpg", "masac", "qmix", "qplex"),
         ("wqmix",),
-        ("resq",),
+        ("powqmix", "resq"),
     ),
     "training": (
         ("compile_cache", "devices", "members", "priorities", "rollout", "row_packing"),

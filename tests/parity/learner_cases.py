@@ -14,11 +14,18 @@ import scipy.special
 from tests.parity.comparison import EXACT, Report, Tolerance
 from wqmix_jax import load_config
 from wqmix_jax.algos import masac
-from wqmix_jax.algos.base import Algorithm, Context, Hyperparams, hyperparams
+from wqmix_jax.algos.base import Algorithm, Aux, Context, Hyperparams, Trained, hyperparams, takes_own_steps
+from wqmix_jax.algos.powqmix import POWQMIX, RECOGNIZER
 from wqmix_jax.interop import pymarl
 from wqmix_jax.ops.action_selection import UNAVAILABLE
 from wqmix_jax.options import CONFIG_DIR
-from wqmix_jax.training.learner import LearnerState, apply_gradients, init_learner
+from wqmix_jax.training.learner import (
+    LearnerState,
+    apply_gradients,
+    clip_by_joint_norm,
+    init_learner,
+    optimizer_step,
+)
 from wqmix_jax.types import EnvSpec, Episode, PyTree
 
 Arrays = Mapping[str, np.ndarray]
@@ -58,6 +65,7 @@ CASES: Mapping[str, Case] = {
     "sac": Case("masac"),
     "resq": Case("resq", {"residual_sign": "none"}),
     "resq_mse": Case("resq"),
+    "powqmix": Case("powqmix"),
 }
 """By the names in the recordings."""
 
@@ -81,6 +89,12 @@ SIZES = {
     "entropy_temp": "alpha_ent",
     "epsilon_target": "epsilon_start",
     "td_lambda": "td_lambda",
+    "weighted_qmix_threshold": "threshold",
+    "other_actions_weight": "alpha",
+    "no_weighted_steps": "no_weighted_steps",
+    "v_embed_dim": "recognizer_v_dim",
+    "lambda_hypernet_embed_dim": "recognizer_hypernet_dim",
+    "lambda_mixing_embed_dim": "recognizer_embed_dim",
 }
 """The recordings' options with a counterpart of ours."""
 
@@ -95,6 +109,8 @@ LOSSES = {
     "opt_loss": "opt_loss",
     "nopt_loss": "nopt_loss",
     "noopt_loss": "sign_loss",
+    "qr_first_loss": "first_recognizer_loss",
+    "qr_last_loss": "recognizer_loss",
     "hit_prob": "greedy_mean",
     "grad_norm": "grad_norm",
     "actor_loss": "actor_loss",
@@ -121,8 +137,23 @@ STEP_VALUES = {
     "q_tot": "q_tot",
     "rest_q": "residual",
     "w_r": "residual_weights",
+    "central_q_tot": "q_star",
+    "q_tot_qmix": "q_tot",
+    "lambda_mut_deltaq": "q_r_advantage",
+    "training_weight": "weights",
+    "first_q_r": "first_q_r",
+    "first_lambda_mut_deltaq": "first_q_r_advantage",
 }
 """The recordings' values of single steps that not every algorithm has, by our names."""
+
+UNUSUAL_NAMES = {
+    "grads_qr/": "grads/",
+    "/mixer/hyper_w1.": "/mixer/hyper_w_1.",
+    "/mixer/hyper_b1.0.": "/mixer/hyper_b_1.",
+    "/mixer/hyper_w2.": "/mixer/hyper_w_final.",
+    "/mixer/hyper_b2.": "/mixer/V.",
+}
+"""Parts of names in POWQMIX's recordings, whose code comes from PyMARL2, and the usual ones."""
 
 AGENTS = {name: pymarl.NETS[name].ours for name in ("agent", "central_agent", "rest_agent")}
 """PyMARL's recurrent agents and their names here."""
@@ -202,6 +233,7 @@ def run(case: str, arrays: Arrays, config: Mapping[str, Any], precision: str, st
     check_covered(case)
     algo = build_algorithm(case, config)
     like = _shapes(algo, config)
+    arrays = _by_usual_names(arrays)
     tensors = _without_nets(arrays, _idle_nets(arrays, config, like))
     with jax.enable_x64(precision == "float64"), jax.default_matmul_precision("float32"):
         batch = _batch(arrays, precision)
@@ -209,10 +241,13 @@ def run(case: str, arrays: Arrays, config: Mapping[str, Any], precision: str, st
         step = step or compile_step(algo)
         learner = jax.jit(functools.partial(init_learner, algo))(params)._replace(target=target)
         epsilon = jnp.asarray(config.get("epsilon_online", 0.0))
-        ctx = Context(epsilon, env_steps=jnp.int32(0), learner_steps=jnp.int32(0))
+        ctx = Context(epsilon, env_steps=jnp.int32(config.get("t_env", 0)), learner_steps=jnp.int32(0))
         taken, metrics, first = [], [], None
         for count in range(1, NUM_STEPS + 1):
             noise = _noise(_group(arrays, f"noise/step{count}"), batch, precision)
+            if takes_own_steps(algo):
+                noise = metrics[-1]["clipped_norm"] if metrics else jnp.zeros((), precision)
+            ctx = ctx._replace(learner_steps=jnp.int32(count - 1))
             learner, metric, *seen = step(learner, batch, ctx, noise)
             taken.append(jax.device_get(learner.params))
             metrics.append(metric)
@@ -227,9 +262,13 @@ def compile_step(algo: Algorithm) -> Step:
     loss = jax.jit(algo.loss)
 
     def step(learner: LearnerState, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree) -> tuple[Any, ...]:
-        grads, aux = jax.grad(loss, has_aux=True)(learner.params, learner.target, batch, hp, ctx, noise)
-        stepped, grad_norm = apply_gradients(algo, learner, grads, hp)
-        metrics = aux.metrics | {"grad_norm": grad_norm}
+        if isinstance(algo, POWQMIX):
+            stepped, grads, aux = _powqmix_call(algo, learner, batch, hp, ctx, noise)
+        else:
+            grads, aux = jax.grad(loss, has_aux=True)(learner.params, learner.target, batch, hp, ctx, noise)
+            stepped, grad_norm = apply_gradients(algo, learner, grads, hp)
+            aux = aux._replace(metrics=aux.metrics | {"grad_norm": grad_norm})
+        metrics = aux.metrics
         if "objectives" in aux.values:
             metrics |= {"last_objective": aux.values["objectives"][-1]}
         utilities = [
@@ -242,6 +281,40 @@ def compile_step(algo: Algorithm) -> Step:
     return lambda learner, batch, ctx, noise: jitted(
         learner, batch, jax.tree.map(jnp.asarray, hyperparams(algo)), ctx, noise
     )
+
+
+def _powqmix_call(
+    algo: POWQMIX, learner: LearnerState, batch: Episode, hp: Hyperparams, ctx: Context, left_over: jax.Array
+) -> tuple[LearnerState, PyTree, Aux]:
+    """A learner call of POWQMIX, with the clip of the released code.
+
+    There the clip of Q_r's steps counts the gradients of the other nets, too, which the last call left behind, and
+    scales them as well. ``left_over`` is their norm after that call's clip; `Trained.opt_state` carries it from step to
+    step. Q_r's gradient is that of its first step, those of the other nets are with the weights after its last step.
+    """
+    plain = optimizer_step(algo, hp)
+
+    def step(trained: Trained, grads: PyTree, name: str | None = None) -> tuple[Trained, jax.Array]:
+        if name != RECOGNIZER:
+            return plain(trained, grads, name)
+        both = {"recognizer": grads["recognizer"], "left over": trained.opt_state["left over"]}
+        clipped, norm = clip_by_joint_norm(both, hp.max_grad_norm)
+        trained, _ = plain(trained, clipped, name, clips=False)
+        return trained._replace(opt_state=trained.opt_state | {"left over": clipped["left over"]}), norm
+
+    rest = learner.target, batch, hp, ctx
+    opt_state = learner.opt_state | {"left over": left_over}
+    trained, aux = algo.update(Trained(learner.params, opt_state), *rest, (), step)
+    gradient = jax.grad(algo.loss, has_aux=True)
+    first, first_aux = gradient(learner.params, *rest, ())
+    last, _ = gradient(learner.params | {"recognizer": trained.params["recognizer"]}, *rest, ())
+    norm = aux.metrics["grad_norm"]
+    metrics = {"first_recognizer_loss": first_aux.metrics["recognizer_loss"]}
+    metrics |= {"clipped_norm": norm * jnp.minimum(1, hp.max_grad_norm / (norm + 1e-6))}
+    values = {f"first_{name}": first_aux.values[name] for name in ("q_r", "q_r_advantage")}
+    aux = Aux(aux.metrics | metrics, aux.values | values)
+    opt_state = {name: trained.opt_state[name] for name in learner.opt_state}
+    return learner._replace(params=trained.params, opt_state=opt_state), last | {"recognizer": first["recognizer"]}, aux
 
 
 def build_algorithm(case: str, config: Mapping[str, Any]) -> Algorithm:
@@ -257,6 +330,7 @@ def compare_run(ran: Run, arrays: Arrays, config: Mapping[str, Any], precision: 
     """Compares the results of a case with the recording."""
     if not _group(arrays, "expected"):
         raise CannotRun("there are no expected/ values in it")
+    arrays = _by_usual_names(arrays)
     report, idle = Report(), _idle_nets(arrays, config, ran.target)
     arrays = _without_nets(arrays, idle)
     _compare_values(report, ran, arrays, precision)
@@ -320,6 +394,16 @@ def _tolerance(recorded: np.ndarray, precision: str, in_float32: Tolerance) -> T
 @functools.cache
 def _base(algo: str) -> Algorithm:
     return load_config(f"+algo={algo}").algo
+
+
+def _by_usual_names(arrays: Arrays) -> dict[str, np.ndarray]:
+    """The recording with PyMARL's names of QMIX's tensors, and with the gradient of Q_r among the others."""
+    found = {}
+    for name, array in arrays.items():
+        for theirs, usual in UNUSUAL_NAMES.items():
+            name = name.replace(theirs, usual)
+        found[name] = array
+    return found
 
 
 def _group(arrays: Arrays, group: str) -> dict[str, np.ndarray]:
@@ -465,12 +549,6 @@ def _step_values(ran: Run, expected: Arrays) -> dict[str, np.ndarray]:
     if "q_star" in values:
         error = per_step("q_star") - y
         steps |= {"central_td_error": error, "central_masked_td_error": error * mask}
-    if "residual" in values:
-        steps["rest_chosen_qvals_agents"] = _taken(ran.utilities["rest_agent"][:, :-1], actions)
-        steps["td_error_without_residual"] = per_step("q_tot") - y
-        # The released default takes minus the absolute value here, and here alone: its loss is always 0.
-        is_free = (expected["Q_r"] <= 0).all()
-        steps["Q_r"] = -np.abs(per_step("residual")) if is_free else per_step("residual")
     if "nopt_error" in values:
         negative = np.minimum(per_step("nopt_error"), 0)
         steps |= {"masked_opt_error": per_step("opt_error") * mask}
@@ -481,7 +559,31 @@ def _step_values(ran: Run, expected: Arrays) -> dict[str, np.ndarray]:
     if "objectives" in values:
         steps |= _logit_values(ran.utilities["agent"][:, :-1], ran.batch.avail_actions[:, :-1])
         steps["target_chosen_qvals"] = _taken(ran.target_utilities["central_agent"], _greedy(ran))[:, :-1, :, None]
+    steps |= _resq_step_values(ran, expected) if "residual" in values else {}
+    steps |= _powqmix_step_values(ran) if "q_r" in values else {}
     return steps | (_policy_step_values(ran) if "policy" in values else {})
+
+
+def _resq_step_values(ran: Run, expected: Arrays) -> dict[str, np.ndarray]:
+    """Returns the residual at each step."""
+    values, residual = ran.values, ran.values["residual"][..., None]
+    # The released default takes minus the absolute value here, and here alone: its loss is always 0.
+    is_free = (expected["Q_r"] <= 0).all()
+    return {
+        "rest_chosen_qvals_agents": _taken(ran.utilities["rest_agent"][:, :-1], ran.batch.joint_action),
+        "td_error_without_residual": (values["q_tot"] - values["td_target"])[..., None],
+        "Q_r": -np.abs(residual) if is_free else residual,
+    }
+
+
+def _powqmix_step_values(ran: Run) -> dict[str, np.ndarray]:
+    """Returns the set of potentially optimal joint actions, and the utilities of those taken."""
+    actions = ran.batch.joint_action
+    return {
+        "chosen_action_qvals": _taken(ran.utilities["agent"][:, :-1], actions),
+        "is_max_joint_action": (actions == _greedy(ran)[:, :-1]).all(-1, keepdims=True),
+        "condition": ran.values["weights"][..., None] == 1,
+    }
 
 
 def _state_values(ran: Run) -> dict[str, tuple[np.ndarray, str]]:
@@ -519,8 +621,10 @@ def _state_values(ran: Run) -> dict[str, tuple[np.ndarray, str]]:
         }
     if "rest_agent" in ran.utilities:
         states["rest_mac_out"] = ran.utilities["rest_agent"], "seen"
+    if "rest_agent" in ran.utilities or "q_r" in values:
         at_all_states = np.concatenate([values["greedy_value"], values["next_value"][:, -1:]], axis=1)
-        states["target_max_qvals"] = at_all_states[..., None], "valued"
+        name = "target_max_qvals" if "rest_agent" in ran.utilities else "target_central_q_tot"
+        states[name] = at_all_states[..., None], "valued"
     if "objectives" in values:  # MADDPG's are the critic's, of steps
         del states["target_chosen_qvals"]
     return states | (_policy_state_values(ran) if "policy" in values else {})

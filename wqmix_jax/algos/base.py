@@ -10,9 +10,10 @@ import collections
 import dataclasses
 import functools
 import typing
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self, TypeVar
 
+import jax
 import pydantic
 from pydantic import Field
 
@@ -78,6 +79,39 @@ class Aux(NamedTuple):
 
     metrics: dict[str, Array]
     values: dict[str, Array]
+
+
+class Trained(NamedTuple):
+    """The part of a seed's learner that optimiser steps change.
+
+    Attributes:
+        params: the online parameters.
+        opt_state: the optimiser's state, or, if `Algorithm.optimizers` names several, the state of each by name.
+    """
+
+    params: PyTree
+    opt_state: PyTree
+
+
+class OptimizerStep(Protocol):
+    """One step of an optimiser, see `Algorithm.update`."""
+
+    def __call__(
+        self, trained: Trained, grads: PyTree, name: str | None = None, *, lr: Array | None = None, clips: bool = True
+    ) -> tuple[Trained, Array]:
+        """Clips the gradients by their joint norm and takes the step.
+
+        Args:
+            trained: the parameters and the optimisers' states before it.
+            grads: the gradients of the optimiser's nets; those of other nets are left out, also of the norm.
+            name: a key of `Algorithm.optimizers`; None if that is empty.
+            lr: the learning rate; ``hp.lr`` if absent.
+            clips: whether gradients are clipped at ``hp.max_grad_norm``.
+
+        Returns:
+            ``trained`` after it, and the norm before clipping.
+        """
+        ...
 
 
 @options
@@ -215,18 +249,61 @@ class Algorithm(abc.ABC):
             noise: what `sample_noise` drew; ``()`` by default.
         """
 
+    def optimizers(self) -> Mapping[str, tuple[str, ...]]:
+        """Maps a name of each of several optimisers to the nets, keys of the parameters, that it trains.
 
-Loss = TypeVar("Loss", bound=Callable[..., tuple[Array, Aux]])
+        Empty by default: one optimiser trains all nets. All are of the kind that ``optimizer`` says. With several,
+        `update` must be overridden.
+        """
+        return {}
+
+    def update(
+        self,
+        trained: Trained,
+        target: PyTree,
+        batch: Episode,
+        hp: Hyperparams,
+        ctx: Context,
+        noise: PyTree,
+        step: OptimizerStep,
+    ) -> tuple[Trained, Aux]:
+        """Takes the optimiser steps of one learner call on one seed's batch: by default one, on the gradient of `loss`.
+
+        An override may take several steps, on some of the nets or on all. It gets whole batches, one row per episode,
+        which are neither packed nor shared by devices. The default has the same result as the trainer's, which
+        therefore calls an override alone.
+
+        Args:
+            trained: the online parameters, and the state of the optimisers.
+            target: see `loss`, as all but the first and the last argument.
+            batch: see `loss`.
+            hp: see `loss`.
+            ctx: see `loss`; ``learner_steps`` counts learner calls.
+            noise: see `loss`.
+            step: takes one step of an optimiser.
+
+        Returns:
+            ``trained`` after all steps, and an `Aux` as `loss` returns it, with the metric ``grad_norm``.
+        """
+        grads, aux = jax.grad(self.loss, has_aux=True)(trained.params, target, batch, hp, ctx, noise)
+        trained, grad_norm = step(trained, grads)
+        return trained, aux._replace(metrics=aux.metrics | {"grad_norm": grad_norm})
+
+
+Loss = TypeVar("Loss", bound=Callable[..., tuple[PyTree, Aux]])
 
 
 def mean_over_steps(loss: Loss) -> Loss:
-    """Marks an `Algorithm.loss` that is a mean over the batch's real steps, all its metrics too.
+    """Marks an `Algorithm.loss` that is a mean over the batch's real steps, all its metrics too; or an `update`.
 
     Its gradient on a batch is then the average of the gradients on parts of the batch, weighted by their steps. So
     devices may share a batch, and short episodes a row. Such a loss must restart its recurrent state where
     `Episode.starts` is true, as `QLearner.unroll` does, and may stop after `Episode.num_places`, a scalar without the
     axis of rows. An override of a part of a marked loss (an `unroll`, targets that look several steps ahead) must keep
     to this too; otherwise override the loss, unmarked.
+
+    An `Algorithm.update` is marked if all losses in it are such means, and may stop after `Episode.num_places`, too.
+    Its batches are never packed or shared.
     """
     # A mark on the function and not an attribute of the class: a subclass that overrides the loss loses the mark, and
     # learns slowly but correctly until its author marks the new one. An inherited attribute could be silently wrong.
@@ -235,8 +312,19 @@ def mean_over_steps(loss: Loss) -> Loss:
 
 
 def is_mean_over_steps(algo: Algorithm) -> bool:
-    """Returns True if the algorithm's loss is marked by `mean_over_steps`."""
-    return getattr(type(algo).loss, "is_mean_over_steps", False)
+    """Returns True if the algorithm's single step is on the gradient of a loss marked by `mean_over_steps`."""
+    return not takes_own_steps(algo) and skips_padding(algo)
+
+
+def skips_padding(algo: Algorithm) -> bool:
+    """Returns True if the function that learns, `loss` or an overridden `update`, is marked by `mean_over_steps`."""
+    learns = type(algo).update if takes_own_steps(algo) else type(algo).loss
+    return getattr(learns, "is_mean_over_steps", False)
+
+
+def takes_own_steps(algo: Algorithm) -> bool:
+    """Returns True if the algorithm overrides `Algorithm.update`."""
+    return type(algo).update is not Algorithm.update
 
 
 class Acting(NamedTuple):

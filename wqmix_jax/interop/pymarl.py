@@ -104,6 +104,11 @@ _CENTRAL_MIXER = _V | _linear(
     net_2="net.4",
     net_3="net.6",
 )
+_RECOGNIZER = (
+    _layers("v", "V", 3)
+    | _layers("hyper_w_1", "lambda_hypernet.hyper_w_1", 3)
+    | _layers("hyper_w_final", "lambda_hypernet.hyper_w_final", 3)
+)
 
 NETS: Mapping[str, Net] = {
     "agent": Net("agent", _AGENT_LAYOUTS, optional=False),
@@ -112,6 +117,7 @@ NETS: Mapping[str, Net] = {
     "central_mixer": Net("q_star_mixer", (_CENTRAL_MIXER,), optional=True),
     "rest_agent": Net("residual_agent", _AGENT_LAYOUTS, optional=True),
     "rest_mixer": Net("residual_mixer", (_CENTRAL_MIXER,), optional=True),
+    "recognizer": Net("recognizer", (_RECOGNIZER,), optional=True),
 }
 """The nets by PyMARL's names, which are also the names of the files (with ``.th``)."""
 

@@ -37,3 +37,14 @@ def qtran(is_greedy: Array, td_error: Array, lambda_opt: Array, lambda_nopt: Arr
         lambda_nopt: scalar, the weight of the others.
     """
     return jnp.where(is_greedy, lambda_opt, jnp.where(td_error < 0, lambda_nopt, jnp.zeros_like(td_error)))
+
+
+def potentially_optimal(advantage: Array, threshold: Array, alpha: Array) -> Array:
+    """Returns the weights of POWQMIX: 1 where a joint action's value is almost that of the greedy one, else alpha.
+
+    Args:
+        advantage: Q_r(s, u) - Q_r(s, greedy), any shape, at most 0.
+        threshold: scalar above 0, the smallest difference that counts.
+        alpha: scalar in [0, 1].
+    """
+    return jnp.where(jnp.abs(advantage) < threshold, jnp.ones_like(advantage), alpha)

@@ -24,17 +24,20 @@ from wqmix_jax.algos.base import (
     Aux,
     Context,
     Hyperparams,
+    Trained,
     hyperparams,
     is_mean_over_steps,
+    skips_padding,
+    takes_own_steps,
     with_return_moments,
 )
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.networks.functional import BlockForm, unroll_in_blocks
-from wqmix_jax.ops.moments import Moments, no_moments
+from wqmix_jax.ops.moments import Moments
 from wqmix_jax.ops.td import masked_mean
 from wqmix_jax.training.devices import BATCH_AXIS
-from wqmix_jax.training.learner import LearnerState, standardised
+from wqmix_jax.training.learner import LearnerState, init_learner, optimizer_step
 from wqmix_jax.training.replay import Replay, with_length
 from wqmix_jax.training.row_packing import RowLayout, first_fit_rows
 from wqmix_jax.types import Array, Episode, PRNGKey, PyTree
@@ -120,7 +123,8 @@ class Gradients(NamedTuple):
     """The results of `batch_gradients`; while they are summed up, terms of them.
 
     Attributes:
-        grads: each seed's gradient, leaves ``[S, ..]``.
+        grads: each seed's gradient, leaves ``[S, ..]``; or, of an algorithm that overrides `Algorithm.update`, the
+            `Trained` that this returned.
         metrics: the loss's metrics, ``[S]`` float32.
         errors: ``[S, B]``, the sum of the absolute TD errors of each episode; None unless episodes are prioritised.
     """
@@ -150,9 +154,10 @@ def make_batching(
         memory_groups: the least number of groups, see `num_groups`.
         batches: ``packed`` into few rows is the default on a CPU, unless even the longest episodes are too short to be
             cut. ``bounded`` is the default elsewhere: whole batches, whose unroll ends with the longest episode. Both
-            need a loss that is marked by `mean_over_steps`. Without one, batches are ``cut`` to one of a few lengths,
-            see `MAX_LENGTHS`. All of these save time, and make the rounding of a seed's numbers depend on the other
-            seeds; ``whole`` batches are for tests and benchmarks.
+            need a loss that is marked by `mean_over_steps`; for an algorithm that overrides `Algorithm.update`, that
+            override must be marked, and its batches are never packed. In all other cases batches are ``cut`` to one of
+            a few lengths, see `MAX_LENGTHS`. All of these save time, and make the rounding of a seed's numbers depend
+            on the other seeds; ``whole`` batches are for tests and benchmarks.
         platform: decides the form of the recurrent part, see `BLOCK_FORMS`, and the defaults; that of the devices if
             absent.
 
@@ -163,9 +168,11 @@ def make_batching(
     limit, platform = env.spec.episode_limit, platform or next(iter(sharding.device_set)).platform
     lengths, on_cpu, block_form = _static_lengths(limit), platform == "cpu", BLOCK_FORMS.get(platform)
     if batches is None:
-        skips_all = is_mean_over_steps(algo) and len(lengths) > 1
-        batches = "cut" if not skips_all else "packed" if on_cpu else "bounded"
-    elif batches in ("packed", "bounded") and not is_mean_over_steps(algo):
+        allows = is_mean_over_steps if on_cpu else skips_padding
+        batches = "cut" if len(lengths) == 1 or not allows(algo) else "packed" if on_cpu else "bounded"
+    elif batches == "packed" and takes_own_steps(algo):
+        raise ValueError(f"batches=packed is not allowed: {type(algo).__name__} has its own `update`")
+    elif batches in ("packed", "bounded") and not skips_padding(algo):
         raise ValueError(
             f"batches={batches} is not allowed: the loss of {type(algo).__name__} isn't marked `mean_over_steps`"
         )
@@ -343,11 +350,22 @@ def _seeds_gradient(batching: Batching, batch: Episode) -> Callable[..., tuple[P
     ) -> tuple[PyTree, Aux]:
         batch, hp = standardised_inputs(algo, learner.moments, batch, hp)
         with unroll_in_blocks(batching.block_form):
-            loss = jax.grad(algo.loss, has_aux=True)
-            grads, aux = loss(learner.params, learner.target, batch, hp, ctx, noise)
+            if takes_own_steps(algo):
+                grads, aux = _updated(algo, learner, batch, hp, ctx, noise)
+            else:
+                loss = jax.grad(algo.loss, has_aux=True)
+                grads, aux = loss(learner.params, learner.target, batch, hp, ctx, noise)
         return grads, _with_target_square(learner.moments, batch, aux)
 
     return jax.vmap(gradient, in_axes=(0, axes, 0, 0, 0))
+
+
+def _updated(
+    algo: Algorithm, learner: LearnerState, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree
+) -> tuple[Trained, Aux]:
+    """Takes an algorithm's own steps of one seed."""
+    trained = Trained(learner.params, learner.opt_state)
+    return algo.update(trained, learner.target, batch, hp, ctx, noise, optimizer_step(algo, hp))
 
 
 def standardised_inputs(
@@ -439,12 +457,15 @@ def _metric_names(env: Environment, algo: Algorithm, whole: Episode) -> tuple[st
 
     def metrics(batch: Episode) -> dict[str, Array]:
         key = jax.random.key(0, impl="threefry2x32")
-        params, hp = algo.init(key, env.spec), jax.tree.map(jnp.asarray, hyperparams(algo))
+        learner, hp = init_learner(algo, algo.init(key, env.spec)), jax.tree.map(jnp.asarray, hyperparams(algo))
         ctx = Context(epsilon=jnp.float32(0), env_steps=jnp.int32(0), learner_steps=jnp.int32(0))
-        moments = {name: no_moments() for name in standardised(algo)}
-        batch, hp = standardised_inputs(algo, moments, batch, hp)
-        aux = algo.loss(params, params, batch, hp, ctx, algo.sample_noise(key, batch))[1]
-        return _with_target_square(moments, batch, aux).metrics
+        batch, hp = standardised_inputs(algo, learner.moments, batch, hp)
+        noise = algo.sample_noise(key, batch)
+        if takes_own_steps(algo):
+            _, aux = _updated(algo, learner, batch, hp, ctx, noise)
+        else:
+            _, aux = algo.loss(learner.params, learner.params, batch, hp, ctx, noise)
+        return _with_target_square(learner.moments, batch, aux).metrics
 
     found = tuple(jax.eval_shape(metrics, whole))
     if "loss" not in found:

@@ -18,13 +18,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jax.typing import ArrayLike
 
-from wqmix_jax.algos.base import Context, Hyperparams, hyperparams, is_mean_over_steps
+from wqmix_jax.algos.base import Algorithm, Context, Hyperparams, hyperparams, is_mean_over_steps, takes_own_steps
 from wqmix_jax.config import RunConfig
 from wqmix_jax.networks.functional import compute_in
 from wqmix_jax.ops.action_selection import linear_epsilon
 from wqmix_jax.ops.moments import Moments, add_moments, masked_moments
 from wqmix_jax.ops.randomness import pinned_draws
-from wqmix_jax.training.batch_gradients import Batches, Batching, batch_gradients, make_batching
+from wqmix_jax.training.batch_gradients import Batches, Batching, Gradients, batch_gradients, make_batching
 from wqmix_jax.training.compile_cache import compile_program
 from wqmix_jax.training.devices import jax_precision, seed_sharding
 from wqmix_jax.training.learner import (
@@ -503,7 +503,6 @@ def _learn(
     # that aren't ready count as empty, which makes them cheap where rows are packed.
     algo, num_updates = run.config.algo, run.config.updates_per_iteration
     hp = with_scheduled_lr(algo, state.hp, state.counters.env_steps, state.total_env_steps)
-    step = jax.vmap(functools.partial(apply_gradients, algo))
 
     def update(index: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         learner, priorities, losses = carry
@@ -513,7 +512,7 @@ def _learn(
         before, learner = learner, _with_rewards(run, learner, rows)
         loss_keys = _fold_in(state.keys.loss, ctx.learner_steps)
         found = batch_gradients(run.batching, learner, rows, loss_keys, hp, ctx, ready, drawn.importance)
-        stepped, grad_norm = step(learner, found.grads, hp)
+        stepped, grad_norm = _stepped(algo, learner, found, hp)
         lengths = jax.vmap(run.replay.lengths)(rows)
         stepped = add_returns(stepped, found.metrics, lengths.sum(-1))
         learner = jax.tree.map(functools.partial(jax.vmap(jnp.where), ready), stepped, before)
@@ -534,6 +533,13 @@ def _learn(
     with jax.named_scope(f"updates_at_most_{num_updates}"):  # named for whoever reads the compiled program
         learner, priorities, losses = jax.lax.fori_loop(0, turns, update, (state.learner, state.priorities, losses))
     return learner, priorities, jax.tree.map(lambda loss: jnp.where(ready, loss.mean(0), 0.0), losses)
+
+
+def _stepped(algo: Algorithm, learner: LearnerState, found: Gradients, hp: Hyperparams) -> tuple[LearnerState, Array]:
+    """Returns the learners ``[S]`` after the step on their gradients, or after their own steps, and ``grad_norm``."""
+    if takes_own_steps(algo):
+        return learner._replace(**found.grads._asdict()), found.metrics["grad_norm"]
+    return jax.vmap(functools.partial(apply_gradients, algo))(learner, found.grads, hp)
 
 
 class _Drawn(NamedTuple):
@@ -571,7 +577,7 @@ def _with_rewards(run: _Run, learner: LearnerState, rows: Array) -> LearnerState
 
 
 def _loss_names(run: _Run) -> tuple[str, ...]:
-    return (*run.batching.metric_names, "grad_norm")
+    return tuple(dict.fromkeys((*run.batching.metric_names, "grad_norm")))
 
 
 def _learn_alone(run: _Run, state: TrainState) -> tuple[LearnerState, dict[str, Array]]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from wqmix_jax.algos.base import Algorithm, Hyperparams, hyperparams
+from wqmix_jax.algos.base import Algorithm, Hyperparams, OptimizerStep, Trained, hyperparams
 from wqmix_jax.ops.moments import Moments, add_moments, no_moments
 from wqmix_jax.training.priorities import is_prioritised
 from wqmix_jax.types import Array, PyTree
@@ -20,7 +20,7 @@ class LearnerState(NamedTuple):
     Attributes:
         params: the online parameters.
         target: the target copy of all of them.
-        opt_state: the optimiser's, RMSProp's mean squares for example.
+        opt_state: see `Trained`; RMSProp's mean squares for example.
         target_episodes: scalar int32, the episode count at the last hard copy of the targets.
         moments: `Moments` by name: ``rewards`` and ``returns``, of those that are standardised.
     """
@@ -37,10 +37,17 @@ def init_learner(algo: Algorithm, params: PyTree) -> LearnerState:
     return LearnerState(
         params=params,
         target=jax.tree.map(jnp.copy, params),
-        opt_state=optimizer(algo, hyperparams(algo)).init(params),
+        opt_state=_init_optimizers(algo, params),
         target_episodes=jnp.int32(0),
         moments={name: no_moments() for name in standardised(algo)},
     )
+
+
+def _init_optimizers(algo: Algorithm, params: PyTree) -> PyTree:
+    init, several = optimizer(algo, hyperparams(algo)).init, algo.optimizers()
+    if not several:
+        return init(params)
+    return {name: init({net: params[net] for net in nets}) for name, nets in several.items()}
 
 
 def standardised(algo: Algorithm) -> tuple[str, ...]:
@@ -113,10 +120,29 @@ def apply_gradients(
     Returns:
         The learner after it, and the norm before clipping.
     """
-    grads, grad_norm = clip_by_joint_norm(grads, hp.max_grad_norm)
-    updates, opt_state = optimizer(algo, hp).update(grads, learner.opt_state, learner.params)
-    params = optax.apply_updates(learner.params, jax.tree.map(lambda update: -hp.lr * update, updates))
-    return learner._replace(params=params, opt_state=opt_state), grad_norm
+    trained, grad_norm = optimizer_step(algo, hp)(Trained(learner.params, learner.opt_state), grads)
+    return learner._replace(**trained._asdict()), grad_norm
+
+
+def optimizer_step(algo: Algorithm, hp: Hyperparams) -> OptimizerStep:
+    """Returns the optimiser's step that `Algorithm.update` takes."""
+
+    def step(
+        trained: Trained, grads: PyTree, name: str | None = None, *, lr: Array | None = None, clips: bool = True
+    ) -> tuple[Trained, Array]:
+        params, opt_state = trained
+        if name is not None:
+            nets, opt_state = algo.optimizers()[name], opt_state[name]
+            params, grads = ({net: tree[net] for net in nets} for tree in (params, grads))
+        max_norm, lr = hp.max_grad_norm if clips else jnp.inf, hp.lr if lr is None else lr
+        grads, grad_norm = clip_by_joint_norm(grads, max_norm)
+        updates, opt_state = optimizer(algo, hp).update(grads, opt_state, params)
+        params = optax.apply_updates(params, jax.tree.map(lambda update: -lr * update, updates))
+        if name is not None:
+            params, opt_state = trained.params | params, trained.opt_state | {name: opt_state}
+        return Trained(params, opt_state), grad_norm
+
+    return step
 
 
 def update_targets(
