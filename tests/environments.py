@@ -121,6 +121,20 @@ def tiny_wqmix(**changes: Any) -> Algorithm:
     return build("algo", {"_target_": "wqmix_jax.algos.wqmix.WQMIX", **WQMIX, **changes})
 
 
+def tiny_resq(**changes: Any) -> Algorithm:
+    """ResQ with narrow nets."""
+    own = {"weighting": "uniform", "residual_sign": "loss"}
+    return build("algo", {"_target_": "wqmix_jax.algos.resq.ResQ", **WQMIX, **own, **changes})
+
+
+def tiny_powqmix(**changes: Any) -> Algorithm:
+    """POWQMIX, which takes its own steps, with narrow nets; rounding doesn't decide the direction of a step."""
+    own = {"weighting": "potentially_optimal", "alpha": 0.0, "threshold": 0.02, "no_weighted_steps": 0}
+    own |= {"recognizer_steps": 3, "recognizer_v_dim": 4, "recognizer_hypernet_dim": 4, "recognizer_embed_dim": 3}
+    own |= {"optimizer": "adam", "adam_eps": 0.01}
+    return build("algo", {"_target_": "wqmix_jax.algos.powqmix.POWQMIX", **WQMIX, **own, **changes})
+
+
 def tiny_masac(**changes: Any) -> Algorithm:
     """MASAC, whose loss draws, with narrow nets."""
     own = {"alpha_ent": 0.3, "q_star_dim": 6}

@@ -15,7 +15,7 @@ from experiments.table2 import exploration
 from tests.environments import Clock, Leaver, Recall
 from tests.running import main
 from wqmix_jax import load_config, load_metrics, train_seeds
-from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, hyperparams, is_mean_over_steps
+from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, hyperparams, skips_padding
 from wqmix_jax.algos.iql import IQL
 from wqmix_jax.config import RunConfig, names
 from wqmix_jax.envs.matrix_game import MatrixGame
@@ -89,7 +89,7 @@ def test_learns_to_act_on_what_was_seen_one_step_ago(algo: str) -> None:
 def test_a_batchs_gradient_is_the_mean_of_its_parts_by_their_steps(algo: str) -> None:
     """So that devices may share a batch; the parts differ in how many steps are real."""
     config = small_run(algo, Clock(episode_limit=3, ends_from=1), total_env_steps=1)
-    assert is_mean_over_steps(config.algo)
+    assert skips_padding(config.algo)
     spec, keys = config.env.spec, jax.random.split(jax.random.key(0), 6)
     lengths = jnp.array([3, 3, 1, 2])
     mask = (jnp.arange(3)[None, :] < lengths[:, None]).astype(jnp.float32)

@@ -15,7 +15,7 @@ from tests.parity.comparison import EXACT, Report, Tolerance
 from wqmix_jax import load_config
 from wqmix_jax.algos import masac
 from wqmix_jax.algos.base import Algorithm, Aux, Context, Hyperparams, Trained, hyperparams, takes_own_steps
-from wqmix_jax.algos.powqmix import POWQMIX, RECOGNIZER
+from wqmix_jax.algos.powqmix import POWQMIX
 from wqmix_jax.interop import pymarl
 from wqmix_jax.ops.action_selection import UNAVAILABLE
 from wqmix_jax.options import CONFIG_DIR
@@ -295,7 +295,7 @@ def _powqmix_call(
     plain = optimizer_step(algo, hp)
 
     def step(trained: Trained, grads: PyTree, name: str | None = None) -> tuple[Trained, jax.Array]:
-        if name != RECOGNIZER:
+        if name != "recognizer":
             return plain(trained, grads, name)
         both = {"recognizer": grads["recognizer"], "left over": trained.opt_state["left over"]}
         clipped, norm = clip_by_joint_norm(both, hp.max_grad_norm)

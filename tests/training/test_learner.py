@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.environments import AGENT, QMIX, TD, TINY, Clock, tiny_wqmix
+from tests.environments import AGENT, QMIX, TD, TINY, Clock, tiny_powqmix, tiny_resq, tiny_wqmix
 from wqmix_jax.algos.actor_critic import ActorCritic
 from wqmix_jax.algos.base import Context, hyperparams
 from wqmix_jax.algos.iql import IQL
@@ -60,6 +60,8 @@ def every_algorithm():
         "ow_qmix": tiny_wqmix(weighting="optimistic"),
         "attention": tiny_wqmix(q_star="attention"),
         "qmix_cw": tiny_wqmix(q_star="none"),
+        "resq": tiny_resq(),
+        "powqmix": tiny_powqmix(),
         "maddpg": build("algo", {"_target_": "wqmix_jax.algos.maddpg.MADDPG", **critic, "gumbel_temperature": 1.0}),
         "masac": build("algo", {"_target_": "wqmix_jax.algos.masac.MASAC", **critic, "alpha_ent": 0.5}),
     }
@@ -317,7 +319,7 @@ def test_n_step_targets_end_with_the_episode(name):
     close(y[1, 1], np.broadcast_to(r[1, 1] + 0.9 * r[1, 2] + 0.81 * r[1, 3], y[1, 1].shape))
 
 
-@pytest.mark.parametrize("name", ["iql", "vdn", "qplex", "qtran", "ow_qmix", "cw_qmix", "qmix_cw"])
+@pytest.mark.parametrize("name", ["iql", "vdn", "qplex", "qtran", "ow_qmix", "cw_qmix", "qmix_cw", "resq", "powqmix"])
 def test_without_double_q_the_target_agents_choose(name):
     """Other online utilities don't change the targets, those of the target agents do."""
     algo = dataclasses.replace(every_algorithm()[name], double_q=False)

@@ -58,7 +58,9 @@ def test_priorities_by_formula() -> None:
     np.testing.assert_allclose(new.largest, 2, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["iql", "hysteretic", "vdn", "qplex", "qtran", "ow_qmix", "cw_qmix", "qmix_cw"])
+@pytest.mark.parametrize(
+    "name", ["iql", "hysteretic", "vdn", "qplex", "qtran", "ow_qmix", "cw_qmix", "qmix_cw", "resq", "powqmix"]
+)
 def test_a_loss_weighs_episodes(name: str) -> None:
     """Its value is the sum over episodes of weight times loss times steps, divided by all steps."""
     made = every_algorithm()

@@ -23,7 +23,7 @@ from wqmix_jax.algos.base import (
     mean_over_steps,
 )
 from wqmix_jax.algos.q_learning import gather_actions, seen_before
-from wqmix_jax.algos.wqmix import WQMIX
+from wqmix_jax.algos.wqmix import WQMIX, Bootstrap
 from wqmix_jax.networks.functional import apply_net, init_net
 from wqmix_jax.networks.recognizer import Recognized, Recognizer
 from wqmix_jax.ops import weighting
@@ -31,9 +31,6 @@ from wqmix_jax.ops.action_selection import greedy_actions, greedy_values
 from wqmix_jax.ops.td import masked_mean, masked_mean_square
 from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, Episode, PRNGKey, PyTree
-
-RECOGNIZER, FACTORED = "recognizer", "factored"
-"""The optimisers, see `Algorithm.optimizers`."""
 
 
 class Estimates(NamedTuple):
@@ -45,9 +42,7 @@ class Estimates(NamedTuple):
         advantages: ``[B, T, N]``, Q_i(u_i) - max_a Q_i(a), constants to the gradient.
         q_tot: Q_tot.
         q_star: Q*.
-        td_target: y.
-        greedy_value: the target Q* of the greedy joint action before each step.
-        next_value: the target Q* that ``td_target`` bootstraps from.
+        bootstrap: y, and the target nets' Q*.
     """
 
     agent_qs: Array
@@ -55,9 +50,7 @@ class Estimates(NamedTuple):
     advantages: Array
     q_tot: Array
     q_star: Array
-    td_target: Array
-    greedy_value: Array
-    next_value: Array
+    bootstrap: Bootstrap
 
 
 @options
@@ -104,7 +97,7 @@ class POWQMIX(WQMIX):
 
     def optimizers(self) -> Mapping[str, tuple[str, ...]]:
         """Returns one optimiser for Q_r, one for all other nets; see `Algorithm.optimizers`."""
-        return {RECOGNIZER: ("recognizer",), FACTORED: ("agent", "mixer", "q_star_agent", "q_star_mixer")}
+        return {"recognizer": ("recognizer",), "factored": ("agent", "mixer", "q_star_agent", "q_star_mixer")}
 
     @mean_over_steps
     def loss(
@@ -114,7 +107,7 @@ class POWQMIX(WQMIX):
         del noise
         estimates = self._estimates(params, target, batch, hp)
         loss, aux = self._factored_loss(params["recognizer"], estimates, batch, hp, ctx)
-        recognizer_loss, _ = self._recognizer_loss(params["recognizer"], estimates, batch)
+        recognizer_loss = self._recognizer_loss(params["recognizer"], estimates, batch)
         loss += recognizer_loss
         return loss, aux._replace(metrics=aux.metrics | {"loss": loss, "recognizer_loss": recognizer_loss})
 
@@ -140,7 +133,7 @@ class POWQMIX(WQMIX):
             return loss, (recognized, aux._replace(metrics=aux.metrics | metrics))
 
         grads, (trained, aux) = jax.grad(factored_loss, has_aux=True)(trained.params)
-        trained, grad_norm = step(trained, grads, FACTORED)
+        trained, grad_norm = step(trained, grads, "factored")
         return trained, aux._replace(metrics=aux.metrics | {"grad_norm": grad_norm})
 
     def recognize(self, recognizer_params: PyTree, advantages: Array, batch: Episode) -> Recognized:
@@ -160,30 +153,29 @@ class POWQMIX(WQMIX):
             jax.lax.stop_gradient(advantages),
             self.mix(params["mixer"], agent_qs[:, :-1], batch.joint_action, before)[0],
             self.central_estimate(params, central_qs[:, :-1], batch.joint_action, before),
-            *self._bootstrap(target, target_qs, batch, greedy, to_bootstrap, hp),
+            self._bootstrap(target, target_qs, batch, greedy, to_bootstrap, hp),
         )
 
     def _train_recognizer(
         self, trained: Trained, estimates: Estimates, batch: Episode, ctx: Context, step: OptimizerStep
     ) -> tuple[Trained, dict[str, Array]]:
         """Takes the steps of Q_r; ``recognizer_loss`` is its loss before the last one."""
-        gradient = jax.value_and_grad(self._recognizer_loss, has_aux=True)
+        gradient = jax.value_and_grad(self._recognizer_loss)
 
         def one_step(_: Array, carry: tuple[Trained, Array]) -> tuple[Trained, Array]:
             trained, _ = carry
-            (loss, _), grads = gradient(trained.params["recognizer"], estimates, batch)
-            return step(trained, {"recognizer": grads}, RECOGNIZER)[0], loss
+            loss, grads = gradient(trained.params["recognizer"], estimates, batch)
+            return step(trained, {"recognizer": grads}, "recognizer")[0], loss
 
         num_steps = jnp.where(ctx.learner_steps == 0, 2 * self.recognizer_steps, self.recognizer_steps)
         start = trained, jnp.zeros((), batch.reward.dtype)
         trained, loss = jax.lax.fori_loop(0, num_steps, one_step, start)
         return trained, {"recognizer_loss": loss}
 
-    def _recognizer_loss(self, recognizer_params: PyTree, estimates: Estimates, batch: Episode) -> tuple[Array, Array]:
-        """Returns half the mean square error of Q_r, and Q_r ``[B, T]``."""
+    def _recognizer_loss(self, recognizer_params: PyTree, estimates: Estimates, batch: Episode) -> Array:
+        """Returns half the mean square error of Q_r."""
         v, advantage = self.recognize(recognizer_params, estimates.advantages, batch)
-        error = v + advantage - jax.lax.stop_gradient(estimates.td_target)
-        return masked_mean_square(error, batch.mask, batch.importance) / 2, v + advantage
+        return masked_mean_square(v + advantage - estimates.bootstrap.td_target, batch.mask, batch.importance) / 2
 
     def _factored_loss(
         self, recognizer_params: PyTree, estimates: Estimates, batch: Episode, hp: Hyperparams, ctx: Context
@@ -192,13 +184,16 @@ class POWQMIX(WQMIX):
         v, advantage = jax.lax.stop_gradient(self.recognize(recognizer_params, estimates.advantages, batch))
         is_weighted = ctx.env_steps >= hp.no_weighted_steps
         weights = weighting.potentially_optimal(advantage, hp.threshold, jnp.where(is_weighted, hp.alpha, 1.0))
-        td_error, importance = estimates.q_tot - estimates.td_target, batch.importance
+        y, importance = estimates.bootstrap.td_target, batch.importance
+        td_error = estimates.q_tot - y
         both = weights if importance is None else weights * importance
         qmix_loss = masked_mean_square(td_error, batch.mask, both) / 2
-        q_star_loss = masked_mean_square(estimates.q_star - estimates.td_target, batch.mask, importance) / 2
+        q_star_loss = masked_mean_square(estimates.q_star - y, batch.mask, importance) / 2
         loss = qmix_loss + q_star_loss
-        logged = {"q_tot_mean": estimates.q_tot, "td_target_mean": estimates.td_target, "weight_mean": weights}
+        logged = {"q_tot_mean": estimates.q_tot, "td_target_mean": y, "weight_mean": weights}
         metrics = {"loss": loss, "qmix_loss": qmix_loss, "q_star_loss": q_star_loss}
         metrics |= {name: masked_mean(value, batch.mask) for name, value in logged.items()}
         values = {"td_error": td_error, "weights": weights, "q_r": v + advantage, "q_r_advantage": advantage}
-        return loss, Aux(metrics, values | estimates._asdict())
+        values |= {"q_tot": estimates.q_tot, "q_star": estimates.q_star, "agent_qs": estimates.agent_qs}
+        values |= {"greedy_actions": estimates.greedy_actions} | estimates.bootstrap._asdict()
+        return loss, Aux(metrics, values)
