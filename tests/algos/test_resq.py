@@ -100,5 +100,5 @@ def test_the_residuals_agents_start_as_a_copy_of_the_acting_ones() -> None:
 def test_a_q_star_is_needed(algo: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(f"+algo={algo}", "env=matrix_game", "algo.q_star=none") == 2
     [line] = capfd.readouterr().err.splitlines()
-    assert "algo.q_star=none" in line
+    assert "algo.q_star='none' is not allowed" in line
     assert "feedforward" in line

@@ -75,7 +75,7 @@ def tiny(algo: type, **changes: Any) -> Any:
     ids=["default", "optimiser", "replay"],
 )
 def test_the_default_update_is_the_trainers_step(changes: dict[str, Any]) -> None:
-    """Of both seeds, with targets, priorities, moments and records."""
+    """Both seeds have the same targets, priorities, moments and records."""
     algos = tiny_wqmix(**changes), tiny(Overridden, **changes)
     ran = [trained(tiny_run(algo, ENV, updates_per_iteration=2), [0, 1], 6) for algo in algos]
     assert ran[0][1].updates.sum() > 8
