@@ -22,7 +22,7 @@ LAYERS = (
 
 # The same for the modules inside each package.
 INSIDE = {
-    "ops": (("action_selection", "byte_rows", "moments", "randomness", "td", "weighting"),),
+    "ops": (("action_selection", "byte_rows", "moments", "randomness", "td", "weighting"), ("policy_gradient",)),
     "networks": (
         ("functional",),
         ("linear",),
@@ -39,7 +39,7 @@ INSIDE = {
     "algos": (
         ("base",),
         ("q_learning",),
-        ("actor_critic", "factored", "iql", "qtran"),
+        ("actor_critic", "factored", "iql", "ppo", "qtran"),
         ("maddpg", "masac", "qmix", "qplex"),
         ("wqmix",),
         ("powqmix", "resq"),

@@ -157,6 +157,8 @@ class RunConfig:
         if (self.hosts or 1) > self.num_seeds:
             raise ValueError(f"hosts={self.hosts} is not allowed: there are only num_seeds={self.num_seeds}")
         _refuse_unused_choices(self)
+        if getattr(self.algo, "is_on_policy", False):
+            _refuse_other_episodes(self)
         buffer_size = getattr(self.algo, "buffer_size", self.num_envs)
         if self.num_envs > buffer_size:
             raise ValueError(
@@ -189,6 +191,21 @@ def _refuse_unused_choices(config: RunConfig) -> None:
     if config.init_from_optimizer and config.init_from_policy is not None:
         holds_none = f"not with init_from_policy={config.init_from_policy}, a file without an optimiser"
         raise ValueError(f"init_from_optimizer=True is not allowed: {holds_none}")
+
+
+def _refuse_other_episodes(config: RunConfig) -> None:
+    """Refuses batches of an on-policy algorithm that aren't equal parts of the episodes just played."""
+    algo, num_envs, updates = config.algo, config.num_envs, config.updates_per_iteration
+    reason = f"{type(algo).__name__} learns from the num_envs={num_envs} episodes just played"
+    if algo.buffer_size != num_envs:
+        raise ValueError(f"algo.buffer_size={algo.buffer_size} is not allowed: {reason}, and keeps no others")
+    if num_envs % algo.batch_size:
+        raise ValueError(f"algo.batch_size={algo.batch_size} is not allowed: {reason}, in equal parts of them")
+    if updates % (parts := num_envs // algo.batch_size):
+        whole = f"a pass over them is {parts} batches of algo.batch_size={algo.batch_size}, and passes are whole"
+        raise ValueError(f"updates_per_iteration={updates} is not allowed: {reason}; {whole}")
+    if getattr(algo, "prioritised", False):
+        raise ValueError(f"algo.prioritised=True is not allowed: {reason}, each as often as the others")
 
 
 def run_config(values: Mapping[str, Any]) -> RunConfig:
@@ -262,9 +279,9 @@ def _slice_of_host(num_seeds: int, hosts: int | None, host: int | None) -> slice
 
 
 def load_group(group: str, option: str) -> dict[str, Any]:
-    """Returns the plain values of ``configs/GROUP/OPTION.yaml`` and of the yamls that it inherits."""
+    """Returns the plain values of ``configs/GROUP/OPTION.yaml`` and of the yamls of its group that it inherits."""
     own = plain_values(OmegaConf.load(CONFIG_DIR / group / f"{option}.yaml"))
-    inherited = [load_group(group, parent) for parent in own.pop("defaults", [])]
+    inherited = [load_group(group, parent) for parent in own.pop("defaults", []) if not parent.startswith("/")]
     return functools.reduce(operator.or_, [*inherited, own])
 
 
@@ -312,7 +329,8 @@ def _shared_values(option: str) -> dict[str, Any]:
     if option.startswith("_"):
         return load_group("algo", option)
     parents = plain_values(OmegaConf.load(CONFIG_DIR / "algo" / f"{option}.yaml")).get("defaults", [])
-    return functools.reduce(operator.or_, map(_shared_values, parents), {})
+    own = (parent for parent in parents if not parent.startswith("/"))
+    return functools.reduce(operator.or_, map(_shared_values, own), {})
 
 
 def run_defaults() -> dict[str, Any]:

@@ -296,5 +296,6 @@ def _owners(group: str, name: str) -> list[str]:
 def _yaml_options(folder: Path, stem: str) -> set[str]:
     """Returns the options in a yaml and in those that it inherits."""
     values: Any = OmegaConf.to_container(OmegaConf.load(folder / f"{stem}.yaml"))
-    inherited = (_yaml_options(folder, str(parent)) for parent in values.get("defaults", []))
+    parents = (parent for parent in map(str, values.get("defaults", [])) if not parent.startswith("/"))
+    inherited = (_yaml_options(folder, parent) for parent in parents)
     return set(values).union(*inherited) - {"defaults", "_target_"}

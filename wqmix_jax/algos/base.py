@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import typing
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Self, TypeVar
 
 import jax
 import pydantic
@@ -167,6 +167,24 @@ class Algorithm(abc.ABC):
     epsilon_anneal_steps: Annotated[int, Field(gt=0, lt=2**31), TRACED]
     hidden_dim: PositiveInt
 
+    is_on_policy: ClassVar[bool] = False
+    """Whether the batches of an iteration are the episodes just played, and no others.
+
+    The replay then holds the ``num_envs`` episodes of one iteration. They are split at random into disjoint batches,
+    once in each pass over them, and ``updates_per_iteration`` are that many passes. Such a class inherits the yaml
+    ``/run/on_policy``.
+    """
+
+    target_has_played: ClassVar[bool] = False
+    """Whether `loss` gets, as ``target``, the parameters that played the episodes just played.
+
+    They are copied once, before the first learner step of an iteration, instead of at the usual intervals. What is
+    standardised then changes at this time alone; `played_means` is called. Needs `is_on_policy`.
+    """
+
+    clips_nets_apart: ClassVar[bool] = False
+    """Whether ``max_grad_norm`` bounds the gradient of each entry of the parameters, not that of all together."""
+
     @pydantic.model_validator(mode="after")
     def _batch_fits(self) -> Self:
         if self.buffer_size < self.batch_size:
@@ -182,7 +200,10 @@ class Algorithm(abc.ABC):
         without: dict[str, str] = dict.fromkeys(unused, f"algo.optimizer={self.optimizer}")
         if self.standardise_rewards:
             without |= {"reward_scale": "algo.standardise_rewards=true"}
-        if self.target_update_tau is not None:
+        if self.target_has_played:
+            reason = "an algorithm whose targets are the parameters that played"
+            without |= dict.fromkeys(["target_update_interval", "target_update_tau"], reason)
+        elif self.target_update_tau is not None:
             without |= {"target_update_interval": f"algo.target_update_tau={self.target_update_tau}"}
         return without
 
@@ -232,6 +253,26 @@ class Algorithm(abc.ABC):
         """
         del key, batch
         return ()
+
+    def played_means(self, target: PyTree, batch: Episode, hp: Hyperparams) -> Aux:
+        """Returns means over the episodes just played that `loss` reads as ``hp.NAME``; none by default.
+
+        Called if `target_has_played`, before the first learner step of an iteration, for parts of the episodes as
+        `loss` is.
+
+        Args:
+            target: the parameters that played.
+            batch: see `loss`.
+            hp: see `loss`.
+
+        Returns:
+            In `Aux.metrics`, means over the real steps of ``batch`` by name. An algorithm that standardises returns
+            adds their mean as ``td_target_mean``, and in `Aux.values` themselves as ``td_target``; `loss` then reads
+            the moments before and after these were added, ``hp.played_return_mean`` and ``hp.return_mean`` with their
+            deviations.
+        """
+        del target, batch, hp
+        return Aux({}, {})
 
     @abc.abstractmethod
     def loss(
@@ -359,9 +400,9 @@ def hyperparams(algo: Algorithm) -> Hyperparams:
     return _hyperparams_type(tuple(values))(**values)
 
 
-def with_return_moments(hp: Hyperparams, mean: Array, deviation: Array) -> Hyperparams:
-    """Adds ``return_mean`` and ``return_deviation``, which `TDLearner` reads if it standardises returns."""
-    return _hyperparams_type((*hp._fields, "return_mean", "return_deviation"))(*hp, mean, deviation)
+def with_values(hp: Hyperparams, values: Mapping[str, Array]) -> Hyperparams:
+    """Adds values that a loss reads by their names like options: ``return_mean``, for example."""
+    return _hyperparams_type((*hp._fields, *values))(*hp, *values.values())
 
 
 @functools.cache

@@ -128,7 +128,13 @@ class QLearner(Algorithm):
         return self.unroll_nets(batch, [agent_params])[0].utilities
 
     def unroll_nets(
-        self, batch: Episode, trained: Sequence[PyTree], frozen: Sequence[PyTree] = (), *, keeps_hiddens: bool = False
+        self,
+        batch: Episode,
+        trained: Sequence[PyTree],
+        frozen: Sequence[PyTree] = (),
+        *,
+        keeps_hiddens: bool = False,
+        agents: AgentForm | None = None,
     ) -> list[Unrolled]:
         """Unrolls whole episodes from a fresh recurrent state under several agent networks.
 
@@ -139,6 +145,7 @@ class QLearner(Algorithm):
             trained: the parameters of networks that have gradients.
             frozen: those of networks that have none, for example target copies.
             keeps_hiddens: whether hidden states are returned, too, which costs memory on an accelerator.
+            agents: the form of the networks; that of the agents that act if absent.
 
         Returns:
             For each network, the trained ones first, utilities ``[B, T+1, N, A]`` and, if kept, hidden states ``[B,
@@ -155,7 +162,7 @@ class QLearner(Algorithm):
         seen = SeenByAgents(batch.obs, last_action, starts, batch.compact)
         seen = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), seen)._replace(num_places=batch.num_places)
         carry = self.initial_carry(last_action.shape[:1] + last_action.shape[2:]).astype(batch.obs.dtype)
-        agents = self.agents(*batch.avail_actions.shape[-2:])
+        agents = self.agents(*batch.avail_actions.shape[-2:]) if agents is None else agents
         unrolled = unroll_agents(agents, trained, frozen, carry, seen, keeps_hiddens=keeps_hiddens)
         return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), unrolled)
 
@@ -227,7 +234,7 @@ class TDLearner(QLearner):
         if self.returns != "sarsa_lambda":
             return greedy[:, 1:]
         taken = jnp.concatenate([batch.joint_action[:, 1:], greedy[:, -1:]], axis=1)
-        return jnp.where(_is_followed(batch)[..., None] > 0, taken, greedy[:, 1:])
+        return jnp.where(is_followed(batch)[..., None] > 0, taken, greedy[:, 1:])
 
     def correction(self, batch: Episode, greedy: Array, value: Callable[[Array], Array]) -> Array | None:
         """Returns V(s) - Q(s, u) of each step for Q(lambda), None for other ``returns``.
@@ -265,11 +272,11 @@ class TDLearner(QLearner):
         # No return passes from one episode of a row to another: nothing follows an episode's last step.
         elif self.returns == "n_step":
             each_row = jax.vmap(functools.partial(n_step_return, num_steps=self.n_steps), in_axes=(0, 0, None, 0, 0))
-            y = each_row(reward, discount, hp.gamma, next_value, _is_followed(batch))
+            y = each_row(reward, discount, hp.gamma, next_value, is_followed(batch))
         else:
             each_row = jax.vmap(lambda_return, in_axes=(0, 0, None, 0, 0, 0))
             plain = None if correction is None else correction * deviation
-            y = each_row(reward, discount, hp.gamma, next_value, hp.td_lambda * _is_followed(batch), plain)
+            y = each_row(reward, discount, hp.gamma, next_value, hp.td_lambda * is_followed(batch), plain)
         if self.standardise_returns:
             y = (y - mean) / deviation
         if self.returns == "pymarl2_q_lambda" and correction is not None:
@@ -277,7 +284,7 @@ class TDLearner(QLearner):
         return jax.lax.stop_gradient(y)
 
 
-def _is_followed(batch: Episode) -> Array:
+def is_followed(batch: Episode) -> Array:
     """Returns 1 where a real step comes next, ``[B, T]``."""
     return jnp.pad(batch.mask[:, 1:], ((0, 0), (0, 1)))
 

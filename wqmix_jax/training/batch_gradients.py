@@ -13,7 +13,7 @@ Words for a batch and its parts, from large to small:
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from wqmix_jax.algos.base import (
     is_mean_over_steps,
     skips_padding,
     takes_own_steps,
-    with_return_moments,
+    with_values,
 )
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.errors import ConfigError
@@ -70,10 +70,12 @@ class Batching(NamedTuple):
     """Choices of how batches are learned from, made by `make_batching`.
 
     Attributes:
-        algo: the algorithm whose loss is minimised.
+        algo: the algorithm.
+        loss: `Algorithm.loss`, which is minimised; None if the algorithm overrides `Algorithm.update`.
         replay: decodes a batch.
         whole: shapes and dtypes of a decoded batch, ``[B, T(+1), ..]``.
         metric_names: the names of the loss's metrics.
+        mean_names: the names of what `played_means` returns.
         lengths: the numbers of steps that a batch may be cut to, ascending; the last is ``T``. A bounded batch has one
             length, ``T`` or a little more, so that its places fill whole blocks of a `BlockForm`.
         tiles: rows of a large and of a small tile where batches are packed; None where they aren't.
@@ -85,9 +87,11 @@ class Batching(NamedTuple):
     """
 
     algo: Algorithm
+    loss: Callable[..., tuple[Array, Aux]] | None
     replay: Replay
     whole: Episode
     metric_names: tuple[str, ...]
+    mean_names: tuple[str, ...]
     lengths: list[int]
     tiles: tuple[int, int] | None
     is_bounded: bool
@@ -186,11 +190,14 @@ def make_batching(
     part_bytes = (
         sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(whole._replace(compact=None))) // num_parts
     )
+    metric_names, mean_names = _metric_names(env, algo, whole)
     return Batching(
         algo=algo,
+        loss=None if takes_own_steps(algo) else algo.loss,
         replay=replay,
         whole=whole,
-        metric_names=_metric_names(env, algo, whole),
+        metric_names=metric_names,
+        mean_names=mean_names,
         lengths=lengths,
         tiles=_tiles(env.spec.num_agents, algo.batch_size // num_parts) if batches == "packed" else None,
         is_bounded=batches == "bounded",
@@ -244,6 +251,39 @@ def batch_gradients(
         grouped = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, *leaf.shape[1:]), inputs)
         terms = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), jax.lax.map(gradients, grouped))
     return terms if batching.num_parts == 1 else jax.lax.psum(terms, BATCH_AXIS)
+
+
+def played_means(
+    batching: Batching, learner: LearnerState, rows: Array, keys: PRNGKey, hp: Hyperparams, ctx: Context, ready: Array
+) -> dict[str, Array]:
+    """Averages `Algorithm.played_means` over all steps of the episodes just played.
+
+    Args:
+        batching: see `make_batching`.
+        learner: leaves ``[S, ..]``; its targets have played.
+        rows: ``[S, E, row_bytes]``, all episodes, of which a batch is a part.
+        keys: ``[S]``, from which nothing is drawn that has an effect.
+        hp: leaves ``[S]``.
+        ctx: leaves ``[S]``.
+        ready: see `batch_gradients`.
+
+    Returns:
+        ``[S]`` float32 by name.
+    """
+
+    def no_loss(params: PyTree, target: PyTree, batch: Episode, hp: Hyperparams, *others: Any) -> tuple[Array, Aux]:
+        return jnp.float32(0), batching.algo.played_means(target, batch, hp)
+
+    batches = rows.reshape(len(rows), -1, batching.algo.batch_size, rows.shape[-1]).swapaxes(0, 1)  # [E / B, S, B, ..]
+    averaging = batching._replace(loss=no_loss, metric_names=batching.mean_names)
+
+    def sums(rows: Array) -> tuple[dict[str, Array], Array]:
+        means = batch_gradients(averaging, learner, rows, keys, hp, ctx, ready).metrics
+        num_steps = jax.vmap(batching.replay.lengths)(rows).sum(-1).astype(jnp.float32)
+        return jax.tree.map(lambda mean: mean * num_steps, means), num_steps
+
+    totals, num_steps = jax.tree.map(lambda leaf: leaf.sum(0), jax.lax.map(sums, batches))
+    return jax.tree.map(lambda total: total / jnp.maximum(num_steps, 1), totals)
 
 
 def num_groups(batching: Batching, num_seeds: int) -> int:
@@ -350,10 +390,10 @@ def _seeds_gradient(batching: Batching, batch: Episode) -> Callable[..., tuple[P
     ) -> tuple[PyTree, Aux]:
         batch, hp = standardised_inputs(algo, learner.moments, batch, hp)
         with unroll_in_blocks(batching.block_form):
-            if takes_own_steps(algo):
+            if batching.loss is None:
                 grads, aux = _updated(algo, learner, batch, hp, ctx, noise)
             else:
-                loss = jax.grad(algo.loss, has_aux=True)
+                loss = jax.grad(batching.loss, has_aux=True)
                 grads, aux = loss(learner.params, learner.target, batch, hp, ctx, noise)
         return grads, _with_target_square(learner.moments, batch, aux)
 
@@ -378,8 +418,16 @@ def standardised_inputs(
     elif algo.reward_scale != 1:
         batch = batch._replace(reward=batch.reward * algo.reward_scale)
     if "returns" in moments:
-        hp = with_return_moments(hp, moments["returns"].mean, moments["returns"].deviation)
+        hp = with_values(hp, return_moments(moments))
     return batch, hp
+
+
+def return_moments(moments: dict[str, Moments], prefix: str = "") -> dict[str, Array]:
+    """Returns the moments of standardised returns by the names that a loss reads; none if they aren't."""
+    if "returns" not in moments:
+        return {}
+    returns = moments["returns"]
+    return {f"{prefix}return_mean": returns.mean, f"{prefix}return_deviation": returns.deviation}
 
 
 def _with_target_square(moments: dict[str, Moments], batch: Episode, aux: Aux) -> Aux:
@@ -446,8 +494,8 @@ def _own_rows(batching: Batching, layout: RowLayout, num_rows: Array) -> tuple[R
     return jax.tree.map(in_turn, layout), (num_rows - device + batching.num_parts - 1) // batching.num_parts
 
 
-def _metric_names(env: Environment, algo: Algorithm, whole: Episode) -> tuple[str, ...]:
-    """Returns the names of the loss's metrics: the loop needs them for zeros where nothing was learned.
+def _metric_names(env: Environment, algo: Algorithm, whole: Episode) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the names of the loss's metrics and of `played_means`: loops need them for zeros to start from.
 
     The loss is traced on shapes, which costs less than a trace of the loop in each place that needs them.
 
@@ -455,25 +503,30 @@ def _metric_names(env: Environment, algo: Algorithm, whole: Episode) -> tuple[st
         ConfigError: ``loss`` is not among them.
     """
 
-    def metrics(batch: Episode) -> dict[str, Array]:
+    def metrics(batch: Episode) -> tuple[dict[str, Array], dict[str, Array]]:
         key = jax.random.key(0, impl="threefry2x32")
         learner, hp = init_learner(algo, algo.init(key, env.spec)), jax.tree.map(jnp.asarray, hyperparams(algo))
         ctx = Context(epsilon=jnp.float32(0), env_steps=jnp.int32(0), learner_steps=jnp.int32(0))
         batch, hp = standardised_inputs(algo, learner.moments, batch, hp)
         noise = algo.sample_noise(key, batch)
+        means: dict[str, Array] = {}
+        if algo.target_has_played:
+            hp = with_values(hp, return_moments(learner.moments, "played_"))
+            means = _with_target_square(learner.moments, batch, algo.played_means(learner.params, batch, hp)).metrics
+            hp = with_values(hp, means)
         if takes_own_steps(algo):
             _, aux = _updated(algo, learner, batch, hp, ctx, noise)
         else:
             _, aux = algo.loss(learner.params, learner.params, batch, hp, ctx, noise)
-        return _with_target_square(learner.moments, batch, aux).metrics
+        return _with_target_square(learner.moments, batch, aux).metrics, means
 
-    found = tuple(jax.eval_shape(metrics, whole))
+    found, means = map(tuple, jax.eval_shape(metrics, whole))
     if "loss" not in found:
         name = f"{type(algo).__module__}.{type(algo).__qualname__}"
         raise ConfigError(
             f"algo._target_={name} is not allowed: its Aux.metrics lacks loss, in which a run looks for divergence"
         )
-    return found
+    return found, means
 
 
 def _tiles(num_agents: int, batch_size: int) -> tuple[int, int]:

@@ -18,13 +18,29 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jax.typing import ArrayLike
 
-from wqmix_jax.algos.base import Algorithm, Context, Hyperparams, hyperparams, is_mean_over_steps, takes_own_steps
+from wqmix_jax.algos.base import (
+    Algorithm,
+    Context,
+    Hyperparams,
+    hyperparams,
+    is_mean_over_steps,
+    takes_own_steps,
+    with_values,
+)
 from wqmix_jax.config import RunConfig
 from wqmix_jax.networks.functional import compute_in
 from wqmix_jax.ops.action_selection import linear_epsilon
 from wqmix_jax.ops.moments import Moments, add_moments, masked_moments
 from wqmix_jax.ops.randomness import pinned_draws
-from wqmix_jax.training.batch_gradients import Batches, Batching, Gradients, batch_gradients, make_batching
+from wqmix_jax.training.batch_gradients import (
+    Batches,
+    Batching,
+    Gradients,
+    batch_gradients,
+    make_batching,
+    played_means,
+    return_moments,
+)
 from wqmix_jax.training.compile_cache import compile_program
 from wqmix_jax.training.devices import jax_precision, seed_sharding
 from wqmix_jax.training.learner import (
@@ -503,20 +519,25 @@ def _learn(
     # that aren't ready count as empty, which makes them cheap where rows are packed.
     algo, num_updates = run.config.algo, run.config.updates_per_iteration
     hp = with_scheduled_lr(algo, state.hp, state.counters.env_steps, state.total_env_steps)
+    first = state.learner
+    if algo.target_has_played:
+        ctx = Context(epsilon, state.counters.env_steps, state.counters.learner_steps)
+        first, hp = _with_played_targets(run, state, hp, ctx, ready)
 
     def update(index: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         learner, priorities, losses = carry
         ctx = Context(epsilon, state.counters.env_steps, state.counters.learner_steps + index)
-        drawn = _draw(run, state, priorities, _fold_in(state.keys.sample, ctx.learner_steps))
+        drawn = _draw(run, state, priorities, ctx.learner_steps, index)
         rows = drawn.rows
-        before, learner = learner, _with_rewards(run, learner, rows)
+        before, learner = learner, learner if algo.target_has_played else _with_rewards(run, learner, rows)
         loss_keys = _fold_in(state.keys.loss, ctx.learner_steps)
         found = batch_gradients(run.batching, learner, rows, loss_keys, hp, ctx, ready, drawn.importance)
         stepped, grad_norm = _stepped(algo, learner, found, hp)
         lengths = jax.vmap(run.replay.lengths)(rows)
-        stepped = add_returns(stepped, found.metrics, lengths.sum(-1))
+        stepped = stepped if algo.target_has_played else add_returns(stepped, found.metrics, lengths.sum(-1))
         learner = jax.tree.map(functools.partial(jax.vmap(jnp.where), ready), stepped, before)
-        learner = update_targets(algo, learner, hp, episodes_before, ready)
+        if not algo.target_has_played:
+            learner = update_targets(algo, learner, hp, episodes_before, ready)
         if isinstance(priorities, Priorities):
             assert drawn.indices is not None
             assert found.errors is not None
@@ -531,7 +552,7 @@ def _learn(
     losses = dict.fromkeys(_loss_names(run), jnp.zeros((num_updates, len(ready)), jnp.float32))
     turns = jnp.where(ready.any(), num_updates, 0)
     with jax.named_scope(f"updates_at_most_{num_updates}"):  # named for whoever reads the compiled program
-        learner, priorities, losses = jax.lax.fori_loop(0, turns, update, (state.learner, state.priorities, losses))
+        learner, priorities, losses = jax.lax.fori_loop(0, turns, update, (first, state.priorities, losses))
     return learner, priorities, jax.tree.map(lambda loss: jnp.where(ready, loss.mean(0), 0.0), losses)
 
 
@@ -542,6 +563,25 @@ def _stepped(algo: Algorithm, learner: LearnerState, found: Gradients, hp: Hyper
     return jax.vmap(functools.partial(apply_gradients, algo))(learner, found.grads, hp)
 
 
+def _with_played_targets(
+    run: _Run, state: TrainState, hp: Hyperparams, ctx: Context, ready: Array
+) -> tuple[LearnerState, Hyperparams]:
+    """Prepares the learners that are ``ready`` for the episodes just played, see `Algorithm.target_has_played`.
+
+    Returns:
+        The learners with their parameters as targets, and the moments with what they standardise; and the traced
+        options with the values that `Algorithm.played_means` adds for a loss.
+    """
+    indices = jnp.arange(run.config.num_envs)
+    rows = jax.vmap(run.replay.rows_at, (0, None))(state.replay, indices)
+    learner = _with_rewards(run, state.learner._replace(target=state.learner.params), rows)
+    hp = with_values(hp, return_moments(learner.moments, "played_"))
+    means = played_means(run.batching, learner, rows, state.keys.loss, hp, ctx, ready)
+    learner = add_returns(learner, means, jax.vmap(run.replay.lengths)(rows).sum(-1))
+    select = functools.partial(jax.vmap(jnp.where), ready)
+    return jax.tree.map(select, learner, state.learner), with_values(hp, means)
+
+
 class _Drawn(NamedTuple):
     """A batch of each seed: rows ``[S, B, row_bytes]`` and, where episodes are prioritised, as in `Draw` ``[S, B]``."""
 
@@ -550,8 +590,14 @@ class _Drawn(NamedTuple):
     importance: Array | None = None
 
 
-def _draw(run: _Run, state: TrainState, priorities: Priorities | tuple[()], keys: PRNGKey) -> _Drawn:
-    """Draws a batch from the replay of each seed."""
+def _draw(
+    run: _Run, state: TrainState, priorities: Priorities | tuple[()], learner_steps: Array, index: Array
+) -> _Drawn:
+    """Draws a batch from the replay of each seed, after ``learner_steps`` ``[S]``; the ``index``th of an iteration."""
+    if run.config.algo.is_on_policy:
+        indices = disjoint_indices(run.config, state.keys.sample, learner_steps, index)
+        return _Drawn(jax.vmap(run.replay.rows_at)(state.replay, indices))
+    keys = _fold_in(state.keys.sample, learner_steps)
     if not isinstance(priorities, Priorities):
         return _Drawn(jax.vmap(run.replay.sample)(state.replay, keys))
     algo = run.config.algo
@@ -560,6 +606,24 @@ def _draw(run: _Run, state: TrainState, priorities: Priorities | tuple[()], keys
     draw = jax.vmap(functools.partial(draw_episodes, batch_size=algo.batch_size))
     indices, importance = draw(priorities, keys, beta=beta)
     return _Drawn(jax.vmap(run.replay.rows_at)(state.replay, indices), indices, importance)
+
+
+def disjoint_indices(config: RunConfig, keys: PRNGKey, learner_steps: Array, index: Array) -> Array:
+    """Returns the batch of a learner step among the episodes just played, their indices in the replay, ``[S, B]``.
+
+    Each pass over these episodes has its own random order; the batches of the pass are equal parts of it.
+
+    Args:
+        config: the options of a run whose algorithm is on-policy.
+        keys: ``[S]``.
+        learner_steps: ``[S]``, those before this one.
+        index: scalar, those before this one in the iteration.
+    """
+    num_envs, batch_size = config.num_envs, config.algo.batch_size
+    part = index % (num_envs // batch_size)
+    keys = _fold_in(keys, learner_steps - part)  # the learner steps before the pass
+    order = jax.vmap(lambda key: jax.random.permutation(key, num_envs))(keys)
+    return jax.lax.dynamic_slice_in_dim(order, part * batch_size, batch_size, axis=1)
 
 
 def _with_rewards(run: _Run, learner: LearnerState, rows: Array) -> LearnerState:

@@ -109,7 +109,7 @@ def with_scheduled_lr(algo: Algorithm, hp: Hyperparams, env_steps: Array, total_
 def apply_gradients(
     algo: Algorithm, learner: LearnerState, grads: PyTree, hp: Hyperparams
 ) -> tuple[LearnerState, Array]:
-    """Clips by the joint norm and takes the optimiser's step; the targets stay.
+    """Clips by the joint norm, or each net by its own, and takes the optimiser's step; the targets stay.
 
     Args:
         algo: the algorithm, for its optimiser.
@@ -118,7 +118,7 @@ def apply_gradients(
         hp: the traced options.
 
     Returns:
-        The learner after it, and the norm before clipping.
+        The learner after it, and the joint norm before clipping.
     """
     trained, grad_norm = optimizer_step(algo, hp)(Trained(learner.params, learner.opt_state), grads)
     return learner._replace(**trained._asdict()), grad_norm
@@ -135,8 +135,10 @@ def optimizer_step(algo: Algorithm, hp: Hyperparams) -> OptimizerStep:
             nets, opt_state = algo.optimizers()[name], opt_state[name]
             params, grads = ({net: tree[net] for net in nets} for tree in (params, grads))
         max_norm, lr = hp.max_grad_norm if clips else jnp.inf, hp.lr if lr is None else lr
-        grads, grad_norm = clip_by_joint_norm(grads, max_norm)
-        updates, opt_state = optimizer(algo, hp).update(grads, opt_state, params)
+        clipped, grad_norm = clip_by_joint_norm(grads, max_norm)
+        if algo.clips_nets_apart:
+            clipped = {net: clip_by_joint_norm(grads[net], max_norm)[0] for net in grads}
+        updates, opt_state = optimizer(algo, hp).update(clipped, opt_state, params)
         params = optax.apply_updates(params, jax.tree.map(lambda update: -lr * update, updates))
         if name is not None:
             params, opt_state = trained.params | params, trained.opt_state | {name: opt_state}
