@@ -33,6 +33,9 @@ PositiveFraction = Annotated[float, Field(gt=0, le=1), TRACED]
 PositiveFloat = Annotated[float, Field(gt=0), TRACED]
 """The type of a traced option above 0."""
 
+Weight = Annotated[float, Field(ge=0), TRACED]
+"""The type of a traced option of at least 0."""
+
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 """The type of an option in [0, 1), by which a running mean forgets older steps."""
 

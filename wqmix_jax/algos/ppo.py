@@ -6,14 +6,12 @@ IPPO's (de Witt et al., arXiv 2011.09533) each agent's observations.
 
 import functools
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from pydantic import Field
 
 from wqmix_jax.algos.base import (
-    TRACED,
     AgentInputs,
     Aux,
     Context,
@@ -21,23 +19,16 @@ from wqmix_jax.algos.base import (
     Hyperparams,
     PositiveFloat,
     PositiveFraction,
+    Weight,
     mean_over_steps,
 )
 from wqmix_jax.algos.q_learning import QLearner, gather_actions, is_followed
 from wqmix_jax.networks.agent import AgentForm
+from wqmix_jax.ops import policy_gradient
 from wqmix_jax.ops.action_selection import greedy_actions
-from wqmix_jax.ops.policy_gradient import (
-    clipped_policy_loss,
-    clipped_value_loss,
-    entropy,
-    has_choice,
-    log_probabilities,
-)
 from wqmix_jax.ops.td import lambda_return, masked_mean
 from wqmix_jax.options import options
 from wqmix_jax.types import Array, EnvSpec, Episode, PRNGKey, PyTree
-
-Weight = Annotated[float, Field(ge=0), TRACED]
 
 
 @options
@@ -130,13 +121,7 @@ class PPO(QLearner):
         return [net.utilities[..., 0] for net in nets]
 
     def returns(self, batch: Episode, hp: Hyperparams, old_values: Array) -> tuple[Array, Array]:
-        """Returns the lambda-returns of the values when the episodes were played, and the advantages: ``[B, T, ..]``.
-
-        Args:
-            batch: the episodes.
-            hp: the traced options.
-            old_values: ``[B, T+1, N]`` or ``[B, T+1, 1]``, the outputs of the critic that played.
-        """
+        """Returns lambda-returns and advantages by the outputs of the critic that played, ``[B, T+1, ..]``."""
         if self.standardise_returns:
             old_values = old_values * hp.played_return_deviation + hp.played_return_mean
         followed = is_followed(batch)
@@ -150,7 +135,7 @@ class PPO(QLearner):
         """Returns how many agents have a choice, and moments of returns and advantages, of the episodes just played."""
         [old_values] = self.critic_values(batch, [], [target["critic"]])
         y, advantages = self.returns(batch, hp, old_values)
-        is_active = has_choice(batch.avail_actions[:, :-1])
+        is_active = policy_gradient.has_choice(batch.avail_actions[:, :-1])
         advantages *= is_active
         means = {"active_mean": is_active, "advantage_mean": advantages, "advantage_square_mean": advantages**2}
         if self.standardise_returns:
@@ -165,21 +150,24 @@ class PPO(QLearner):
         """Returns the clipped policy loss, minus the weighted entropy, plus the weighted clipped value loss."""
         del ctx, noise
         nets = self.unroll_nets(batch, [params["agent"]], [target["agent"]])
-        log_policy, old_log_policy = (log_probabilities(net.utilities, batch.avail_actions)[:, :-1] for net in nets)
+        log_policies = (policy_gradient.log_probabilities(net.utilities, batch.avail_actions) for net in nets)
+        log_policy, old_log_policy = (each[:, :-1] for each in log_policies)
         all_values, old_values = self.critic_values(batch, [params["critic"]], [target["critic"]])
         y, advantages = self.returns(batch, hp, old_values)
         values, old_values = all_values[:, :-1], old_values[:, :-1]
         log_ratio = gather_actions(log_policy - old_log_policy, batch.joint_action)
-        policy_loss = clipped_policy_loss(log_ratio, self._standardised(advantages, hp), hp.clip_ratio)
+        policy_loss = policy_gradient.clipped_policy_loss(log_ratio, self._standardised(advantages, hp), hp.clip_ratio)
         y = (y - hp.return_mean) / hp.return_deviation if self.standardise_returns else y
-        value_loss = clipped_value_loss(values, old_values, y, hp.value_clip, hp.huber_delta)
+        value_loss = policy_gradient.clipped_value_loss(values, old_values, y, hp.value_clip, hp.huber_delta)
         # A mean over the agents with a choice, by their share of all steps of the iteration: a mean over steps.
-        weights = has_choice(batch.avail_actions[:, :-1]) / jnp.maximum(hp.active_mean, 1e-6)
+        weights = policy_gradient.has_choice(batch.avail_actions[:, :-1]) / jnp.maximum(hp.active_mean, 1e-6)
         is_clipped = jnp.abs(jnp.exp(log_ratio) - 1) > hp.clip_ratio
-        metrics = {"policy_loss": weights * policy_loss, "policy_entropy": weights * entropy(log_policy)}
-        metrics |= {"clipped_share": weights * is_clipped}
-        metrics |= {"value_loss": value_loss, "td_target_mean": y, "value_mean": values}
-        metrics = _means(metrics, batch)
+        metrics = {
+            "policy_loss": weights * policy_loss,
+            "policy_entropy": weights * policy_gradient.entropy(log_policy),
+        }
+        metrics |= {"clipped_share": weights * is_clipped, "value_loss": value_loss}
+        metrics = _means(metrics | {"td_target_mean": y, "value_mean": values}, batch)
         loss = metrics["policy_loss"] - hp.entropy_weight * metrics["policy_entropy"]
         loss += hp.value_weight * metrics["value_loss"]
         found = {"log_policy": log_policy, "log_ratio": log_ratio, "advantages": advantages, "old_values": old_values}
