@@ -22,11 +22,14 @@ LAYERS = (
 
 # The same for the modules inside each package.
 INSIDE = {
-    "ops": (("action_selection", "byte_rows", "moments", "randomness", "td", "weighting"), ("policy_gradient",)),
+    "ops": (
+        ("action_selection", "byte_rows", "moments", "randomness", "td", "weighting"),
+        ("coordination", "policy_gradient"),
+    ),
     "networks": (
         ("functional",),
         ("linear",),
-        ("mixers", "q_star", "qplex", "qtran", "recognizer", "recurrent"),
+        ("coordination", "mixers", "q_star", "qplex", "qtran", "recognizer", "recurrent"),
         ("blocked_recurrent",),
         ("agent",),
     ),
@@ -39,7 +42,7 @@ INSIDE = {
     "algos": (
         ("base",),
         ("q_learning",),
-        ("actor_critic", "factored", "iql", "ppo", "qtran"),
+        ("actor_critic", "dcg", "factored", "iql", "ppo", "qtran"),
         ("maddpg", "masac", "qmix", "qplex"),
         ("wqmix",),
         ("powqmix", "resq"),
