@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tests.parity import environment_cases, learner_cases
+from tests.parity import environment_cases, learner_cases, messages_cases
 from tests.parity.comparison import Report
 from tests.parity.learner_cases import CannotRun
 from wqmix_jax.networks.functional import BlockForm, unroll_in_blocks
@@ -72,8 +72,15 @@ def is_environment(path: Path) -> bool:
     return path.name.startswith("env_")
 
 
+def holds_messages(path: Path) -> bool:
+    """Returns True for a recording of joint actions that DCG's messages find, which has no learner."""
+    return path.name.startswith("learner_dcg_greedy_")
+
+
 def precisions(path: Path) -> tuple[str, ...]:
     """In what a file is run."""
+    if holds_messages(path):
+        return messages_cases.PRECISIONS
     return ("exact",) if is_environment(path) else PRECISIONS
 
 
@@ -100,6 +107,8 @@ def run(path: Path, precision: str) -> Report:
     file = load(path)
     if is_environment(path):
         return environment_cases.compare(file.arrays, file.config)
+    if holds_messages(path):
+        return messages_cases.compare(file.arrays, file.config, precision)
     case = learner_case(path, file.config)
     with unroll_in_blocks(BLOCK_FORM if precision.endswith(BLOCKS) else None):
         return learner_cases.compare(case, file.arrays, file.config, precision.removesuffix(BLOCKS))

@@ -66,6 +66,10 @@ CASES: Mapping[str, Case] = {
     "resq": Case("resq", {"residual_sign": "none"}),
     "resq_mse": Case("resq"),
     "powqmix": Case("powqmix"),
+    "dcg": Case("dcg"),
+    "dcg_v": Case("dcg"),
+    "dcg_rank": Case("dcg"),
+    "dcg_v_rank": Case("dcg"),
 }
 """By the names in the recordings."""
 
@@ -95,6 +99,12 @@ SIZES = {
     "v_embed_dim": "recognizer_v_dim",
     "lambda_hypernet_embed_dim": "recognizer_hypernet_dim",
     "lambda_mixing_embed_dim": "recognizer_embed_dim",
+    "cg_edges": "graph",
+    "cg_payoff_rank": "payoff_rank",
+    "duelling": "duelling",
+    "msg_iterations": "iterations",
+    "msg_anytime": "anytime",
+    "msg_normalized": "normalised",
 }
 """The recordings' options with a counterpart of ours."""
 
@@ -154,6 +164,9 @@ UNUSUAL_NAMES = {
     "/mixer/hyper_b2.": "/mixer/V.",
 }
 """Parts of names in POWQMIX's recordings, whose code comes from PyMARL2, and the usual ones."""
+
+DCG_NAMES = {"utility/0.": "agent/fc2.", "payoff/": "payoffs/"}
+"""The beginnings of names in DCG's recordings, and in `pymarl.NETS`: its agents have their last layer outside."""
 
 AGENTS = {name: pymarl.NETS[name].ours for name in ("agent", "central_agent", "rest_agent")}
 """PyMARL's recurrent agents and their names here."""
@@ -322,7 +335,11 @@ def build_algorithm(case: str, config: Mapping[str, Any]) -> Algorithm:
     base = _base(CASES[case].algo)
     own = {field.name for field in dataclasses.fields(base)}
     recorded = {ours: config[theirs] for theirs, ours in SIZES.items() if theirs in config and ours in own}
-    sizes = {option: type(getattr(base, option))(WORDS.get(value, value)) for option, value in recorded.items()}
+    like = {option: getattr(base, option) for option, value in recorded.items() if value is not None}
+    sizes = {
+        option: WORDS.get(value, value) if like.get(option) is None else type(like[option])(WORDS.get(value, value))
+        for option, value in recorded.items()
+    }
     return dataclasses.replace(base, **CASES[case].options, **sizes)
 
 
@@ -463,9 +480,10 @@ def _without_nets(arrays: Arrays, nets: Set[str]) -> dict[str, np.ndarray]:
 
 def _params(group: str, like: PyTree, arrays: Arrays, dtype: str) -> PyTree:
     """The recorded parameters in our tree, which they must fill; a target net that isn't recorded is a copy."""
-    tensors = _by_net(_group(arrays, group))
+    names = DCG_NAMES if "payoff" in like else {}
+    tensors = _by_net(_group(arrays, group), names)
     if group == "target":
-        tensors = _by_net(_group(arrays, "params")) | tensors
+        tensors = _by_net(_group(arrays, "params"), names) | tensors
     nets = {net: pymarl.NETS[net].ours if net in pymarl.NETS else None for net in tensors}
     for net, ours in nets.items():
         if ours not in like:
@@ -481,22 +499,32 @@ def _params(group: str, like: PyTree, arrays: Arrays, dtype: str) -> PyTree:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), trees)
 
 
-def _by_net(recorded: Arrays) -> dict[str, dict[str, np.ndarray]]:
-    """Maps each net's name to its tensors."""
+def _by_net(recorded: Arrays, names: Mapping[str, str]) -> dict[str, dict[str, np.ndarray]]:
+    """Maps each net's name to its tensors, after the beginnings of names are changed to ``names``."""
     tensors: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in recorded.items():
-        net, _, rest = name.partition("/")
+        net, _, rest = _renamed(name, names).partition("/")
         tensors.setdefault(net, {})[rest] = tensor
     return tensors
 
 
 def _by_recorded_name(tree: PyTree) -> dict[str, np.ndarray]:
-    return {
+    arrays = {
         f"{name}/{tensor}": array
         for name, net in pymarl.NETS.items()
         if net.ours in tree
         for tensor, array in pymarl.to_pymarl(name, tree[net.ours]).items()
     }
+    if "payoff" not in tree:
+        return arrays
+    theirs = {ours: theirs for theirs, ours in DCG_NAMES.items()}
+    return {_renamed(name, theirs): array for name, array in arrays.items()}
+
+
+def _renamed(name: str, beginnings: Mapping[str, str]) -> str:
+    """Returns a name with another beginning, if it has one of these."""
+    found = [old for old in beginnings if name.startswith(old)]
+    return beginnings[found[0]] + name.removeprefix(found[0]) if found else name
 
 
 def _values(ran: Run, expected: Arrays) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -553,6 +581,8 @@ def _step_values(ran: Run, expected: Arrays) -> dict[str, np.ndarray]:
         negative = np.minimum(per_step("nopt_error"), 0)
         steps |= {"masked_opt_error": per_step("opt_error") * mask}
         steps |= {"nopt_error": negative, "masked_nopt_error": negative * mask}
+    if "payoffs" in values:
+        steps |= {"mac_out": per_step("q_tot"), "target_out": per_step("next_value")}
     if "central_agent" in ran.utilities:
         central = ran.utilities["central_agent"][:, :-1]
         steps["central_chosen_action_qvals_agents"] = _taken(central, actions)[..., None]
@@ -625,6 +655,11 @@ def _state_values(ran: Run) -> dict[str, tuple[np.ndarray, str]]:
         at_all_states = np.concatenate([values["greedy_value"], values["next_value"][:, -1:]], axis=1)
         name = "target_max_qvals" if "rest_agent" in ran.utilities else "target_central_q_tot"
         states[name] = at_all_states[..., None], "valued"
+    if "payoffs" in values:  # DCG's `mac_out` is its value, of steps
+        del states["mac_out"]
+        states |= {"f_i": (agent_qs, "seen"), "f_ij": (values["payoffs"], "seen"), "hidden": (values["hidden"], "seen")}
+        states |= {"target_f_i": (target_qs, "seen"), "target_f_ij": (values["target_payoffs"], "seen")}
+        states |= {"target_hidden": (values["target_hidden"], "seen"), "greedy": (greedy, "decided")}
     if "objectives" in values:  # MADDPG's are the critic's, of steps
         del states["target_chosen_qvals"]
     return states | (_policy_state_values(ran) if "policy" in values else {})

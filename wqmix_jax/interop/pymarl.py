@@ -109,6 +109,7 @@ _RECOGNIZER = (
     | _layers("hyper_w_1", "lambda_hypernet.hyper_w_1", 3)
     | _layers("hyper_w_final", "lambda_hypernet.hyper_w_final", 3)
 )
+_PAYOFFS = _linear(layer_0="0", layer_1="2", layer_2="4", layer_3="6")
 
 NETS: Mapping[str, Net] = {
     "agent": Net("agent", _AGENT_LAYOUTS, optional=False),
@@ -118,8 +119,14 @@ NETS: Mapping[str, Net] = {
     "rest_agent": Net("residual_agent", _AGENT_LAYOUTS, optional=True),
     "rest_mixer": Net("residual_mixer", (_CENTRAL_MIXER,), optional=True),
     "recognizer": Net("recognizer", (_RECOGNIZER,), optional=True),
+    "payoffs": Net("payoff", (_PAYOFFS,), optional=True),
+    "state_value": Net("state_value", (_linear(hidden="0", out="2"),), optional=True),
 }
-"""The nets by PyMARL's names, which are also the names of the files (with ``.th``)."""
+"""The nets by PyMARL's names, which are also the names of the files (with ``.th``).
+
+The last two are DCG's. Its authors' code keeps the agents' last layer, ``fc2`` in ``agent.th`` here, in
+``utilities.th``.
+"""
 
 
 def from_pymarl(net: str, tensors: Mapping[str, np.ndarray], like: PyTree, *, source: str = "") -> PyTree:
