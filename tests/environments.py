@@ -147,6 +147,13 @@ def tiny_maddpg(**changes: Any) -> Algorithm:
     return build("algo", {"_target_": "wqmix_jax.algos.maddpg.MADDPG", **AGENT, **TINY, **AGENT, **own, **changes})
 
 
+def tiny_dcg(**changes: Any) -> Algorithm:
+    """DCG, whose agents act together, with narrow nets."""
+    graph = {"graph": "full", "payoff_rank": None, "payoff_layers": 0, "duelling": True, "mixer_embed_dim": 4}
+    messages = {"iterations": 4, "anytime": True, "normalised": True}
+    return build("algo", {"_target_": "wqmix_jax.algos.dcg.DCG", **TD, **graph, **messages, **changes})
+
+
 def tiny_run(algo: Algorithm, env: Environment, **changes: Any) -> Any:
     """A run of a few small episodes."""
     from wqmix_jax.config import CheckpointOptions, LoggerOptions, RunConfig, run_defaults

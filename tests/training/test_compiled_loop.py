@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.environments import TINY, Clock, tiny_maddpg, tiny_masac, tiny_resq, tiny_run, tiny_wqmix
+from tests.environments import TINY, Clock, tiny_dcg, tiny_maddpg, tiny_masac, tiny_resq, tiny_run, tiny_wqmix
 from tests.training.test_replay import plain_episode, stacked
 from wqmix_jax.algos.base import Aux
 from wqmix_jax.algos.wqmix import WQMIX
@@ -371,8 +371,9 @@ def same_to_rounding(one, other, where=slice(None)):
         tiny_wqmix(**FIVE, returns="n_step", standardise_rewards=True),
         tiny_wqmix(**FIVE, returns="q_lambda", **OPTIONS),
         tiny_resq(**FIVE, returns="td_lambda"),
+        tiny_dcg(**FIVE),
     ],
-    ids=["td_lambda", "sarsa_lambda", "masac", "maddpg", "n_step", "options", "resq"],
+    ids=["td_lambda", "sarsa_lambda", "masac", "maddpg", "n_step", "options", "resq", "dcg"],
 )
 def test_short_episodes_that_share_rows_teach_what_they_teach_apart(algo, monkeypatch):
     """A tile of four rows and one of two, which reaches past the last and where the second seed has no step."""
@@ -391,8 +392,9 @@ def test_short_episodes_that_share_rows_teach_what_they_teach_apart(algo, monkey
         ("tpu", "bounded", tiny_maddpg(**FIVE), LENGTHS),
         ("tpu", "bounded", tiny_wqmix(**FIVE, returns="q_lambda", **OPTIONS), LENGTHS),
         ("tpu", "bounded", tiny_resq(**FIVE, returns="td_lambda"), LENGTHS),
+        ("tpu", "bounded", tiny_dcg(**FIVE), LENGTHS),
     ],
-    ids=["tpu bounded", "gpu bounded", "tpu cut", "gpu cut", "maddpg", "options", "resq"],
+    ids=["tpu bounded", "gpu bounded", "tpu cut", "gpu cut", "maddpg", "options", "resq", "dcg"],
 )
 def test_accelerators_learn_what_a_cpu_learns(platform, batches, algo, lengths):
     """Nets are unrolled in blocks; bounded batches as far as the longest episode of all seeds."""

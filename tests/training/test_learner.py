@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.environments import AGENT, QMIX, TD, TINY, Clock, tiny_powqmix, tiny_resq, tiny_wqmix
+from tests.environments import AGENT, QMIX, TD, TINY, Clock, tiny_dcg, tiny_powqmix, tiny_resq, tiny_wqmix
 from wqmix_jax.algos.actor_critic import ActorCritic
 from wqmix_jax.algos.base import Context, hyperparams
+from wqmix_jax.algos.dcg import DCG
 from wqmix_jax.algos.iql import IQL
 from wqmix_jax.algos.masac import MASAC
 from wqmix_jax.algos.q_learning import gather_actions, seen_after
@@ -56,6 +57,7 @@ def every_algorithm():
         "qatten": build("algo", qmix | {"mixer": "qatten"}),
         "qplex": build("algo", qplex),
         "qtran": build("algo", qtran | {"lambda_opt": 1.0, "lambda_nopt": 10.0}),
+        "dcg": tiny_dcg(),
         "cw_qmix": tiny_wqmix(),
         "ow_qmix": tiny_wqmix(weighting="optimistic"),
         "attention": tiny_wqmix(q_star="attention"),
@@ -70,6 +72,9 @@ def every_algorithm():
 def value_of(algo, params, batch, joint_action):
     """The estimate that targets bootstrap from, of a joint action after each step."""
     seen = seen_after(batch)
+    if isinstance(algo, DCG):
+        values = graph_values_of(algo, params, batch)
+        return algo.q_value(params, jax.tree.map(lambda leaf: leaf[:, 1:], values), joint_action, seen.state)
     if isinstance(algo, QTRAN):
         [unrolled] = algo.unroll_nets(batch, [params["agent"]], keeps_hiddens=True)
         return algo.joint_value(params["mixer"], unrolled.hiddens[:, 1:], joint_action, seen).q
@@ -82,6 +87,19 @@ def value_of(algo, params, batch, joint_action):
         net = "agent" if algo.q_star == "none" else "q_star_agent"
         return algo.central_estimate(params, algo.unroll(params[net], batch)[:, 1:], joint_action, seen)
     return algo.mix(params["mixer"], algo.unroll(params["agent"], batch)[:, 1:], joint_action, seen)[0]
+
+
+def graph_values_of(algo, params, batch):
+    """DCG's utilities and payoffs at all states."""
+    [unrolled] = algo.unroll_nets(batch, [params["agent"]], keeps_hiddens=True)
+    return algo.graph_values(params, unrolled)
+
+
+def greedy_of(algo, params, batch):
+    """The greedy joint actions at all states, ``[B, T+1, N]``."""
+    if isinstance(algo, DCG):
+        return algo.greedy(graph_values_of(algo, params, batch), batch.avail_actions)
+    return greedy_actions(algo.unroll(params["agent"], batch), batch.avail_actions)
 
 
 @pytest.fixture(params=every_algorithm().items(), ids=lambda item: item[0])
@@ -222,7 +240,7 @@ def test_q_star_is_a_constant_to_qtrans_q_tot():
     assert reached["agent"]["encoder"]["kernel"]
 
 
-LAMBDA_LEARNERS = ("iql", "qplex", "qtran", "ow_qmix", "qmix_cw")
+LAMBDA_LEARNERS = ("iql", "qplex", "qtran", "dcg", "ow_qmix", "qmix_cw")
 
 
 @pytest.mark.parametrize("name", LAMBDA_LEARNERS)
@@ -232,8 +250,7 @@ def test_lambda_targets_of_padded_episodes(name, returns):
     algo = dataclasses.replace(every_algorithm()[name], returns=returns, td_lambda=0.5)
     params, target = params_and_target(algo)
     batch = batch_of([2, 3], [False, True])
-    agent_qs = algo.unroll(params["agent"], batch)
-    greedy = greedy_actions(agent_qs, batch.avail_actions)[:, 1:]
+    greedy = greedy_of(algo, params, batch)[:, 1:]
     not_greedy = (greedy[0, 1] + 1) % ENV.spec.num_actions  # in the padding: were it read as taken, it would show
     batch = batch._replace(joint_action=batch.joint_action.at[0, 2].set(not_greedy))
     _, aux = loss_of(algo, params, target, batch)
@@ -275,7 +292,7 @@ def test_q_lambda_corrects_actions_that_are_not_greedy(name, returns):
     algo = dataclasses.replace(every_algorithm()[name], returns=returns, td_lambda=0.5)
     params, target = params_and_target(algo)
     batch = batch_of([2, 4], [False, True])
-    greedy = greedy_actions(algo.unroll(params["agent"], batch), batch.avail_actions)
+    greedy = greedy_of(algo, params, batch)
     _, aux = loss_of(algo, params, target, batch)
     following = np.array(value_of(algo, target, batch, greedy[:, 1:]))
     best = np.array(value_before(algo, target, batch, greedy[:, :-1]))
@@ -306,7 +323,7 @@ def test_n_step_targets_end_with_the_episode(name):
     algo = dataclasses.replace(every_algorithm()[name], returns="n_step", n_steps=3)
     params, target = params_and_target(algo)
     batch = batch_of([2, 4], [False, True])
-    greedy = greedy_actions(algo.unroll(params["agent"], batch), batch.avail_actions)
+    greedy = greedy_of(algo, params, batch)
     _, aux = loss_of(algo, params, target, batch)
     value, r, y = (
         np.array(value_of(algo, target, batch, greedy[:, 1:])),
@@ -319,16 +336,19 @@ def test_n_step_targets_end_with_the_episode(name):
     close(y[1, 1], np.broadcast_to(r[1, 1] + 0.9 * r[1, 2] + 0.81 * r[1, 3], y[1, 1].shape))
 
 
-@pytest.mark.parametrize("name", ["iql", "vdn", "qplex", "qtran", "ow_qmix", "cw_qmix", "qmix_cw", "resq", "powqmix"])
+@pytest.mark.parametrize(
+    "name", ["iql", "vdn", "qplex", "qtran", "ow_qmix", "cw_qmix", "qmix_cw", "resq", "powqmix", "dcg"]
+)
 def test_without_double_q_the_target_agents_choose(name):
     """Other online utilities don't change the targets, those of the target agents do."""
     algo = dataclasses.replace(every_algorithm()[name], double_q=False)
     params, target = params_and_target(algo)
     batch = batch_of([4, 3], [False, False])
     _, aux = loss_of(algo, params, target, batch)
-    _, other = loss_of(algo, params | {"agent": target["agent"]}, target, batch)
+    acting = params | algo.acting_params(target)
+    _, other = loss_of(algo, acting, target, batch)
     np.testing.assert_allclose(aux.values["td_target"], other.values["td_target"], rtol=1e-6)
-    greedy = greedy_actions(algo.unroll(target["agent"], batch), batch.avail_actions)[:, 1:]
+    greedy = greedy_of(algo, target, batch)[:, 1:]
     following = np.array(value_of(algo, target, batch, greedy))
     axes = (...,) + (None,) * (following.ndim - 2)
     np.testing.assert_allclose(aux.values["td_target"], batch.reward[axes] + 0.9 * following, rtol=1e-5, atol=1e-6)

@@ -59,7 +59,7 @@ def test_priorities_by_formula() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["iql", "hysteretic", "vdn", "qplex", "qtran", "ow_qmix", "cw_qmix", "qmix_cw", "resq", "powqmix"]
+    "name", ["iql", "hysteretic", "vdn", "qplex", "qtran", "ow_qmix", "cw_qmix", "qmix_cw", "resq", "powqmix", "dcg"]
 )
 def test_a_loss_weighs_episodes(name: str) -> None:
     """Its value is the sum over episodes of weight times loss times steps, divided by all steps."""

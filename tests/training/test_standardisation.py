@@ -81,7 +81,7 @@ def test_a_loss_sees_scaled_or_standardised_rewards(name: str) -> None:
         np.testing.assert_allclose(aux.values["td_target"][0], its_aux.values["td_target"][0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["iql", "vdn", "qplex", "cw_qmix", "qtran", "resq", "powqmix"])
+@pytest.mark.parametrize("name", ["iql", "vdn", "qplex", "cw_qmix", "qtran", "resq", "powqmix", "dcg"])
 @pytest.mark.parametrize("returns", ["one_step", "td_lambda", "q_lambda"])
 def test_networks_learn_standardised_returns_of_plain_rewards(name: str, returns: str) -> None:
     """With mean 3 and deviation 2: the value 3 + 2 V of the next state is bootstrapped from."""
