@@ -222,7 +222,10 @@ class Algorithm(abc.ABC):
     def act(
         self, params: PyTree, carry: PyTree, inputs: AgentInputs, hp: Hyperparams, ctx: Context, key: PRNGKey
     ) -> tuple[Array, PyTree]:
-        """Chooses the joint action ``[.., N]`` int32 from local inputs alone, and updates the recurrent state."""
+        """Chooses the joint action ``[.., N]`` int32, and updates the recurrent state.
+
+        Each agent acts on its own inputs alone, unless the class says that execution is centralised.
+        """
 
     def sample_act_noise(self, key: PRNGKey, shape: tuple[int, ...]) -> PyTree:
         """Draws all random numbers of one `act`; by default they are the key itself, from which `act` draws.

@@ -171,7 +171,9 @@ class PolicyCarry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class GreedyPolicy:
-    """The greedy policy of one member: each agent acts on its own observations; all functions are pure.
+    """The greedy policy of one member; all functions are pure.
+
+    Each agent acts on its own observations, unless the class of ``algo`` says that execution is centralised.
 
     Attributes:
         algo: the algorithm, with the member's values of swept options.
