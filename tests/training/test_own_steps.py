@@ -40,8 +40,10 @@ POWQMIX = tiny_powqmix(**FIVE, returns="td_lambda")
 class Overridden(WQMIX):
     """Overrides `update` by what it is by default."""
 
-    def update(self, *args: Any) -> tuple[Trained, Aux]:
-        return super().update(*args)
+    def update(
+        self, trained: Trained, target: Any, batch: Any, hp: Any, ctx: Any, noise: Any, step: Any
+    ) -> tuple[Trained, Aux]:
+        return super().update(trained, target, batch, hp, ctx, noise, step)
 
 
 @options

@@ -72,7 +72,7 @@ class POWQMIX(WQMIX):
         recognizer_embed_dim: inner width of the product that is lambda.
     """
 
-    weighting: Literal["potentially_optimal"]
+    weighting: Literal["potentially_optimal"]  # type: ignore[assignment] (none of WQMIX's applies)
     alpha: Fraction
     q_star: Literal["feedforward", "attention"]
     threshold: PositiveFloat

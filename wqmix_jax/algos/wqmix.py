@@ -168,11 +168,13 @@ class WQMIX(QMIX):
             next_actions = self.next_actions(to_bootstrap, batch)
             following = self.central_estimate(target, agent_qs[:, 1:], next_actions, seen_after(batch))
 
+        greedy_value = estimate[:, :-1]
+
         def value(joint_action: Array) -> Array:
             return self.central_estimate(target, agent_qs[:, :-1], joint_action, seen_before(batch))
 
         y = self.td_targets(batch, hp, following, self.correction(batch, to_bootstrap, value))
-        return Bootstrap(td_target=y, greedy_value=estimate[:, :-1], next_value=following)
+        return Bootstrap(td_target=y, greedy_value=greedy_value, next_value=following)
 
     def _weights(
         self, td_error: Array, y: Array, greedy: Array, bootstrap: Bootstrap, batch: Episode, hp: Hyperparams

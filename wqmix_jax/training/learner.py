@@ -134,12 +134,12 @@ def optimizer_step(algo: Algorithm, hp: Hyperparams) -> OptimizerStep:
         if name is not None:
             nets, opt_state = algo.optimizers()[name], opt_state[name]
             params, grads = ({net: tree[net] for net in nets} for tree in (params, grads))
-        max_norm, lr = hp.max_grad_norm if clips else jnp.inf, hp.lr if lr is None else lr
+        max_norm, rate = hp.max_grad_norm if clips else jnp.asarray(jnp.inf), hp.lr if lr is None else lr
         clipped, grad_norm = clip_by_joint_norm(grads, max_norm)
         if algo.clips_nets_apart:
             clipped = {net: clip_by_joint_norm(grads[net], max_norm)[0] for net in grads}
         updates, opt_state = optimizer(algo, hp).update(clipped, opt_state, params)
-        params = optax.apply_updates(params, jax.tree.map(lambda update: -lr * update, updates))
+        params = optax.apply_updates(params, jax.tree.map(lambda update: -rate * update, updates))
         if name is not None:
             params, opt_state = trained.params | params, trained.opt_state | {name: opt_state}
         return Trained(params, opt_state), grad_norm
