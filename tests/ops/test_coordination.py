@@ -124,6 +124,29 @@ def test_on_full_graphs_messages_find_the_recorded_share(file: int, how: dict[st
     assert np.isclose(found, best, rtol=1e-5).mean() == share
 
 
+def test_equally_good_actions_are_the_first_of_them() -> None:
+    sums = jnp.array([[1.0, 1.0 + 1e-6, 0.5], [1.0, 1.0 + 1e-4, 0.5], [jnp.nan, 1.0, 3.0]])
+    avail = jnp.array([[True, True, True], [True, True, True], [False, True, True]])
+    assert coordination._first_best(sums[:2], avail[:2]).tolist() == [0, 1]
+    assert coordination._first_best(sums[:1], avail[2:]).tolist() == [1]
+    assert coordination._first_best(sums[2:], avail[2:]).tolist() == [2]
+
+
+def test_rounding_decides_nothing_around_a_cycle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages meet the same terms in another order there, and some sums are equal to rounding."""
+    edges = named_edges("full", 3)
+    values, avail = problems(3, 3)
+    nudged = jax.tree.map(lambda leaf: leaf * (1 + 1.2e-7 * jax.random.normal(jax.random.key(1), leaf.shape)), values)
+
+    def differ() -> int:
+        one, other = (jax.jit(lambda v: greedy_joint_actions(v, avail, edges, **HOW))(v) for v in (values, nudged))
+        return int((one != other).any(-1).sum())
+
+    assert differ() == 0
+    monkeypatch.setattr(coordination, "TIE", 0)
+    assert differ() > 0
+
+
 def test_an_agent_without_an_action_may_take_all_and_disturbs_no_other_state() -> None:
     edges = named_edges("full", 4)
     values, avail = problems(4, len(edges))
