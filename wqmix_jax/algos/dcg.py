@@ -159,7 +159,11 @@ class DCG(TDLearner):
         loss = masked_mean_square(q_tot - y, batch.mask, batch.importance)
         means = {"q_tot": q_tot, "td_target": y}
         metrics = {"loss": loss} | {f"{name}_mean": masked_mean(each, batch.mask) for name, each in means.items()}
-        aux = {"agent_qs": values.utilities, "payoffs": values.payoffs, "target_payoffs": target_values.payoffs}
+        aux: dict[str, Any] = {
+            "agent_qs": values.utilities,
+            "payoffs": values.payoffs,
+            "target_payoffs": target_values.payoffs,
+        }
         aux |= {"hidden": nets[0].hiddens, "target_hidden": nets[1].hiddens, "greedy_actions": greedy}
         aux |= {"q_tot": q_tot, "td_target": y, "next_value": next_value, "td_error": q_tot - y}
         return loss, Aux(metrics, aux)
