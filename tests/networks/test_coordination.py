@@ -24,7 +24,7 @@ def of_one_order(params: Any, form: dict[str, Any], one: Any, other: Any) -> Any
     """The network's matrix for [h_i; h_j], from its definition."""
     outputs = np.concatenate([one, other], axis=-1)
     for layer in range(len(params)):
-        weights = params[f"layer_{layer}"]
+        weights = jax.tree.map(np.asarray, params[f"layer_{layer}"])
         outputs = (np.maximum(outputs, 0) if layer else outputs) @ weights["kernel"] + weights["bias"]
     if "rank" not in form:
         return outputs.reshape(-1, 5, 5)
