@@ -97,10 +97,11 @@ def main() -> None:
     rows: list[Row] = []
     for job in jobs(args.overrides, args.hlo):
         for row in compiled_in_process(job):
+            loops = row.pop("loops")  # printed only: they would be most of the file
             rows.append(row)
             print(summary(row), flush=True)
             if args.loops:
-                print("\n".join(row["loops"]))
+                print("\n".join(loops))
         args.out.write_text(json.dumps([header(), *rows], indent=1) + "\n")
     print()
     text_table.show([cells(row) for row in rows])

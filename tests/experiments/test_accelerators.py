@@ -10,6 +10,7 @@ import pytest
 from experiments.benchmarks import accelerator_targets, accelerators, hlo
 from experiments.benchmarks.accelerator_targets import Target, find_target, version_of
 from experiments.benchmarks.accelerators import Job, assumed_trips, buffer_numbers, cells, compiled_in_process, notes
+from tests.running import ROOT
 from wqmix_jax import load_config
 
 
@@ -252,6 +253,7 @@ def test_the_numbers_are_printed_and_written(
     assert header["command"].startswith("python -m experiments.accelerators target=tpu:v6e algo=vdn")
     assert header["versions"]["jax"]
     assert [row["fits"] for row in rows] == [True, False]
+    assert not any("loops" in row for row in rows)
 
 
 def test_targets_that_the_compiler_refuses_end_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,3 +265,19 @@ def test_targets_that_the_compiler_refuses_end_in_one_line(monkeypatch: pytest.M
     monkeypatch.setattr(accelerator_targets.topologies, "get_topology_desc", refuse)
     with pytest.raises(ValueError, match=r"^target=tpu:v5e:9x9 is not allowed: INVALID_ARGUMENT: no such topology$"):
         accelerator_targets.sharding_of(target, 1)
+
+
+def test_the_page_has_the_recorded_numbers_of_every_algorithm() -> None:
+    _, *rows = json.loads(accelerators.OUT.read_text())
+    found = {(row["target"], row["algo"], row["num_seeds"]): row for row in rows}
+    assert all(row["fits"] and not row["replay_copies"] for row in rows)
+    page = (ROOT / "docs" / "pages" / "accelerators.md").read_text()
+    for algo in {row["algo"] for row in rows}:
+        gpu, tpu = (found[target, algo, 8] for target in ("cuda:h100", "tpu:v5e"))
+        temporaries = [
+            " / ".join(f"{found[target, algo, seeds]['temporary_bytes_per_seed'] / 1e6:.0f}" for seeds in (1, 8, 64))
+            for target in ("cuda:h100", "tpu:v5e")
+        ]
+        kernels = f"{gpu['kernels_per_learner_call']:,.0f} | {gpu['kernels_per_iteration']:,.0f}"
+        compiled = f"{tpu['compile_cpu_seconds']:.0f} | {tpu['code_bytes'] / 1e6:.1f}"
+        assert f"| `{algo}` | {kernels} | {temporaries[0]} | {compiled} | {temporaries[1]} |" in page
