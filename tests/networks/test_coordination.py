@@ -20,7 +20,7 @@ def drawn(edges: Any, form: dict[str, Any]) -> tuple[PairPayoffs, Any]:
     return net, init_net(net, jax.random.key(1), HIDDEN)
 
 
-def of_one_order(params: Any, form: dict[str, Any], one: Any, other: Any) -> Any:
+def one_order(params: Any, form: dict[str, Any], one: Any, other: Any) -> Any:
     """The network's matrix for [h_i; h_j], from its definition."""
     outputs = np.concatenate([one, other], axis=-1)
     for layer in range(len(params)):
@@ -40,7 +40,7 @@ def test_a_payoff_is_the_mean_of_both_orders(form: dict[str, Any]) -> None:
     assert payoffs.shape == (6, 3, 5, 5)
     for edge, (i, j) in enumerate(edges):
         one, other = HIDDEN[:, i], HIDDEN[:, j]
-        expected = of_one_order(params, form, one, other), of_one_order(params, form, other, one)
+        expected = one_order(params, form, one, other), one_order(params, form, other, one)
         expected = (expected[0] + expected[1].swapaxes(1, 2)) / 2
         np.testing.assert_allclose(payoffs[:, edge], expected, rtol=1e-4, atol=1e-5)
 

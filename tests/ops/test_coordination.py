@@ -51,7 +51,7 @@ def test_a_value_is_the_mean_utility_plus_the_mean_payoff() -> None:
 
 
 def test_messages_of_two_agents_by_hand() -> None:
-    """Utilities are divided by the two agents. What one tells the other is its best answer to each action."""
+    """Utilities are divided by the two agents. A message says how good the best answer to each action is."""
     own = BY_HAND.utilities / 2  # [0.5, 0] and [0, 1]
     plain = coordination._sums_with_messages(own, BY_HAND.payoffs, PAIR, 2, normalised=False)
     # To agent 1: max(0.5 + 4, 2), max(0.5, 6); to agent 0: max(4, 1), max(2, 1 + 6). Both are then the best values that

@@ -36,7 +36,7 @@ class PairPayoffs(nn.Module):
         kernel, bias = Linear(widths[0], name="layer_0").weights(2 * hidden.shape[-1])
         parts = [product(hidden, part) for part in jnp.split(kernel, 2)]  # [.., N, F]
         both_orders = np.array([*self.edges, *(edge[::-1] for edge in self.edges)])  # [2E, 2]
-        one, other = (_of_agents(part, agents) for part, agents in zip(parts, both_orders.T, strict=True))
+        one, other = (_features_by_number(part, agents) for part, agents in zip(parts, both_orders.T, strict=True))
         outputs = one + other + bias.reshape((1,) * (hidden.ndim - 1) + (-1,))  # [.., 2E, F]
         for layer, width in enumerate(widths[1:], start=1):
             outputs = Linear(width, name=f"layer_{layer}")(nn.relu(outputs))
@@ -51,7 +51,7 @@ class PairPayoffs(nn.Module):
         return jnp.einsum("...ka,...kb->...ab", vectors[..., 0, :], vectors[..., 1, :])
 
 
-def _of_agents(features: Array, agents: np.ndarray) -> Array:
+def _features_by_number(features: Array, agents: np.ndarray) -> Array:
     """Returns the features of each of the agents: ``[.., N, F]``, ``[K]`` -> ``[.., K, F]``."""
     # An exact product, since a gather's gradient is a scatter, which is slow on every backend.
     is_agent = jnp.asarray(agents[:, None] == np.arange(features.shape[-2]), features.dtype)
