@@ -84,7 +84,7 @@ def test_options_without_effect_are_known() -> None:
 def test_agents_play_what_the_loss_calls_greedy(options: dict[str, Any]) -> None:
     """Step by step along an episode, and so also with the right hidden states."""
     algo = tiny_dcg(**options)
-    params, target = params_and_target(algo)
+    params, target = jax.tree.map(lambda leaf: 4 * leaf, params_and_target(algo))  # so that what is greedy varies
     batch = batch_of([4] * 8, [False] * 8)
     noise = algo.sample_noise(jax.random.key(0), batch)
     expected = algo.loss(params, target, batch, hyperparams(algo), CTX, noise)[1].values["greedy_actions"]
