@@ -5,10 +5,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from wqmix_jax.algos.base import AgentInputs, Algorithm, Aux, Context
+from wqmix_jax.algos.base import AgentInputs, Algorithm, Aux, Context, hyperparams, with_values
 from wqmix_jax.config import load_group
 from wqmix_jax.envs.base import Environment
+from wqmix_jax.ops.moments import no_moments
 from wqmix_jax.options import build, options
+from wqmix_jax.training.batch_gradients import return_moments
+from wqmix_jax.training.learner import standardised
 from wqmix_jax.types import Array, EnvSpec, Observation, StepOutcome
 
 
@@ -145,6 +148,22 @@ def tiny_maddpg(**changes: Any) -> Algorithm:
     """MADDPG with narrow nets."""
     own = {"gumbel_temperature": 0.5, "q_star_dim": 6}
     return build("algo", {"_target_": "wqmix_jax.algos.maddpg.MADDPG", **AGENT, **TINY, **AGENT, **own, **changes})
+
+
+def tiny_ppo(**changes: Any) -> Algorithm:
+    """MAPPO with narrow nets; ``num_envs`` must be the size of its buffer."""
+    own = load_group("algo", "mappo") | {"hidden_dim": 5, "batch_size": 2, "buffer_size": 4, "gamma": 0.9}
+    return build("algo", own | changes)
+
+
+def hp_of_loss(algo: Algorithm, target: Any, batch: Any) -> Any:
+    """The traced options with what a loss reads in addition, for the first iteration of an on-policy algorithm."""
+    hp = hyperparams(algo)
+    if not algo.target_has_played:
+        return hp
+    moments = {name: no_moments() for name in standardised(algo)}
+    hp = with_values(hp, return_moments(moments) | return_moments(moments, "played_"))
+    return with_values(hp, algo.played_means(target, batch, hp).metrics)
 
 
 def tiny_dcg(**changes: Any) -> Algorithm:

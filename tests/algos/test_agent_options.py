@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.algos.test_algorithms import ALGORITHMS, PREDATOR_PREY
+from tests.algos.test_algorithms import ALGORITHMS, PREDATOR_PREY, small_hunt
 from tests.environments import Clock
 from tests.running import main, timeless
 from wqmix_jax import evaluate, load_config, load_metrics, load_policy, train_seeds
@@ -41,7 +41,7 @@ GROUPS = (*EVERY_OPTION, "algo.last_action=false")
     ],
 )
 def test_every_algorithm_trains_with_them(algo: str, options: tuple[str, ...], tmp_path: Path) -> None:
-    assert main(f"+algo={algo}", *PREDATOR_PREY, *options, f"run_dir={tmp_path}") == 0
+    assert main(f"+algo={algo}", *small_hunt(algo), *options, f"run_dir={tmp_path}") == 0
     for seed in (0, 1):
         last = load_metrics(tmp_path, kind="train", seed=seed)[-1]
         assert last["learner_steps"] >= 4

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from experiments.table2 import exploration
-from tests.environments import Clock, Leaver, Recall
+from tests.environments import Clock, Leaver, Recall, hp_of_loss
 from tests.running import main
 from wqmix_jax import load_config, load_metrics, train_seeds
 from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, hyperparams, skips_padding
@@ -48,6 +48,15 @@ PREDATOR_PREY = (
     "logger.progress=false",
 )
 
+
+def small_hunt(algo: str) -> tuple[str, ...]:
+    """`PREDATOR_PREY`, of whose episodes an on-policy algorithm learns from those just played: 3, twice."""
+    if not load_config(f"+algo={algo}").algo.is_on_policy:
+        return PREDATOR_PREY
+    kept = (option for option in PREDATOR_PREY if not option.startswith(("algo.batch_size", "algo.buffer_size")))
+    return (*kept, "num_envs=3", "updates_per_iteration=2")
+
+
 PAYOFF = ((1.0, 3.0), (2.0, 4.0))
 """A game that is a sum of what each agent does, so that every algorithm can represent it."""
 
@@ -59,7 +68,7 @@ def all_but_slow(fast: tuple[str, ...]) -> list[Any]:
 
 @pytest.mark.parametrize("algo", all_but_slow(RUN_FAST))
 def test_runs_from_the_command_line_on_predator_prey_with_two_seeds(algo: str, tmp_path: Path) -> None:
-    assert main(f"+algo={algo}", *PREDATOR_PREY, f"run_dir={tmp_path}") == 0
+    assert main(f"+algo={algo}", *small_hunt(algo), f"run_dir={tmp_path}") == 0
     for seed in (0, 1):
         last = load_metrics(tmp_path, kind="train", seed=seed)[-1]
         assert last["env_steps"] >= 30
@@ -105,7 +114,7 @@ def test_a_batchs_gradient_is_the_mean_of_its_parts_by_their_steps(algo: str) ->
     learner = init_learner(config.algo, config.algo.init(keys[4], spec))
     ctx = Context(jnp.float32(0.5), jnp.int32(0), jnp.int32(0))
     noise = config.algo.sample_noise(keys[5], batch)
-    gradient, hp = jax.grad(config.algo.loss, has_aux=True), hyperparams(config.algo)
+    gradient, hp = jax.grad(config.algo.loss, has_aux=True), hp_of_loss(config.algo, learner.target, batch)
 
     @jax.jit
     def call(batch: Episode, noise: Any) -> Any:
@@ -179,7 +188,8 @@ def test_an_agent_without_an_available_action_is_harmless(algo: str) -> None:
     for env in (Leaver(episode_limit=5, ends_from=9), Clock(episode_limit=5, ends_from=9)):
         batch = replayed(env)
         noise = made.sample_noise(jax.random.key(2), batch)
-        grads, aux = gradient(learner.params, learner.target, batch, hyperparams(made), ctx, noise)
+        hp = hp_of_loss(made, learner.target, batch)
+        grads, aux = gradient(learner.params, learner.target, batch, hp, ctx, noise)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
         sizes.append((abs(float(aux.metrics["loss"])), float(optax.tree.norm(grads))))
     np.testing.assert_array_less(sizes[0], 3 * np.array(sizes[1]) + 1)
@@ -208,8 +218,10 @@ def build_small(algo: str) -> Algorithm:
 
 def small_run(algo: str, env: Any, total_env_steps: int) -> RunConfig:
     """The algorithm's own options with narrow nets and fast learning, on what is played at random."""
-    options = ("algo.lr=0.005", "algo.batch_size=64", "algo.buffer_size=512")
-    config = load_config(f"+algo={algo}", *options, *exploration(algo))
+    options = ("algo.lr=0.005", "algo.batch_size=64", "algo.buffer_size=512", *exploration(algo))
+    if load_config(f"+algo={algo}").algo.is_on_policy:  # what it plays is its own policy, from 16 episodes at a time
+        options = ("algo.lr=0.001",)
+    config = load_config(f"+algo={algo}", *options)
     widths = {field.name: 16 for field in dataclasses.fields(config.algo) if field.name.endswith("_dim")}
     return dataclasses.replace(
         config,
@@ -237,7 +249,8 @@ def known_values(config: RunConfig, params: PyTree) -> tuple[Any, Any]:
     batch = Episode(*both, joint_actions[:, None], reward, discount=0 * ones, mask=ones)
     zero = jnp.int32(0)
     ctx, noise = Context(jnp.float32(1), zero, zero), algo.sample_noise(jax.random.key(0), batch)
-    values = jax.jit(lambda p: algo.loss(p, p, batch, hyperparams(algo), ctx, noise)[1].values)(params)
+    hp = hp_of_loss(algo, params, batch)
+    values = jax.jit(lambda p: algo.loss(p, p, batch, hp, ctx, noise)[1].values)(params)
     for name in ("q_star", "q_tot"):
         if name in values:
             return values[name][:, 0], reward[:, 0]

@@ -114,7 +114,11 @@ def compose_evaluation(overrides: Sequence[str], config_dir: str | os.PathLike[s
     forced = [text if text.startswith(("env=", "algo=", "+", "~")) else f"++{text}" for text in plain]
     uses_yamls = "run_dir" not in keys_of(overrides)  # otherwise the run's algorithm and environment play
     with errors_in_one_line():
-        return _compose("evaluate", forced, config_dir, reports_replaced=uses_yamls)
+        composed = _compose("evaluate", forced, config_dir, reports_replaced=uses_yamls)
+    # An algorithm's yaml may set options of the run that trains it, which are of no use here.
+    allowed = {*yaml.safe_load((CONFIG_DIR / "evaluate.yaml").read_text()), *GROUPS, *composed.given}
+    unused = [name for name in RunConfig.__dataclass_fields__ if name not in allowed]  # type: ignore[attr-defined]
+    return composed._replace(values={name: each for name, each in composed.values.items() if name not in unused})
 
 
 def compose_search(overrides: Sequence[str], config_dir: str | os.PathLike[str] | None) -> dict[str, Any]:
