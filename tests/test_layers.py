@@ -44,7 +44,7 @@ INSIDE = {
         ("q_learning",),
         ("actor_critic", "dcg", "factored", "iql", "ppo", "qtran"),
         ("maddpg", "masac", "qmix", "qplex"),
-        ("wqmix",),
+        ("pqn", "wqmix"),
         ("powqmix", "resq"),
     ),
     "training": (

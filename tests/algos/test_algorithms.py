@@ -54,7 +54,7 @@ def small_hunt(algo: str) -> tuple[str, ...]:
     if not load_config(f"+algo={algo}").algo.is_on_policy:
         return PREDATOR_PREY
     kept = (option for option in PREDATOR_PREY if not option.startswith(("algo.batch_size", "algo.buffer_size")))
-    return (*kept, "num_envs=3", "updates_per_iteration=2")
+    return (*kept, "num_envs=3", "algo.batch_size=3", "updates_per_iteration=2")
 
 
 PAYOFF = ((1.0, 3.0), (2.0, 4.0))
@@ -217,10 +217,13 @@ def build_small(algo: str) -> Algorithm:
 
 
 def small_run(algo: str, env: Any, total_env_steps: int) -> RunConfig:
-    """The algorithm's own options with narrow nets and fast learning, on what is played at random."""
+    """The algorithm's own options with narrow nets and fast learning, on what is played at random.
+
+    On-policy algorithms play by their own policies, and learn from 16 episodes at a time.
+    """
     options = ("algo.lr=0.005", "algo.batch_size=64", "algo.buffer_size=512", *exploration(algo))
-    if load_config(f"+algo={algo}").algo.is_on_policy:  # what it plays is its own policy, from 16 episodes at a time
-        options = ("algo.lr=0.001",)
+    if load_config(f"+algo={algo}").algo.is_on_policy:
+        options = ("algo.lr=0.001", "num_envs=16", "algo.batch_size=16", "updates_per_iteration=10")
     config = load_config(f"+algo={algo}", *options)
     widths = {field.name: 16 for field in dataclasses.fields(config.algo) if field.name.endswith("_dim")}
     return dataclasses.replace(

@@ -6,7 +6,7 @@ from wqmix_jax import load_config
 from wqmix_jax.cli.help import attributes, described_group
 from wqmix_jax.cli.overrides import load_values
 from wqmix_jax.errors import ConfigError
-from wqmix_jax.options import CONFIG_DIR, options, target_class
+from wqmix_jax.options import CONFIG_DIR, names_of, options, target_class
 
 GROUPS = [
     (group, path.stem)
@@ -94,4 +94,4 @@ def test_every_option_is_described(group: str, name: str) -> None:
 def test_what_is_described_is_an_option() -> None:
     config = load_config("+algo=ow_qmix")
     for part in (config.algo, config.env):
-        assert set(attributes(type(part))) == set(type(part).__dataclass_fields__)
+        assert set(attributes(type(part))) == set(names_of(type(part)))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.environments import TINY, Clock, tiny_dcg, tiny_maddpg, tiny_masac, tiny_resq, tiny_run, tiny_wqmix
+from tests.environments import TINY, Clock, tiny_dcg, tiny_maddpg, tiny_masac, tiny_ppo, tiny_resq, tiny_run, tiny_wqmix
 from tests.training.test_replay import plain_episode, stacked
 from wqmix_jax.algos.base import Aux
 from wqmix_jax.algos.wqmix import WQMIX
@@ -332,10 +332,15 @@ SHORT = ((9, 3, 5, 8, 9), LENGTHS[1])
 """At most ten places, within the first block on an accelerator."""
 
 
+def run_of_five(algo):
+    """A run with a replay of five episodes; an on-policy algorithm plays all of them in an iteration."""
+    return tiny_run(algo, LONG, num_envs=5 if algo.is_on_policy else 1)
+
+
 @functools.cache
 def with_episodes(algo, lengths):
     """A state with one seed for each row of ``lengths``, the lengths of its episodes, half of which the task ended."""
-    config = tiny_run(algo, LONG)
+    config = run_of_five(algo)
     replay = make_replay(config.env, buffer_size=5, batch_size=5)
     rows = []
     for each in lengths:
@@ -347,7 +352,7 @@ def with_episodes(algo, lengths):
 
 def learned_from_lengths(algo, batches=None, platform=None, lengths=LENGTHS):
     """A learner step of each seed of `with_episodes`."""
-    return make_trainer(tiny_run(algo, LONG), batches=batches, platform=platform).learn(with_episodes(algo, lengths))
+    return make_trainer(run_of_five(algo), batches=batches, platform=platform).learn(with_episodes(algo, lengths))
 
 
 @functools.cache
@@ -372,8 +377,9 @@ def same_to_rounding(one, other, where=slice(None)):
         tiny_wqmix(**FIVE, returns="q_lambda", **OPTIONS),
         tiny_resq(**FIVE, returns="td_lambda"),
         tiny_dcg(**FIVE),
+        tiny_ppo(**FIVE, standardise_rewards=True),
     ],
-    ids=["td_lambda", "sarsa_lambda", "masac", "maddpg", "n_step", "options", "resq", "dcg"],
+    ids=["td_lambda", "sarsa_lambda", "masac", "maddpg", "n_step", "options", "resq", "dcg", "ppo"],
 )
 def test_short_episodes_that_share_rows_teach_what_they_teach_apart(algo, monkeypatch):
     """A tile of four rows and one of two, which reaches past the last and where the second seed has no step."""
@@ -393,8 +399,9 @@ def test_short_episodes_that_share_rows_teach_what_they_teach_apart(algo, monkey
         ("tpu", "bounded", tiny_wqmix(**FIVE, returns="q_lambda", **OPTIONS), LENGTHS),
         ("tpu", "bounded", tiny_resq(**FIVE, returns="td_lambda"), LENGTHS),
         ("tpu", "bounded", tiny_dcg(**FIVE), LENGTHS),
+        ("tpu", "bounded", tiny_ppo(**FIVE, layer_norm=False, critic="obs"), LENGTHS),
     ],
-    ids=["tpu bounded", "gpu bounded", "tpu cut", "gpu cut", "maddpg", "options", "resq", "dcg"],
+    ids=["tpu bounded", "gpu bounded", "tpu cut", "gpu cut", "maddpg", "options", "resq", "dcg", "ppo"],
 )
 def test_accelerators_learn_what_a_cpu_learns(platform, batches, algo, lengths):
     """Nets are unrolled in blocks; bounded batches as far as the longest episode of all seeds."""

@@ -171,7 +171,7 @@ class Algorithm(abc.ABC):
     hidden_dim: PositiveInt
 
     is_on_policy: ClassVar[bool] = False
-    """Whether the batches of an iteration are the episodes just played, and no others.
+    """True if the batches of an iteration are the episodes just played, and no others.
 
     The replay then holds the ``num_envs`` episodes of one iteration. They are split at random into disjoint batches,
     once in each pass over them, and ``updates_per_iteration`` are that many passes. Such a class inherits the yaml
@@ -179,14 +179,14 @@ class Algorithm(abc.ABC):
     """
 
     target_has_played: ClassVar[bool] = False
-    """Whether `loss` gets, as ``target``, the parameters that played the episodes just played.
+    """True if `loss` gets, as ``target``, the parameters that played the episodes just played.
 
     They are copied once, before the first learner step of an iteration, instead of at the usual intervals. What is
     standardised then changes at this time alone; `played_means` is called. Needs `is_on_policy`.
     """
 
     clips_nets_apart: ClassVar[bool] = False
-    """Whether ``max_grad_norm`` bounds the gradient of each entry of the parameters, not that of all together."""
+    """True if ``max_grad_norm`` bounds the gradient of each entry of the parameters, not that of all together."""
 
     @pydantic.model_validator(mode="after")
     def _batch_fits(self) -> Self:
