@@ -130,12 +130,13 @@ def test_seeds_spread_over_devices_give_the_solo_numbers_to_the_bit():
         (tiny_wqmix(**BIG_BATCH), ENV, 30),
         (tiny_masac(**BIG_BATCH), ENV, 30),
         (tiny_masac(**BIG_BATCH), LONG, 90),  # its rows are packed
+        pytest.param(tiny_ppo(batch_size=8, buffer_size=8), ENV, 60, marks=pytest.mark.slow),
     ],
-    ids=["cw_qmix", "masac", "masac packed"],
+    ids=["cw_qmix", "masac", "masac packed", "ppo"],
 )
 def test_devices_that_share_a_batch_give_the_numbers_of_one(algo, env, total_env_steps):
     """To float tolerance: an average over parts is another order of sums. What is drawn is the same."""
-    config = tiny_run(algo, env, total_env_steps=total_env_steps)
+    config = tiny_run(algo, env, total_env_steps=total_env_steps, num_envs=8 if algo.is_on_policy else 1)
     sharding = train_sharding(config, 1)
     assert dict(sharding.mesh.shape) == {"seeds": 1, "batch": 2}
     shared, records = trained(config, [3], 16, sharding)
