@@ -2,14 +2,18 @@
 
 import functools
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.algos.test_algorithms import small_hunt
 from tests.environments import hp_of_loss, tiny_ppo
+from tests.running import main, timeless
 from tests.training.test_learner import CTX, ENV, batch_of
+from wqmix_jax import evaluate, load_metrics
 from wqmix_jax.algos.base import AgentInputs, Context, hyperparams, with_values
 from wqmix_jax.ops.policy_gradient import (
     clipped_policy_loss,
@@ -172,3 +176,25 @@ def test_actions_are_drawn_from_the_policy_and_evaluation_takes_its_mode():
 
     np.testing.assert_allclose(played(0.5), [0.2, 0.7, 0.1], atol=0.02)
     np.testing.assert_array_equal(played(0.0), [0, 1, 0])
+
+
+@pytest.mark.slow
+def test_a_run_is_swept_resumed_and_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The resumed run has the records of the uninterrupted one, and a swept value acts on its own member."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = (
+        "+algo=mappo",
+        *small_hunt("mappo"),
+        "sweep.clip_ratio=[0.01,0.2]",
+        "algo.lr=0.01",
+        "checkpoint.every=15",
+    )
+    assert main(*options, "total_env_steps=60", f"run_dir={whole}") == 0
+    assert main(*options, f"run_dir={parts}") == 0
+    assert main(f"resume={parts}", "total_env_steps=60") == 0
+    records, resumed = timeless(load_metrics(whole)), timeless(load_metrics(parts))
+    assert [line for line in records if line in resumed] == records
+    assert len({line["loss"] for line in records if line["kind"] == "train" and line["env_steps"] >= 60}) == 4
+    capsys.readouterr()
+    evaluate.main([f"run_dir={whole}", "policy=last", "episodes=2"])
+    assert capsys.readouterr().out.count("seed 1-clip_ratio0.2: ") >= 2
