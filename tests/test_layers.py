@@ -32,6 +32,7 @@ INSIDE = {
         ("coordination", "mixers", "q_star", "qplex", "qtran", "recognizer", "recurrent"),
         ("blocked_recurrent",),
         ("agent",),
+        ("latent",),
     ),
     "interop": (("pymarl",),),
     "envs": (
@@ -43,7 +44,7 @@ INSIDE = {
         ("base",),
         ("q_learning",),
         ("actor_critic", "dcg", "factored", "iql", "ppo", "qtran"),
-        ("maddpg", "masac", "qmix", "qplex"),
+        ("maddpg", "masac", "maven", "qmix", "qplex"),
         ("pqn", "wqmix"),
         ("powqmix", "resq"),
     ),

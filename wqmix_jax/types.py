@@ -100,6 +100,8 @@ class Episode(NamedTuple):
         compact: a function that makes ``obs`` of its arguments, leaves ``[.., T+1, ..]``: an unroll on an accelerator
             slices the arguments, so that only the observations of some steps exist at a time. None if there is none. A
             loss that changes ``obs`` before an unroll must set it to None.
+        latent: the latent of the episode at each place, leaves ``[.., T+1, ..]``, see
+            `wqmix_jax.algos.base.Algorithm.draw_latent`; ``()`` if there is none.
     """
 
     obs: Array
@@ -113,6 +115,7 @@ class Episode(NamedTuple):
     num_places: Array | None = None
     importance: Array | None = None
     compact: jax.tree_util.Partial | None = None
+    latent: PyTree = ()
 
 
 class StoredEpisode(NamedTuple):
@@ -124,6 +127,7 @@ class StoredEpisode(NamedTuple):
         reward: ``[.., T]`` float32.
         length: ``[..]`` int32, the number of real steps.
         terminated: ``[..]`` bool, whether the task ended after the last of them.
+        latent: the latent of the episode, leaves ``[.., ..]``; ``()`` if there is none.
     """
 
     steps: PyTree
@@ -131,3 +135,4 @@ class StoredEpisode(NamedTuple):
     reward: Array
     length: Array
     terminated: Array
+    latent: PyTree = ()

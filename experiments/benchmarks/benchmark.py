@@ -28,7 +28,7 @@ from rich.table import Table
 
 from experiments.benchmarks.plain_learner import make_plain_learner
 from wqmix_jax import load_config, make_trainer
-from wqmix_jax.algos.base import Context, hyperparams
+from wqmix_jax.algos.base import Context, hyperparams, latent_template
 from wqmix_jax.cli.command import command
 from wqmix_jax.cli.parser import OneLineParser, out_file
 from wqmix_jax.config import RunConfig, names
@@ -216,7 +216,8 @@ def stored_rows(config: RunConfig, lengths: Array) -> Array:
     Steps after the end of an episode are zero.
     """
     algo, env, batch_size = config.algo, config.env, config.algo.batch_size
-    replay = make_replay(env, buffer_size=batch_size, batch_size=batch_size)
+    latent = latent_template(algo, env.spec)
+    replay = make_replay(env, buffer_size=batch_size, batch_size=batch_size, latent=latent)
 
     @jax.jit
     def play() -> Array:
@@ -236,7 +237,8 @@ def stored_rows(config: RunConfig, lengths: Array) -> Array:
 def full_episodes(config: RunConfig) -> Episode:
     """Returns a decoded batch of episodes that all last to the time limit."""
     algo, env = config.algo, config.env
-    replay = make_replay(env, buffer_size=algo.batch_size, batch_size=algo.batch_size)
+    latent = latent_template(algo, env.spec)
+    replay = make_replay(env, buffer_size=algo.batch_size, batch_size=algo.batch_size, latent=latent)
     limit = env.spec.episode_limit
     rows = stored_rows(config, jnp.full(algo.batch_size, limit))
     return jax.jit(lambda rows: replay.decode(rows, limit))(rows)

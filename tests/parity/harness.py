@@ -64,6 +64,8 @@ def load(path: Path) -> CaseFile:
         arrays = dict(stored)
     if "config_json" not in arrays:
         raise CannotRun("there is no config_json in it")
+    # MAVEN's recurrent discriminator is two nets there and one here.
+    arrays = {name.replace("/rnn_agg/", "/discrim/rnn_agg."): array for name, array in arrays.items()}
     return CaseFile(path, arrays, json.loads(str(arrays.pop("config_json"))))
 
 

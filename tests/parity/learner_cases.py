@@ -72,6 +72,9 @@ CASES: Mapping[str, Case] = {
     "dcg_v": Case("dcg"),
     "dcg_rank": Case("dcg"),
     "dcg_v_rank": Case("dcg"),
+    "maven": Case("maven", {"discriminator": "step"}),
+    "maven_intrinsic": Case("maven", {"discriminator": "step", "intrinsic_reward": "released"}),
+    "maven_rnn": Case("maven", {"discriminator": "released_trajectory"}),
 }
 """By the names in the recordings."""
 
@@ -107,6 +110,12 @@ SIZES = {
     "msg_iterations": "iterations",
     "msg_anytime": "anytime",
     "msg_normalized": "normalised",
+    "noise_dim": "latent_dim",
+    "mi_loss": "mi_loss",
+    "mi_scaler": "intrinsic_scale",
+    "discrim_size": "discriminator_dim",
+    "discrim_layers": "discriminator_layers",
+    "rnn_agg_size": "memory_dim",
 }
 """The recordings' options with a counterpart of ours."""
 
@@ -129,6 +138,8 @@ LOSSES = {
     "qmix_actor_loss": "-actor_loss",
     "agent_policy_loss": "last_objective",
     "logit_entropy": "logit_entropy",
+    "discrim_loss": "discriminator_loss",
+    "averaged_discrim_loss": "discriminator_loss",
 }
 """The recordings' scalars by our names; a minus says that theirs is maximised."""
 
@@ -155,6 +166,8 @@ STEP_VALUES = {
     "training_weight": "weights",
     "first_q_r": "first_q_r",
     "first_lambda_mut_deltaq": "first_q_r_advantage",
+    "discrim_loss": "cross_entropy",
+    "discrim_prediction": "latent_logits",
 }
 """The recordings' values of single steps that not every algorithm has, by our names."""
 
@@ -396,7 +409,7 @@ def compare_run(ran: Run, arrays: Arrays, config: Mapping[str, Any], precision: 
     _compare_tensors(report, "target", ran.target, arrays, precision)
     recorded = [name for name in arrays if name.startswith(("expected/", "trace/"))]
     report.other = [name for name in recorded if name not in report.compared]
-    report.other += [f"the net {net}" for net in idle]
+    report.other += [name if "/" in name else f"the net {name}" for name in sorted(idle)]
     return report
 
 
@@ -414,7 +427,7 @@ def _compare_losses(report: Report, ran: Run, arrays: Arrays, precision: str) ->
     """Compares the scalars; an actor's loss may pass zero, so all five steps decide how far rounding may go."""
     for theirs, ours in LOSSES.items():
         for name, steps in ((f"expected/{theirs}", 0), (f"trace/{theirs}", slice(None))):
-            if name in arrays:
+            if name in arrays and arrays[name].size == (NUM_STEPS if name.startswith("trace/") else 1):
                 got = ran.metrics.get(ours.removeprefix("-"), np.full(NUM_STEPS, np.nan))[steps]
                 got = -got if ours.startswith("-") else got
                 steps_of_it = arrays.get(f"trace/{theirs}", arrays[name])
@@ -479,7 +492,15 @@ def _batch(arrays: Arrays, dtype: str) -> Episode:
         reward=batch["reward"][:, :-1, 0].astype(dtype),
         discount=1 - terminated,
         mask=mask,
+        latent=_latent(batch),
     )
+
+
+def _latent(batch: Arrays) -> PyTree:
+    """The latents of MAVEN's episodes at each place, which are recorded one-hot at the first."""
+    if "noise" not in batch:
+        return ()
+    return np.broadcast_to(batch["noise"][:, :1].argmax(-1), batch["noise"].shape[:2])
 
 
 def _noise(recorded: Arrays, batch: Episode, dtype: str) -> PyTree:
@@ -500,20 +521,24 @@ def _shapes(algo: Algorithm, config: Mapping[str, Any]) -> PyTree:
 
 
 def _idle_nets(arrays: Arrays, config: Mapping[str, Any], ours: PyTree) -> set[str]:
-    """Returns recorded nets without a counterpart that the authors' loss reaches in no tensor: a critic's mixer."""
+    """Returns recorded nets and tensors without a counterpart that the authors' loss doesn't reach: a critic's mixer."""
     unreached = set(config.get("params_without_grad", ()))
     nets: dict[str, set[str]] = {}
     for name in _group(arrays, "params"):
         nets.setdefault(name.partition("/")[0], set()).add(name)
     known = {name for name, net in pymarl.NETS.items() if net.ours in ours}
-    return {net for net, names in nets.items() if net not in known and names <= unreached}
+    idle = {net for net, names in nets.items() if net not in known and names <= unreached}
+    for net in nets.keys() & known:  # MAVEN's agents have layers that are never used
+        named = {f"{net}/{tensor}" for layout in pymarl.NETS[net].layouts for tensor in layout}
+        idle |= (nets[net] & unreached) - named
+    return idle
 
 
 def _without_nets(arrays: Arrays, nets: Set[str]) -> dict[str, np.ndarray]:
-    """The recording without these nets' tensors."""
+    """The recording without these tensors, and without those of these nets."""
     groups = ("params", "target", "grads", "after1", f"after{NUM_STEPS}")
-    left_out = tuple(f"{group}/{net}/" for group in groups for net in nets)
-    return {name: array for name, array in arrays.items() if not name.startswith(left_out)}
+    left_out = {f"{group}/{net}" for group in groups for net in nets}
+    return {name: array for name, array in arrays.items() if not left_out & {name, name.rpartition("/")[0]}}
 
 
 def _params(group: str, like: PyTree, arrays: Arrays, dtype: str) -> PyTree:
@@ -621,6 +646,8 @@ def _step_values(ran: Run, expected: Arrays) -> dict[str, np.ndarray]:
         steps |= {"nopt_error": negative, "masked_nopt_error": negative * mask}
     if "payoffs" in values:
         steps |= {"mac_out": per_step("q_tot"), "target_out": per_step("next_value")}
+    if "cross_entropy" in values:
+        steps |= {"q_softmax_actions": values["policies"][:, :-1], "discrim_target": ran.batch.latent[:, :-1, None]}
     if "central_agent" in ran.utilities:
         central = ran.utilities["central_agent"][:, :-1]
         steps["central_chosen_action_qvals_agents"] = _taken(central, actions)[..., None]
@@ -761,7 +788,11 @@ def _cut(name: str, value: np.ndarray, where: np.ndarray, recorded: np.ndarray) 
 
 
 def _flat(value: np.ndarray, where: np.ndarray, recorded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """QTRAN's values of steps are recorded one after the other, ``[B * T, 1]``."""
+    """Some values of steps are recorded one after the other, ``[B * T, 1]`` or ``[B * T]``, and some once per episode."""
+    if recorded.ndim < value.ndim and len(recorded) == len(value):
+        return value[:, 0].reshape(recorded.shape), where[:, 0]
+    if recorded.ndim == 1 and value.ndim == 3:
+        return value.reshape(-1), where.reshape(-1)
     if recorded.ndim != 2 or value.ndim != 3:
         return value, where
     return value.reshape(-1, value.shape[-1]), where.reshape(-1)

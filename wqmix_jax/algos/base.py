@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Self, TypeVar
 
 import jax
+import jax.numpy as jnp
 import pydantic
 from pydantic import Field
 
@@ -50,11 +51,14 @@ class AgentInputs(NamedTuple):
         obs: ``[.., N, O]`` float32.
         last_action: ``[.., N]`` int32, -1 at the first step.
         avail_actions: ``[.., N, A]`` bool.
+        latent: the latent of the episode, leaves ``[.., ..]`` without an axis of agents; ``()`` unless the algorithm
+            draws one, see `Algorithm.draw_latent`.
     """
 
     obs: Array
     last_action: Array
     avail_actions: Array
+    latent: PyTree = ()
 
 
 class Context(NamedTuple):
@@ -247,8 +251,24 @@ class Algorithm(abc.ABC):
         """Returns what `act` returns, from random numbers that `sample_act_noise` has drawn."""
         return self.act(params, carry, inputs, hp, ctx, noise)
 
+    def draw_latent(self, params: PyTree, state: Array, hp: Hyperparams, ctx: Context, key: PRNGKey) -> PyTree:
+        """Draws the latent of each episode at its start, leaves ``[.., ..]``; ``()``, no latent, by default.
+
+        All agents get the same latent at all steps of the episode, as `AgentInputs.latent`. The replay stores it with
+        the episode, and `loss` gets it as `Episode.latent`, so narrow dtypes save memory.
+
+        Args:
+            params: see `acting_params`.
+            state: ``[.., D]``, the first state of each episode.
+            hp: the traced options by name.
+            ctx: the progress of training; epsilon is 0 in evaluation.
+            key: random key of all these episodes.
+        """
+        del params, state, hp, ctx, key
+        return ()
+
     def acting_params(self, params: PyTree) -> PyTree:
-        """Returns the parameters that `act` reads, all that playing needs; everything by default."""
+        """Returns the parameters that `act` and `draw_latent` read, all that playing needs; everything by default."""
         return params
 
     def sample_noise(self, key: PRNGKey, batch: Episode) -> PyTree:
@@ -340,6 +360,25 @@ class Algorithm(abc.ABC):
 Loss = TypeVar("Loss", bound=Callable[..., tuple[PyTree, Aux]])
 
 
+def draws_latent(algo: Algorithm) -> bool:
+    """Returns True if the algorithm draws a latent for each episode."""
+    return type(algo).draw_latent is not Algorithm.draw_latent
+
+
+def latent_template(algo: Algorithm, env_spec: EnvSpec) -> PyTree:
+    """Returns the shapes and dtypes of the latent of one episode; ``()`` if the algorithm draws none."""
+    if not draws_latent(algo):
+        return ()
+
+    def draw() -> PyTree:
+        key = jax.random.key(0, impl="threefry2x32")
+        params, hp = algo.acting_params(algo.init(key, env_spec)), jax.tree.map(jnp.asarray, hyperparams(algo))
+        ctx = Context(epsilon=jnp.float32(0), env_steps=jnp.int32(0), learner_steps=jnp.int32(0))
+        return algo.draw_latent(params, jnp.zeros(env_spec.state_dim), hp, ctx, key)
+
+    return jax.eval_shape(draw)
+
+
 def mean_over_steps(loss: Loss) -> Loss:
     """Marks an `Algorithm.loss` that is a mean over the batch's real steps, all its metrics too; or an `update`.
 
@@ -358,15 +397,29 @@ def mean_over_steps(loss: Loss) -> Loss:
     return loss
 
 
+def mean_over_steps_where(condition: Callable[[Any], bool]) -> Callable[[Loss], Loss]:
+    """Marks a loss as `mean_over_steps` does, for algorithms alone whose options fulfil the condition."""
+
+    def mark(loss: Loss) -> Loss:
+        vars(loss)["is_mean_over_steps"] = condition
+        return loss
+
+    return mark
+
+
 def is_mean_over_steps(algo: Algorithm) -> bool:
     """Returns True if the algorithm's single step is on the gradient of a loss marked by `mean_over_steps`."""
     return not takes_own_steps(algo) and skips_padding(algo)
 
 
 def skips_padding(algo: Algorithm) -> bool:
-    """Returns True if the function that learns, `loss` or an overridden `update`, is marked by `mean_over_steps`."""
+    """Returns True if the function that learns, `loss` or an overridden `update`, is marked by `mean_over_steps`.
+
+    Or by `mean_over_steps_where`, for the options of ``algo``.
+    """
     learns = type(algo).update if takes_own_steps(algo) else type(algo).loss
-    return getattr(learns, "is_mean_over_steps", False)
+    mark = getattr(learns, "is_mean_over_steps", False)
+    return mark(algo) if callable(mark) else mark
 
 
 def takes_own_steps(algo: Algorithm) -> bool:

@@ -64,7 +64,12 @@ class FactoredQLearner(TDLearner):
         """Returns the mean square TD error of Q_tot."""
         del ctx, noise
         online, delayed = self.unroll_nets(batch, [params["agent"]], [target["agent"]])
-        agent_qs, target_qs = online.utilities, delayed.utilities
+        return self.td_loss(params, target, batch, hp, online.utilities, delayed.utilities)
+
+    def td_loss(
+        self, params: PyTree, target: PyTree, batch: Episode, hp: Hyperparams, agent_qs: Array, target_qs: Array
+    ) -> tuple[Array, Aux]:
+        """Returns `loss` for given utilities ``[B, T+1, N, A]`` of the online and the target agents."""
         greedy = greedy_actions(agent_qs, batch.avail_actions)
         q_tot, parts = self.mix(params["mixer"], agent_qs[:, :-1], batch.joint_action, seen_before(batch))
         # Double Q-learning: the online agents choose the next joint action, the target nets say its value.

@@ -76,7 +76,9 @@ _FEED_FORWARD = _linear(encoder="fc1", hidden="rnn", head="fc2")
 _AGENTS = tuple(
     {f"agents.*.{theirs}": f"agents/{ours}" for theirs, ours in layout.items()} for layout in (_AGENT, _FEED_FORWARD)
 )
-_AGENT_LAYOUTS = (_AGENT, _FEED_FORWARD, *_AGENTS)
+# MAVEN's agents, whose ``fc2`` is idle there as our ``head`` is.
+_LATENT_AGENT = _AGENT | _linear(latent_head__hypernet="hyper_noise_fc1")
+_AGENT_LAYOUTS = (_AGENT, _FEED_FORWARD, *_AGENTS, _LATENT_AGENT)
 _MIXER = _V | _linear(
     hyper_w_1__hidden="hyper_w_1.0",
     hyper_w_1__out="hyper_w_1.2",
@@ -84,6 +86,16 @@ _MIXER = _V | _linear(
     hyper_w_final__out="hyper_w_final.2",
     hyper_b_1="hyper_b_1",
 )
+_LINEAR_MIXER = _V | _linear(hyper_w_1="hyper_w_1", hyper_w_final="hyper_w_final", hyper_b_1="hyper_b_1")
+_DISCRIMINATOR = _layers("mlp", "model", 9) | {
+    f"rnn_agg.rnn.{theirs}": f"gru/{ours}"
+    for theirs, ours in (
+        ("weight_ih", "input_kernel"),
+        ("weight_hh", "hidden_kernel"),
+        ("bias_ih", "input_bias"),
+        ("bias_hh", "hidden_bias"),
+    )
+}
 _QTRAN = (
     _layers("q", "Q", 4)
     | _layers("v", "V", 4)
@@ -113,9 +125,10 @@ _PAYOFFS = _linear(layer_0="0", layer_1="2", layer_2="4", layer_3="6")
 
 NETS: Mapping[str, Net] = {
     "agent": Net("agent", _AGENT_LAYOUTS, optional=False),
-    "mixer": Net("mixer", (_MIXER, _QTRAN, _QPLEX), optional=False),
+    "mixer": Net("mixer", (_MIXER, _QTRAN, _QPLEX, _LINEAR_MIXER), optional=False),
     "central_agent": Net("q_star_agent", _AGENT_LAYOUTS, optional=True),
     "central_mixer": Net("q_star_mixer", (_CENTRAL_MIXER,), optional=True),
+    "discrim": Net("discriminator", (_DISCRIMINATOR,), optional=True),
     "rest_agent": Net("residual_agent", _AGENT_LAYOUTS, optional=True),
     "rest_mixer": Net("residual_mixer", (_CENTRAL_MIXER,), optional=True),
     "recognizer": Net("recognizer", (_RECOGNIZER,), optional=True),

@@ -23,11 +23,19 @@ class QMIXMixer(nn.Module):
 
     Attributes:
         embed_dim: width of the mixing network.
-        hypernet_dim: hidden width of the two-layer hypernetworks.
+        hypernet_dim: hidden width of the two-layer hypernetworks; None: linear ones, PyMARL's ``hypernet_layers: 1``.
     """
 
     embed_dim: int
-    hypernet_dim: int
+    hypernet_dim: int | None
+
+    def hypernet(self, features: int, name: str) -> nn.Module:
+        """Returns a hypernetwork of the weights."""
+        return (
+            Linear(features, name=name)
+            if self.hypernet_dim is None
+            else TwoLayer(self.hypernet_dim, features, name=name)
+        )
 
     @nn.compact
     def __call__(self, chosen_qs: Array, state: Array) -> Array:
@@ -35,10 +43,10 @@ class QMIXMixer(nn.Module):
         chex.assert_equal_shape_prefix([chosen_qs, state], chosen_qs.ndim - 1)
         num_agents = chosen_qs.shape[-1]
         # Hypernetworks make the weights of the state; their absolute values keep the mix monotonic.
-        w_1 = TwoLayer(self.hypernet_dim, num_agents * self.embed_dim, name="hyper_w_1")(state)
+        w_1 = self.hypernet(num_agents * self.embed_dim, "hyper_w_1")(state)
         w_1 = magnitude(w_1).reshape(*state.shape[:-1], num_agents, self.embed_dim)
         b_1 = Linear(self.embed_dim, name="hyper_b_1")(state)
-        w_final = magnitude(TwoLayer(self.hypernet_dim, self.embed_dim, name="hyper_w_final")(state))
+        w_final = magnitude(self.hypernet(self.embed_dim, "hyper_w_final")(state))
         v = TwoLayer(self.embed_dim, 1, name="v")(state)
         # [.., N] x [.., N, embed_dim] -> [.., embed_dim]
         hidden = nn.elu(jnp.einsum("...n,...ne->...e", chosen_qs, w_1) + b_1)

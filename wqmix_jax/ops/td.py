@@ -59,6 +59,17 @@ def lambda_return(
     return jax.lax.associative_scan(composed, (own, factor), reverse=True)[0]
 
 
+def sum_to_the_end(values: Array, is_followed: Array) -> Array:
+    """Returns the sum of each step's value and of those after it in its episode.
+
+    Args:
+        values: ``[B, T]``.
+        is_followed: ``[B, T]``, 0 at each episode's last step, and 1 where another one of it follows.
+    """
+    each_row = jax.vmap(lambda_return, (0, 0, None, 0, 0))
+    return each_row(values, jnp.ones_like(values), jnp.ones((), values.dtype), jnp.zeros_like(values), is_followed)
+
+
 def n_step_return(
     reward: Array, discount: Array, gamma: Array, next_value: Array, is_followed: Array, num_steps: int
 ) -> Array:

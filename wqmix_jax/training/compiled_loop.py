@@ -24,6 +24,7 @@ from wqmix_jax.algos.base import (
     Hyperparams,
     hyperparams,
     is_mean_over_steps,
+    latent_template,
     takes_own_steps,
     with_values,
 )
@@ -264,7 +265,8 @@ def make_trainer(
     """
     sharding = SingleDeviceSharding(jax.local_devices()[0]) if sharding is None else sharding
     env, algo = config.env, config.algo
-    replay = make_replay(env, buffer_size=algo.buffer_size, batch_size=algo.batch_size)
+    latent = latent_template(algo, env.spec)
+    replay = make_replay(env, buffer_size=algo.buffer_size, batch_size=algo.batch_size, latent=latent)
     batching = make_batching(
         env, algo, replay, sharding, memory_groups=memory_groups, batches=batches, platform=platform
     )

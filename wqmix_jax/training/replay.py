@@ -53,9 +53,16 @@ class Replay(NamedTuple):
     num_bytes: int
 
 
-def make_replay(env: Environment, *, buffer_size: int, batch_size: int) -> Replay:
-    """Returns a replay of ``buffer_size`` episodes of ``env`` from which batches of ``batch_size`` are sampled."""
-    template = stored_template(env)
+def make_replay(env: Environment, *, buffer_size: int, batch_size: int, latent: PyTree = ()) -> Replay:
+    """Returns a replay of ``buffer_size`` episodes of ``env`` from which batches of ``batch_size`` are sampled.
+
+    Args:
+        env: the environment.
+        buffer_size: the most episodes.
+        batch_size: ``B``.
+        latent: the shapes and dtypes of an episode's latent, see `wqmix_jax.algos.base.latent_template`.
+    """
+    template = stored_template(env, latent)
     num_bytes = row_bytes(template)
     buffer = flashbax.make_item_buffer(
         max_length=buffer_size, min_length=batch_size, sample_batch_size=batch_size, add_batches=True
@@ -131,7 +138,9 @@ def _first_steps(env: Environment, stored: StoredEpisode, num_steps: int) -> Epi
         terminated=stored.terminated[:, None] & (steps[:, :-1] == stored.length[:, None] - 1),
         mask=steps[:, :-1] < stored.length[:, None],
     )
-    return batch._replace(compact=jax.tree_util.Partial(functools.partial(_obs, env), *compact))
+    each_place = lambda leaf: jnp.broadcast_to(leaf[:, None], (*compact[1].shape, *leaf.shape[1:]))  # noqa: E731
+    latent = _where_filled(compact[1], jax.tree.map(each_place, stored.latent))
+    return batch._replace(compact=jax.tree_util.Partial(functools.partial(_obs, env), *compact), latent=latent)
 
 
 def _obs(env: Environment, steps: PyTree, is_filled: Array) -> Array:
@@ -163,7 +172,8 @@ def _packed_rows(env: Environment, stored: StoredEpisode, layout: RowLayout) -> 
         terminated=mask & stored.terminated[episode] & (step == stored.length[episode] - 1),
         mask=mask,
     )
-    return packed._replace(starts=layout.filled & (layout.step == 0))
+    latent = _where_filled(layout.filled, jax.tree.map(lambda leaf: leaf[layout.episode], stored.latent))
+    return packed._replace(starts=layout.filled & (layout.step == 0), latent=latent)
 
 
 def _seen(env: Environment, steps: PyTree, is_filled: Array) -> Observation:
@@ -173,7 +183,12 @@ def _seen(env: Environment, steps: PyTree, is_filled: Array) -> Observation:
     """
     seen = jax.vmap(jax.vmap(env.decompress))(steps)
     seen = seen._replace(avail_actions=with_idle_action(seen.avail_actions))
-    return jax.tree.map(lambda leaf: jax.vmap(jax.vmap(jnp.where))(is_filled, leaf, jnp.zeros_like(leaf)), seen)
+    return _where_filled(is_filled, seen)
+
+
+def _where_filled(is_filled: Array, tree: PyTree) -> PyTree:
+    """Returns leaves ``[R, T+1, ..]``, zero where not ``is_filled`` ``[R, T+1]``."""
+    return jax.tree.map(lambda leaf: jax.vmap(jax.vmap(jnp.where))(is_filled, leaf, jnp.zeros_like(leaf)), tree)
 
 
 def _episode(seen: Observation, *, joint_action: Array, reward: Array, terminated: Array, mask: Array) -> Episode:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wqmix_jax.algos.base import Acting, AgentInputs, Algorithm, Context, Hyperparams, acting_of
+from wqmix_jax.algos.base import Acting, AgentInputs, Algorithm, Context, Hyperparams, acting_of, draws_latent
 from wqmix_jax.envs.base import Environment, EnvState, Step, is_inside_jax, step_of
 from wqmix_jax.ops.action_selection import with_idle_action
 from wqmix_jax.ops.byte_rows import from_row, row_bytes, to_row
@@ -104,7 +104,10 @@ class _Keys(NamedTuple):
 
 
 class _Game(NamedTuple):
-    """The values that are constant during episodes; leaves of ``params``, ``hp`` and ``ctx`` are ``[S, ..]``."""
+    """The values that are constant during episodes.
+
+    Leaves of ``params``, ``hp`` and ``ctx`` are ``[S, ..]``, those of ``latent`` ``[S, E, ..]``.
+    """
 
     env: Environment
     acting: Acting
@@ -114,6 +117,7 @@ class _Game(NamedTuple):
     ctx: Context
     keys: _Keys
     num_envs: int
+    latent: PyTree = ()
 
 
 def rollout(
@@ -149,10 +153,12 @@ def rollout(
 
     num_blocks = -(-limit // block)
     first = _first(game, algo, reset_keys, num_blocks * block)
+    game = game._replace(latent=_latents(game, algo, first.env_state, keys))
     with jax.named_scope(f"steps_at_most_{num_blocks}"):  # in blocks; for a reader of the compiled program
         play = jax.lax.while_loop(unfinished, functools.partial(_play_block, game, block), first)
     by_seed = functools.partial(_by_seed, len(keys))
     episodes = jax.tree.map(by_seed, _episodes(env, first.env_state, play))
+    episodes = episodes._replace(latent=game.latent)
     metrics = jax.tree.map(by_seed, jax.vmap(env.metrics)(play.env_state))
     whole = by_seed(~jax.vmap(env.failed)(play.env_state))
     return Rollout(episodes, episodes.reward.sum(-1), metrics, whole)
@@ -206,8 +212,13 @@ def mean_metrics(figures: Figures) -> dict[str, Array]:
     }
 
 
-def stored_template(env: Environment) -> StoredEpisode:
-    """Returns the shapes and dtypes of one stored episode of ``env``, leaves ``[T(+1), ..]`` or scalars."""
+def stored_template(env: Environment, latent: PyTree = ()) -> StoredEpisode:
+    """Returns the shapes and dtypes of one stored episode of ``env``, leaves ``[T(+1), ..]`` or scalars.
+
+    Args:
+        env: the environment.
+        latent: the shapes and dtypes of its latent, see `wqmix_jax.algos.base.latent_template`.
+    """
     spec = env.spec
     limit = spec.episode_limit
 
@@ -222,7 +233,7 @@ def stored_template(env: Environment) -> StoredEpisode:
         )
 
     with pinned_draws():
-        return jax.eval_shape(empty)
+        return jax.eval_shape(empty)._replace(latent=latent)
 
 
 def block_length(env: Environment) -> int:
@@ -271,7 +282,7 @@ def _play_step(game: _Game, play: _Play, step: Array, noise: _Noise) -> _Play:
     env, limit = game.env, game.env.spec.episode_limit
     seen = jax.vmap(env.observe)(play.env_state)
     inputs = AgentInputs(seen.obs, play.last_action, with_idle_action(seen.avail_actions))
-    inputs = jax.tree.map(functools.partial(_by_seed, len(game.keys.act)), inputs)
+    inputs = jax.tree.map(functools.partial(_by_seed, len(game.keys.act)), inputs)._replace(latent=game.latent)
     act = jax.vmap(game.acting.act)
     joint_action, carry = act(game.params, play.carry, inputs, game.hp, game.ctx, noise.act)  # [S, E, N]
     joint_action = joint_action.reshape(play.last_action.shape)  # [F, N]
@@ -326,6 +337,15 @@ def _first(game: _Game, algo: Algorithm, reset_keys: PRNGKey, num_steps: int) ->
         # As long as the longest episode: its shape can't depend on when episodes end.
         rows=jnp.zeros((num_steps, num_flat, row_bytes(_step_template(env))), jnp.uint8),
     )
+
+
+def _latents(game: _Game, algo: Algorithm, env_state: EnvState, keys: PRNGKey) -> PyTree:
+    """Draws the latent of each episode from its first state, leaves ``[S, E, ..]``; ``()`` if there is none."""
+    if not draws_latent(algo):
+        return ()
+    state = _by_seed(len(keys), jax.vmap(game.env.observe)(env_state).state)
+    # A count after those of `_split_keys`: the other draws are the same with and without a latent.
+    return jax.vmap(algo.draw_latent)(game.params, state, game.hp, game.ctx, fold_in(keys, jnp.int32(3)))
 
 
 def _step_template(env: Environment) -> _Recorded:
