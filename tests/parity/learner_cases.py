@@ -521,7 +521,7 @@ def _shapes(algo: Algorithm, config: Mapping[str, Any]) -> PyTree:
 
 
 def _idle_nets(arrays: Arrays, config: Mapping[str, Any], ours: PyTree) -> set[str]:
-    """Returns recorded nets and tensors without a counterpart that the authors' loss doesn't reach: a critic's mixer."""
+    """Returns recorded nets and tensors without a counterpart that the loss there doesn't reach: a critic's mixer."""
     unreached = set(config.get("params_without_grad", ()))
     nets: dict[str, set[str]] = {}
     for name in _group(arrays, "params"):
@@ -788,7 +788,7 @@ def _cut(name: str, value: np.ndarray, where: np.ndarray, recorded: np.ndarray) 
 
 
 def _flat(value: np.ndarray, where: np.ndarray, recorded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Some values of steps are recorded one after the other, ``[B * T, 1]`` or ``[B * T]``, and some once per episode."""
+    """Some values of steps are recorded one after the other, ``[B * T, 1]`` or ``[B * T]``, some once per episode."""
     if recorded.ndim < value.ndim and len(recorded) == len(value):
         return value[:, 0].reshape(recorded.shape), where[:, 0]
     if recorded.ndim == 1 and value.ndim == 3:

@@ -1,9 +1,10 @@
 """Policies for playing: the parameters that acting needs, in one ``.npz`` file, and how greedy agents use them."""
 
+import contextlib
 import dataclasses
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, hyperparams
+from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, draws_latent, hyperparams, latent_template
 from wqmix_jax.envs.base import Environment
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.networks.functional import compute_in
@@ -163,10 +164,12 @@ class PolicyCarry(NamedTuple):
     Attributes:
         recurrent: the algorithm's recurrent state, leaves ``[.., N, ..]``.
         last_action: ``[.., N]`` int32, -1 before the first action.
+        latent: the latent of the episode, see `GreedyPolicy.draw_latent`; ``()`` if the algorithm has none.
     """
 
     recurrent: PyTree
     last_action: Array
+    latent: PyTree = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,10 +194,30 @@ class GreedyPolicy:
     compute_dtype: str = "float32"
     env_steps: int | None = None
 
-    def initial_carry(self, batch_shape: tuple[int, ...] = ()) -> PolicyCarry:
-        """Returns the memory at the start of ``batch_shape`` simultaneous episodes, ``()`` for a single one."""
+    def draw_latent(self, state: Array, key: PRNGKey) -> PyTree:
+        """Draws what all agents share during an episode, at its start; ``()`` for an algorithm without a latent.
+
+        Args:
+            state: ``[.., D]`` float32, the first state of each of ``[..]`` episodes.
+            key: a random key.
+        """
+        hp = jax.tree.map(jnp.asarray, hyperparams(self.algo))
+        with self._arithmetic():
+            return self.algo.draw_latent(self.params, state, hp, GREEDY, key)
+
+    def initial_carry(self, batch_shape: tuple[int, ...] = (), *, latent: PyTree = ()) -> PolicyCarry:
+        """Returns the memory at the start of ``batch_shape`` simultaneous episodes, ``()`` for a single one.
+
+        Args:
+            batch_shape: their axes.
+            latent: the result of `draw_latent`, or your own choice of the same shapes; needed if the algorithm has one.
+
+        Raises:
+            ConfigError: if the latent is missing, or of another shape or dtype.
+        """
         shape = (*batch_shape, self.env_spec.num_agents)
-        return PolicyCarry(self.algo.initial_carry(shape), jnp.full(shape, -1, jnp.int32))
+        self._check_latent(batch_shape, latent)
+        return PolicyCarry(self.algo.initial_carry(shape), jnp.full(shape, -1, jnp.int32), latent)
 
     def act(self, carry: PolicyCarry, obs: Array, avail_actions: Array) -> tuple[Array, PolicyCarry]:
         """Chooses the greedy action of each agent, 0 for an agent without an available action.
@@ -214,16 +237,40 @@ class GreedyPolicy:
         chex.assert_shape(obs, (*batch_shape, spec.num_agents, spec.obs_dim))
         chex.assert_shape(avail_actions, (*batch_shape, spec.num_agents, spec.num_actions))
         hp = jax.tree.map(jnp.asarray, hyperparams(self.algo))
-        inputs = AgentInputs(obs, carry.last_action, with_idle_action(avail_actions))
+        inputs = AgentInputs(obs, carry.last_action, with_idle_action(avail_actions), carry.latent)
         key = jax.random.key(0, impl="threefry2x32")  # greedy: nothing depends on it
+        with self._arithmetic():
+            joint_action, recurrent = self.algo.act(self.params, carry.recurrent, inputs, hp, GREEDY, key)
+        return joint_action, PolicyCarry(recurrent, joint_action, carry.latent)
+
+    @contextlib.contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """Computes as the run did."""
         precision = jax_precision(self.matmul_precision, jax.default_backend())
         with jax.default_matmul_precision(precision), compute_in(self.compute_dtype):
-            joint_action, recurrent = self.algo.act(self.params, carry.recurrent, inputs, hp, GREEDY, key)
-        return joint_action, PolicyCarry(recurrent, joint_action)
+            yield
+
+    def _check_latent(self, batch_shape: tuple[int, ...], latent: PyTree) -> None:
+        template = latent_template(self.algo, self.env_spec)
+        needed = jax.tree.map(lambda leaf: f"{leaf.dtype}{[*batch_shape, *leaf.shape]}", template)
+        found = jax.tree.map(lambda leaf: f"{jnp.asarray(leaf).dtype}{list(jnp.shape(leaf))}", latent)
+        if found != needed:
+            name = type(self.algo).__name__
+            raise ConfigError(
+                f"latent={found} is not allowed: {name} needs {needed}, the result of policy.draw_latent(state, key)"
+            )
 
 
 GREEDY = Context(epsilon=np.float32(0), env_steps=np.int32(0), learner_steps=np.int32(0))  # type: ignore[arg-type]
 """The context in which nothing is explored."""
+
+
+def _first_latent(env: Environment, policy: GreedyPolicy, env_state: Any, key: PRNGKey) -> PyTree:
+    """Draws the latent of an episode; the other draws are the same with and without one."""
+    if not draws_latent(policy.algo):
+        return ()
+    latent_key = jax.random.fold_in(key, 2)  # a count after those of the episode's keys
+    return jax.jit(lambda state: policy.draw_latent(env.observe(state).state, latent_key))(env_state)
 
 
 @pinned_draws()
@@ -233,7 +280,7 @@ def play_episode(env: Environment, policy: GreedyPolicy, key: PRNGKey) -> list[M
     Args:
         env: the environment.
         policy: the policy of all agents.
-        key: a key for the environment's randomness.
+        key: a key for the randomness of the environment and of the policy's latent.
 
     Returns:
         The moments of the episode, from the first state to the last: one more than its steps.
@@ -247,8 +294,8 @@ def play_episode(env: Environment, policy: GreedyPolicy, key: PRNGKey) -> list[M
         return env_state, carry, joint_action, outcome
 
     reset_key, step_key = jax.random.split(key)
-    carry = policy.initial_carry()
     moments = [Moment(env_state=jax.jit(env.reset)(reset_key), episode_return=0.0)]
+    carry = policy.initial_carry(latent=_first_latent(env, policy, moments[0].env_state, key))
     for index in range(env.spec.episode_limit):
         last, key = moments[-1], jax.random.fold_in(step_key, index)
         env_state, carry, joint_action, outcome = step(last.env_state, carry, key)
