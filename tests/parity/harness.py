@@ -64,8 +64,10 @@ def load(path: Path) -> CaseFile:
         arrays = dict(stored)
     if "config_json" not in arrays:
         raise CannotRun("there is no config_json in it")
-    # MAVEN's recurrent discriminator is two nets there and one here.
+    # MAVEN's recurrent discriminator is two nets there and one here, and has no target net there.
     arrays = {name.replace("/rnn_agg/", "/discrim/rnn_agg."): array for name, array in arrays.items()}
+    discriminator = {name: array for name, array in arrays.items() if name.startswith("params/discrim/")}
+    arrays |= {name.replace("params/", "target/"): array for name, array in discriminator.items()}
     return CaseFile(path, arrays, json.loads(str(arrays.pop("config_json"))))
 
 

@@ -3,6 +3,7 @@
 ``src/learners/noise_q_learner.py`` of the authors' code, AnujMahajanOxf/MAVEN at commit be975c5.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -14,7 +15,8 @@ import optax
 import pydantic
 from pydantic import Field
 
-from wqmix_jax.algos.base import TRACED, AgentInputs, Aux, Context, Hyperparams, mean_over_steps_where
+from wqmix_jax.algos import base
+from wqmix_jax.algos.base import AgentInputs, Aux, Context, Hyperparams, PositiveFloat, PositiveFraction
 from wqmix_jax.algos.factored import FactoredQLearner
 from wqmix_jax.algos.q_learning import gather_actions, is_followed
 from wqmix_jax.networks.agent import SeenByAgents, Unrolled, unroll_agents
@@ -27,7 +29,7 @@ from wqmix_jax.ops.td import masked_mean, sum_to_the_end
 from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, Episode, Observation, PRNGKey, PyTree
 
-Coefficient = Annotated[float, Field(ge=0), TRACED]
+Coefficient = Annotated[float, Field(ge=0), base.TRACED]
 
 
 @options
@@ -40,27 +42,26 @@ class MAVEN(FactoredQLearner):
     Attributes:
         latent_dim: ``Z``, the number of values of z, a category.
         latent_policy: how z is drawn: ``uniform``, or ``learned``: a softmax of the returns that a net predicts from
-            the first state, mixed with a uniform part. The authors' code with ``bandit_policy: False``; their policy
-            gradient needs episodes just played, and isn't here.
+            the first state, mixed with a uniform part (``bandit_policy: False`` of the authors' code).
         uniform_part: that part.
         return_scale: a predicted return is the net's output times this.
         mi_loss: weight of the cross-entropy, which bounds the mutual information of z and the agents' behaviour.
         discriminator: ``step`` recognises z at each step alone; ``trajectory`` has a GRU over the episode and
-            recognises z at its end, and an episode counts by its steps; ``released_trajectory`` reads the GRU after the
-            batch's last step, padding included, as the authors' code does. Then batches are cut, not packed.
+            recognises z at its end; ``released_trajectory`` reads it after the batch's last step, padding included, as
+            the authors' code does. Then batches are cut, not packed.
         discriminator_dim: width of its hidden layers.
         discriminator_layers: their number.
         memory_dim: width of the GRU.
-        intrinsic_reward: ``none``; ``mutual_information``: log q(z) at each step; or ``released``: minus that, as the
-            authors' code has it (``mi_intrinsic``). Then the cross-entropy has no gradient in the agents.
+        intrinsic_reward: ``none``; ``mutual_information``: log q(z) + log Z at each step; or ``released``: -log q(z),
+            as ``mi_intrinsic`` in the authors' code. Then the cross-entropy has no gradient in the agents.
         intrinsic_scale: factor of the intrinsic reward.
         mixer_embed_dim: width of the mixing network, whose hypernetworks are linear.
     """
 
     latent_dim: PositiveInt
     latent_policy: Literal["uniform", "learned"]
-    uniform_part: Annotated[float, Field(gt=0, le=1), TRACED]
-    return_scale: Annotated[float, Field(gt=0), TRACED]
+    uniform_part: PositiveFraction
+    return_scale: PositiveFloat
     mi_loss: Coefficient
     discriminator: Literal["step", "trajectory", "released_trajectory"]
     discriminator_dim: PositiveInt
@@ -79,11 +80,9 @@ class MAVEN(FactoredQLearner):
 
     def without_effect(self) -> dict[str, str]:
         """See `Algorithm.without_effect`."""
-        unused = {"memory_dim": "algo.discriminator=step"} if self.discriminator == "step" else {}
-        if self.intrinsic_reward == "none":
-            unused |= {"intrinsic_scale": "algo.intrinsic_reward=none"}
-        if self.latent_policy == "uniform":
-            unused |= dict.fromkeys(("uniform_part", "return_scale"), "algo.latent_policy=uniform")
+        needed = (("memory_dim", "discriminator", "step"), ("intrinsic_scale", "intrinsic_reward", "none"))
+        needed += (("uniform_part", "latent_policy", "uniform"), ("return_scale", "latent_policy", "uniform"))
+        unused = {name: f"algo.{option}={value}" for name, option, value in needed if getattr(self, option) == value}
         return super().without_effect() | unused
 
     @property
@@ -96,11 +95,6 @@ class MAVEN(FactoredQLearner):
         """The discriminator as a flax module."""
         memory = 0 if self.discriminator == "step" else self.memory_dim
         return Discriminator(self.latent_dim, self.discriminator_dim, self.discriminator_layers, memory)
-
-    @property
-    def returns_net(self) -> nn.Module:
-        """The prediction of the returns of all z as a flax module."""
-        return TwoLayer(256, self.latent_dim)
 
     def mixer_inputs(self, agent_qs: Array, joint_action: Array, seen: Observation) -> tuple[Array, ...]:
         """Returns the chosen utilities and the state, which holds z; see `FactoredQLearner.mixer_inputs`."""
@@ -116,7 +110,7 @@ class MAVEN(FactoredQLearner):
         features = jnp.zeros((1, 1, num_agents * num_actions + state_dim))
         params["discriminator"] = init_net(self.discriminator_net, keys[2], features)
         if self.latent_policy == "learned":
-            params["latent_policy"] = init_net(self.returns_net, keys[3], jnp.zeros((1, state_dim)))
+            params["latent_policy"] = init_net(TwoLayer(256, self.latent_dim), keys[3], jnp.zeros((1, state_dim)))
         return params
 
     def acting_params(self, params: PyTree) -> PyTree:
@@ -128,7 +122,7 @@ class MAVEN(FactoredQLearner):
         del ctx
         logits = jnp.zeros((*state.shape[:-1], self.latent_dim))
         if self.latent_policy == "learned":
-            returns = hp.return_scale * apply_net(self.returns_net, params["latent_policy"], state)
+            returns = hp.return_scale * apply_net(TwoLayer(256, self.latent_dim), params["latent_policy"], state)
             logits = jnp.log((1 - hp.uniform_part) * jax.nn.softmax(returns) + hp.uniform_part / self.latent_dim)
         return jax.random.categorical(key, logits).astype(np.min_scalar_type(self.latent_dim - 1))
 
@@ -151,7 +145,7 @@ class MAVEN(FactoredQLearner):
         pairs = zip((*trained, *frozen), [net.hiddens for net in unrolled], strict=True)
         return [Unrolled(hiddens, latent_utilities(agents, params, hiddens, z)) for params, hiddens in pairs]
 
-    @mean_over_steps_where(lambda algo: algo.discriminator != "released_trajectory")
+    @base.mean_over_steps_where(lambda algo: algo.discriminator != "released_trajectory")
     def loss(
         self, params: PyTree, target: PyTree, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree
     ) -> tuple[Array, Aux]:
@@ -161,8 +155,8 @@ class MAVEN(FactoredQLearner):
         surprise, parts = self._cross_entropy(params["discriminator"], online.utilities, batch)
         given_z = batch._replace(state=jnp.concatenate([batch.state, self._one_hot(batch.latent, batch.state)], -1))
         if self.intrinsic_reward != "none":
-            sign = 1 if self.intrinsic_reward == "released" else -1
-            bonus = sign * hp.intrinsic_scale * jax.lax.stop_gradient(surprise) * batch.mask
+            bonus = surprise if self.intrinsic_reward == "released" else math.log(self.latent_dim) - surprise
+            bonus = hp.intrinsic_scale * jax.lax.stop_gradient(bonus) * batch.mask
             given_z = given_z._replace(reward=batch.reward + bonus)
         td_loss, aux = self.td_loss(params, target, given_z, hp, online.utilities, delayed.utilities)
         weighted = surprise if batch.importance is None else surprise * batch.importance
@@ -196,7 +190,7 @@ class MAVEN(FactoredQLearner):
 
     def _return_error(self, net: PyTree, batch: Episode, hp: Hyperparams) -> Array:
         """Returns the mean square error of the predicted returns, in units of the scale; episodes count by steps."""
-        predicted = apply_net(self.returns_net, net, batch.state[:, :-1])
+        predicted = apply_net(TwoLayer(256, self.latent_dim), net, batch.state[:, :-1])
         predicted = (predicted * self._one_hot(batch.latent, batch.state)[:, :-1]).sum(-1)
         error = predicted - sum_to_the_end(batch.reward * batch.mask, is_followed(batch)) / hp.return_scale
         first = jnp.zeros_like(batch.mask, bool).at[:, 0].set(True) if batch.starts is None else batch.starts[:, :-1]
