@@ -191,6 +191,18 @@ def tiny_run(algo: Algorithm, env: Environment, **changes: Any) -> Any:
     return RunConfig(algo=algo, env=env, **(values | changes))
 
 
+def drawn_latent(algo: Algorithm, spec: EnvSpec, batch_shape: tuple[int, ...]) -> Any:
+    """A latent for each of these episodes, ``()`` if the algorithm draws none."""
+    params, ctx = algo.init(jax.random.key(0), spec), Context(jnp.float32(1), jnp.int32(0), jnp.int32(0))
+    state = jnp.zeros((*batch_shape, spec.state_dim))
+    return algo.draw_latent(params, state, hyperparams(algo), ctx, jax.random.key(1))
+
+
+def at_places(latent: Any, num_places: int) -> Any:
+    """The latents of whole episodes as `Episode.latent` has them, ``[B, ..]`` -> ``[B, T+1, ..]``."""
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf[:, None], num_places, axis=1), latent)
+
+
 @options
 class Counting(Algorithm):
     """Acts from what the loop feeds it, without parameters that matter; a misaligned loop shows in the actions.

@@ -44,7 +44,7 @@ INSIDE = {
         ("base",),
         ("q_learning",),
         ("actor_critic", "dcg", "factored", "iql", "ppo", "qtran"),
-        ("maddpg", "masac", "maven", "qmix", "qplex"),
+        ("central_iql", "maddpg", "masac", "maven", "qmix", "qplex"),
         ("pqn", "wqmix"),
         ("powqmix", "resq"),
     ),

@@ -12,10 +12,10 @@ import optax
 import pytest
 
 from experiments.table2 import exploration
-from tests.environments import Clock, Leaver, Recall, hp_of_loss
+from tests.environments import Clock, Leaver, Recall, at_places, drawn_latent, hp_of_loss
 from tests.running import main
 from wqmix_jax import load_config, load_metrics, train_seeds
-from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, hyperparams, skips_padding
+from wqmix_jax.algos.base import AgentInputs, Algorithm, Context, hyperparams, latent_template, skips_padding
 from wqmix_jax.algos.iql import IQL
 from wqmix_jax.config import RunConfig, names
 from wqmix_jax.envs.matrix_game import MatrixGame
@@ -110,6 +110,7 @@ def test_a_batchs_gradient_is_the_mean_of_its_parts_by_their_steps(algo: str) ->
         reward=jax.random.normal(keys[3], (4, 3)) * mask,
         discount=jnp.ones((4, 3)),
         mask=mask,
+        latent=at_places(drawn_latent(config.algo, spec, (4,)), 4),
     )
     learner = init_learner(config.algo, config.algo.init(keys[4], spec))
     ctx = Context(jnp.float32(0.5), jnp.int32(0), jnp.int32(0))
@@ -168,9 +169,9 @@ def test_no_parameters_make_an_agent_play_what_is_unavailable(algo: str, value: 
     obs = jnp.linspace(-1, 1, 5 * 2 * 3).reshape(5, 2, 3)
     avail = jnp.arange(4)[None, None, :] == jnp.array([[3, 1], [2, 2], [1, 3], [3, 3], [0, 1]])[..., None]
     avail |= jnp.arange(4)[None, None, :] == 3
-    params = made.init(jax.random.key(0), EnvSpec(num_agents=2, num_actions=4, obs_dim=3, state_dim=1, episode_limit=1))
-    params = jax.tree.map(lambda leaf: jnp.full_like(leaf, value), params)
-    inputs = AgentInputs(obs, jnp.full((5, 2), -1), avail)
+    spec = EnvSpec(num_agents=2, num_actions=4, obs_dim=3, state_dim=1, episode_limit=1)
+    params = jax.tree.map(lambda leaf: jnp.full_like(leaf, value), made.init(jax.random.key(0), spec))
+    inputs = AgentInputs(obs, jnp.full((5, 2), -1), avail, drawn_latent(made, spec, (5,)))
     for epsilon in (0.0, 0.5):
         ctx = Context(jnp.float32(epsilon), jnp.int32(0), jnp.int32(0))
         carry = made.initial_carry((5, 2))
@@ -186,7 +187,7 @@ def test_an_agent_without_an_available_action_is_harmless(algo: str) -> None:
     learner = init_learner(made, made.init(jax.random.key(1), Clock(episode_limit=5, ends_from=9).spec))
     gradient = jax.jit(jax.grad(made.loss, has_aux=True))
     for env in (Leaver(episode_limit=5, ends_from=9), Clock(episode_limit=5, ends_from=9)):
-        batch = replayed(env)
+        batch = replayed(env, made)
         noise = made.sample_noise(jax.random.key(2), batch)
         hp = hp_of_loss(made, learner.target, batch)
         grads, aux = gradient(learner.params, learner.target, batch, hp, ctx, noise)
@@ -195,7 +196,7 @@ def test_an_agent_without_an_available_action_is_harmless(algo: str) -> None:
     np.testing.assert_array_less(sizes[0], 3 * np.array(sizes[1]) + 1)
 
 
-def replayed(env: Clock) -> Episode:
+def replayed(env: Clock, algo: Algorithm) -> Episode:
     """An episode of five steps, as the learner sees it after the replay."""
     steps = [env.compress(env.reset(None)._replace(steps=jnp.int32(time))) for time in range(6)]
     stored = StoredEpisode(
@@ -204,8 +205,9 @@ def replayed(env: Clock) -> Episode:
         reward=jnp.arange(1.0, 6.0)[None],
         length=jnp.full(1, 5, jnp.int32),
         terminated=jnp.ones(1, bool),
+        latent=drawn_latent(algo, env.spec, (1,)),
     )
-    replay = make_replay(env, buffer_size=2, batch_size=1)
+    replay = make_replay(env, buffer_size=2, batch_size=1, latent=latent_template(algo, env.spec))
     return replay.decode(replay.add(replay.init(), stored, jnp.bool_(True)).experience[0, :1], 5)
 
 
@@ -249,7 +251,8 @@ def known_values(config: RunConfig, params: PyTree) -> tuple[Any, Any]:
     both = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (4, 2, *leaf.shape)), seen)
     joint_actions = jnp.array([[0, 0], [0, 1], [1, 0], [1, 1]])
     reward, ones = jnp.array(PAYOFF).reshape(4, 1), jnp.ones((4, 1))
-    batch = Episode(*both, joint_actions[:, None], reward, discount=0 * ones, mask=ones)
+    latent = at_places(drawn_latent(algo, env.spec, (4,)), 2)
+    batch = Episode(*both, joint_actions[:, None], reward, discount=0 * ones, mask=ones, latent=latent)
     zero = jnp.int32(0)
     ctx, noise = Context(jnp.float32(1), zero, zero), algo.sample_noise(jax.random.key(0), batch)
     hp = hp_of_loss(algo, params, batch)

@@ -53,12 +53,14 @@ class AgentInputs(NamedTuple):
         avail_actions: ``[.., N, A]`` bool.
         latent: the latent of the episode, leaves ``[.., ..]`` without an axis of agents; ``()`` unless the algorithm
             draws one, see `Algorithm.draw_latent`.
+        state: ``[.., D]`` float32; ``()`` unless `Algorithm.acts_on_state`, and in saved policies.
     """
 
     obs: Array
     last_action: Array
     avail_actions: Array
     latent: PyTree = ()
+    state: PyTree = ()
 
 
 class Context(NamedTuple):
@@ -200,6 +202,9 @@ class Algorithm(abc.ABC):
                 f"at least algo.batch_size={self.batch_size} is needed"
             )
         return self
+
+    acts_on_state: ClassVar[bool] = False
+    """Whether `act` gets the state in training and its evaluations: for central control, never for saved policies."""
 
     def without_effect(self) -> dict[str, str]:
         """Maps each option that has no effect to the setting that disables it."""
@@ -433,17 +438,19 @@ class Acting(NamedTuple):
     Attributes:
         sample_noise: as `Algorithm.sample_act_noise`.
         act: as `Algorithm.act_with_noise`.
+        sees_state: `Algorithm.acts_on_state`.
     """
 
     sample_noise: Callable[[PRNGKey, tuple[int, ...]], PyTree]
     act: Callable[[PyTree, PyTree, AgentInputs, Hyperparams, Context, PyTree], tuple[Array, PyTree]]
+    sees_state: bool
 
 
 def acting_of(algo: Algorithm) -> Acting:
     """Returns how ``algo`` acts by what its class defines last, `act_with_noise` or `act`; see `sample_act_noise`."""
     if defines_last(type(algo), "act_with_noise", over=("act",)):
-        return Acting(algo.sample_act_noise, algo.act_with_noise)
-    return Acting(lambda key, shape: key, algo.act)
+        return Acting(algo.sample_act_noise, algo.act_with_noise, algo.acts_on_state)
+    return Acting(lambda key, shape: key, algo.act, algo.acts_on_state)
 
 
 def hyperparams(algo: Algorithm) -> Hyperparams:

@@ -39,7 +39,10 @@ class IQL(TDLearner):
         """Returns the mean square TD error over steps and agents, weighted unless ``weighting`` is uniform."""
         del ctx, noise
         online, delayed = self.unroll_nets(batch, [params["agent"]], [target["agent"]])
-        agent_qs, target_qs = online.utilities, delayed.utilities
+        return self.agents_loss(batch, hp, online.utilities, delayed.utilities)
+
+    def agents_loss(self, batch: Episode, hp: Hyperparams, agent_qs: Array, target_qs: Array) -> tuple[Array, Aux]:
+        """Returns `loss` for given utilities ``[B, T+1, N, A]`` of the online and the target agents."""
         chosen_qs = gather_actions(agent_qs[:, :-1], batch.joint_action)
         greedy = self.greedy_to_bootstrap(agent_qs, target_qs, batch)
         next_qs = gather_actions(target_qs[:, 1:], self.next_actions(greedy, batch))

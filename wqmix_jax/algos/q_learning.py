@@ -96,9 +96,13 @@ class QLearner(Algorithm):
         """Returns the agent alone."""
         return {"agent": params["agent"]}
 
-    def initial_carry(self, batch_shape: tuple[int, ...]) -> Array:
-        """Returns zeros, ``[.., N, H]``."""
+    def initial_hiddens(self, batch_shape: tuple[int, ...]) -> Array:
+        """Returns the hidden state of one network of agents at the start of an episode: zeros, ``[.., N, H]``."""
         return jnp.zeros((*batch_shape, self.hidden_dim))
+
+    def initial_carry(self, batch_shape: tuple[int, ...]) -> PyTree:
+        """Returns `initial_hiddens`."""
+        return self.initial_hiddens(batch_shape)
 
     def act(
         self, params: PyTree, carry: Array, inputs: AgentInputs, hp: Hyperparams, ctx: Context, key: PRNGKey
@@ -161,7 +165,7 @@ class QLearner(Algorithm):
             last_action = jnp.where(starts, -1, last_action)
         seen = SeenByAgents(batch.obs, last_action, starts, batch.compact)
         seen = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), seen)._replace(num_places=batch.num_places)
-        carry = self.initial_carry(last_action.shape[:1] + last_action.shape[2:]).astype(batch.obs.dtype)
+        carry = self.initial_hiddens(last_action.shape[:1] + last_action.shape[2:]).astype(batch.obs.dtype)
         agents = self.agents(*batch.avail_actions.shape[-2:]) if agents is None else agents
         unrolled = unroll_agents(agents, trained, frozen, carry, seen, keeps_hiddens=keeps_hiddens)
         return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), unrolled)

@@ -50,6 +50,21 @@ class FeedForwardQStar(nn.Module):
         )
         return self._after_first_layer(first[..., None, None, :] + change) + self.v(state)[..., None]
 
+    def deviations_of(self, agent: Array, agent_qs: Array, chosen_qs: Array, state: Array) -> Array:
+        """Returns the estimates of the joint actions in which this agent deviates, ``[.., A]``.
+
+        Args:
+            agent: scalar int32.
+            agent_qs: see `deviations`, and so for the others.
+            chosen_qs: ``[.., N]``.
+            state: ``[.., D]``.
+        """
+        kernel = self.net_0.variables["params"]["kernel"][-chosen_qs.shape[-1] :][agent]
+        its_qs = jax.lax.dynamic_index_in_dim(agent_qs, agent, axis=-2, keepdims=False)
+        chosen = jax.lax.dynamic_index_in_dim(chosen_qs, agent, axis=-1)
+        change = (its_qs - chosen)[..., None] * kernel.reshape((1,) * its_qs.ndim + (-1,))
+        return self._after_first_layer(self._first_layer(chosen_qs, state)[..., None, :] + change) + self.v(state)
+
     def _first_layer(self, chosen_qs: Array, state: Array) -> Array:
         chex.assert_equal_shape_prefix([chosen_qs, state], chosen_qs.ndim - 1)
         return self.net_0(state, chosen_qs)

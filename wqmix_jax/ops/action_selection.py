@@ -1,5 +1,6 @@
 """Choices among available actions: greedy, epsilon-greedy and drawn from a policy; and the schedule of epsilon."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -33,6 +34,29 @@ def _best(scores: Array, avail_actions: Array) -> Array:
 def greedy_values(agent_qs: Array, avail_actions: Array) -> Array:
     """Returns the utility of each agent's best available action, ``[.., N]``, a constant to the gradient."""
     return jax.lax.stop_gradient(jnp.where(avail_actions, agent_qs, UNAVAILABLE)).max(-1)
+
+
+def coordinate_ascent(
+    values: Callable[[Array, Array], Array], start: Array, avail_actions: Array, num_sweeps: int
+) -> Array:
+    """Returns a joint action that no agent's turn made worse, ``[.., N]``: one agent after another takes its best one.
+
+    Args:
+        values: ``(agent, joint_action) -> [.., A]``, the values of the joint actions ``[.., N]`` in which ``agent``, a
+            scalar int32, alone plays each of its actions.
+        start: ``[.., N]`` int32, available actions.
+        avail_actions: ``[.., N, A]`` bool.
+        num_sweeps: turns of each agent.
+    """
+    num_agents = start.shape[-1]
+
+    def turn(index: Array, joint_action: Array) -> Array:
+        agent = index % num_agents
+        avail = jax.lax.dynamic_index_in_dim(avail_actions, agent, axis=-2, keepdims=False)
+        best = greedy_actions(values(agent, joint_action), avail)
+        return jax.lax.dynamic_update_index_in_dim(joint_action, best, agent, axis=joint_action.ndim - 1)
+
+    return jax.lax.fori_loop(0, num_sweeps * num_agents, turn, start)
 
 
 def with_idle_action(avail_actions: Array) -> Array:

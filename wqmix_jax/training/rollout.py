@@ -282,6 +282,7 @@ def _play_step(game: _Game, play: _Play, step: Array, noise: _Noise) -> _Play:
     env, limit = game.env, game.env.spec.episode_limit
     seen = jax.vmap(env.observe)(play.env_state)
     inputs = AgentInputs(seen.obs, play.last_action, with_idle_action(seen.avail_actions))
+    inputs = inputs._replace(state=seen.state) if game.acting.sees_state else inputs
     inputs = jax.tree.map(functools.partial(_by_seed, len(game.keys.act)), inputs)._replace(latent=game.latent)
     act = jax.vmap(game.acting.act)
     joint_action, carry = act(game.params, play.carry, inputs, game.hp, game.ctx, noise.act)  # [S, E, N]
