@@ -157,5 +157,5 @@ def test_the_central_target_bootstraps_from_the_ascents_joint_action() -> None:
 
 
 def test_an_epsilon_of_zero_is_refused() -> None:
-    with pytest.raises(ConfigError, match="algo.epsilon_finish=0.*greater than 0"):
+    with pytest.raises(ConfigError, match=r"algo\.epsilon_finish=0.*greater than 0"):
         central_iql("algo.epsilon_finish=0.0")

@@ -42,7 +42,7 @@ def played(algo: MAVEN, params: Any, epsilon: float, num_envs: int = 12) -> tupl
 
 
 def test_agents_act_on_the_latent_that_the_loss_sees() -> None:
-    """The greedy actions recomputed from the stored episodes are those that were played; with other latents they differ."""
+    """The greedy actions recomputed from stored episodes are those that were played; with other latents they differ."""
     algo = maven()
     params = algo.init(jax.random.key(0), CLOCK.spec)
     replay, rows = played(algo, params, epsilon=0.0)
