@@ -1,5 +1,6 @@
 """A latent drawn once per episode: through play, replay, packed rows and saved policies."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -7,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.algos.test_algorithms import PREDATOR_PREY
 from tests.environments import TINY, Clock, Counting, by_seed
+from tests.running import main, timeless
+from wqmix_jax import evaluate, load_metrics, load_policies
 from wqmix_jax.algos.base import AgentInputs, Context, hyperparams, latent_template
 from wqmix_jax.errors import ConfigError
 from wqmix_jax.ops.byte_rows import row_bytes
@@ -164,3 +168,23 @@ def test_one_episode_of_a_policy_has_one_latent_that_depends_on_the_key() -> Non
         assert len(actions) == 1
         played += actions
     assert len(set(played)) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", ["maven", "cen_iql"])
+def test_a_run_whose_episodes_have_latents_resumes_and_is_evaluated(
+    algo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The resumed run has the records of the uninterrupted one: latents come from keys, and are in the replay."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = (f"+algo={algo}", *PREDATOR_PREY, "checkpoint.every=15")
+    assert main(*options, "total_env_steps=60", f"run_dir={whole}") == 0
+    assert main(*options, f"run_dir={parts}") == 0
+    assert main(f"resume={parts}", "total_env_steps=60") == 0
+    records, resumed = timeless(load_metrics(whole)), timeless(load_metrics(parts))
+    assert [line for line in records if line in resumed] == records
+    capsys.readouterr()
+    evaluate.main([f"run_dir={whole}", "policy=last", "episodes=2"])
+    assert "seed 1" in capsys.readouterr().out
+    env, policies = load_policies(whole)
+    assert play_episode(env, policies["0"], jax.random.key(0))
