@@ -53,7 +53,7 @@ class AgentInputs(NamedTuple):
         avail_actions: ``[.., N, A]`` bool.
         latent: the latent of the episode, leaves ``[.., ..]`` without an axis of agents; ``()`` unless the algorithm
             draws one, see `Algorithm.draw_latent`.
-        state: ``[.., D]`` float32; ``()`` unless `Algorithm.acts_on_state`, and in saved policies.
+        state: ``[.., D]`` float32; ``()`` unless `Algorithm.acts_on_state`, and where a saved policy acts by itself.
     """
 
     obs: Array
@@ -204,7 +204,7 @@ class Algorithm(abc.ABC):
         return self
 
     acts_on_state: ClassVar[bool] = False
-    """Whether `act` gets the state in training and its evaluations: for central control, never for saved policies."""
+    """Whether `act` gets the state where whole episodes are played; `GreedyPolicy.act` of a saved policy has none."""
 
     def without_effect(self) -> dict[str, str]:
         """Maps each option that has no effect to the setting that disables it."""
@@ -423,7 +423,7 @@ def skips_padding(algo: Algorithm) -> bool:
     Or by `mean_over_steps_where`, for the options of ``algo``.
     """
     learns = type(algo).update if takes_own_steps(algo) else type(algo).loss
-    mark = getattr(learns, "is_mean_over_steps", False)
+    mark: Any = getattr(learns, "is_mean_over_steps", False)
     return mark(algo) if callable(mark) else mark
 
 

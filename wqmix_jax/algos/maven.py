@@ -142,8 +142,8 @@ class MAVEN(FactoredQLearner):
         unrolled = super().unroll_nets(batch, trained, frozen, keeps_hiddens=True)
         z = self._one_hot(batch.latent, batch.state)
 
-        pairs = zip((*trained, *frozen), [net.hiddens for net in unrolled], strict=True)
-        return [Unrolled(hiddens, latent_utilities(agents, params, hiddens, z)) for params, hiddens in pairs]
+        nets: Any = zip((*trained, *frozen), [net.hiddens for net in unrolled], strict=True)
+        return [Unrolled(hiddens, latent_utilities(agents, params, hiddens, z)) for params, hiddens in nets]
 
     @base.mean_over_steps_where(lambda algo: algo.discriminator != "released_trajectory")
     def loss(
