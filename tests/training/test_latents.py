@@ -113,8 +113,8 @@ def test_packed_rows_give_each_place_the_latent_of_its_episode() -> None:
     assert int(num_rows) < 16
     packed = jax.jit(replay.decode_packed)(rows, layout)
     number = np.array(packed.latent["number"])
-    of_episode = np.array(episodes.latent["number"][0])[np.array(layout.episode)]
-    np.testing.assert_array_equal(number, np.where(layout.filled, of_episode, 0))
+    per_row = np.array(episodes.latent["number"][0])[np.array(layout.episode)]
+    np.testing.assert_array_equal(number, np.where(layout.filled, per_row, 0))
     real = np.array(packed.mask) > 0
     np.testing.assert_array_equal(np.array(packed.joint_action)[real][:, 1], number[:, :-1][real] % 3)
 

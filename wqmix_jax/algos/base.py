@@ -204,7 +204,7 @@ class Algorithm(abc.ABC):
         return self
 
     acts_on_state: ClassVar[bool] = False
-    """Whether `act` gets the state where whole episodes are played; `GreedyPolicy.act` of a saved policy has none."""
+    """True if `act` gets the state where whole episodes are played; `GreedyPolicy.act` of a saved policy has none."""
 
     def without_effect(self) -> dict[str, str]:
         """Maps each option that has no effect to the setting that disables it."""

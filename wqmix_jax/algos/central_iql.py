@@ -21,7 +21,7 @@ from wqmix_jax.types import Array, EnvSpec, Episode, PRNGKey, PyTree
 
 @options
 class CentralIQL(IQL):
-    """`IQL` plus a central Q*, of its own agents and the state, which acts in some episodes of training.
+    """`IQL` plus a central Q* on separate agents and the state, which acts in some episodes of training.
 
     Q* learns from the same replay, and bootstraps from the joint action that coordinate ascent finds. Evaluation and
     saved policies play the independent agents alone. Parameters: ``{"agent", "q_star_agent", "q_star_mixer"}``.
@@ -81,8 +81,8 @@ class CentralIQL(IQL):
             central, central_qs = self.step(params["q_star_agent"], central, inputs)
             greedy = greedy_actions(agent_qs, inputs.avail_actions)
             best = self.maximiser(params, central_qs, greedy, inputs.state, inputs.avail_actions)
-            of_central = jax.nn.one_hot(best, agent_qs.shape[-1], dtype=agent_qs.dtype)
-            agent_qs = jnp.where(inputs.latent[..., None, None], of_central, agent_qs)
+            central_choice = jax.nn.one_hot(best, agent_qs.shape[-1], dtype=agent_qs.dtype)
+            agent_qs = jnp.where(inputs.latent[..., None, None], central_choice, agent_qs)
         return explore(noise, agent_qs, inputs.avail_actions, ctx.epsilon), (own, central)
 
     def maximiser(self, params: PyTree, central_qs: Array, start: Array, state: Array, avail_actions: Array) -> Array:

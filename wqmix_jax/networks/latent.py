@@ -45,9 +45,9 @@ class LatentHead(nn.Module):
         identities = jnp.broadcast_to(identity[None, :], (num_latents, len(identity)))
         inputs = jnp.concatenate([jnp.eye(num_latents, dtype=hiddens.dtype), identities], axis=-1)
         weights = product(inputs, kernel) + bias[None, :]
-        of_all = product(hiddens, weights.reshape(-1, width).T.astype(kernel.dtype))
-        of_all = of_all.reshape(*latent.shape, self.num_actions)
-        return jnp.where(latent[..., None] > 0, of_all, 0).sum(-2)
+        utilities = product(hiddens, weights.reshape(-1, width).T.astype(kernel.dtype))
+        utilities = utilities.reshape(*latent.shape, self.num_actions)
+        return jnp.where(latent[..., None] > 0, utilities, 0).sum(-2)
 
 
 def with_latent_heads(agents: AgentForm, params: PyTree, key: PRNGKey, num_agents: int, num_latents: int) -> PyTree:
