@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from scipy.special import expit, log_softmax, softmax
 
-from tests.environments import Clock, by_seed
+from tests.environments import Clock, by_seed, tiny_run
 from wqmix_jax import load_config
 from wqmix_jax.algos.base import Context, hyperparams, is_mean_over_steps, latent_template
 from wqmix_jax.algos.maven import MAVEN
 from wqmix_jax.errors import ConfigError
+from wqmix_jax.training.compiled_loop import make_trainer
 from wqmix_jax.training.learner import init_learner
 from wqmix_jax.training.replay import make_replay
 from wqmix_jax.training.rollout import rollout
@@ -82,6 +83,23 @@ def test_packed_rows_have_the_loss_and_gradients_of_whole_ones(options: tuple[st
     assert {"discriminator_loss", "td_loss"} <= results[0][1].keys()
     for whole, packed in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(packed, whole, rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.slow
+def test_the_learner_steps_alike_however_batches_are_laid_out() -> None:
+    """Whole, in packed rows, and bounded in the form for accelerators, where loops end with the longest episode."""
+    options = ("algo.mi_loss=1", "algo.latent_policy=learned", "algo.batch_size=4", "algo.buffer_size=8")
+    config = tiny_run(maven(*options), Clock(episode_limit=32, ends_from=1), num_envs=4)
+    trainers = [
+        make_trainer(config, batches=batches, platform=platform)
+        for batches, platform in (("whole", "cpu"), ("packed", "cpu"), ("bounded", "tpu"))
+    ]
+    state, _ = trainers[0].train_chunk(trainers[0].init([0, 1]))
+    whole, *others = [trainer.learn(state) for trainer in trainers]
+    for other in others:
+        for one, another in zip(*map(jax.tree.leaves, (whole, other)), strict=True):
+            if jnp.issubdtype(one.dtype, jnp.floating):
+                np.testing.assert_allclose(another, one, rtol=1e-3, atol=2e-5)
 
 
 def test_the_released_trajectory_is_no_mean_over_steps() -> None:
