@@ -43,7 +43,7 @@ INSIDE = {
     "algos": (
         ("base",),
         ("q_learning",),
-        ("actor_critic", "dcg", "factored", "iql", "ppo", "qtran"),
+        ("actor_critic", "coma", "dcg", "factored", "iql", "ppo", "qtran"),
         ("central_iql", "maddpg", "masac", "maven", "qmix", "qplex"),
         ("pqn", "wqmix"),
         ("powqmix", "resq"),

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
+from tests.parity import coma_cases
 from tests.parity.comparison import EXACT, Report, Tolerance
 from wqmix_jax import load_config
 from wqmix_jax.algos import masac
-from wqmix_jax.algos.base import Algorithm, Aux, Context, Hyperparams, Trained, hyperparams, takes_own_steps
-from wqmix_jax.algos.powqmix import POWQMIX
+from wqmix_jax.algos.base import Algorithm, Aux, Context, Hyperparams, Trained, hyperparams
+from wqmix_jax.algos.coma import COMA
+from wqmix_jax.algos.powqmix import POWQMIX, RECOGNIZER
 from wqmix_jax.interop import pymarl
 from wqmix_jax.ops import coordination
 from wqmix_jax.ops.action_selection import UNAVAILABLE
@@ -75,6 +77,8 @@ CASES: Mapping[str, Case] = {
     "maven": Case("maven", {"discriminator": "step"}),
     "maven_intrinsic": Case("maven", {"discriminator": "step", "intrinsic_reward": "released"}),
     "maven_rnn": Case("maven", {"discriminator": "released_trajectory"}),
+    "coma": Case("coma"),
+    "coma_frozen": Case("coma"),
 }
 """By the names in the recordings."""
 
@@ -116,6 +120,7 @@ SIZES = {
     "discrim_size": "discriminator_dim",
     "discrim_layers": "discriminator_layers",
     "rnn_agg_size": "memory_dim",
+    "critic_width": "critic_dim",
 }
 """The recordings' options with a counterpart of ours."""
 
@@ -140,6 +145,10 @@ LOSSES = {
     "logit_entropy": "logit_entropy",
     "discrim_loss": "discriminator_loss",
     "averaged_discrim_loss": "discriminator_loss",
+    "coma_loss": "actor_loss",
+    "agent_grad_norm": "grad_norm",
+    "critic_loss": "critic_losses",
+    "critic_grad_norm": "critic_grad_norms",
 }
 """The recordings' scalars by our names; a minus says that theirs is maximised."""
 
@@ -173,12 +182,13 @@ STEP_VALUES = {
 
 UNUSUAL_NAMES = {
     "grads_qr/": "grads/",
+    "critic_grads_last_t/": "grads/",
     "/mixer/hyper_w1.": "/mixer/hyper_w_1.",
     "/mixer/hyper_b1.0.": "/mixer/hyper_b_1.",
     "/mixer/hyper_w2.": "/mixer/hyper_w_final.",
     "/mixer/hyper_b2.": "/mixer/V.",
 }
-"""Parts of names in POWQMIX's recordings, whose code comes from PyMARL2, and the usual ones."""
+"""Parts of names in the recordings of POWQMIX, whose code comes from PyMARL2, and of COMA, and the usual ones."""
 
 DCG_NAMES = {"utility/0.": "agent/fc2.", "payoff/": "payoffs/"}
 """The beginnings of names in DCG's recordings, and in `pymarl.NETS`: its agents have their last layer outside."""
@@ -272,12 +282,14 @@ def run(case: str, arrays: Arrays, config: Mapping[str, Any], precision: str, st
         params, target = (_params(group, like, tensors, precision) for group in ("params", "target"))
         step = step or compile_step(algo)
         learner = jax.jit(functools.partial(init_learner, algo))(params)._replace(target=target)
-        epsilon = jnp.asarray(config.get("epsilon_online", 0.0))
+        epsilon = jnp.asarray(config.get("epsilon_online", config.get("epsilon", 0.0)))
         ctx = Context(epsilon, env_steps=jnp.int32(config.get("t_env", 0)), learner_steps=jnp.int32(0))
         taken, metrics, first = [], [], None
         for count in range(1, NUM_STEPS + 1):
             noise = _noise(_group(arrays, f"noise/step{count}"), batch, precision)
-            if takes_own_steps(algo):
+            if isinstance(algo, COMA):
+                noise = coma_cases.noise(arrays, precision)
+            elif isinstance(algo, POWQMIX):
                 noise = metrics[-1]["clipped_norm"] if metrics else jnp.zeros((), precision)
             ctx = ctx._replace(learner_steps=jnp.int32(count - 1))
             take = functools.partial(step, batch=batch, ctx=ctx, noise=noise)
@@ -326,6 +338,8 @@ def compile_step(algo: Algorithm) -> Step:
     def step(learner: LearnerState, batch: Episode, hp: Hyperparams, ctx: Context, noise: PyTree) -> tuple[Any, ...]:
         if isinstance(algo, POWQMIX):
             stepped, grads, aux = _powqmix_call(algo, learner, batch, hp, ctx, noise)
+        elif isinstance(algo, COMA):
+            stepped, grads, aux = coma_cases.call(algo, learner, batch, hp, ctx, noise)
         else:
             grads, aux = jax.grad(loss, has_aux=True)(learner.params, learner.target, batch, hp, ctx, noise)
             stepped, grad_norm = apply_gradients(algo, learner, grads, hp)
@@ -386,6 +400,8 @@ def build_algorithm(case: str, config: Mapping[str, Any]) -> Algorithm:
     base = _base(CASES[case].algo)
     own = {field.name for field in dataclasses.fields(base)}
     recorded = {ours: config[theirs] for theirs, ours in SIZES.items() if theirs in config and ours in own}
+    if "critic_lr_factor" in own and "critic_lr" in config:
+        recorded["critic_lr_factor"] = config["critic_lr"] / config["lr"]
     like = {option: getattr(base, option) for option, value in recorded.items() if value is not None}
     sizes = {
         option: WORDS.get(value, value) if like.get(option) is None else type(like[option])(WORDS.get(value, value))
@@ -403,6 +419,7 @@ def compare_run(ran: Run, arrays: Arrays, config: Mapping[str, Any], precision: 
     arrays = _without_nets(arrays, idle)
     _compare_values(report, ran, arrays, precision)
     _compare_losses(report, ran, arrays, precision)
+    _compare_by_time(report, ran, arrays, precision)
     _compare_tensors(report, "grads", ran.grads, arrays, precision, unreached=config.get("params_without_grad", ()))
     for count in (1, NUM_STEPS):
         _compare_tensors(report, f"after{count}", ran.params[count - 1], arrays, precision)
@@ -453,6 +470,15 @@ def _compare_tensors(
         report.compare(f"{group}/{name}", here, there, _tolerance(there, precision, loose))
 
 
+def _compare_by_time(report: Report, ran: Run, arrays: Arrays, precision: str) -> None:
+    """Compares the gradient of the critic's loss at each time, where it was recorded."""
+    for name, recorded in _group(arrays, "critic_grads").items():
+        times = range(len(recorded))
+        by_time = [jax.tree.map(lambda leaf, time=time: leaf[time], ran.values["critic_grads"]) for time in times]
+        ours = np.stack([_by_recorded_name({"critic": grads})[name] for grads in by_time])
+        report.compare(f"critic_grads/{name}", ours, recorded, _tolerance(recorded, precision, FLOAT32_VALUE))
+
+
 def _tolerance(recorded: np.ndarray, precision: str, in_float32: Tolerance) -> Tolerance:
     if precision == "float32":
         return in_float32
@@ -465,12 +491,17 @@ def _base(algo: str) -> Algorithm:
 
 
 def _by_usual_names(arrays: Arrays) -> dict[str, np.ndarray]:
-    """The recording with PyMARL's names of QMIX's tensors, and with the gradient of Q_r among the others."""
+    """The recording with PyMARL's names of QMIX's tensors, and with all gradients in one group.
+
+    Of gradients that were recorded for each time, that is the last time's.
+    """
     found = {}
     for name, array in arrays.items():
         for theirs, usual in UNUSUAL_NAMES.items():
             name = name.replace(theirs, usual)
         found[name] = array
+        if name.startswith("critic_grads/"):
+            found[name.replace("critic_grads/", "grads/")] = array[-1]
     return found
 
 
@@ -599,6 +630,11 @@ def _values(ran: Run, expected: Arrays) -> dict[str, tuple[np.ndarray, np.ndarra
     seen = np.pad(real, ((0, 0), (0, 1))) | np.pad(real, ((0, 0), (1, 0)))  # the states before and after a real step
     where = {"seen": seen, "decided": seen[..., None] & ran.batch.avail_actions.any(-1)}
     where["valued"] = where["decided"].all(-1)
+    if "critic_grads" in ran.values:
+        steps = coma_cases.step_values(ran.values, ran.batch.mask[..., None])
+        found = {name: (value, real) for name, value in steps.items()}
+        found |= {name: (value, seen) for name, value in coma_cases.state_values(ran.values).items()}
+        return {name: pair for name, pair in found.items() if name in expected}
     found = {}
     for name, value in _step_values(ran, expected).items():
         everywhere = name.startswith(("mask", "central_masked"))  # zero in the padding, in the recordings too

@@ -14,7 +14,7 @@ from pydantic import Field
 from wqmix_jax.algos.actor_critic import ActorCritic
 from wqmix_jax.algos.base import TRACED, AgentInputs, Aux, Context, Hyperparams, mean_over_steps
 from wqmix_jax.algos.q_learning import gather_actions
-from wqmix_jax.ops.action_selection import draw, epsilon_floor, greedy_actions
+from wqmix_jax.ops.action_selection import draw, draw_or_best, epsilon_floor
 from wqmix_jax.ops.td import masked_mean, masked_mean_square, td_target
 from wqmix_jax.options import options
 from wqmix_jax.types import Array, Episode, PRNGKey, PyTree
@@ -58,12 +58,7 @@ class MASAC(ActorCritic):
     ) -> tuple[Array, Array]:
         """Draws from the policy; in evaluation takes the likeliest available action, as the authors do."""
         carry, logits = self.step(params["agent"], carry, inputs)
-        policy = epsilon_floor(logits, inputs.avail_actions, ctx.epsilon)
-        # The argmax of log-probabilities plus Gumbel noise is a draw. It is masked again: the policy of a seed whose
-        # parameters are nan is nan everywhere, at unavailable actions too.
-        perturbed = jnp.log(policy) + noise
-        drawn = greedy_actions(perturbed, inputs.avail_actions)
-        return jnp.where(ctx.epsilon > 0, drawn, greedy_actions(logits, inputs.avail_actions)), carry
+        return draw_or_best(logits, inputs.avail_actions, ctx.epsilon, noise), carry
 
     def sample_noise(self, key: PRNGKey, batch: Episode) -> Noise:
         """Draws Gumbel noise for the draws of both policies."""

@@ -116,6 +116,7 @@ _CENTRAL_MIXER = _V | _linear(
     net_2="net.4",
     net_3="net.6",
 )
+_COMA_CRITIC = _linear(encoder="fc1", hidden="fc2", head="fc3")
 _RECOGNIZER = (
     _layers("v", "V", 3)
     | _layers("hyper_w_1", "lambda_hypernet.hyper_w_1", 3)
@@ -131,6 +132,7 @@ NETS: Mapping[str, Net] = {
     "discrim": Net("discriminator", (_DISCRIMINATOR,), optional=True),
     "rest_agent": Net("residual_agent", _AGENT_LAYOUTS, optional=True),
     "rest_mixer": Net("residual_mixer", (_CENTRAL_MIXER,), optional=True),
+    "critic": Net("critic", (_COMA_CRITIC,), optional=True),
     "recognizer": Net("recognizer", (_RECOGNIZER,), optional=True),
     "payoffs": Net("payoff", (_PAYOFFS,), optional=True),
     "state_value": Net("state_value", (_linear(hidden="0", out="2"),), optional=True),

@@ -138,6 +138,25 @@ def draw(policy: Array, gumbel: Array) -> Array:
     return jnp.argmax(jnp.log(jax.lax.stop_gradient(policy)) + gumbel, axis=-1).astype(jnp.int32)
 
 
+def draw_or_best(logits: Array, avail_actions: Array, epsilon: Array, gumbel: Array) -> Array:
+    """Draws from the policy of `epsilon_floor`; takes the likeliest available action where epsilon is 0, in evaluation.
+
+    Args:
+        logits: ``[.., N, A]``.
+        avail_actions: ``[.., N, A]`` bool.
+        epsilon: scalar.
+        gumbel: ``[.., N, A]``, standard Gumbel noise.
+
+    Returns:
+        ``[.., N]`` int32.
+    """
+    # The argmax of log-probabilities plus Gumbel noise is a draw. It is masked again: the policy of a seed whose
+    # parameters are nan is nan everywhere, at unavailable actions too.
+    perturbed = jnp.log(epsilon_floor(logits, avail_actions, epsilon)) + gumbel
+    drawn = greedy_actions(perturbed, avail_actions)
+    return jnp.where(epsilon > 0, drawn, greedy_actions(logits, avail_actions))
+
+
 def straight_through(logits: Array, gumbel: Array, temperature: Array) -> Array:
     """Draws an action, one-hot ``[.., A]``, whose gradient is that of the Gumbel-softmax (arXiv 1611.01144).
 

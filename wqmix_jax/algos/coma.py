@@ -1,0 +1,273 @@
+"""COMA (Foerster et al., arXiv 1705.08926; ``coma_learner`` of github.com/oxwhirl/pymarl, c971afd).
+
+Decentralised actors and a central critic that returns, for each agent, the values of all its actions given those of the
+other agents. An actor's advantage is the value of its action less the policy's mean of these, a counterfactual
+baseline.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import entr
+from pydantic import Field
+
+from wqmix_jax.algos.base import (
+    TRACED,
+    AgentInputs,
+    Aux,
+    Context,
+    Fraction,
+    Hyperparams,
+    OptimizerStep,
+    PositiveFraction,
+    Trained,
+    mean_over_steps,
+)
+from wqmix_jax.algos.q_learning import QLearner, is_followed
+from wqmix_jax.networks.agent import AgentForm, SeenByAgents, unroll_agents
+from wqmix_jax.ops.action_selection import draw, draw_or_best, epsilon_floor
+from wqmix_jax.ops.td import lambda_return, masked_mean, masked_mean_square
+from wqmix_jax.options import PositiveInt, options
+from wqmix_jax.types import Array, EnvSpec, Episode, PRNGKey, PyTree
+
+ACTORS, CRITIC = "actors", "critic"
+"""The optimisers, see `Algorithm.optimizers`."""
+
+
+class Examples(NamedTuple):
+    """The episodes as a critic learns from them, constants to the gradient; time is the first axis.
+
+    Attributes:
+        inputs: ``[T, B, N, F]``, see `critic_inputs`.
+        actions: ``[T, B, N, A]``, the actions taken, one-hot.
+        td_target: ``[T, B, N]``, y of each agent.
+        mask: ``[T, B, N]``, that of the episode for each agent.
+    """
+
+    inputs: Array
+    actions: Array
+    td_target: Array
+    mask: Array
+
+
+@options
+class COMA(QLearner):
+    """Actors whose outputs are logits of a policy with a floor, and a critic with counterfactual baselines.
+
+    Parameters: ``{"agent", "critic"}``, each with an optimiser and a clip to itself. A learner call takes all steps of
+    the critic, then one of the actors. Epsilon is the policy's floor, not a chance to explore.
+
+    Attributes:
+        td_lambda: lambda of the critic's targets, over the target critic's values of the actions taken.
+        critic_dim: width of the critic's two hidden layers.
+        critic_lr_factor: the critic's learning rate, divided by ``lr``.
+        critic_steps: ``per_time``: one step of the critic per time step, the last first, each on that time of all
+            episodes; or a number of steps, each on all times. The actors see the critic at each time as it was before
+            its last step there.
+        epsilon_start: the floor at the start.
+        epsilon_finish: the floor after ``epsilon_anneal_steps``.
+    """
+
+    td_lambda: Fraction
+    critic_dim: PositiveInt
+    critic_lr_factor: Annotated[float, Field(ge=0), TRACED]
+    critic_steps: Literal["per_time"] | PositiveInt
+    epsilon_start: PositiveFraction
+    epsilon_finish: PositiveFraction
+
+    is_on_policy: ClassVar[bool] = True
+
+    @property
+    def head_gain(self) -> float:
+        """See `QLearner.head_gain`: actors start nearly uniform."""
+        return 0.01
+
+    def critic_form(self, num_agents: int, num_actions: int) -> AgentForm:
+        """Returns the form of the critic: agents without memory, which always have the id."""
+        form = self.agents(num_agents, num_actions)
+        return form._replace(hidden_dim=self.critic_dim, has_id=True, has_last_action=False, recurrent=False)
+
+    def init(self, key: PRNGKey, env_spec: EnvSpec) -> PyTree:
+        """Draws the parameters of actors and critic."""
+        agent_key, critic_key = jax.random.split(key)
+        num_agents, num_actions = env_spec.num_agents, env_spec.num_actions
+        width = env_spec.state_dim + env_spec.obs_dim + 2 * num_agents * num_actions
+        critic = self.critic_form(num_agents, num_actions).init(critic_key, num_agents, width)
+        return super().init(agent_key, env_spec) | {"critic": critic}
+
+    def optimizers(self) -> Mapping[str, tuple[str, ...]]:
+        """Returns one optimiser for the actors, one for the critic; see `Algorithm.optimizers`."""
+        return {ACTORS: ("agent",), CRITIC: ("critic",)}
+
+    def sample_act_noise(self, key: PRNGKey, shape: tuple[int, ...]) -> Array:
+        """Draws standard Gumbel noise, ``[.., N, A]``."""
+        return jax.random.gumbel(key, shape)
+
+    def act_with_noise(
+        self, params: PyTree, carry: Array, inputs: AgentInputs, hp: Hyperparams, ctx: Context, noise: Array
+    ) -> tuple[Array, Array]:
+        """Draws from the policy; in evaluation takes the likeliest available action."""
+        del hp
+        carry, logits = self.step(params["agent"], carry, inputs)
+        return draw_or_best(logits, inputs.avail_actions, ctx.epsilon, noise), carry
+
+    def sample_noise(self, key: PRNGKey, batch: Episode) -> Array:
+        """Draws Gumbel noise for the joint action in each episode's last state, the same at all its times."""
+        num_episodes, _, *shape = batch.avail_actions.shape
+        gumbel = jax.random.gumbel(key, (num_episodes, 1, *shape))
+        return jnp.broadcast_to(gumbel, batch.avail_actions.shape)
+
+    @mean_over_steps
+    def loss(
+        self, params: PyTree, target: PyTree, batch: Episode, hp: Hyperparams, ctx: Context, noise: Array
+    ) -> tuple[Array, Aux]:
+        """Returns the actors' loss plus the critic's over all times, both under the critic as it is; see `update`."""
+        policy = self.policy(params["agent"], batch, ctx)
+        examples = self.examples(target, batch, policy, hp, noise)
+        _, qs = self.critic_loss(params["critic"], examples)
+        return actor_critic_loss(policy, qs, examples)
+
+    @mean_over_steps
+    def update(
+        self,
+        trained: Trained,
+        target: PyTree,
+        batch: Episode,
+        hp: Hyperparams,
+        ctx: Context,
+        noise: Array,
+        step: OptimizerStep,
+    ) -> tuple[Trained, Aux]:
+        """Takes all steps of the critic, then one of the actors; see `Algorithm.update`."""
+
+        def loss(agent_params: PyTree) -> tuple[Array, tuple[Trained, Aux]]:
+            policy = self.policy(agent_params, batch, ctx)
+            examples = self.examples(target, batch, policy, hp, noise)
+            taught, qs, norms = self.train_critic(trained, examples, batch.num_places, hp, step)
+            total, aux = actor_critic_loss(policy, qs, examples)
+            metrics = {"critic_grad_norm": norms.sum() / jnp.maximum((norms > 0).sum(), 1)}
+            return total, (taught, Aux(aux.metrics | metrics, aux.values | {"critic_grad_norms": norms}))
+
+        grads, (trained, aux) = jax.grad(loss, has_aux=True)(trained.params["agent"])
+        trained, grad_norm = step(trained, {"agent": grads}, ACTORS)
+        return trained, aux._replace(metrics=aux.metrics | {"grad_norm": grad_norm})
+
+    def policy(self, agent_params: PyTree, batch: Episode, ctx: Context) -> Array:
+        """Returns the probabilities of all actions, ``[B, T+1, N, A]``; see `epsilon_floor`."""
+        return epsilon_floor(self.unroll(agent_params, batch), batch.avail_actions, ctx.epsilon)
+
+    def examples(self, target: PyTree, batch: Episode, policy: Array, hp: Hyperparams, noise: Array) -> Examples:
+        """Returns what the critic learns: lambda-returns over the target critic's values of the actions taken.
+
+        No action follows an episode's last step: the value of one drawn from the policy is bootstrapped from.
+        """
+        is_step = jnp.pad(batch.mask, ((0, 0), (0, 1)))[..., None] > 0
+        taken = jnp.pad(batch.joint_action, ((0, 0), (0, 1), (0, 0)))
+        taken = jnp.where(is_step, taken, draw(policy, noise))
+        actions = jax.nn.one_hot(taken, policy.shape[-1], dtype=policy.dtype)  # [B, T+1, N, A]
+        inputs = critic_inputs(batch, actions)
+        next_value = (self.critic_qs(target["critic"], inputs, policy.shape[-1]) * actions).sum(-1)[:, 1:]
+        each_row = jax.vmap(lambda_return, in_axes=(0, 0, None, 0, 0))
+        y = each_row(batch.reward, batch.discount, hp.gamma, next_value, hp.td_lambda * is_followed(batch))
+        mask = jnp.broadcast_to(batch.mask[..., None], y.shape)
+        examples = Examples(inputs[:, :-1], actions[:, :-1], y, mask)
+        return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf.swapaxes(0, 1)), examples)
+
+    def train_critic(
+        self, trained: Trained, examples: Examples, num_places: Array | None, hp: Hyperparams, step: OptimizerStep
+    ) -> tuple[Trained, Array, Array]:
+        """Takes the steps of the critic, see ``critic_steps``; a time without a real step has none.
+
+        Returns:
+            ``trained`` after them, the values ``[T, B, N, A]`` just before the last step at each time, and the
+            gradient's norm of each step, 0 where there was none.
+        """
+        num_times, is_per_time = len(examples.mask), self.critic_steps == "per_time"
+        num_steps, length = (num_times, 1) if is_per_time else (self.critic_steps, num_times)
+        turns = num_steps if num_places is None or not is_per_time else jnp.minimum(num_places - 1, num_times)
+        gradient = jax.grad(self.critic_loss, has_aux=True)
+
+        def one_step(index: Array, carry: tuple[Trained, Array, Array]) -> tuple[Trained, Array, Array]:
+            trained, qs, norms = carry
+            time = turns - 1 - index if is_per_time else 0
+            now = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, time, length), examples)
+            grads, found = gradient(trained.params["critic"], now)
+            stepped, norm = step(trained, {"critic": grads}, CRITIC, lr=hp.lr * hp.critic_lr_factor)
+            is_real = now.mask.any()
+            trained = jax.tree.map(functools.partial(jnp.where, is_real), stepped, trained)
+            qs = jax.lax.dynamic_update_slice_in_dim(qs, found, time, axis=0)
+            return trained, qs, norms.at[index].set(jnp.where(is_real, norm, 0))
+
+        _, qs = jax.eval_shape(self.critic_loss, trained.params["critic"], examples)
+        zeros = jnp.zeros(qs.shape, qs.dtype), jnp.zeros(num_steps, qs.dtype)
+        return jax.lax.fori_loop(0, turns, one_step, (trained, *zeros))
+
+    def critic_loss(self, critic_params: PyTree, examples: Examples) -> tuple[Array, Array]:
+        """Returns the critic's mean square error, and its values of all actions, ``[T, B, N, A]``."""
+        qs = self.critic_qs(critic_params, examples.inputs, examples.actions.shape[-1])
+        error = (qs * examples.actions).sum(-1) - examples.td_target
+        return masked_mean_square(error, examples.mask), qs
+
+    def critic_qs(self, critic_params: PyTree, inputs: Array, num_actions: int) -> Array:
+        """Returns the critic's values of all actions of each agent: ``[T, B, N, F]`` -> ``[T, B, N, A]``."""
+        form, no_action = self.critic_form(inputs.shape[-2], num_actions), jnp.full(inputs.shape[:-1], -1)
+        carry = jnp.zeros((*inputs.shape[1:-1], self.critic_dim))  # which a net without memory doesn't read
+        return unroll_agents(form, [critic_params], (), carry, SeenByAgents(inputs, no_action))[0].utilities
+
+
+def critic_inputs(batch: Episode, actions: Array) -> Array:
+    """Returns what a critic sees without the ids: state, own observation, actions of the others, all last actions.
+
+    Args:
+        batch: the episodes.
+        actions: ``[B, T+1, N, A]``, one-hot.
+
+    Returns:
+        ``[B, T+1, N, D + O + 2 * N * A]``; the agent's own action is zero.
+    """
+    *lead, num_agents, num_actions = actions.shape
+    is_other = 1 - jnp.eye(num_agents, dtype=actions.dtype)
+    others = actions[..., None, :, :] * is_other.reshape((1,) * len(lead) + (num_agents, num_agents, 1))
+    last = jnp.pad(actions[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)))
+
+    def seen_by_all(features: Array) -> Array:
+        return jnp.broadcast_to(features[..., None, :], (*lead, num_agents, features.shape[-1]))
+
+    width = num_agents * num_actions
+    parts = seen_by_all(batch.state), batch.obs, others.reshape(*lead, num_agents, width)
+    return jnp.concatenate([*parts, seen_by_all(last.reshape(*lead, width))], axis=-1)
+
+
+def counterfactual_advantages(qs: Array, policy: Array, actions: Array) -> Array:
+    """Returns Q(u) - sum_a pi(a) Q(a), eq. 4 of the paper, a constant to the gradient.
+
+    Args:
+        qs: ``[.., A]``, the values of an agent's actions given those of the others.
+        policy: ``[.., A]``, the agent's probabilities.
+        actions: ``[.., A]``, the action taken, one-hot.
+    """
+    return jax.lax.stop_gradient((qs * actions).sum(-1) - (policy * qs).sum(-1))
+
+
+def actor_critic_loss(policy: Array, qs: Array, examples: Examples) -> tuple[Array, Aux]:
+    """Returns the actors' loss plus the critic's.
+
+    Args:
+        policy: ``[B, T+1, N, A]``, with a gradient.
+        qs: ``[T, B, N, A]``, the critic's values.
+        examples: the same steps.
+    """
+    policy, mask = policy[:, :-1].swapaxes(0, 1), examples.mask
+    advantages = counterfactual_advantages(qs, policy, examples.actions)
+    # Where nothing was taken, action 0, which may have probability 0, is replaced.
+    log_policy = jnp.log(jnp.where(mask > 0, (policy * examples.actions).sum(-1), 1))
+    chosen_qs, y = (qs * examples.actions).sum(-1), examples.td_target
+    actor_loss, critic_loss = -masked_mean(advantages * log_policy, mask), masked_mean_square(chosen_qs - y, mask)
+    means = {"chosen_q_mean": chosen_qs, "td_target_mean": y, "policy_entropy": entr(policy).sum(-1)}
+    metrics = {"loss": actor_loss + critic_loss, "actor_loss": actor_loss, "critic_loss": critic_loss}
+    metrics |= {name: masked_mean(value, mask) for name, value in means.items()}
+    values = {"qs": qs, "policy": policy, "advantages": advantages, "log_policy": log_policy, "td_target": y}
+    return metrics["loss"], Aux(metrics, {name: value.swapaxes(0, 1) for name, value in values.items()})
