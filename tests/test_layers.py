@@ -32,7 +32,7 @@ INSIDE = {
         ("coordination", "mixers", "q_star", "qplex", "qtran", "recognizer", "recurrent"),
         ("blocked_recurrent",),
         ("agent",),
-        ("latent",),
+        ("coma_critic", "latent"),
     ),
     "interop": (("pymarl",),),
     "envs": (
@@ -43,8 +43,8 @@ INSIDE = {
     "algos": (
         ("base",),
         ("q_learning",),
-        ("actor_critic", "coma", "dcg", "factored", "iql", "ppo", "qtran"),
-        ("central_iql", "maddpg", "masac", "maven", "qmix", "qplex"),
+        ("actor_critic", "dcg", "factored", "floored_actors", "iql", "ppo", "qtran"),
+        ("central_iql", "coma", "maddpg", "masac", "maven", "qmix", "qplex"),
         ("pqn", "wqmix"),
         ("powqmix", "resq"),
     ),

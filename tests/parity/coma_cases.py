@@ -1,6 +1,5 @@
 """COMA's recordings: a learner call with the gradients of its steps, and its values by their recorded names."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from wqmix_jax.algos.base import Aux, Context, Hyperparams, Trained
-from wqmix_jax.algos.coma import ACTORS, COMA, critic_inputs
+from wqmix_jax.algos.coma import ACTORS, COMA
+from wqmix_jax.networks.coma_critic import critic_inputs
 from wqmix_jax.training.learner import LearnerState, optimizer_step
 from wqmix_jax.types import Episode, PyTree
 
@@ -41,11 +41,11 @@ def call(
     trained, aux = algo.update(Trained(learner.params, learner.opt_state), *rest, step)
     policy = algo.policy(learner.params["agent"], batch, ctx)
     examples = algo.examples(learner.target, batch, policy, hp, noise)
-    gradient = jax.grad(functools.partial(algo.critic_loss), has_aux=True)
+    gradient = jax.grad(algo.critic_loss, has_aux=True)
     by_time = jax.vmap(lambda now: gradient(learner.params["critic"], now)[0])
     critic_grads = by_time(jax.tree.map(lambda leaf: leaf[:, None], examples))
     actions = jax.nn.one_hot(noise.argmax(-1), noise.shape[-1], dtype=noise.dtype)
-    inputs = critic_inputs(batch, actions)
+    inputs = critic_inputs(batch.obs, batch.state, actions)
     logits = algo.unroll(learner.params["agent"], batch)
     values = aux.values | {
         "actions": actions,

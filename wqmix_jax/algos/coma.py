@@ -7,7 +7,7 @@ baseline.
 
 import functools
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +16,19 @@ from pydantic import Field
 
 from wqmix_jax.algos.base import (
     TRACED,
-    AgentInputs,
     Aux,
     Context,
     Fraction,
     Hyperparams,
     OptimizerStep,
-    PositiveFraction,
     Trained,
     mean_over_steps,
 )
-from wqmix_jax.algos.q_learning import QLearner, is_followed
-from wqmix_jax.networks.agent import AgentForm, SeenByAgents, unroll_agents
-from wqmix_jax.ops.action_selection import draw, draw_or_best, epsilon_floor
+from wqmix_jax.algos.floored_actors import FlooredActors
+from wqmix_jax.algos.q_learning import is_followed
+from wqmix_jax.networks.agent import AgentForm
+from wqmix_jax.networks.coma_critic import apply_critic, critic_inputs
+from wqmix_jax.ops.policy_gradient import counterfactual_advantages
 from wqmix_jax.ops.td import lambda_return, masked_mean, masked_mean_square
 from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, Episode, PRNGKey, PyTree
@@ -54,7 +54,7 @@ class Examples(NamedTuple):
 
 
 @options
-class COMA(QLearner):
+class COMA(FlooredActors):
     """Actors whose outputs are logits of a policy with a floor, and a critic with counterfactual baselines.
 
     Parameters: ``{"agent", "critic"}``, each with an optimiser and a clip to itself. A learner call takes all steps of
@@ -67,23 +67,12 @@ class COMA(QLearner):
         critic_steps: ``per_time``: one step of the critic per time step, the last first, each on that time of all
             episodes; or a number of steps, each on all times. The actors see the critic at each time as it was before
             its last step there.
-        epsilon_start: the floor at the start.
-        epsilon_finish: the floor after ``epsilon_anneal_steps``.
     """
 
     td_lambda: Fraction
     critic_dim: PositiveInt
     critic_lr_factor: Annotated[float, Field(ge=0), TRACED]
     critic_steps: Literal["per_time"] | PositiveInt
-    epsilon_start: PositiveFraction
-    epsilon_finish: PositiveFraction
-
-    is_on_policy: ClassVar[bool] = True
-
-    @property
-    def head_gain(self) -> float:
-        """See `QLearner.head_gain`: actors start nearly uniform."""
-        return 0.01
 
     def critic_form(self, num_agents: int, num_actions: int) -> AgentForm:
         """Returns the form of the critic: agents without memory, which always have the id."""
@@ -101,24 +90,6 @@ class COMA(QLearner):
     def optimizers(self) -> Mapping[str, tuple[str, ...]]:
         """Returns one optimiser for the actors, one for the critic; see `Algorithm.optimizers`."""
         return {ACTORS: ("agent",), CRITIC: ("critic",)}
-
-    def sample_act_noise(self, key: PRNGKey, shape: tuple[int, ...]) -> Array:
-        """Draws standard Gumbel noise, ``[.., N, A]``."""
-        return jax.random.gumbel(key, shape)
-
-    def act_with_noise(
-        self, params: PyTree, carry: Array, inputs: AgentInputs, hp: Hyperparams, ctx: Context, noise: Array
-    ) -> tuple[Array, Array]:
-        """Draws from the policy; in evaluation takes the likeliest available action."""
-        del hp
-        carry, logits = self.step(params["agent"], carry, inputs)
-        return draw_or_best(logits, inputs.avail_actions, ctx.epsilon, noise), carry
-
-    def sample_noise(self, key: PRNGKey, batch: Episode) -> Array:
-        """Draws Gumbel noise for the joint action in each episode's last state, the same at all its times."""
-        num_episodes, _, *shape = batch.avail_actions.shape
-        gumbel = jax.random.gumbel(key, (num_episodes, 1, *shape))
-        return jnp.broadcast_to(gumbel, batch.avail_actions.shape)
 
     @mean_over_steps
     def loss(
@@ -155,20 +126,10 @@ class COMA(QLearner):
         trained, grad_norm = step(trained, {"agent": grads}, ACTORS)
         return trained, aux._replace(metrics=aux.metrics | {"grad_norm": grad_norm})
 
-    def policy(self, agent_params: PyTree, batch: Episode, ctx: Context) -> Array:
-        """Returns the probabilities of all actions, ``[B, T+1, N, A]``; see `epsilon_floor`."""
-        return epsilon_floor(self.unroll(agent_params, batch), batch.avail_actions, ctx.epsilon)
-
     def examples(self, target: PyTree, batch: Episode, policy: Array, hp: Hyperparams, noise: Array) -> Examples:
-        """Returns what the critic learns: lambda-returns over the target critic's values of the actions taken.
-
-        No action follows an episode's last step: the value of one drawn from the policy is bootstrapped from.
-        """
-        is_step = jnp.pad(batch.mask, ((0, 0), (0, 1)))[..., None] > 0
-        taken = jnp.pad(batch.joint_action, ((0, 0), (0, 1), (0, 0)))
-        taken = jnp.where(is_step, taken, draw(policy, noise))
-        actions = jax.nn.one_hot(taken, policy.shape[-1], dtype=policy.dtype)  # [B, T+1, N, A]
-        inputs = critic_inputs(batch, actions)
+        """Returns what the critic learns: lambda-returns over the target critic's values of `actions`."""
+        actions = self.actions(batch, policy, noise)
+        inputs = critic_inputs(batch.obs, batch.state, actions)
         next_value = (self.critic_qs(target["critic"], inputs, policy.shape[-1]) * actions).sum(-1)[:, 1:]
         each_row = jax.vmap(lambda_return, in_axes=(0, 0, None, 0, 0))
         y = each_row(batch.reward, batch.discount, hp.gamma, next_value, hp.td_lambda * is_followed(batch))
@@ -213,43 +174,7 @@ class COMA(QLearner):
 
     def critic_qs(self, critic_params: PyTree, inputs: Array, num_actions: int) -> Array:
         """Returns the critic's values of all actions of each agent: ``[T, B, N, F]`` -> ``[T, B, N, A]``."""
-        form, no_action = self.critic_form(inputs.shape[-2], num_actions), jnp.full(inputs.shape[:-1], -1)
-        carry = jnp.zeros((*inputs.shape[1:-1], self.critic_dim))  # which a net without memory doesn't read
-        return unroll_agents(form, [critic_params], (), carry, SeenByAgents(inputs, no_action))[0].utilities
-
-
-def critic_inputs(batch: Episode, actions: Array) -> Array:
-    """Returns what a critic sees without the ids: state, own observation, actions of the others, all last actions.
-
-    Args:
-        batch: the episodes.
-        actions: ``[B, T+1, N, A]``, one-hot.
-
-    Returns:
-        ``[B, T+1, N, D + O + 2 * N * A]``; the agent's own action is zero.
-    """
-    *lead, num_agents, num_actions = actions.shape
-    is_other = 1 - jnp.eye(num_agents, dtype=actions.dtype)
-    others = actions[..., None, :, :] * is_other.reshape((1,) * len(lead) + (num_agents, num_agents, 1))
-    last = jnp.pad(actions[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)))
-
-    def seen_by_all(features: Array) -> Array:
-        return jnp.broadcast_to(features[..., None, :], (*lead, num_agents, features.shape[-1]))
-
-    width = num_agents * num_actions
-    parts = seen_by_all(batch.state), batch.obs, others.reshape(*lead, num_agents, width)
-    return jnp.concatenate([*parts, seen_by_all(last.reshape(*lead, width))], axis=-1)
-
-
-def counterfactual_advantages(qs: Array, policy: Array, actions: Array) -> Array:
-    """Returns Q(u) - sum_a pi(a) Q(a), eq. 4 of the paper, a constant to the gradient.
-
-    Args:
-        qs: ``[.., A]``, the values of an agent's actions given those of the others.
-        policy: ``[.., A]``, the agent's probabilities.
-        actions: ``[.., A]``, the action taken, one-hot.
-    """
-    return jax.lax.stop_gradient((qs * actions).sum(-1) - (policy * qs).sum(-1))
+        return apply_critic(self.critic_form(inputs.shape[-2], num_actions), critic_params, inputs).utilities
 
 
 def actor_critic_loss(policy: Array, qs: Array, examples: Examples) -> tuple[Array, Aux]:

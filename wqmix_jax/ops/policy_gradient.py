@@ -25,6 +25,17 @@ def entropy(log_policy: Array) -> Array:
     return -(jnp.exp(log_policy) * log_policy).sum(-1)
 
 
+def counterfactual_advantages(qs: Array, policy: Array, actions: Array) -> Array:
+    """Returns Q(u) - sum_a pi(a) Q(a), a constant to the gradient (Foerster et al., arXiv 1705.08926, eq. 4).
+
+    Args:
+        qs: ``[.., A]``, the values of an agent's actions given those of the others.
+        policy: ``[.., A]``, the agent's probabilities.
+        actions: ``[.., A]``, the action taken, one-hot.
+    """
+    return jax.lax.stop_gradient((qs * actions).sum(-1) - (policy * qs).sum(-1))
+
+
 def clipped_policy_loss(log_ratio: Array, advantages: Array, clip_ratio: Array) -> Array:
     """Returns -min(ratio A, clip(ratio, 1 - c, 1 + c) A), elementwise (Schulman et al., arXiv 1707.06347, eq. 7).
 
