@@ -7,7 +7,7 @@ baseline.
 
 import functools
 from collections.abc import Mapping
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,15 +64,15 @@ class COMA(FlooredActors):
         td_lambda: lambda of the critic's targets, over the target critic's values of the actions taken.
         critic_dim: width of the critic's two hidden layers.
         critic_lr_factor: the critic's learning rate, divided by ``lr``.
-        critic_steps: ``per_time``: one step of the critic per time step, the last first, each on that time of all
-            episodes; or a number of steps, each on all times. The actors see the critic at each time as it was before
-            its last step there.
+        critic_steps: the critic's steps per learner call, each on all times; ``null``: one step per time step, the
+            last first, each on that time of all episodes. The actors see the critic at each time as it was before its
+            last step there.
     """
 
     td_lambda: Fraction
     critic_dim: PositiveInt
     critic_lr_factor: Annotated[float, Field(ge=0), TRACED]
-    critic_steps: Literal["per_time"] | PositiveInt
+    critic_steps: PositiveInt | None
 
     def critic_form(self, num_agents: int, num_actions: int) -> AgentForm:
         """Returns the form of the critic: agents without memory, which always have the id."""
@@ -146,8 +146,8 @@ class COMA(FlooredActors):
             ``trained`` after them, the values ``[T, B, N, A]`` just before the last step at each time, and the
             gradient's norm of each step, 0 where there was none.
         """
-        num_times, is_per_time = len(examples.mask), self.critic_steps == "per_time"
-        num_steps, length = (num_times, 1) if is_per_time else (self.critic_steps, num_times)
+        num_times, is_per_time = len(examples.mask), self.critic_steps is None
+        num_steps, length = (num_times, 1) if self.critic_steps is None else (self.critic_steps, num_times)
         turns = num_steps if num_places is None or not is_per_time else jnp.minimum(num_places - 1, num_times)
         gradient = jax.grad(self.critic_loss, has_aux=True)
 
