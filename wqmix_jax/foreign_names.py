@@ -72,6 +72,7 @@ TABLES = {
         ),
         Row(("w",), ("algo.alpha",), "the paper's alpha"),
         Row(("entropy_temp",), ("algo.alpha_ent",), "`masac`"),
+        Row(("critic_lr",), ("algo.critic_lr_factor",), "`coma`: a factor of `algo.lr`"),
         Row(("policy_temp",), ("algo.gumbel_temperature",), "`maddpg`"),
         Row(("hysteretic_qmix",), ("algo.weighting",), "`True`: `optimistic`; `False`: `central`"),
         Row(("save_model_interval",), ("checkpoint.every",), "environment steps"),
