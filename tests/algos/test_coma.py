@@ -107,7 +107,7 @@ def test_a_learner_call_takes_all_steps_of_the_critic_and_then_one_of_the_actors
     noise, hp = always(1, batch), hyperparams(algo)
     learner = init_learner(algo, params)
     found, aux = updated(algo, Trained(*learner[:1], learner.opt_state), target, batch, noise)
-    examples = algo.examples(target, batch, algo.policy(params["agent"], batch, CTX), hp, noise)
+    examples = algo.examples(params, target, batch, algo.policy(params["agent"], batch, CTX), hp, noise)
     critic = init_learner(algo, params)._replace(
         params={"critic": params["critic"]}, opt_state=learner.opt_state["critic"]
     )

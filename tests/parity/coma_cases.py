@@ -40,7 +40,7 @@ def call(
     rest = learner.target, batch, hp, ctx, noise
     trained, aux = algo.update(Trained(learner.params, learner.opt_state), *rest, step)
     policy = algo.policy(learner.params["agent"], batch, ctx)
-    examples = algo.examples(learner.target, batch, policy, hp, noise)
+    examples = algo.examples(learner.params, learner.target, batch, policy, hp, noise)
     gradient = jax.grad(algo.critic_loss, has_aux=True)
     by_time = jax.vmap(lambda now: gradient(learner.params["critic"], now)[0])
     critic_grads = by_time(jax.tree.map(lambda leaf: leaf[:, None], examples))

@@ -97,9 +97,9 @@ class COMA(FlooredActors):
     ) -> tuple[Array, Aux]:
         """Returns the actors' loss plus the critic's over all times, both under the critic as it is; see `update`."""
         policy = self.policy(params["agent"], batch, ctx)
-        examples = self.examples(target, batch, policy, hp, noise)
+        examples = self.examples(params, target, batch, policy, hp, noise)
         _, qs = self.critic_loss(params["critic"], examples)
-        return actor_critic_loss(policy, qs, examples)
+        return self.actor_critic_loss(policy, qs, examples, batch, is_part=True)
 
     @mean_over_steps
     def update(
@@ -116,9 +116,9 @@ class COMA(FlooredActors):
 
         def loss(agent_params: PyTree) -> tuple[Array, tuple[Trained, Aux]]:
             policy = self.policy(agent_params, batch, ctx)
-            examples = self.examples(target, batch, policy, hp, noise)
+            examples = self.examples(trained.params, target, batch, policy, hp, noise)
             taught, qs, norms = self.train_critic(trained, examples, batch.num_places, hp, step)
-            total, aux = actor_critic_loss(policy, qs, examples)
+            total, aux = self.actor_critic_loss(policy, qs, examples, batch)
             metrics = {"critic_grad_norm": norms.sum() / jnp.maximum((norms > 0).sum(), 1)}
             return total, (taught, Aux(aux.metrics | metrics, aux.values | {"critic_grad_norms": norms}))
 
@@ -126,8 +126,11 @@ class COMA(FlooredActors):
         trained, grad_norm = step(trained, {"agent": grads}, ACTORS)
         return trained, aux._replace(metrics=aux.metrics | {"grad_norm": grad_norm})
 
-    def examples(self, target: PyTree, batch: Episode, policy: Array, hp: Hyperparams, noise: Array) -> Examples:
+    def examples(
+        self, params: PyTree, target: PyTree, batch: Episode, policy: Array, hp: Hyperparams, noise: Array
+    ) -> Examples:
         """Returns what the critic learns: lambda-returns over the target critic's values of `actions`."""
+        del params
         actions = self.actions(batch, policy, noise)
         inputs = critic_inputs(batch.obs, batch.state, actions)
         next_value = (self.critic_qs(target["critic"], inputs, policy.shape[-1]) * actions).sum(-1)[:, 1:]
@@ -176,23 +179,27 @@ class COMA(FlooredActors):
         """Returns the critic's values of all actions of each agent: ``[T, B, N, F]`` -> ``[T, B, N, A]``."""
         return apply_critic(self.critic_form(inputs.shape[-2], num_actions), critic_params, inputs).utilities
 
+    def actor_critic_loss(
+        self, policy: Array, qs: Array, examples: Examples, batch: Episode, *, is_part: bool = False
+    ) -> tuple[Array, Aux]:
+        """Returns the actors' loss plus the critic's.
 
-def actor_critic_loss(policy: Array, qs: Array, examples: Examples) -> tuple[Array, Aux]:
-    """Returns the actors' loss plus the critic's.
-
-    Args:
-        policy: ``[B, T+1, N, A]``, with a gradient.
-        qs: ``[T, B, N, A]``, the critic's values.
-        examples: the same steps.
-    """
-    policy, mask = policy[:, :-1].swapaxes(0, 1), examples.mask
-    advantages = counterfactual_advantages(qs, policy, examples.actions)
-    # Where nothing was taken, action 0, which may have probability 0, is replaced.
-    log_policy = jnp.log(jnp.where(mask > 0, (policy * examples.actions).sum(-1), 1))
-    chosen_qs, y = (qs * examples.actions).sum(-1), examples.td_target
-    actor_loss, critic_loss = -masked_mean(advantages * log_policy, mask), masked_mean_square(chosen_qs - y, mask)
-    means = {"chosen_q_mean": chosen_qs, "td_target_mean": y, "policy_entropy": entr(policy).sum(-1)}
-    metrics = {"loss": actor_loss + critic_loss, "actor_loss": actor_loss, "critic_loss": critic_loss}
-    metrics |= {name: masked_mean(value, mask) for name, value in means.items()}
-    values = {"qs": qs, "policy": policy, "advantages": advantages, "log_policy": log_policy, "td_target": y}
-    return metrics["loss"], Aux(metrics, {name: value.swapaxes(0, 1) for name, value in values.items()})
+        Args:
+            policy: ``[B, T+1, N, A]``, with a gradient.
+            qs: ``[T, B, N, A]``, the critic's values.
+            examples: the same steps.
+            batch: the episodes.
+            is_part: whether the loss must be a mean over steps, see `mean_over_steps`.
+        """
+        del batch, is_part
+        policy, mask = policy[:, :-1].swapaxes(0, 1), examples.mask
+        advantages = counterfactual_advantages(qs, policy, examples.actions)
+        # Where nothing was taken, action 0, which may have probability 0, is replaced.
+        log_policy = jnp.log(jnp.where(mask > 0, (policy * examples.actions).sum(-1), 1))
+        chosen_qs, y = (qs * examples.actions).sum(-1), examples.td_target
+        actor_loss, critic_loss = -masked_mean(advantages * log_policy, mask), masked_mean_square(chosen_qs - y, mask)
+        means = {"chosen_q_mean": chosen_qs, "td_target_mean": y, "policy_entropy": entr(policy).sum(-1)}
+        metrics = {"loss": actor_loss + critic_loss, "actor_loss": actor_loss, "critic_loss": critic_loss}
+        metrics |= {name: masked_mean(value, mask) for name, value in means.items()}
+        values = {"qs": qs, "policy": policy, "advantages": advantages, "log_policy": log_policy, "td_target": y}
+        return metrics["loss"], Aux(metrics, {name: value.swapaxes(0, 1) for name, value in values.items()})

@@ -55,9 +55,11 @@ class FlooredActors(QLearner):
     def actions(self, batch: Episode, policy: Array, noise: Array) -> Array:
         """Returns the actions taken, and drawn from the policy after an episode's last step: ``[B, T+1, N, A]``.
 
-        They are one-hot. The value of those that are drawn is what an episode that the time limit cut bootstraps from.
+        They are one-hot, and zero past the last state. The value of those that are drawn is what an episode that the
+        time limit cut bootstraps from.
         """
         is_step = jnp.pad(batch.mask, ((0, 0), (0, 1)))[..., None] > 0
+        is_state = is_step | (jnp.pad(batch.mask, ((0, 0), (1, 0)))[..., None] > 0)
         taken = jnp.pad(batch.joint_action, ((0, 0), (0, 1), (0, 0)))
         taken = jnp.where(is_step, taken, draw(policy, noise))
-        return jax.nn.one_hot(taken, policy.shape[-1], dtype=policy.dtype)
+        return jax.nn.one_hot(jnp.where(is_state, taken, -1), policy.shape[-1], dtype=policy.dtype)
