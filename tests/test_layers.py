@@ -45,7 +45,7 @@ INSIDE = {
         ("q_learning",),
         ("actor_critic", "dcg", "factored", "floored_actors", "iql", "ppo", "qtran"),
         ("central_iql", "coma", "maddpg", "masac", "maven", "qmix", "qplex"),
-        ("pqn", "wqmix"),
+        ("liir", "pqn", "wqmix"),
         ("powqmix", "resq"),
     ),
     "training": (

@@ -79,6 +79,7 @@ CASES: Mapping[str, Case] = {
     "maven_rnn": Case("maven", {"discriminator": "released_trajectory"}),
     "coma": Case("coma"),
     "coma_frozen": Case("coma"),
+    "liir": Case("liir", {"alive": "action_0", "standardise_padding": True}),
 }
 """By the names in the recordings."""
 
@@ -149,6 +150,13 @@ LOSSES = {
     "agent_grad_norm": "grad_norm",
     "critic_loss": "critic_losses",
     "critic_grad_norm": "critic_grad_norms",
+    "liir_loss": "actor_loss",
+    "v_ex_loss": "v_ex_loss",
+    "pg_ex_loss": "meta_loss",
+    "intrinsic_loss": "intrinsic_loss",
+    "grad_total": "gradient_product",
+    "pg_loss1": "pg_loss1",
+    "pg_loss2": "pg_loss2",
 }
 """The recordings' scalars by our names; a minus says that theirs is maximised."""
 
@@ -183,6 +191,10 @@ STEP_VALUES = {
 UNUSUAL_NAMES = {
     "grads_qr/": "grads/",
     "critic_grads_last_t/": "grads/",
+    "grads_intrinsic/": "grads/",
+    "/critic/fc3_v_mix.": "/critic/fc3.",
+    "/critic/fc3_r_in.": "/proxy/fc3_r_in.",
+    "/critic/fc4.": "/proxy/fc4.",
     "/mixer/hyper_w1.": "/mixer/hyper_w_1.",
     "/mixer/hyper_b1.0.": "/mixer/hyper_b_1.",
     "/mixer/hyper_w2.": "/mixer/hyper_w_final.",
@@ -249,7 +261,7 @@ def check_covered(name: str) -> None:
         raise NotYetCovered(f"{name} is not yet covered: there is no configs/algo/{case.algo}.yaml")
     for option, value in case.options.items():
         kinds = typing.get_type_hints(type(_base(case.algo)))
-        if value not in typing.get_args(kinds[option]):
+        if kinds[option] is not bool and value not in typing.get_args(kinds[option]):
             raise NotYetCovered(f"{name} is not yet covered: {case.algo} has no {option}={value}")
 
 
@@ -634,6 +646,9 @@ def _values(ran: Run, expected: Arrays) -> dict[str, tuple[np.ndarray, np.ndarra
         steps = coma_cases.step_values(ran.values, ran.batch.mask[..., None])
         found = {name: (value, real) for name, value in steps.items()}
         found |= {name: (value, seen) for name, value in coma_cases.state_values(ran.values).items()}
+        for number, grads in enumerate(ran.values.get("policy_gradients", ()), start=1):
+            tensors = _by_recorded_name({"agent": grads}).items()
+            found |= {f"pg_loss{number}_grad/{name}": (tensor, np.ones(tensor.shape, bool)) for name, tensor in tensors}
         return {name: pair for name, pair in found.items() if name in expected}
     found = {}
     for name, value in _step_values(ran, expected).items():

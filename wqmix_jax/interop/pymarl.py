@@ -116,6 +116,7 @@ _CENTRAL_MIXER = _V | _linear(
     net_2="net.4",
     net_3="net.6",
 )
+_LIIR_HEADS = _linear(r_in="fc3_r_in", v_ex="fc4")
 _COMA_CRITIC = _linear(encoder="fc1", hidden="fc2", head="fc3")
 _RECOGNIZER = (
     _layers("v", "V", 3)
@@ -132,6 +133,7 @@ NETS: Mapping[str, Net] = {
     "discrim": Net("discriminator", (_DISCRIMINATOR,), optional=True),
     "rest_agent": Net("residual_agent", _AGENT_LAYOUTS, optional=True),
     "rest_mixer": Net("residual_mixer", (_CENTRAL_MIXER,), optional=True),
+    "proxy": Net("proxy", (_LIIR_HEADS,), optional=True),
     "critic": Net("critic", (_COMA_CRITIC,), optional=True),
     "recognizer": Net("recognizer", (_RECOGNIZER,), optional=True),
     "payoffs": Net("payoff", (_PAYOFFS,), optional=True),
