@@ -18,7 +18,7 @@ from wqmix_jax import load_config
 from wqmix_jax.algos import masac
 from wqmix_jax.algos.base import Algorithm, Aux, Context, Hyperparams, Trained, hyperparams
 from wqmix_jax.algos.coma import COMA
-from wqmix_jax.algos.powqmix import POWQMIX, RECOGNIZER
+from wqmix_jax.algos.powqmix import POWQMIX
 from wqmix_jax.interop import pymarl
 from wqmix_jax.ops import coordination
 from wqmix_jax.ops.action_selection import UNAVAILABLE
@@ -695,16 +695,22 @@ def _step_values(ran: Run, expected: Arrays) -> dict[str, np.ndarray]:
         negative = np.minimum(per_step("nopt_error"), 0)
         steps |= {"masked_opt_error": per_step("opt_error") * mask}
         steps |= {"nopt_error": negative, "masked_nopt_error": negative * mask}
-    if "payoffs" in values:
-        steps |= {"mac_out": per_step("q_tot"), "target_out": per_step("next_value")}
-    if "cross_entropy" in values:
-        steps |= {"q_softmax_actions": values["policies"][:, :-1], "discrim_target": ran.batch.latent[:, :-1, None]}
     if "central_agent" in ran.utilities:
         central = ran.utilities["central_agent"][:, :-1]
         steps["central_chosen_action_qvals_agents"] = _taken(central, actions)[..., None]
+    return steps | _own_step_values(ran, expected)
+
+
+def _own_step_values(ran: Run, expected: Arrays) -> dict[str, np.ndarray]:
+    """Returns the values of steps that single algorithms alone have."""
+    values, steps = ran.values, {}
     if "objectives" in values:
         steps |= _logit_values(ran.utilities["agent"][:, :-1], ran.batch.avail_actions[:, :-1])
         steps["target_chosen_qvals"] = _taken(ran.target_utilities["central_agent"], _greedy(ran))[:, :-1, :, None]
+    if "payoffs" in values:
+        steps |= {"mac_out": values["q_tot"][..., None], "target_out": values["next_value"][..., None]}
+    if "cross_entropy" in values:
+        steps |= {"q_softmax_actions": values["policies"][:, :-1], "discrim_target": ran.batch.latent[:, :-1, None]}
     steps |= _resq_step_values(ran, expected) if "residual" in values else {}
     steps |= _powqmix_step_values(ran) if "q_r" in values else {}
     return steps | (_policy_step_values(ran) if "policy" in values else {})

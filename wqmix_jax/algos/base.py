@@ -424,7 +424,7 @@ def skips_padding(algo: Algorithm) -> bool:
     """
     learns = type(algo).update if takes_own_steps(algo) else type(algo).loss
     mark: Any = getattr(learns, "is_mean_over_steps", False)
-    return mark(algo) if callable(mark) else mark
+    return bool(mark(algo) if callable(mark) else mark)
 
 
 def takes_own_steps(algo: Algorithm) -> bool:

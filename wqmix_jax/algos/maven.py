@@ -19,7 +19,7 @@ from wqmix_jax.algos import base
 from wqmix_jax.algos.base import AgentInputs, Aux, Context, Hyperparams, PositiveFloat, PositiveFraction
 from wqmix_jax.algos.factored import FactoredQLearner
 from wqmix_jax.algos.q_learning import gather_actions, is_followed
-from wqmix_jax.networks.agent import SeenByAgents, Unrolled, unroll_agents
+from wqmix_jax.networks.agent import AgentForm, SeenByAgents, Unrolled, unroll_agents
 from wqmix_jax.networks.functional import apply_net, init_net
 from wqmix_jax.networks.latent import Discriminator, latent_utilities, with_latent_heads
 from wqmix_jax.networks.linear import TwoLayer
@@ -134,12 +134,18 @@ class MAVEN(FactoredQLearner):
         return hiddens[0], latent_utilities(agents, agent_params, hiddens[0], self._one_hot(inputs.latent, carry))
 
     def unroll_nets(
-        self, batch: Episode, trained: Sequence[PyTree], frozen: Sequence[PyTree] = (), *, keeps_hiddens: bool = True
+        self,
+        batch: Episode,
+        trained: Sequence[PyTree],
+        frozen: Sequence[PyTree] = (),
+        *,
+        keeps_hiddens: bool = True,
+        agents: AgentForm | None = None,
     ) -> list[Unrolled]:
         """See `QLearner.unroll_nets`; hidden states are kept in any case."""
         del keeps_hiddens
-        agents = self.agents(*batch.avail_actions.shape[-2:])
-        unrolled = super().unroll_nets(batch, trained, frozen, keeps_hiddens=True)
+        agents = self.agents(*batch.avail_actions.shape[-2:]) if agents is None else agents
+        unrolled = super().unroll_nets(batch, trained, frozen, keeps_hiddens=True, agents=agents)
         z = self._one_hot(batch.latent, batch.state)
 
         nets: Any = zip((*trained, *frozen), [net.hiddens for net in unrolled], strict=True)
