@@ -141,9 +141,9 @@ def test_a_graph_without_edges_is_vdn_divided_by_the_agents() -> None:
     np.testing.assert_array_equal(aux["greedy_actions"], aux["agent_qs"].argmax(-1))
 
 
-@pytest.mark.parametrize(("graph", "payoff"), [("full", table2.OPTIMUM), ("vdn", 0)])
+@pytest.mark.parametrize(("graph", "payoff"), [("full", 8), ("vdn", 0)])
 def test_payoffs_find_the_optimum_that_utilities_alone_miss(graph: str, payoff: float) -> None:
-    config = table2.config_of("dcg")
+    config = table2.config_of("table2", "dcg")
     algo = dataclasses.replace(config.algo, graph=graph, lr=0.005, hidden_dim=16)
     config = dataclasses.replace(config, algo=algo, total_env_steps=4000, eval_interval=4000)
     _, records = train_seeds(config, range(3))
