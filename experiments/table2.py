@@ -81,12 +81,15 @@ def config_of(game: str, algo: str) -> RunConfig:
     Raises:
         ConfigError: if there is no such game or algorithm.
     """
-    return load_config(f"+algo={algo}", f"env.payoff={game}", *OVERRIDES, *exploration(algo), *OWN.get(algo, ()))
+    overrides = [f"+algo={algo}", f"env.payoff={game}", *OVERRIDES, *exploration(algo), *OWN.get(algo, ())]
+    if load_config(f"+algo={algo}").algo.is_on_policy:  # its replay is what it has just played
+        overrides = [text for text in overrides if not text.startswith(("algo.batch_size=", "algo.buffer_size="))]
+    return load_config(*overrides)
 
 
 def exploration(algo: str) -> tuple[str, str]:
-    """Returns options for random play; MASAC gets 0.5, since its epsilon is its policy's floor and 1 stops learning."""
-    epsilon = 0.5 if algo == "masac" else 1.0
+    """Returns options for random play; 0.5 where epsilon is the floor of a policy, since 1 stops learning."""
+    epsilon = 0.5 if algo in ("masac", "coma", "liir") else 1.0
     return f"algo.epsilon_start={epsilon}", f"algo.epsilon_finish={epsilon}"
 
 
