@@ -173,9 +173,15 @@ def tiny_dcg(**changes: Any) -> Algorithm:
     return build("algo", {"_target_": "wqmix_jax.algos.dcg.DCG", **TD, **graph, **messages, **changes})
 
 
-def tiny_coma(**changes: Any) -> Algorithm:
+def tiny_coma(**changes: Any) -> Any:
     """COMA with narrow nets; ``num_envs`` must be the size of its buffer."""
     own = load_group("algo", "coma") | {"hidden_dim": 5, "critic_dim": 6, "batch_size": 2, "buffer_size": 2}
+    return build("algo", own | {"gamma": 0.9, "lr": 0.01} | changes)
+
+
+def tiny_liir(**changes: Any) -> Any:
+    """LIIR with narrow nets; ``num_envs`` must be the size of its buffer."""
+    own = load_group("algo", "liir") | {"hidden_dim": 5, "critic_dim": 6, "batch_size": 2, "buffer_size": 2}
     return build("algo", own | {"gamma": 0.9, "lr": 0.01} | changes)
 
 

@@ -379,8 +379,8 @@ def test_a_net_too_many_or_too_few_is_named(tmp_path: Path, params: PyTree) -> N
     qmix = {net: params[net] for net in ("agent", "mixer")}
     with pytest.raises(PyMARLError, match=r"central_agent\.th: fc1\.weight is not expected"):
         load_checkpoint(tmp_path, qmix)
-    with pytest.raises(PyMARLError, match="critic is none of PyMARL's nets"):
-        save_checkpoint(tmp_path, {"critic": {}})
+    with pytest.raises(PyMARLError, match="judge is none of PyMARL's nets"):
+        save_checkpoint(tmp_path, {"judge": {}})
     with pytest.raises(PyMARLError, match=r"agent/extra/bias has no name in PyMARL's agent"):
         to_pymarl("agent", params["agent"] | {"extra": {"bias": jnp.zeros(1)}})
 

@@ -34,7 +34,7 @@ def call(
     """
     plain, taken = optimizer_step(algo, hp), {}
 
-    def step(trained: Trained, grads: PyTree, name: str, **options: Any) -> tuple[Trained, jax.Array]:
+    def step(trained: Trained, grads: PyTree, name: str | None = None, **options: Any) -> tuple[Trained, jax.Array]:
         taken[name] = grads
         return plain(trained, grads, name, **options)
 
@@ -51,9 +51,9 @@ def call(
     values["floored"] = (1 - ctx.epsilon) * jax.nn.softmax(logits) + ctx.epsilon / logits.shape[-1]
     grads = taken[ACTORS] | {"critic": jax.tree.map(lambda leaf: leaf[-1], critic_grads)}
     if isinstance(algo, LIIR):
-        values |= _of_liir(algo, learner, trained, batch, aux, actions)
+        values |= _intrinsic_values(algo, learner, trained, batch, aux, actions)
         grads |= {"proxy": aux.values["proxy_grads"]}
-        errors = aux.values["v_mix"] - aux.values["td_target"]
+        errors = aux.values["qs"][..., 0] - aux.values["td_target"]
     else:
         inputs = critic_inputs(batch.obs, batch.state, actions)
         values["init_qs"] = algo.critic_qs(learner.params["critic"], inputs, actions.shape[-1])
@@ -67,12 +67,12 @@ def call(
     return learner, grads, Aux(aux.metrics | metrics, aux.values | values)
 
 
-def _of_liir(
+def _intrinsic_values(
     algo: LIIR, learner: LearnerState, trained: Trained, batch: Episode, aux: Aux, all_actions: jax.Array
 ) -> dict[str, Any]:
     """Returns what LIIR's recordings have in addition."""
     actions = all_actions[:, :-1]
-    alive, mask = algo.is_alive(batch), batch.mask[..., None]
+    alive, mask = algo.alive_agents(batch), batch.mask[..., None]
 
     def log_taken(params: PyTree) -> jax.Array:
         logits = algo.unroll(params["agent"], batch)[:, :-1]
@@ -100,11 +100,11 @@ def _all_actions(batch: Episode, aux: Aux) -> jax.Array:
 
 def step_values(values: Arrays, mask: np.ndarray) -> dict[str, np.ndarray]:
     """Values of steps, ``[B, T, N, ..]``, by their recorded names."""
-    if "v_mix" in values:
+    if "y_ex" in values:
         return {
             "mask": mask,
             "policy": values["floored"][:, :-1],
-            "v_mix": values["v_mix"],
+            "v_mix": values["qs"][..., 0],
             "target_mix": values["td_target"],
             "advantages": values["advantages"],
             "log_pi_taken": values["log_policy"],
@@ -133,7 +133,7 @@ def step_values(values: Arrays, mask: np.ndarray) -> dict[str, np.ndarray]:
 
 def state_values(values: Arrays) -> dict[str, np.ndarray]:
     """Values at all states, ``[B, T+1, N, ..]``, by their recorded names."""
-    if "v_mix" in values:
+    if "y_ex" in values:
         found = {"r_in": values["intrinsic"]}
         for name in ("init", "init_target"):
             r_in, v_mix, v_ex = values[name]

@@ -1,8 +1,7 @@
 """COMA (Foerster et al., arXiv 1705.08926; ``coma_learner`` of github.com/oxwhirl/pymarl, c971afd).
 
-Decentralised actors and a central critic that returns, for each agent, the values of all its actions given those of the
-other agents. An actor's advantage is the value of its action less the policy's mean of these, a counterfactual
-baseline.
+An actor's advantage is a central critic's value of its action less the policy's mean of the values of all its actions,
+given those of the other agents: a counterfactual baseline.
 """
 
 import functools
@@ -18,23 +17,20 @@ from wqmix_jax.algos.base import (
     TRACED,
     Aux,
     Context,
-    Fraction,
     Hyperparams,
     OptimizerStep,
     Trained,
     mean_over_steps,
 )
 from wqmix_jax.algos.floored_actors import FlooredActors
-from wqmix_jax.algos.q_learning import is_followed
 from wqmix_jax.networks.agent import AgentForm
 from wqmix_jax.networks.coma_critic import apply_critic, critic_inputs
 from wqmix_jax.ops.policy_gradient import counterfactual_advantages
-from wqmix_jax.ops.td import lambda_return, masked_mean, masked_mean_square
+from wqmix_jax.ops.td import masked_mean, masked_mean_square
 from wqmix_jax.options import PositiveInt, options
 from wqmix_jax.types import Array, EnvSpec, Episode, PRNGKey, PyTree
 
-ACTORS, CRITIC = "actors", "critic"
-"""The optimisers, see `Algorithm.optimizers`."""
+ACTORS, CRITIC = "actors", "critic"  # the optimisers
 
 
 class Examples(NamedTuple):
@@ -61,7 +57,6 @@ class COMA(FlooredActors):
     the critic, then one of the actors. Epsilon is the policy's floor, not a chance to explore.
 
     Attributes:
-        td_lambda: lambda of the critic's targets, over the target critic's values of the actions taken.
         critic_dim: width of the critic's two hidden layers.
         critic_lr_factor: the critic's learning rate, divided by ``lr``.
         critic_steps: the critic's steps per learner call, each on all times; ``null``: one step per time step, the
@@ -69,7 +64,6 @@ class COMA(FlooredActors):
             last step there.
     """
 
-    td_lambda: Fraction
     critic_dim: PositiveInt
     critic_lr_factor: Annotated[float, Field(ge=0), TRACED]
     critic_steps: PositiveInt | None
@@ -99,7 +93,7 @@ class COMA(FlooredActors):
         policy = self.policy(params["agent"], batch, ctx)
         examples = self.examples(params, target, batch, policy, hp, noise)
         _, qs = self.critic_loss(params["critic"], examples)
-        return self.actor_critic_loss(policy, qs, examples, batch, is_part=True)
+        return self.losses(policy, qs, examples, batch, is_part=True)
 
     @mean_over_steps
     def update(
@@ -118,7 +112,7 @@ class COMA(FlooredActors):
             policy = self.policy(agent_params, batch, ctx)
             examples = self.examples(trained.params, target, batch, policy, hp, noise)
             taught, qs, norms = self.train_critic(trained, examples, batch.num_places, hp, step)
-            total, aux = self.actor_critic_loss(policy, qs, examples, batch)
+            total, aux = self.losses(policy, qs, examples, batch)
             metrics = {"critic_grad_norm": norms.sum() / jnp.maximum((norms > 0).sum(), 1)}
             return total, (taught, Aux(aux.metrics | metrics, aux.values | {"critic_grad_norms": norms}))
 
@@ -129,25 +123,26 @@ class COMA(FlooredActors):
     def examples(
         self, params: PyTree, target: PyTree, batch: Episode, policy: Array, hp: Hyperparams, noise: Array
     ) -> Examples:
-        """Returns what the critic learns: lambda-returns over the target critic's values of `actions`."""
-        del params
+        """Returns what the critic learns; ``params`` are the online parameters, ``policy`` is ``[B, T+1, N, A]``."""
         actions = self.actions(batch, policy, noise)
-        inputs = critic_inputs(batch.obs, batch.state, actions)
-        next_value = (self.critic_qs(target["critic"], inputs, policy.shape[-1]) * actions).sum(-1)[:, 1:]
-        each_row = jax.vmap(lambda_return, in_axes=(0, 0, None, 0, 0))
-        y = each_row(batch.reward, batch.discount, hp.gamma, next_value, hp.td_lambda * is_followed(batch))
-        mask = jnp.broadcast_to(batch.mask[..., None], y.shape)
+        y = self.td_targets(params, target, batch, actions, hp)
+        inputs, mask = critic_inputs(batch.obs, batch.state, actions), jnp.broadcast_to(batch.mask[..., None], y.shape)
         examples = Examples(inputs[:, :-1], actions[:, :-1], y, mask)
         return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf.swapaxes(0, 1)), examples)
+
+    def td_targets(self, params: PyTree, target: PyTree, batch: Episode, actions: Array, hp: Hyperparams) -> Array:
+        """Returns lambda-returns over the target critic's values of ``actions`` ``[B, T+1, N, A]``: ``[B, T, N]``."""
+        del params
+        qs = self.critic_qs(target["critic"], critic_inputs(batch.obs, batch.state, actions), actions.shape[-1])
+        reward = jnp.broadcast_to(batch.reward[..., None], batch.joint_action.shape)
+        return self.returns(batch, hp, reward, self.chosen(qs, actions))
 
     def train_critic(
         self, trained: Trained, examples: Examples, num_places: Array | None, hp: Hyperparams, step: OptimizerStep
     ) -> tuple[Trained, Array, Array]:
         """Takes the steps of the critic, see ``critic_steps``; a time without a real step has none.
 
-        Returns:
-            ``trained`` after them, the values ``[T, B, N, A]`` just before the last step at each time, and the
-            gradient's norm of each step, 0 where there was none.
+        Also returns the values ``[T, B, N, A]`` before the last step at each time, and each gradient's norm or 0.
         """
         num_times, is_per_time = len(examples.mask), self.critic_steps is None
         num_steps, length = (num_times, 1) if self.critic_steps is None else (self.critic_steps, num_times)
@@ -170,33 +165,35 @@ class COMA(FlooredActors):
         return jax.lax.fori_loop(0, turns, one_step, (trained, *zeros))
 
     def critic_loss(self, critic_params: PyTree, examples: Examples) -> tuple[Array, Array]:
-        """Returns the critic's mean square error, and its values of all actions, ``[T, B, N, A]``."""
+        """Returns the critic's mean square error, and its outputs, ``[T, B, N, A]``."""
         qs = self.critic_qs(critic_params, examples.inputs, examples.actions.shape[-1])
-        error = (qs * examples.actions).sum(-1) - examples.td_target
-        return masked_mean_square(error, examples.mask), qs
+        return masked_mean_square(self.chosen(qs, examples.actions) - examples.td_target, examples.mask), qs
 
     def critic_qs(self, critic_params: PyTree, inputs: Array, num_actions: int) -> Array:
-        """Returns the critic's values of all actions of each agent: ``[T, B, N, F]`` -> ``[T, B, N, A]``."""
+        """Returns the critic's values of all actions of each agent: ``[.., N, F]`` -> ``[.., N, A]``."""
         return apply_critic(self.critic_form(inputs.shape[-2], num_actions), critic_params, inputs).utilities
 
-    def actor_critic_loss(
+    def chosen(self, qs: Array, actions: Array) -> Array:
+        """Returns the values of one-hot actions: two ``[.., A]`` -> ``[..]``."""
+        return (qs * actions).sum(-1)
+
+    def advantages(self, qs: Array, policy: Array, examples: Examples, *, is_part: bool) -> Array:
+        """Returns the actors' advantages, ``[T, B, N]``; for a part of a batch if ``is_part``."""
+        del is_part
+        return counterfactual_advantages(qs, policy, examples.actions)
+
+    def losses(
         self, policy: Array, qs: Array, examples: Examples, batch: Episode, *, is_part: bool = False
     ) -> tuple[Array, Aux]:
-        """Returns the actors' loss plus the critic's.
-
-        Args:
-            policy: ``[B, T+1, N, A]``, with a gradient.
-            qs: ``[T, B, N, A]``, the critic's values.
-            examples: the same steps.
-            batch: the episodes.
-            is_part: whether the loss must be a mean over steps, see `mean_over_steps`.
-        """
-        del batch, is_part
-        policy, mask = policy[:, :-1].swapaxes(0, 1), examples.mask
-        advantages = counterfactual_advantages(qs, policy, examples.actions)
+        """Returns the actors' loss plus the critic's, of values ``qs`` ``[T, B, N, A]`` and the policy's gradient."""
+        policy, mask, y = policy[:, :-1].swapaxes(0, 1), examples.mask, examples.td_target
+        advantages, chosen_qs = (
+            self.advantages(qs, policy, examples, is_part=is_part),
+            self.chosen(qs, examples.actions),
+        )
         # Where nothing was taken, action 0, which may have probability 0, is replaced.
         log_policy = jnp.log(jnp.where(mask > 0, (policy * examples.actions).sum(-1), 1))
-        chosen_qs, y = (qs * examples.actions).sum(-1), examples.td_target
+        log_policy *= self.alive_agents(batch).swapaxes(0, 1)
         actor_loss, critic_loss = -masked_mean(advantages * log_policy, mask), masked_mean_square(chosen_qs - y, mask)
         means = {"chosen_q_mean": chosen_qs, "td_target_mean": y, "policy_entropy": entr(policy).sum(-1)}
         metrics = {"loss": actor_loss + critic_loss, "actor_loss": actor_loss, "critic_loss": critic_loss}

@@ -5,9 +5,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from wqmix_jax.algos.base import AgentInputs, Context, Hyperparams, PositiveFraction
-from wqmix_jax.algos.q_learning import QLearner
+from wqmix_jax.algos.base import AgentInputs, Context, Fraction, Hyperparams, PositiveFraction
+from wqmix_jax.algos.q_learning import QLearner, is_followed
 from wqmix_jax.ops.action_selection import draw, draw_or_best, epsilon_floor
+from wqmix_jax.ops.td import lambda_return
 from wqmix_jax.options import options
 from wqmix_jax.types import Array, Episode, PRNGKey, PyTree
 
@@ -17,10 +18,12 @@ class FlooredActors(QLearner):
     """Decentralised actors, ``{"agent": ..}``, whose outputs are logits of a policy with a floor.
 
     Attributes:
+        td_lambda: lambda of `returns`.
         epsilon_start: the floor at the start.
         epsilon_finish: the floor after ``epsilon_anneal_steps``.
     """
 
+    td_lambda: Fraction
     epsilon_start: PositiveFraction
     epsilon_finish: PositiveFraction
 
@@ -63,3 +66,14 @@ class FlooredActors(QLearner):
         taken = jnp.pad(batch.joint_action, ((0, 0), (0, 1), (0, 0)))
         taken = jnp.where(is_step, taken, draw(policy, noise))
         return jax.nn.one_hot(jnp.where(is_state, taken, -1), policy.shape[-1], dtype=policy.dtype)
+
+    def returns(self, batch: Episode, hp: Hyperparams, reward: Array, value: Array) -> Array:
+        """Returns lambda-returns, 0 in padding: rewards ``[B, T, N]``, values ``[B, T+1, N]`` -> ``[B, T, N]``."""
+        each_agent = jax.vmap(lambda_return, in_axes=(1, None, None, 1, None), out_axes=1)
+        each_row = jax.vmap(each_agent, in_axes=(0, 0, None, 0, 0))
+        y = each_row(reward, batch.discount, hp.gamma, value[:, 1:], hp.td_lambda * is_followed(batch))
+        return y * batch.mask[..., None]
+
+    def alive_agents(self, batch: Episode) -> Array:
+        """Returns 1 for agents with a part in the policy's loss, ``[B, T, N]``: all of them."""
+        return jnp.ones(batch.joint_action.shape, batch.reward.dtype)

@@ -4,8 +4,8 @@ Each actor follows a proxy reward, the team's plus a small intrinsic one that is
 raises the team's return.
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,12 @@ from wqmix_jax.algos.base import (
     mean_over_steps,
 )
 from wqmix_jax.algos.coma import COMA, Examples
-from wqmix_jax.algos.q_learning import is_followed
+from wqmix_jax.networks.agent import AgentForm
 from wqmix_jax.networks.coma_critic import apply_critic, critic_inputs
 from wqmix_jax.networks.functional import apply_net, init_net
 from wqmix_jax.networks.linear import Linear
 from wqmix_jax.ops.policy_gradient import has_choice
-from wqmix_jax.ops.td import lambda_return, masked_mean, masked_mean_square
+from wqmix_jax.ops.td import masked_mean, masked_mean_square
 from wqmix_jax.options import options
 from wqmix_jax.types import Array, EnvSpec, Episode, PRNGKey, PyTree
 
@@ -74,17 +74,17 @@ class LIIR(COMA):
         gain = None if self.weight_init == "torch" else 1.0
         return {"r_in": Linear(num_actions, gain), "v_ex": Linear(1, gain)}
 
+    def critic_form(self, num_agents: int, num_actions: int) -> AgentForm:
+        """See `COMA.critic_form`; the only output is the value of the proxy rewards."""
+        return super().critic_form(num_agents, 1)
+
     def init(self, key: PRNGKey, env_spec: EnvSpec) -> PyTree:
         """Draws the parameters of actors, critic and heads."""
-        coma_key, critic_key, *keys = jax.random.split(key, 4)
-        num_agents, num_actions = env_spec.num_agents, env_spec.num_actions
-        width = env_spec.state_dim + env_spec.obs_dim + 2 * num_agents * num_actions
-        critic = self.critic_form(num_agents, 1).init(critic_key, num_agents, width)
-        inputs = jnp.zeros((1, self.critic_dim)), jnp.zeros((1, num_agents * self.critic_dim))
-        heads = self.heads(num_actions).items()
+        key, *keys = jax.random.split(key, 3)
+        inputs = jnp.zeros((1, self.critic_dim)), jnp.zeros((1, env_spec.num_agents * self.critic_dim))
+        heads = self.heads(env_spec.num_actions).items()
         proxy = {name: init_net(head, *drawn) for (name, head), *drawn in zip(heads, keys, inputs, strict=True)}
-        agent = super().init(coma_key, env_spec)["agent"]
-        return {"agent": agent, "critic": critic, "proxy": proxy}
+        return super().init(key, env_spec) | {"proxy": proxy}
 
     def optimizers(self) -> Mapping[str, tuple[str, ...]]:
         """Returns one optimiser each for actors, critic and heads; see `Algorithm.optimizers`."""
@@ -107,13 +107,13 @@ class LIIR(COMA):
         actions = self.actions(batch, self.policy(old["agent"], batch, ctx), noise)
         outputs = self.evaluate(old, batch, actions)
         y_ex = self.returns(batch, hp, batch.reward[..., None], self.evaluate(target, batch, actions).v_ex[..., None])
-        advantages = self.standardised(y_ex[..., 0] - outputs.v_ex[:, :-1], batch.mask, batch.mask)
+        advantages = self.standardised(y_ex[..., 0] - outputs.v_ex[:, :-1], batch.mask, axes=(0,))
         found = self.policy_gradients(old, trained.params, batch, actions, aux.values["log_policy"], advantages)
         product = sum(jnp.vdot(*pair) for pair in zip(*map(jax.tree.leaves, found), strict=True))
 
         def loss(proxy: PyTree) -> tuple[Array, dict[str, Array]]:
             outputs = self.evaluate(old | {"proxy": proxy}, batch, actions)
-            y_mix = self.proxy_returns(outputs, target, batch, actions, hp)
+            y_mix = self.td_targets(old | {"proxy": proxy}, target, batch, actions, hp)
             mask = jnp.broadcast_to(batch.mask[..., None], y_mix.shape)
             meta_loss = product * masked_mean(y_mix, mask)
             v_ex_loss = masked_mean_square(outputs.v_ex[:, :-1] - y_ex[..., 0], batch.mask)
@@ -123,7 +123,7 @@ class LIIR(COMA):
         lr = hp.lr * hp.critic_lr_factor
         trained, _ = step(trained, {"proxy": grads}, PROXY, lr=lr, clips=False)
         metrics = aux.metrics | metrics | {"gradient_product": product}
-        values = {"v_ex": outputs.v_ex, "y_ex": y_ex[..., 0], "ex_advantages": advantages}
+        values: dict[str, Any] = {"v_ex": outputs.v_ex, "y_ex": y_ex[..., 0], "ex_advantages": advantages}
         values |= {"intrinsic": (outputs.r_in * actions).sum(-1), "policy_gradients": found, "proxy_grads": grads}
         return trained, Aux(metrics, aux.values | values)
 
@@ -131,70 +131,40 @@ class LIIR(COMA):
         """Returns the outputs at all states, ``[B, T+1, ..]``, with a gradient of the heads alone."""
         num_agents, num_actions = actions.shape[-2:]
         inputs = critic_inputs(batch.obs, batch.state, actions)
-        critic = apply_critic(self.critic_form(num_agents, 1), params["critic"], inputs)
+        critic = apply_critic(self.critic_form(num_agents, num_actions), params["critic"], inputs)
+        assert critic.hiddens is not None
         hiddens, heads = jax.lax.stop_gradient(critic.hiddens), self.heads(num_actions)
         r_in = apply_net(heads["r_in"], params["proxy"]["r_in"], hiddens)
         v_ex = apply_net(heads["v_ex"], params["proxy"]["v_ex"], hiddens.reshape(*hiddens.shape[:2], -1))
         return Outputs(10 * jnp.tanh(r_in / 10), jax.lax.stop_gradient(critic.utilities[..., 0]), v_ex[..., 0])
 
-    def returns(self, batch: Episode, hp: Hyperparams, reward: Array, value: Array) -> Array:
-        """Returns lambda-returns of each agent: ``[B, T, N]``, values ``[B, T+1, N]`` -> ``[B, T, N]``."""
-        each_agent = jax.vmap(lambda_return, in_axes=(1, None, None, 1, None), out_axes=1)
-        each_row = jax.vmap(each_agent, in_axes=(0, 0, None, 0, 0))
-        y = each_row(reward, batch.discount, hp.gamma, value[:, 1:], hp.td_lambda * is_followed(batch))
-        return y * batch.mask[..., None]
-
-    def proxy_returns(self, outputs: Outputs, target: PyTree, batch: Episode, actions: Array, hp: Hyperparams) -> Array:
-        """Returns the lambda-returns of the proxy rewards of actions ``[B, T+1, N, A]``, ``[B, T, N]``."""
-        intrinsic = (outputs.r_in * actions).sum(-1)[:, :-1]
+    def td_targets(self, params: PyTree, target: PyTree, batch: Episode, actions: Array, hp: Hyperparams) -> Array:
+        """Returns the lambda-returns of the proxy rewards, ``[B, T, N]``, with a gradient of the heads."""
+        intrinsic = (self.evaluate(params, batch, actions).r_in * actions).sum(-1)[:, :-1]
         reward = batch.reward[..., None] + hp.intrinsic_weight * intrinsic
         return self.returns(batch, hp, reward, self.evaluate(target, batch, actions).v_mix)
 
-    def examples(
-        self, params: PyTree, target: PyTree, batch: Episode, policy: Array, hp: Hyperparams, noise: Array
-    ) -> Examples:
-        """Returns what the critic learns: the returns of the proxy rewards."""
-        actions = self.actions(batch, policy, noise)
-        y = self.proxy_returns(self.evaluate(params, batch, actions), target, batch, actions, hp)
-        inputs = critic_inputs(batch.obs, batch.state, actions)
-        mask = jnp.broadcast_to(batch.mask[..., None], y.shape)
-        examples = Examples(inputs[:, :-1], actions[:, :-1], y, mask)
-        return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf.swapaxes(0, 1)), examples)
+    def chosen(self, qs: Array, actions: Array) -> Array:
+        """Returns the value of the proxy rewards: ``[.., 1]`` -> ``[..]``."""
+        del actions
+        return qs[..., 0]
 
-    def critic_loss(self, critic_params: PyTree, examples: Examples) -> tuple[Array, Array]:
-        """Returns the critic's mean square error, and its values, ``[T, B, N]``."""
-        v_mix = self.critic_qs(critic_params, examples.inputs, 1)[..., 0]
-        return masked_mean_square(v_mix - examples.td_target, examples.mask), v_mix
+    def advantages(self, qs: Array, policy: Array, examples: Examples, *, is_part: bool) -> Array:
+        """Returns the returns of the proxy rewards minus their value; a part of a batch isn't standardised."""
+        del policy
+        advantages = jax.lax.stop_gradient(examples.td_target - qs[..., 0])
+        return advantages if is_part else self.standardised(advantages, examples.mask, axes=(1, 2))
 
-    def actor_critic_loss(
-        self, policy: Array, qs: Array, examples: Examples, batch: Episode, *, is_part: bool = False
-    ) -> tuple[Array, Aux]:
-        """Returns the actors' loss plus the critic's, with advantages as they are for a part of a batch."""
-        policy, v_mix, y, mask = (
-            policy[:, :-1],
-            *(leaf.swapaxes(0, 1) for leaf in (qs, examples.td_target, examples.mask)),
-        )
-        advantages = jax.lax.stop_gradient(y - v_mix)
-        advantages = advantages if is_part else self.standardised(advantages, mask, batch.mask)
-        taken = (policy * examples.actions.swapaxes(0, 1)).sum(-1)
-        log_policy = jnp.log(jnp.where(mask > 0, taken, 1)) * self.is_alive(batch)
-        actor_loss, critic_loss = -masked_mean(advantages * log_policy, mask), masked_mean_square(v_mix - y, mask)
-        metrics = {"loss": actor_loss + critic_loss, "actor_loss": actor_loss, "critic_loss": critic_loss}
-        metrics |= {"td_target_mean": masked_mean(y, mask)}
-        values = {"v_mix": v_mix, "policy": policy, "advantages": advantages, "log_policy": log_policy, "td_target": y}
-        return metrics["loss"], Aux(metrics, values)
-
-    def standardised(self, advantages: Array, mask: Array, episode_mask: Array) -> Array:
-        """Returns advantages ``[B, T, ..]`` with mean 0 and deviation 1, see ``standardise_padding``."""
+    def standardised(self, advantages: Array, mask: Array, axes: Sequence[int]) -> Array:
+        """Returns advantages with mean 0 and deviation 1; ``axes`` are those but time, see ``standardise_padding``."""
         if self.standardise_padding:
-            in_batch = episode_mask.max(0).reshape(1, -1, *(1,) * (advantages.ndim - 2))
-            mask = jnp.broadcast_to(in_batch, advantages.shape)
+            mask = jnp.broadcast_to(mask.max(axes, keepdims=True), mask.shape)
         centred = advantages - masked_mean(advantages, mask)
         variance = (jnp.square(centred) * mask).sum() / jnp.maximum(mask.sum() - 1, 1)
         return centred / (jnp.sqrt(variance) + 1e-8)
 
-    def is_alive(self, batch: Episode) -> Array:
-        """Returns 1 for agents with a part in the losses, ``[B, T, N]``; see ``alive``."""
+    def alive_agents(self, batch: Episode) -> Array:
+        """See `FlooredActors.alive_agents`, and ``alive``."""
         avail = batch.avail_actions[:, :-1]
         alive = has_choice(avail) if self.alive == "choice" else 1 - avail[..., 0]
         return alive.astype(batch.reward.dtype)
@@ -210,7 +180,11 @@ class LIIR(COMA):
 
         def log_taken(agent_params: PyTree) -> Array:
             logits = self.unroll(agent_params, batch)[:, :-1]
-            return (jax.nn.log_softmax(logits) * actions[:, :-1]).sum(-1) * self.is_alive(batch) * batch.mask[..., None]
+            return (
+                (jax.nn.log_softmax(logits) * actions[:, :-1]).sum(-1)
+                * self.alive_agents(batch)
+                * batch.mask[..., None]
+            )
 
         def old_objective(agent_params: PyTree) -> Array:
             return masked_mean(log_taken(agent_params), jnp.broadcast_to(batch.mask[..., None], log_policy.shape))
