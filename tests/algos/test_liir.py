@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from tests.algos.test_coma import BATCH, CTX, always, same_to_rounding, updated
-from tests.environments import Recall, tiny_liir, tiny_run
+from tests.environments import Recall, tiny_coma, tiny_liir, tiny_run
 from tests.running import main
 from tests.training.test_learner import batch_of, params_and_target
 from wqmix_jax import train_seeds
 from wqmix_jax.algos.base import Trained, hyperparams
 from wqmix_jax.envs.matrix_game import MatrixGame
+from wqmix_jax.networks.functional import BlockForm, unroll_in_blocks
 from wqmix_jax.training.learner import apply_gradients, init_learner
 from wqmix_jax.types import PyTree
 
@@ -134,3 +135,31 @@ def test_what_is_not_allowed_is_one_line(option: str, message: str, capfd: pytes
     assert main("+algo=liir", option) == 2
     [line] = capfd.readouterr().err.strip().splitlines()
     assert message in line
+
+
+@pytest.mark.parametrize(
+    "form", [None, BlockForm(max_steps=2, steps_inline=1, recomputes=True)], ids=["steps", "blocks"]
+)
+@pytest.mark.parametrize("make", [tiny_coma, tiny_liir])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"share_parameters": "none", "weight_init": "orthogonal", "recurrent": False, "layer_norm": True},
+        {"share_parameters": ((0, 1),), "agent_id": False, "last_action": False, "critic_steps": 1},
+    ],
+    ids=["separate", "group"],
+)
+def test_options_of_agents_hold_for_the_critics_too(options: dict[str, Any], make: Any, form: Any) -> None:
+    """Traced only: a learner call gives parameters of the same shapes, and its critic has the sets of the actors."""
+    algo, batch = make(**options), batch_of(*BATCH)
+    params, target = jax.eval_shape(lambda: params_and_target(algo))
+    sets = {"none": "agents"}.get(options["share_parameters"], "groups")
+    assert params["critic"].keys() == params["agent"].keys() == {sets}
+
+    def call(params: PyTree, target: PyTree) -> Any:
+        with unroll_in_blocks(form):
+            return updated.__wrapped__(algo, start(algo, params), target, batch, always(1, batch))
+
+    trained, aux = jax.eval_shape(call, params, target)
+    assert jax.tree.map(lambda leaf: leaf.shape, trained.params) == jax.tree.map(lambda leaf: leaf.shape, params)
+    assert {"loss", "grad_norm", "critic_grad_norm"} <= aux.metrics.keys()
