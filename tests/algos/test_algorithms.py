@@ -172,6 +172,7 @@ def test_no_parameters_make_an_agent_play_what_is_unavailable(algo: str, value: 
     spec = EnvSpec(num_agents=2, num_actions=4, obs_dim=3, state_dim=1, episode_limit=1)
     params = jax.tree.map(lambda leaf: jnp.full_like(leaf, value), made.init(jax.random.key(0), spec))
     inputs = AgentInputs(obs, jnp.full((5, 2), -1), avail, drawn_latent(made, spec, (5,)))
+    inputs = inputs._replace(state=jnp.ones((5, 1))) if made.acts_on_state else inputs
     for epsilon in (0.0, 0.5):
         ctx = Context(jnp.float32(epsilon), jnp.int32(0), jnp.int32(0))
         carry = made.initial_carry((5, 2))
