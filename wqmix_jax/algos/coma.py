@@ -191,8 +191,8 @@ class COMA(FlooredActors):
             self.advantages(qs, policy, examples, is_part=is_part),
             self.chosen(qs, examples.actions),
         )
-        # Where nothing was taken, action 0, which may have probability 0, is replaced.
-        log_policy = jnp.log(jnp.where(mask > 0, (policy * examples.actions).sum(-1), 1))
+        taken = (policy * examples.actions).sum(-1)
+        log_policy = jnp.log(jnp.where(mask * taken > 0, taken, 1))  # finite in padding, and for unavailable actions
         log_policy *= self.alive_agents(batch).swapaxes(0, 1)
         actor_loss, critic_loss = -masked_mean(advantages * log_policy, mask), masked_mean_square(chosen_qs - y, mask)
         means = {"chosen_q_mean": chosen_qs, "td_target_mean": y, "policy_entropy": entr(policy).sum(-1)}
