@@ -1,10 +1,8 @@
 """COMA (Foerster et al., arXiv 1705.08926; ``coma_learner`` of github.com/oxwhirl/pymarl, c971afd).
 
-An actor's advantage is a central critic's value of its action less the policy's mean of the values of all its actions,
-given those of the other agents: a counterfactual baseline.
+An actor's advantage is a central critic's value of its action less a baseline, the policy's mean over all its actions.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Annotated, NamedTuple
 
@@ -39,8 +37,7 @@ class Examples(NamedTuple):
     Attributes:
         inputs: ``[T, B, N, F]``, see `critic_inputs`.
         actions: ``[T, B, N, A]``, the actions taken, one-hot.
-        td_target: ``[T, B, N]``, y of each agent.
-        mask: ``[T, B, N]``, that of the episode for each agent.
+        td_target, mask: ``[T, B, N]``, y of each agent, and the mask of its episode.
     """
 
     inputs: Array
@@ -76,8 +73,8 @@ class COMA(FlooredActors):
     def init(self, key: PRNGKey, env_spec: EnvSpec) -> PyTree:
         """Draws the parameters of actors and critic."""
         agent_key, critic_key = jax.random.split(key)
-        num_agents, num_actions = env_spec.num_agents, env_spec.num_actions
-        width = env_spec.state_dim + env_spec.obs_dim + 2 * num_agents * num_actions
+        num_agents, num_actions, obs_dim, state_dim, _ = env_spec
+        width = state_dim + obs_dim + 2 * num_agents * num_actions  # see `critic_inputs`
         critic = self.critic_form(num_agents, num_actions).init(critic_key, num_agents, width)
         return super().init(agent_key, env_spec) | {"critic": critic}
 
@@ -156,7 +153,7 @@ class COMA(FlooredActors):
             grads, found = gradient(trained.params["critic"], now)
             stepped, norm = step(trained, {"critic": grads}, CRITIC, lr=hp.lr * hp.critic_lr_factor)
             is_real = now.mask.any()
-            trained = jax.tree.map(functools.partial(jnp.where, is_real), stepped, trained)
+            trained = jax.tree.map(lambda new, old: jnp.where(is_real, new, old), stepped, trained)
             qs = jax.lax.dynamic_update_slice_in_dim(qs, found, time, axis=0)
             return trained, qs, norms.at[index].set(jnp.where(is_real, norm, 0))
 
