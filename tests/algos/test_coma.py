@@ -123,8 +123,7 @@ def test_a_learner_call_takes_all_steps_of_the_critic_and_then_one_of_the_actors
 
     def actor_loss(agent_params: PyTree) -> Any:
         policy = algo.policy(agent_params, batch, CTX)[:, :-1].swapaxes(0, 1)
-        chances = (policy * examples.actions).sum(-1)
-        log_policy = jnp.log(jnp.where(examples.mask > 0, chances, 1.0))  # 0 where nothing is available
+        log_policy = jnp.log(jnp.where(examples.mask > 0, (policy * examples.actions).sum(-1), 1))
         advantages = counterfactual_advantages(jnp.asarray(qs, jnp.float32), policy, examples.actions)
         return -(log_policy * advantages * examples.mask).sum() / 10
 
