@@ -33,7 +33,7 @@ ALGORITHMS = ", ".join(sorted(["huber_iql", *names("algo").split(", ")]))
 REFUSED = [
     ([], f"an algorithm is missing: write +algo=NAME, NAME one of {names('algo')}"),
     (["algo=ow_qmix"], "algo=ow_qmix is not allowed: write +algo=ow_qmix"),
-    (["+algo=nonsense"], "algo=nonsense is not allowed: choose one of cw_qmix, "),
+    (["+algo=nonsense"], "algo=nonsense is not allowed: choose one of cen_iql, coma, cw_qmix, "),
     (["+algo=_base"], "algo._target_ is missing"),
     (["+algo=ow_qmix", "env=nonsense"], "env=nonsense is not allowed: choose one of "),
     (["+algo=ow_qmix", "+env=predator_prey"], "+env=predator_prey is not allowed: write env=NAME, NAME one of "),
