@@ -166,6 +166,7 @@ def test_actors_draw_from_the_floored_policy_and_play_the_likeliest_action_in_ev
         np.testing.assert_allclose(shares, known, atol=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("env", "best"),
     [(MatrixGame(payoff=((1.0, 3.0), (2.0, 4.0)), steps=1), 4.0), (Recall(), 1.0)],

@@ -104,6 +104,7 @@ def test_without_intrinsic_rewards_the_meta_gradient_is_zero() -> None:
     assert (found.params["proxy"]["v_ex"]["kernel"] != params["proxy"]["v_ex"]["kernel"]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("env", "best"),
     [(MatrixGame(payoff=((1.0, 3.0), (2.0, 4.0)), steps=1), 4.0), (Recall(), 1.0)],

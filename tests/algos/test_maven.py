@@ -177,7 +177,10 @@ def test_the_cross_entropy_of_trajectories_by_hand() -> None:
     np.testing.assert_allclose(aux.metrics["discriminator_loss"], (2 * long + short) / 3, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "sign", "shift"), [("mutual_information", -1, np.log(3)), ("released", 1, 0.0)])
+@pytest.mark.parametrize(
+    ("kind", "sign", "shift"),
+    [("mutual_information", -1, np.log(3)), pytest.param("released", 1, 0.0, marks=pytest.mark.slow)],
+)
 def test_an_intrinsic_reward_moves_the_targets_and_spares_the_agents(kind: str, sign: float, shift: float) -> None:
     batch = two_episodes()
     with_it = maven("algo.discriminator=step", f"algo.intrinsic_reward={kind}", "algo.mi_loss=1")

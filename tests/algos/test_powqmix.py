@@ -153,6 +153,7 @@ def test_a_learner_call_trains_the_recognizer_first_and_weighs_by_the_new_one(ca
         np.testing.assert_allclose(mine, its, rtol=2e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_sweep_over_the_threshold_compiles_once_and_changes_the_weights(tmp_path: Path) -> None:
     """From the command line: two thresholds as two members, and a run of each alone."""
     options = ("+algo=powqmix", "env=matrix_game", "algo.batch_size=4", "algo.buffer_size=8", "algo.hidden_dim=4")

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 FIRST_USE = """
 import jax, jax.numpy as jnp
 from wqmix_jax.config import build, load_group
@@ -25,6 +27,7 @@ def first_used_in_a_trace(make):
 """
 
 
+@pytest.mark.slow
 def test_an_environment_first_used_in_a_trace_keeps_no_tracer() -> None:
     # SMAX's object and jumanji's are cleared from their caches: the options' own checks fill them before any trace.
     code = textwrap.dedent(FIRST_USE) + textwrap.dedent("""

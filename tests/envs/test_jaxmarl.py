@@ -32,6 +32,8 @@ SIZES = {
 }
 """The spec of each game; hanabi's limit is that of these tests."""
 
+LARGE = ("overcooked_v2", "hanabi")
+
 
 def make(name: str = SPREAD, **options: Any) -> JaxMARL:
     limit = {"episode_limit": 30} if name == "hanabi" else {}
@@ -46,7 +48,10 @@ def test_the_version_of_the_game_is_part_of_a_run() -> None:
     assert make().external.versions() == {"jaxmarl": importlib.metadata.version("jaxmarl")}
 
 
-@pytest.mark.parametrize(("name", "sizes"), SIZES.items())
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [pytest.param(*each, marks=pytest.mark.slow if each[0] in LARGE else ()) for each in SIZES.items()],
+)
 def test_an_episode_is_the_native_one_step_by_step(name: str, sizes: tuple[int, ...]) -> None:
     env = make(name)
     assert env.spec == sizes
@@ -102,7 +107,7 @@ def test_a_seed_gives_the_same_episode_and_masks_are_honoured(name: str) -> None
     assert some.all()
 
 
-@pytest.mark.parametrize("name", [SPREAD, "overcooked", "overcooked_v2"])
+@pytest.mark.parametrize("name", [SPREAD, pytest.param("overcooked", marks=pytest.mark.slow)])
 def test_a_time_limit_cuts_and_does_not_terminate(name: str) -> None:
     """JaxMARL reports its own limit as ``done``; a longer episode goes past it."""
     for steps, limit in [(3, None), (3, 5), (1, None), (1, 2)]:

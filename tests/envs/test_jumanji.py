@@ -201,7 +201,7 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> 
 @pytest.mark.parametrize(
     ("name", "metric"),
     [
-        ("LevelBasedForaging-v0", "percent_eaten"),
+        pytest.param("LevelBasedForaging-v0", "percent_eaten", marks=pytest.mark.slow),
         pytest.param("Connector-v3", "ratio_connections", marks=pytest.mark.slow),
         pytest.param("Cleaner-v0", "ratio_dirty_tiles", marks=pytest.mark.slow),
     ],

@@ -126,6 +126,7 @@ def test_wrong_options_are_refused_in_one_line(command, arguments, message, monk
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_short_episodes_are_timed_with_every_way_with_padding():
     options = (*SMALL, "num_seeds=2")
     rows = short_episodes.measured(load_config("+algo=vdn", *options), "vdn")
@@ -143,6 +144,7 @@ def test_a_device_is_measured_from_few_seeds_to_many():
     assert list(map(str, plan)) == expected
 
 
+@pytest.mark.slow
 def test_a_device_is_measured_and_traced(monkeypatch, tmp_path):
     out, trace = tmp_path / "rows.json", tmp_path / "trace"
     options = [*SMALL, "algo=vdn", "algo.buffer_size=16", "chunk_iterations=4"]

@@ -145,6 +145,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_figure_is_trained_gathered_and_drawn(small: Figure, tmp_path: Path) -> None:
     """The complete command, with real training."""
     with shared_programs():
