@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.parity.comparison import Report
-from tests.parity.harness import FOLDER, case_files, precisions, run, set_up_worker
+from tests.parity.harness import FOLDER, GOLDEN, case_files, precisions, run, set_up_worker
 
 REPORTS = pytest.StashKey[dict[Path, dict[str, Report]]]()
 
@@ -17,7 +17,7 @@ MAIN_FORMS = ("exact", "float64")
 """The forms in which every recording is compared in the fast tests."""
 
 ALL_FORMS = ("learner_cw_qmix_public_0", "learner_ow_qmix_public_0", "learner_qtran_public_0", "learner_sac_public_0")
-"""The recordings that are compared in every form there; the other forms of all others are slow, taken together."""
+"""Recordings that are compared in every form there; the other forms of the project's others are slow tests."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -28,7 +28,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pytest.param(
             (path, precision),
             id=f"{path.stem}-{precision}",
-            marks=() if precision in MAIN_FORMS or path.stem in ALL_FORMS else pytest.mark.slow,
+            marks=() if precision in MAIN_FORMS or path.stem in ALL_FORMS or FOLDER != GOLDEN else pytest.mark.slow,
         )
         for path, precision in every
     ]
