@@ -75,7 +75,7 @@ def test_options_without_effect_are_known() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"recurrent": False, "share_parameters": "none"},
         {"layer_norm": True, "payoff_rank": 2, "payoff_layers": 1, "graph": [[0, 1]]},
     ],

@@ -67,7 +67,9 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    "options", [OPTIONS[1], *(pytest.param(options, marks=pytest.mark.slow) for options in OPTIONS[::2])]
+)
 def test_packed_rows_have_the_loss_and_gradients_of_whole_ones(options: tuple[str, ...]) -> None:
     algo = maven("algo.mi_loss=1", *options)
     assert is_mean_over_steps(algo)
