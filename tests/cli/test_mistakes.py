@@ -56,7 +56,7 @@ TRAIN = [
     ("+algo=qmix lr=0.001", "lr is unknown: did you mean algo.lr?"),
     ("+algo=qmix algo.lr=1e-3x", "algo.lr='1e-3x' is not allowed: input should be a valid number"),
     ("+algo=qmix algo.learning_rate=1e-3", "algo.learning_rate is unknown: "),
-    ("+algo=qmix algo.alpha=0.5", "algo.alpha is unknown: it is an option of cw_qmix, hysteretic_iql, iql, ow_qmix, "),
+    ("+algo=qmix algo.alpha=0.5", "algo.alpha is unknown: it is an option of cen_iql, cw_qmix, hysteretic_iql, "),
     ("+algo=ow_qmix algo.alpha=75%", "algo.alpha='75%' is not allowed: input should be a valid number"),
     ("+algo=ow_qmix alpha=0.5", "alpha is unknown: did you mean algo.alpha?"),
     ("+algo=ow_qmix sweep.alpha=0.1,0.5", "several values make several runs with -m, and a list is written [A,B]"),

@@ -15,7 +15,7 @@ PACKAGE = Path(wqmix_jax.__file__).parent
 LIMIT = 16
 """The most frames of this package from `train.main` to `td_target`, both ends included."""
 
-LOOP, ALGORITHM = 8, 3
+LOOP, ALGORITHM = 8, 4
 """The most of them from the compiled loop's first to the loss, and from the loss on."""
 
 START = "training/compiled_loop.py: _run_iterations"

@@ -102,8 +102,8 @@ def test_steps_of_some_nets_by_hand() -> None:
     known = {"agent": [1 - 0.6, 2], "mixer": [1, 2 - 0.8], "q_star_agent": [1, 2], "q_star_mixer": [1 - 0.6, 2 - 0.8]}
     for net, expected in known.items():
         np.testing.assert_allclose(second.params[net]["w"], expected, rtol=1e-2)
-    same(first.opt_state["central"], learner.opt_state["central"])
-    same(second.opt_state["acting"], first.opt_state["acting"])
+    jax.tree.map(np.testing.assert_array_equal, first.opt_state["central"], learner.opt_state["central"])
+    jax.tree.map(np.testing.assert_array_equal, second.opt_state["acting"], first.opt_state["acting"])
 
 
 def test_several_optimisers_in_a_run() -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any
 
 import jax
@@ -220,7 +221,7 @@ def test_an_algorithm_acts_by_what_its_class_defines_last() -> None:
             return jnp.full_like(joint_action, 2), carry
 
     base = tiny_wqmix()
-    algo = Last(**{name: getattr(base, name) for name in base.__dataclass_fields__})
+    algo = Last(**{field.name: getattr(base, field.name) for field in dataclasses.fields(base)})
     _, played = play(Clock(episode_limit=5, ends_from=9), algo, epsilon=1.0)
     assert (played.episodes.joint_action == 2).all()
 

@@ -181,7 +181,7 @@ class Algorithm(abc.ABC):
 
     The replay then holds the ``num_envs`` episodes of one iteration. They are split at random into disjoint batches,
     once in each pass over them, and ``updates_per_iteration`` are that many passes. Such a class inherits the yaml
-    ``/run/on_policy``.
+    ``/_run/on_policy``.
     """
 
     target_has_played: ClassVar[bool] = False
