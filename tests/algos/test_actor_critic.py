@@ -267,6 +267,7 @@ def test_the_papers_settings_and_what_a_sweep_does_not_recompile() -> None:
         assert (algo.q_star_dim, algo.hidden_dim) == (256, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["maddpg", "masac"])
 def test_a_one_step_game_is_learned(name: str) -> None:
     """Two seeds end on the best of four joint actions, worth 3, and the critic knows what each is worth."""

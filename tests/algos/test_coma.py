@@ -99,7 +99,7 @@ def test_losses_by_hand_and_each_moves_its_own_net() -> None:
         assert [each for each in grads if any((leaf != 0).any() for leaf in jax.tree.leaves(grads[each]))] == [net]
 
 
-@pytest.mark.parametrize("critic_steps", [None, 2])
+@pytest.mark.parametrize("critic_steps", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_learner_call_takes_all_steps_of_the_critic_and_then_one_of_the_actors(critic_steps: Any) -> None:
     """By plain steps on `loss` of parts of the batch; the fourth time, which has no real step, moves nothing."""
     algo = tiny_coma(critic_steps=critic_steps, critic_lr_factor=2.0, max_grad_norm=0.1)

@@ -26,7 +26,7 @@ def test_the_version_of_the_game_is_part_of_a_run() -> None:
     assert make().external.versions() == {"jumanji": importlib.metadata.version("jumanji")}
 
 
-@pytest.mark.parametrize("name", ["LevelBasedForaging-v0", "RobotWarehouse-v0"])
+@pytest.mark.parametrize("name", ["LevelBasedForaging-v0", pytest.param("RobotWarehouse-v0", marks=pytest.mark.slow)])
 def test_an_episode_is_jumanjis_own_step_by_step(name: str) -> None:
     env, native = make(name=name, episode_limit=25), jumanji.make(name, time_limit=25)
     key = jax.random.key(4)

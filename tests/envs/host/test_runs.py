@@ -155,6 +155,7 @@ def test_an_evaluation_without_a_complete_episode_is_no_result(
     assert capsys.readouterr().err.count("the toy broke") == 2
 
 
+@pytest.mark.slow
 def test_a_run_whose_evaluation_fails_twice_continues_as_if_nothing_had_happened(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
