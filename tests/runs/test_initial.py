@@ -155,6 +155,7 @@ def test_policies_are_taken_instead_of_the_checkpoint(which: str, source: Path, 
     assert_taken(initial_of(*TINY, f"init_from={copied}", f"init_from_policy={which}"), policy)
 
 
+@pytest.mark.slow
 def test_other_algorithms_share_nets(source: Path, tmp_path: Path) -> None:
     run_dir, arguments = tmp_path / "run", (*BUILT_IN, *UNTRAINED)
     assert main("+algo=ow_qmix", *arguments, f"init_from={source}", f"run_dir={run_dir}") == 0

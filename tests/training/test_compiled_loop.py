@@ -101,7 +101,7 @@ def test_targets_are_copied_at_the_authors_episodes():
     assert copied == [0, 3, 6, 9]  # before any learning they are equal, too
 
 
-@pytest.mark.parametrize("num_envs", [1, 2])
+@pytest.mark.parametrize("num_envs", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_seed_in_company_gives_its_solo_numbers(num_envs):
     config = tiny_run(tiny_wqmix(), ENV, num_envs=num_envs, eval_interval=8)
     together, records = trained(config, [3, 4, 5], 8)
@@ -128,7 +128,7 @@ def test_seeds_spread_over_devices_give_the_solo_numbers_to_the_bit():
     ("algo", "env", "total_env_steps"),
     [
         (tiny_wqmix(**BIG_BATCH), ENV, 30),
-        (tiny_masac(**BIG_BATCH), ENV, 30),
+        pytest.param(tiny_masac(**BIG_BATCH), ENV, 30, marks=pytest.mark.slow),
         (tiny_masac(**BIG_BATCH), LONG, 90),  # its rows are packed
         pytest.param(tiny_ppo(batch_size=8, buffer_size=8), ENV, 60, marks=pytest.mark.slow),
     ],
@@ -303,7 +303,9 @@ def learners_agree(one, other):
         np.testing.assert_allclose(ours, its, rtol=2e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("algo", [tiny_wqmix(), tiny_masac()], ids=["cw_qmix", "masac"])
+@pytest.mark.parametrize(
+    "algo", [tiny_wqmix(), pytest.param(tiny_masac(), marks=pytest.mark.slow)], ids=["cw_qmix", "masac"]
+)
 def test_a_batch_is_cut_to_the_shortest_static_length_that_holds_it(algo):
     """Cutting changes no number: short episodes are learned from 16 of 32 steps, and give the same parameters."""
     config = tiny_run(algo, LONG)
@@ -370,14 +372,14 @@ def same_to_rounding(one, other, where=slice(None)):
 @pytest.mark.parametrize(
     "algo",
     [
-        tiny_wqmix(**FIVE, returns="td_lambda"),
-        tiny_wqmix(**FIVE, returns="sarsa_lambda"),
+        pytest.param(tiny_wqmix(**FIVE, returns="td_lambda"), marks=pytest.mark.slow),
+        pytest.param(tiny_wqmix(**FIVE, returns="sarsa_lambda"), marks=pytest.mark.slow),
         tiny_masac(**FIVE),
-        tiny_maddpg(**FIVE),
-        tiny_wqmix(**FIVE, returns="n_step", standardise_rewards=True),
+        pytest.param(tiny_maddpg(**FIVE), marks=pytest.mark.slow),
+        pytest.param(tiny_wqmix(**FIVE, returns="n_step", standardise_rewards=True), marks=pytest.mark.slow),
         tiny_wqmix(**FIVE, returns="q_lambda", **OPTIONS),
-        tiny_resq(**FIVE, returns="td_lambda"),
-        tiny_dcg(**FIVE),
+        pytest.param(tiny_resq(**FIVE, returns="td_lambda"), marks=pytest.mark.slow),
+        pytest.param(tiny_dcg(**FIVE), marks=pytest.mark.slow),
         tiny_ppo(**FIVE, standardise_rewards=True),
     ],
     ids=["td_lambda", "sarsa_lambda", "masac", "maddpg", "n_step", "options", "resq", "dcg", "ppo"],
@@ -393,14 +395,16 @@ def test_short_episodes_that_share_rows_teach_what_they_teach_apart(algo, monkey
     ("platform", "batches", "algo", "lengths"),
     [
         ("tpu", "bounded", tiny_wqmix(**FIVE, returns="td_lambda"), LENGTHS),
-        ("gpu", "bounded", tiny_wqmix(**FIVE, returns="td_lambda"), SHORT),
-        ("tpu", "cut", tiny_wqmix(**FIVE, returns="td_lambda"), SHORT),
+        pytest.param("gpu", "bounded", tiny_wqmix(**FIVE, returns="td_lambda"), SHORT, marks=pytest.mark.slow),
+        pytest.param("tpu", "cut", tiny_wqmix(**FIVE, returns="td_lambda"), SHORT, marks=pytest.mark.slow),
         ("gpu", "cut", tiny_masac(**FIVE), LENGTHS),
-        ("tpu", "bounded", tiny_maddpg(**FIVE), LENGTHS),
+        pytest.param("tpu", "bounded", tiny_maddpg(**FIVE), LENGTHS, marks=pytest.mark.slow),
         ("tpu", "bounded", tiny_wqmix(**FIVE, returns="q_lambda", **OPTIONS), LENGTHS),
-        ("tpu", "bounded", tiny_resq(**FIVE, returns="td_lambda"), LENGTHS),
-        ("tpu", "bounded", tiny_dcg(**FIVE), LENGTHS),
-        ("tpu", "bounded", tiny_ppo(**FIVE, layer_norm=False, critic="obs"), LENGTHS),
+        pytest.param("tpu", "bounded", tiny_resq(**FIVE, returns="td_lambda"), LENGTHS, marks=pytest.mark.slow),
+        pytest.param("tpu", "bounded", tiny_dcg(**FIVE), LENGTHS, marks=pytest.mark.slow),
+        pytest.param(
+            "tpu", "bounded", tiny_ppo(**FIVE, layer_norm=False, critic="obs"), LENGTHS, marks=pytest.mark.slow
+        ),
     ],
     ids=["tpu bounded", "gpu bounded", "tpu cut", "gpu cut", "maddpg", "options", "resq", "dcg", "ppo"],
 )

@@ -121,7 +121,12 @@ def test_several_optimisers_in_a_run() -> None:
 
 @pytest.mark.parametrize(
     ("platform", "batches", "lengths"),
-    [("cpu", "cut", SHORT), ("tpu", "bounded", LENGTHS), ("gpu", "bounded", SHORT), ("tpu", "cut", LENGTHS)],
+    [
+        ("cpu", "cut", SHORT),
+        ("tpu", "bounded", LENGTHS),
+        pytest.param("gpu", "bounded", SHORT, marks=pytest.mark.slow),
+        pytest.param("tpu", "cut", LENGTHS, marks=pytest.mark.slow),
+    ],
 )
 def test_every_form_of_a_batch_teaches_the_same(platform: str, batches: Any, lengths: Any) -> None:
     expected = learned_from_whole_batches(POWQMIX, lengths)

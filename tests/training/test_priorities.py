@@ -95,6 +95,7 @@ def trained(batches: Any, num_chunks: int = 5, seeds: Any = (0, 1), sharding: An
     return state
 
 
+@pytest.mark.slow
 def test_every_form_of_a_batch_finds_the_same_priorities() -> None:
     whole = trained("whole")
     assert (whole.priorities.powers > 0).all()
