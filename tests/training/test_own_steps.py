@@ -122,7 +122,7 @@ def test_several_optimisers_in_a_run() -> None:
 @pytest.mark.parametrize(
     ("platform", "batches", "lengths"),
     [
-        ("cpu", "cut", SHORT),
+        pytest.param("cpu", "cut", SHORT, marks=pytest.mark.slow),
         ("tpu", "bounded", LENGTHS),
         pytest.param("gpu", "bounded", SHORT, marks=pytest.mark.slow),
         pytest.param("tpu", "cut", LENGTHS, marks=pytest.mark.slow),
@@ -146,6 +146,7 @@ def test_batches_are_neither_packed_nor_shared() -> None:
     assert len(train_sharding(tiny_run(tiny_powqmix(**BIG_BATCH), ENV), 1).device_set) == 1
 
 
+@pytest.mark.slow
 def test_seeds_learn_alone_what_they_learn_together() -> None:
     """They take their first call, with twice the steps of Q_r, in different iterations."""
     config = tiny_run(tiny_powqmix(), ENV)
@@ -155,6 +156,7 @@ def test_seeds_learn_alone_what_they_learn_together() -> None:
         same_to_rounding(alone.learner, jax.tree.map(lambda leaf, at=index: leaf[at : at + 1], together.learner))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_to_the_bit(tmp_path: Path) -> None:
     run = ("+algo=powqmix", "env=matrix_game", "algo.batch_size=3", "algo.buffer_size=6", "num_seeds=2")
     run += ("algo.hidden_dim=4", "algo.recognizer_hypernet_dim=4", "eval_interval=4", "eval_episodes=2")
