@@ -8,12 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.environments import Recall, tiny_coma, tiny_run
+from tests.environments import tiny_coma
 from tests.running import main
 from tests.training.test_learner import batch_of, params_and_target
-from wqmix_jax import train_seeds
 from wqmix_jax.algos.base import AgentInputs, Context, Trained, hyperparams
-from wqmix_jax.envs.matrix_game import MatrixGame
 from wqmix_jax.networks.coma_critic import critic_inputs
 from wqmix_jax.ops.policy_gradient import counterfactual_advantages
 from wqmix_jax.training.learner import apply_gradients, init_learner, optimizer_step
@@ -164,27 +162,6 @@ def test_actors_draw_from_the_floored_policy_and_play_the_likeliest_action_in_ev
             known = ((1 - epsilon) * np.array(jax.nn.softmax(logits[0])) + floor) * [1, 0, 1]
             known /= known.sum(-1, keepdims=True)
         np.testing.assert_allclose(shares, known, atol=0.03)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("env", "best"),
-    [(MatrixGame(payoff=((1.0, 3.0), (2.0, 4.0)), steps=1), 4.0), (Recall(), 1.0)],
-    ids=["game", "recall"],
-)
-def test_learns_a_small_game_and_to_recall_what_was_seen(env: Any, best: float) -> None:
-    small = {"hidden_dim": 16, "critic_dim": 16, "batch_size": 16, "buffer_size": 16, "epsilon_anneal_steps": 4000}
-    algo = tiny_coma(**small, epsilon_finish=0.05, target_update_interval=16, gamma=0.99, lr=0.003)
-    changes = {
-        "num_envs": 16,
-        "total_env_steps": 8000,
-        "eval_interval": 8000,
-        "eval_episodes": 32,
-        "chunk_iterations": 100,
-    }
-    _, records = train_seeds(tiny_run(algo, env, **changes), [0, 1])
-    returns = [record["episode_return"] for record in records if record["kind"] == "eval"]
-    assert returns[-2:] == [best, best]
 
 
 @pytest.mark.parametrize(

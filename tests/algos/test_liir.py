@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 
 from tests.algos.test_coma import BATCH, CTX, always, same_to_rounding, updated
-from tests.environments import Recall, tiny_coma, tiny_liir, tiny_run
+from tests.environments import tiny_coma, tiny_liir
 from tests.running import main
 from tests.training.test_learner import batch_of, params_and_target
-from wqmix_jax import train_seeds
 from wqmix_jax.algos.base import Trained, hyperparams
-from wqmix_jax.envs.matrix_game import MatrixGame
 from wqmix_jax.networks.functional import BlockForm, unroll_in_blocks
 from wqmix_jax.training.learner import apply_gradients, init_learner
 from wqmix_jax.types import PyTree
@@ -102,27 +100,6 @@ def test_without_intrinsic_rewards_the_meta_gradient_is_zero() -> None:
         moved = jax.tree.map(lambda one, two: (one != two).any(), found.params[net], params[net])
         assert all(map(bool, jax.tree.leaves(moved)))
     assert (found.params["proxy"]["v_ex"]["kernel"] != params["proxy"]["v_ex"]["kernel"]).any()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("env", "best"),
-    [(MatrixGame(payoff=((1.0, 3.0), (2.0, 4.0)), steps=1), 4.0), (Recall(), 1.0)],
-    ids=["game", "recall"],
-)
-def test_learns_a_small_game_and_to_recall_what_was_seen(env: Any, best: float) -> None:
-    small = {"hidden_dim": 16, "critic_dim": 16, "batch_size": 16, "buffer_size": 16, "epsilon_anneal_steps": 4000}
-    algo = tiny_liir(**small, epsilon_finish=0.05, target_update_interval=16, gamma=0.99, lr=0.003)
-    changes = {
-        "num_envs": 16,
-        "total_env_steps": 8000,
-        "eval_interval": 8000,
-        "eval_episodes": 32,
-        "chunk_iterations": 100,
-    }
-    _, records = train_seeds(tiny_run(algo, env, **changes), [0, 1])
-    returns = [record["episode_return"] for record in records if record["kind"] == "eval"]
-    assert returns[-2:] == [best, best]
 
 
 @pytest.mark.parametrize(
