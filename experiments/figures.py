@@ -42,6 +42,7 @@ class Figure(pydantic.BaseModel, frozen=True, extra="forbid"):
         env: the environments on which the figure can be trained; the first is the paper's.
         overrides: options of all its runs.
         lines: each line's overrides, by its label in the legend.
+        further: lines that the paper's figure lacks, which are trained and drawn only if they are asked for.
         panels: the panels by their titles.
         authors: files with curves of the authors' code, by line.
         passes: values of the metric; the data report when each seed first reaches them.
@@ -53,17 +54,25 @@ class Figure(pydantic.BaseModel, frozen=True, extra="forbid"):
     env: list[str]
     overrides: Overrides
     lines: dict[str, Overrides]
+    further: dict[str, Overrides] = {}
     panels: dict[str, Panel]
     authors: dict[str, str] = {}
     passes: list[float] = []
     lowest: float | None = None
     searched: dict[str, dict[str, list[float]]]
 
+    @property
+    def all_lines(self) -> dict[str, Overrides]:
+        """The paper's lines, then the further ones."""
+        return self.lines | self.further
+
     @pydantic.model_validator(mode="after")
     def _names_known_lines(self) -> Self:
         named = {label for panel in self.panels.values() for label in panel.lines} | {*self.searched, *self.authors}
-        if unknown := sorted(named - set(self.lines)):
-            raise ValueError(f"lines={unknown} is not allowed: the figure's lines are {', '.join(self.lines)}")
+        if unknown := sorted(named - set(self.all_lines)):
+            raise ValueError(f"lines={unknown} is not allowed: the figure's lines are {', '.join(self.all_lines)}")
+        if twice := sorted(set(self.lines) & set(self.further)):
+            raise ValueError(f"further={twice} is not allowed: these are lines of the paper's figure")
         return self
 
 
@@ -134,7 +143,7 @@ def load_figure(name: str) -> Figure:
 
 
 def runs(figure: Figure, env: str | None = None) -> list[Run]:
-    """Returns all runs of a figure on one of its environments, by default the paper's.
+    """Returns all runs of a figure on one of its environments, by default the paper's; those of further lines are last.
 
     Raises:
         ConfigError: if the figure has no such environment.
@@ -146,6 +155,7 @@ def runs(figure: Figure, env: str | None = None) -> list[Run]:
     shared = (f"env={env}", *scale, *figure.overrides)
     return [
         Run(title, label, (*shared, *panel.overrides, *line, *panel.lines.get(label, [])))
+        for lines in (figure.lines, figure.further)
         for title, panel in figure.panels.items()
-        for label, line in figure.lines.items()
+        for label, line in lines.items()
     ]

@@ -65,7 +65,8 @@ class ReproduceOptions:
         quick: shortens all runs by ``quick_overrides``, to check that everything works.
         train: trains the missing seeds; if false, only existing runs are drawn.
         env: one of the figure's environments; null: the first that is installed.
-        lines: the lines to draw, by the names of their folders, ``[cw_qmix,qmix]`` for example; null: all of them.
+        lines: the lines to draw, by the names of their folders, ``[cw_qmix,qmix]`` for example; null: all of the
+            paper's. A figure's yaml may have ``further`` lines, ``[dcg,mappo]`` for example.
         out: the folder of one environment's runs and figures; null: outputs/figures/ENV, or outputs/figures_quick/ENV.
         absolute_factor: the final evaluation of the best policies plays this many times ``eval_episodes``.
         quick_overrides: options of the runs if ``quick`` is set.
@@ -161,12 +162,13 @@ def plan(figure: Figure, env: str, chosen: ReproduceOptions, overrides: Sequence
         ConfigError: if an option is not allowed, if an existing run has different options or another version of the
             game or can't be resumed, or if two runs have a seed in common.
     """
-    known = sorted({run.folder.name for run in runs(figure, env)})
+    known = {run.folder.name: run.line in figure.lines for run in runs(figure, env)}
     if (unknown := sorted(set(chosen.lines or []) - set(known))) or chosen.lines == []:
-        raise ConfigError(f"lines={unknown} is not allowed: this figure has {', '.join(known)}")
+        raise ConfigError(f"lines={unknown} is not allowed: this figure has {', '.join(sorted(known))}")
+    wanted = chosen.lines or [name for name, is_the_papers in known.items() if is_the_papers]
     games: dict[str, dict[str, str]] = {}
     planned = []
-    for run in (run for run in runs(figure, env) if run.folder.name in (chosen.lines or known)):
+    for run in (run for run in runs(figure, env) if run.folder.name in wanted):
         run = run._replace(overrides=(*run.overrides, *_changes(chosen, overrides)))
         folder = chosen.folder(env) / run.folder
         try:
@@ -356,7 +358,7 @@ def _publish(
     rows = figure_data.write(folder, lines, figure.metric, task, made, figure.passes)
     same_task = not any(text.startswith("env.") for text in changes)
     authors = {line: ROOT / path for line, path in figure.authors.items() if same_task}
-    looks = styles(list(figure.lines))  # for all lines, so that a line looks the same with and without the others
+    looks = styles(list(figure.all_lines))  # for all lines, so that a line looks the same with and without the others
     shown = [line for line in lines if line.records]
     picture = pictures.draw(folder / f"{folder.name}.png", shown, figure.metric, title, looks, authors, figure.lowest)
     print("\n".join(title))

@@ -231,6 +231,7 @@ def test_a_member_acts_with_its_own_swept_values(tmp_path: Path, capsys: pytest.
         trained_policy(config, state, member=1)
 
 
+@pytest.mark.slow
 def test_an_episode_is_drawn_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Before the hare is caught, and after, which stays for a while."""
     picture = tmp_path / "hunt.gif"

@@ -162,7 +162,9 @@ def test_options_that_change_no_parameter_and_no_loss_are_known(overrides: list[
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "value", [math.nan, *(pytest.param(value, marks=pytest.mark.slow) for value in (math.inf, -math.inf))]
+)
 def test_no_parameters_make_an_agent_play_what_is_unavailable(algo: str, value: float) -> None:
     """A seed that has failed continues to play with the others, and some simulators end at an unavailable action."""
     made = build_small(algo)

@@ -91,6 +91,7 @@ def test_a_learner_call_moves_the_heads_by_their_own_gradient_without_a_clip() -
     same_to_rounding(found.params["proxy"], heads.params["proxy"])
 
 
+@pytest.mark.slow
 def test_without_intrinsic_rewards_the_meta_gradient_is_zero() -> None:
     algo = tiny_liir(intrinsic_weight=0.0)
     (params, target), batch = params_and_target(algo), batch_of(*BATCH)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.figures import figure_names, load_figure, runs
+from experiments.figures import Figure, figure_names, load_figure, runs
 from wqmix_jax import load_config
 from wqmix_jax.errors import ConfigError
 
@@ -68,7 +68,9 @@ PARTS = {
 }
 """Options that define the algorithm of a label."""
 
-ALL = [(name, run) for name in figure_names() for run in runs(load_figure(name))]
+FIGURES = {name: load_figure(name) for name in figure_names()}
+ALL = [(name, run) for name, figure in FIGURES.items() for run in runs(figure) if run.line in figure.lines]
+FURTHER = [run for figure in FIGURES.values() for run in runs(figure) if run.line in figure.further]
 
 
 def test_every_figure_of_the_results_is_there():
@@ -93,7 +95,7 @@ def test_a_run_has_the_papers_settings(name, run):
 
 
 def test_what_was_searched_holds_what_was_chosen():
-    grids = {name: load_figure(name).searched for name in figure_names()}
+    grids = {name: figure.searched for name, figure in FIGURES.items()}
     assert grids["fig2"]["QTRAN"] == {"algo.lambda_nopt": [0.1, 1, 10], "algo.mixer_embed_dim": [64, 256]}
     assert grids["fig2"]["MASAC"] == {"algo.alpha_ent": [0, 0.001, 0.01, 0.1]}
     assert grids["fig3"]["MASAC"] == {"algo.alpha_ent": [0, 0.001, 0.01]}
@@ -103,6 +105,20 @@ def test_what_was_searched_holds_what_was_chosen():
         values = dict(override.lstrip("+").split("=") for override in run.overrides)
         for key, grid in grids[name].get(run.line, {}).items():
             assert float(values[key]) in grid, (name, run.line, key)
+
+
+def test_further_lines_are_named_by_their_algorithms_and_play_the_papers_task():
+    assert {"dcg", "powqmix", "resq", "mappo", "pqn_vdn"} <= {run.algo for run in FURTHER}
+    task = load_config("+algo=qmix", "env=predator_prey").env
+    for run in FURTHER:
+        assert run.folder.name == run.algo
+        assert load_config(*run.overrides).env == task
+
+
+def test_a_further_line_is_none_of_the_papers():
+    figure = FIGURES["fig2"].model_dump() | {"further": {"VDN": ["+algo=vdn"]}}
+    with pytest.raises(ValueError, match=r"further=\['VDN'\] is not allowed: these are lines of the paper's figure"):
+        Figure(**figure)
 
 
 def test_a_figure_is_drawn_on_its_own_environments_alone():

@@ -537,6 +537,18 @@ def test_a_line_looks_the_same_whichever_others_are_there(
     assert looks[0]["VDN, slow"] == looks[1]["VDN, slow"] != looks[1]["IQL"]
 
 
+def test_further_lines_are_drawn_if_they_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = figures.load_figure("fig2")
+    chosen = {"num_seeds": 1, "quick": False, "train": True, "env": None, "absolute_factor": 1, "quick_overrides": []}
+
+    def planned(lines: list[str] | None) -> list[str]:
+        options = reproduce.ReproduceOptions(**chosen, lines=lines, out=str(tmp_path))
+        return [line.run.line for line in reproduce.plan(figure, "predator_prey", options, [])]
+
+    assert planned(None) == list(figure.lines)
+    assert planned(["dcg", "qmix", "pqn_vdn"]) == ["QMIX", "DCG", "PQN-VDN"]
+
+
 def test_figures_share_the_runs_that_they_have_in_common() -> None:
     folders: dict[Path, set[tuple[str, ...]]] = {}
     for name in figures.figure_names():

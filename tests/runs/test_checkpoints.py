@@ -108,6 +108,7 @@ def test_swept_failed_and_finished_members_go_on_to_the_bit(cut: Callable[..., P
     assert_same_run(run_dir, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_seeds_on_another_number_of_devices(
     cut: Callable[..., Path], straight: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

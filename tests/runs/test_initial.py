@@ -182,6 +182,7 @@ def test_adams_counter_is_common_to_all_nets(source: Path) -> None:
     assert str(refused.value) == message
 
 
+@pytest.mark.slow
 def test_moments_are_taken_where_both_runs_have_them(source: Path, tmp_path: Path) -> None:
     run_dir, options = tmp_path / "run", (*TINY, "algo.standardise_returns=true")
     assert main(*options, f"run_dir={run_dir}") == 0

@@ -241,6 +241,7 @@ def test_a_setting_that_is_none_is_refused(value: str) -> None:
         load_config("+algo=vdn", f"compilation_cache={value}")
 
 
+@pytest.mark.slow
 def test_it_may_change_when_a_run_is_resumed(tmp_path: Path) -> None:
     assert main(*TINY, "total_env_steps=1", f"run_dir={tmp_path / 'run'}") == 0
     assert main(f"resume={tmp_path / 'run'}", "compilation_cache=false") == 0

@@ -129,7 +129,7 @@ def test_seeds_spread_over_devices_give_the_solo_numbers_to_the_bit():
     [
         (tiny_wqmix(**BIG_BATCH), ENV, 30),
         pytest.param(tiny_masac(**BIG_BATCH), ENV, 30, marks=pytest.mark.slow),
-        (tiny_masac(**BIG_BATCH), LONG, 90),  # its rows are packed
+        pytest.param(tiny_masac(**BIG_BATCH), LONG, 90, marks=pytest.mark.slow),  # its rows are packed
         pytest.param(tiny_ppo(batch_size=8, buffer_size=8), ENV, 60, marks=pytest.mark.slow),
     ],
     ids=["cw_qmix", "masac", "masac packed", "ppo"],
@@ -157,6 +157,7 @@ def test_a_batch_is_shared_only_where_the_loss_is_a_mean_over_its_steps():
     assert len(train_sharding(tiny_run(algo, ENV), 1).device_set) == 1
 
 
+@pytest.mark.slow
 def test_chunk_sizes_never_change_the_numbers():
     runs = [tiny_run(tiny_wqmix(), ENV, eval_interval=24, chunk_iterations=size) for size in (1, 3)]
     (one, one_by_one), (many, by_three) = trained(runs[0], [0, 1], 6), trained(runs[1], [0, 1], 2)
@@ -164,7 +165,9 @@ def test_chunk_sizes_never_change_the_numbers():
     same(one, many)
 
 
-@pytest.mark.parametrize("seeds", [[0], [0, 1]], ids=["one device", "two devices"])
+@pytest.mark.parametrize(
+    "seeds", [[0], pytest.param([0, 1], marks=pytest.mark.slow)], ids=["one device", "two devices"]
+)
 def test_one_program_runs_any_number_of_iterations(seeds):
     """The rows past the last are zeros, and nothing is compiled for another number."""
     config = tiny_run(tiny_wqmix(), ENV, eval_interval=24, chunk_iterations=6)
@@ -231,7 +234,7 @@ def test_a_finished_seed_costs_no_learner_call(monkeypatch):
     assert not min(seen, key=np.sum).any()
 
 
-@pytest.mark.parametrize("env", [ENV, LONG], ids=["whole", "packed"])
+@pytest.mark.parametrize("env", [ENV, pytest.param(LONG, marks=pytest.mark.slow)], ids=["whole", "packed"])
 @pytest.mark.parametrize("what", ["params", "loss"])
 def test_a_failed_seed_is_frozen_at_its_first_bad_step_and_the_others_never_notice(what, env):
     trainer = _shared_trainer(env)
@@ -282,6 +285,7 @@ def test_training_never_copies_the_replay(num_seeds, num_envs):
     assert not re.search(copies, compiled.as_text())
 
 
+@pytest.mark.slow
 def test_several_updates_per_iteration_are_counted_and_draw_different_batches():
     config = tiny_run(tiny_wqmix(buffer_size=50), ENV, updates_per_iteration=3)
     state, records = trained(config, [0], 6)
@@ -374,7 +378,7 @@ def same_to_rounding(one, other, where=slice(None)):
     [
         pytest.param(tiny_wqmix(**FIVE, returns="td_lambda"), marks=pytest.mark.slow),
         pytest.param(tiny_wqmix(**FIVE, returns="sarsa_lambda"), marks=pytest.mark.slow),
-        tiny_masac(**FIVE),
+        pytest.param(tiny_masac(**FIVE), marks=pytest.mark.slow),
         pytest.param(tiny_maddpg(**FIVE), marks=pytest.mark.slow),
         pytest.param(tiny_wqmix(**FIVE, returns="n_step", standardise_rewards=True), marks=pytest.mark.slow),
         tiny_wqmix(**FIVE, returns="q_lambda", **OPTIONS),
@@ -399,7 +403,9 @@ def test_short_episodes_that_share_rows_teach_what_they_teach_apart(algo, monkey
         pytest.param("tpu", "cut", tiny_wqmix(**FIVE, returns="td_lambda"), SHORT, marks=pytest.mark.slow),
         ("gpu", "cut", tiny_masac(**FIVE), LENGTHS),
         pytest.param("tpu", "bounded", tiny_maddpg(**FIVE), LENGTHS, marks=pytest.mark.slow),
-        ("tpu", "bounded", tiny_wqmix(**FIVE, returns="q_lambda", **OPTIONS), LENGTHS),
+        pytest.param(
+            "tpu", "bounded", tiny_wqmix(**FIVE, returns="q_lambda", **OPTIONS), LENGTHS, marks=pytest.mark.slow
+        ),
         pytest.param("tpu", "bounded", tiny_resq(**FIVE, returns="td_lambda"), LENGTHS, marks=pytest.mark.slow),
         pytest.param("tpu", "bounded", tiny_dcg(**FIVE), LENGTHS, marks=pytest.mark.slow),
         pytest.param(

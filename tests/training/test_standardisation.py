@@ -82,7 +82,9 @@ def test_a_loss_sees_scaled_or_standardised_rewards(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["iql", "vdn", "qplex", "cw_qmix", "qtran", "resq", "powqmix", "dcg"])
-@pytest.mark.parametrize("returns", ["one_step", "td_lambda", "q_lambda"])
+@pytest.mark.parametrize(
+    "returns", ["one_step", *(pytest.param(returns, marks=pytest.mark.slow) for returns in ("td_lambda", "q_lambda"))]
+)
 def test_networks_learn_standardised_returns_of_plain_rewards(name: str, returns: str) -> None:
     """With mean 3 and deviation 2: the value 3 + 2 V of the next state is bootstrapped from."""
     algo = dataclasses.replace(every_algorithm()[name], returns=returns, standardise_returns=True, td_lambda=0.5)
