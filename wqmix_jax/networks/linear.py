@@ -3,20 +3,35 @@
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from wqmix_jax.networks.functional import block_form
-from wqmix_jax.types import Array
+from wqmix_jax.types import Array, PRNGKey
 
 
 def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
     """Returns the initialiser U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default for weights and biases alike."""
     bound = fan_in**-0.5
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def orthogonal(gain: float = 1.0) -> nn.initializers.Initializer:
+    """Returns flax's orthogonal initialiser, which under `jax.vmap` draws one matrix after the other.
+
+    On CPUs, jaxlib decomposes a stack of matrices in a thread of the pool of all devices, which waits for other threads
+    of that pool. Where several devices draw stacks (seeds, gates, separate agents) at the same time, all threads may
+    wait for each other forever. A single matrix needs no other thread.
+    """
+    initializer = nn.initializers.orthogonal(gain)
+
+    def draw(key: PRNGKey, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+        return jax.custom_batching.sequential_vmap(lambda key: initializer(key, shape, dtype))(key)
+
+    return draw
 
 
 def magnitude(inputs: Array) -> Array:
@@ -84,7 +99,7 @@ class Linear(nn.Module):
         """Returns the weights for inputs of this width."""
         kernel_init = bias_init = torch_uniform(num_inputs)
         if self.gain is not None:
-            kernel_init, bias_init = nn.initializers.orthogonal(self.gain), nn.initializers.zeros
+            kernel_init, bias_init = orthogonal(self.gain), nn.initializers.zeros
         return LinearWeights(
             self.param("kernel", kernel_init, (num_inputs, self.features), jnp.float32),
             self.param("bias", bias_init, (self.features,), jnp.float32),

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from wqmix_jax.networks.linear import LinearWeights, product, torch_uniform
+from wqmix_jax.networks.linear import LinearWeights, orthogonal, product, torch_uniform
 from wqmix_jax.types import Array, PRNGKey, PyTree
 
 
@@ -264,5 +264,5 @@ class GRU(nn.Module):
 
 def _orthogonal_gates(key: PRNGKey, shape: tuple[int, int], dtype: Any) -> Array:
     """Draws the three gates' kernels ``[F, H]``, each orthogonal, and returns them side by side, ``[F, 3H]``."""
-    draw = functools.partial(nn.initializers.orthogonal(), shape=(shape[0], shape[1] // 3), dtype=dtype)
+    draw = functools.partial(orthogonal(), shape=(shape[0], shape[1] // 3), dtype=dtype)
     return jax.vmap(draw, out_axes=1)(jax.random.split(key, 3)).reshape(shape)
