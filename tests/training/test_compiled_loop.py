@@ -197,8 +197,8 @@ def test_evaluation_changes_nothing_and_draws_from_its_own_keys():
 
 
 def test_a_finished_seed_is_frozen_to_the_bit_while_another_goes_on():
-    """Also its replay and keys, and at the same step whether the others are there or not."""
-    config = tiny_run(tiny_wqmix(), ENV, total_env_steps=14)
+    """Also its replay, moments and keys, and at the same step whether the others are there or not."""
+    config = tiny_run(tiny_wqmix(standardise_rewards=True), ENV, total_env_steps=14)
     trainer = make_trainer(config)
     state, frozen = trainer.init([0, 1, 2, 3]), {}
     for _ in range(12):
@@ -398,7 +398,7 @@ def test_short_episodes_that_share_rows_teach_what_they_teach_apart(algo, monkey
 @pytest.mark.parametrize(
     ("platform", "batches", "algo", "lengths"),
     [
-        ("tpu", "bounded", tiny_wqmix(**FIVE, returns="td_lambda"), LENGTHS),
+        pytest.param("tpu", "bounded", tiny_wqmix(**FIVE, returns="td_lambda"), LENGTHS, marks=pytest.mark.slow),
         pytest.param("gpu", "bounded", tiny_wqmix(**FIVE, returns="td_lambda"), SHORT, marks=pytest.mark.slow),
         pytest.param("tpu", "cut", tiny_wqmix(**FIVE, returns="td_lambda"), SHORT, marks=pytest.mark.slow),
         ("gpu", "cut", tiny_masac(**FIVE), LENGTHS),
@@ -417,6 +417,18 @@ def test_short_episodes_that_share_rows_teach_what_they_teach_apart(algo, monkey
 def test_accelerators_learn_what_a_cpu_learns(platform, batches, algo, lengths):
     """Nets are unrolled in blocks; bounded batches as far as the longest episode of all seeds."""
     same_to_rounding(learned_from_lengths(algo, batches, platform, lengths), learned_from_whole_batches(algo, lengths))
+
+
+def test_a_bounded_batch_ends_with_the_last_place_of_its_longest_episode():
+    """The place after a last step fills another block, and whole episodes fill the last one."""
+    algo, places = tiny_wqmix(**FIVE, returns="td_lambda"), LONG.spec.episode_limit + 1
+    block = BLOCK_FORMS["tpu"].block_length(places)
+    assert 1 < block < places
+    bounded = make_trainer(run_of_five(algo), batches="bounded", platform="tpu")
+    whole = make_trainer(run_of_five(algo), batches="whole", platform="cpu")
+    for longest in (block, places - 1):
+        state = with_episodes(algo, ((longest,) * 5, (longest, 3, 3, 3, 3)))
+        same_to_rounding(bounded.learn(state), whole.learn(state))
 
 
 @pytest.mark.parametrize(
