@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ def predator_prey(**changes):
     return build("env", load_group("env", "predator_prey") | changes)
 
 
+@functools.partial(jax.jit, static_argnums=0)  # compiled once; operation by operation it takes many times as long
 def plain_episode(env, key, length, terminated):
     """Returns a random walk twice: compact as the replay takes it, and as plain float32 arrays."""
     limit, (num_agents, num_actions) = env.spec.episode_limit, env.spec[:2]
@@ -48,6 +51,10 @@ def plain_episode(env, key, length, terminated):
     )
 
 
+def decoded(replay, rows, num_steps):
+    return jax.jit(replay.decode, static_argnums=1)(rows, num_steps)
+
+
 def stacked(trees):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
@@ -62,7 +69,7 @@ def test_samples_are_bit_identical_to_a_plain_float32_replay(env):
     for stored, _ in pairs:
         state = replay.add(state, jax.tree.map(lambda leaf: leaf[None], stored), jnp.bool_(True))
     rows = jax.vmap(replay.sample, (None, 0))(state, jax.random.split(jax.random.key(9), 5)).reshape(20, -1)
-    batch = jax.jit(replay.decode, static_argnums=1)(rows, 12)
+    batch = decoded(replay, rows, 12)
     plain = stacked([episode for _, episode in pairs])
     drawn = [int(np.flatnonzero((np.array(plain.state) == state_).all((1, 2)))[-1]) for state_ in np.array(batch.state)]
     assert set(drawn) == {1, 2, 3, 4}
@@ -80,7 +87,7 @@ def test_a_cut_batch_is_the_beginning_of_the_whole_one():
     pairs = [plain_episode(env, jax.random.key(i), 5, True) for i in range(4)]
     state = replay.add(replay.init(), stacked([stored for stored, _ in pairs]), jnp.bool_(True))
     rows = replay.sample(state, jax.random.key(0))
-    whole, cut = replay.decode(rows, 12), replay.decode(rows, 6)
+    whole, cut = decoded(replay, rows, 12), decoded(replay, rows, 6)
     np.testing.assert_array_equal(replay.lengths(rows), [5] * 4)
     for full, short in zip(*map(jax.tree.leaves, (whole, cut)), strict=True):
         np.testing.assert_array_equal(full[:, : short.shape[1]], short)
@@ -92,7 +99,7 @@ def test_a_batch_can_be_longer_than_its_episodes():
     replay = make_replay(env, buffer_size=4, batch_size=4)
     pairs = [plain_episode(env, jax.random.key(i), length, False) for i, length in enumerate((12, 12, 5, 1))]
     state = replay.add(replay.init(), stacked([stored for stored, _ in pairs]), jnp.bool_(True))
-    whole, padded = (replay.decode(state.experience[0], num_steps) for num_steps in (12, 15))
+    whole, padded = (decoded(replay, state.experience[0], num_steps) for num_steps in (12, 15))
     assert (padded.obs.shape[1], padded.mask.shape[1]) == (16, 15)
     for name in Episode._fields[:7]:
         full, longer = getattr(whole, name), getattr(padded, name)
@@ -107,7 +114,7 @@ def test_padding_is_zero_even_where_the_first_state_is_stored_as_zero():
     lengths = np.array([12, 7, 5, 1])
     pairs = [plain_episode(env, jax.random.key(i), length, False) for i, length in enumerate(lengths)]
     state = replay.add(replay.init(), stacked([stored for stored, _ in pairs]), jnp.bool_(True))
-    batch = replay.decode(state.experience[0], 12)
+    batch = decoded(replay, state.experience[0], 12)
     expected = np.broadcast_to((np.arange(13) <= lengths[:, None])[..., None], (4, 13, 2))  # of two agents
     np.testing.assert_array_equal(batch.obs.sum(-1), expected)
     np.testing.assert_array_equal(batch.compact(), batch.obs)
@@ -123,7 +130,7 @@ def test_a_packed_batch_has_what_the_whole_one_has_at_each_place(env):
     rows = state.experience[0]
     layout, num_rows = first_fit_rows(replay.lengths(rows), 12)
     assert int(num_rows) == 2
-    whole, packed = replay.decode(rows, 12), jax.jit(replay.decode_packed)(rows, layout)
+    whole, packed = decoded(replay, rows, 12), jax.jit(replay.decode_packed)(rows, layout)
     np.testing.assert_array_equal(packed.starts, layout.filled & (layout.step == 0))
     assert int(packed.starts.sum()) == 4
     assert int(packed.mask.sum()) == 12 + 2 + 1 + 6

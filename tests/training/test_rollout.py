@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -35,7 +36,7 @@ def decoded(env, played):
     episodes = jax.tree.map(lambda leaf: leaf[0], played.episodes)
     state = replay.add(replay.init(), episodes, jnp.bool_(True))
     rows = state.experience[0, : episodes.length.shape[0]]
-    return replay.decode(rows, env.spec.episode_limit)
+    return jax.jit(replay.decode, static_argnums=1)(rows, env.spec.episode_limit)
 
 
 def test_last_action_and_carry_start_afresh_and_move_by_one_each_step():
@@ -115,16 +116,9 @@ def test_a_seed_plays_the_same_alone_and_in_company():
     keys = jax.random.split(jax.random.key(1), 3)
     ctx, hp = Context(jnp.float32(0.5), jnp.int32(0), jnp.int32(0)), hyperparams(algo)
     each = lambda tree, n: jax.tree.map(lambda leaf: jnp.full(n, leaf), tree)  # noqa: E731
-    together = rollout(CLOCK, algo, params, each(hp, 3), each(ctx, 3), keys, num_envs=4)
-    alone = rollout(
-        CLOCK,
-        algo,
-        by_seed(jax.tree.map(lambda leaf: leaf[1], params)),
-        each(hp, 1),
-        each(ctx, 1),
-        keys[1:2],
-        num_envs=4,
-    )
+    played = jax.jit(functools.partial(rollout, CLOCK, algo, num_envs=4))
+    together = played(params, each(hp, 3), each(ctx, 3), keys)
+    alone = played(by_seed(jax.tree.map(lambda leaf: leaf[1], params)), each(hp, 1), each(ctx, 1), keys[1:2])
     for many, one in zip(jax.tree.leaves(together.episodes), jax.tree.leaves(alone.episodes), strict=True):
         np.testing.assert_array_equal(many[1], one[0])
 
