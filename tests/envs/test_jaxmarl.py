@@ -269,6 +269,7 @@ SMALL = ("num_seeds=2", "total_env_steps=60", "eval_interval=30", "eval_episodes
 NARROW = ("algo.buffer_size=4", "algo.hidden_dim=8", "env.episode_limit=10")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [SPEAKER, *(pytest.param(name, marks=pytest.mark.slow) for name in SIZES)])
 def test_a_game_trains_for_a_few_iterations(name: str) -> None:
     _, records = train_seeds(load_config("+algo=vdn", "env=jaxmarl", f"env.name={name}", *SMALL, *NARROW), [0, 1])

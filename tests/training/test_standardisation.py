@@ -125,6 +125,7 @@ def test_a_run_counts_every_replayed_step_and_only_while_it_learns() -> None:
     assert all(jax.tree.leaves(jax.tree.map(lambda leaf: bool(jnp.isfinite(leaf).all()), state.learner.moments)))
 
 
+@pytest.mark.slow
 def test_a_schedule_that_is_made_longer_is_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for name, option, is_reported in (
         ("linear", "algo.lr_schedule=linear", True),
@@ -138,6 +139,7 @@ def test_a_schedule_that_is_made_longer_is_reported(tmp_path: Path, capfd: pytes
         assert (warning in capfd.readouterr().err) == is_reported
 
 
+@pytest.mark.slow
 def test_a_run_continues_exactly(tmp_path: Path) -> None:
     options = ["algo.standardise_rewards=true", "algo.standardise_returns=true", "algo.optimizer=adam"]
     options += ["algo.lr_schedule=cosine", "algo.target_update_tau=0.05", "checkpoint.keep=9"]
