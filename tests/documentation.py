@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import wqmix_jax
 from tests.running import ROOT
+from wqmix_jax import load_config
+from wqmix_jax.config import names
 
 PAGES = ("README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs/pages").rglob("*.md")))
 
@@ -101,7 +103,14 @@ def shortened(command: str) -> str:
     if any(text.startswith("resume=") for text in arguments):
         return _with(command, ["total_env_steps=400"])
     known = [text for text in SHORT if not re.search(rf" {text.partition('=')[0]}=\S*,", command)]
+    if _is_on_policy(arguments):  # whose batches fill an iteration's episodes
+        known = [text for text in known if not text.startswith("algo.")]
     return " ".join([_with(command, known), *_short_episodes(arguments)])
+
+
+def _is_on_policy(arguments: Sequence[str]) -> bool:
+    chosen = next((text.removeprefix("+algo=") for text in arguments if text.startswith("+algo=")), "")
+    return chosen in names("algo").split(", ") and load_config(f"+algo={chosen}").algo.is_on_policy
 
 
 def _with(command: str, options: Sequence[str]) -> str:
