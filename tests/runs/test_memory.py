@@ -321,7 +321,7 @@ def test_a_run_on_a_full_gpu_ends_with_one_line(tmp_path, monkeypatch, capsys):
 def test_seeds_that_exceed_a_tpu_are_refused_by_its_compiler_and_learn_in_groups(monkeypatch):
     """64 seeds with large batches on one v5e, whose 16 GB hold the states but not all temporaries."""
     device = tpu_devices("v5e:2x2", monkeypatch)[0]
-    sizes = {"batch_size": 4096, "buffer_size": 4096, "hidden_dim": 64}
+    sizes = {"batch_size": 6144, "buffer_size": 6144, "hidden_dim": 64}
     algo = build("algo", {"_target_": "wqmix_jax.algos.iql.IQL", **TD, "weighting": "uniform", "alpha": 1.0, **sizes})
     config, members = tiny_run(algo, Clock(episode_limit=15, ends_from=15)), make_members(algo, range(64), {})
     refusals, compile_trainer = [], memory.compile_trainer
