@@ -1,20 +1,18 @@
 """Recordings of COMA and LIIR: a learner call with the gradients of its steps, and its values by their names."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.parity.comparison import Arrays
 from wqmix_jax.algos.base import Aux, Context, Hyperparams, Trained
 from wqmix_jax.algos.coma import ACTORS, COMA
 from wqmix_jax.algos.liir import LIIR
 from wqmix_jax.networks.coma_critic import critic_inputs
 from wqmix_jax.training.learner import LearnerState, optimizer_step
 from wqmix_jax.types import Episode, PyTree
-
-Arrays = Mapping[str, np.ndarray]
 
 
 def noise(arrays: Arrays, dtype: str) -> np.ndarray:

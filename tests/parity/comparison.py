@@ -1,9 +1,13 @@
 """Comparing arrays with recorded ones, and what is printed of it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+
+Arrays = Mapping[str, np.ndarray]
+"""A recording, or a part of it."""
 
 
 class Tolerance(NamedTuple):

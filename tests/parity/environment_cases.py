@@ -7,12 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.parity.comparison import Report
+from tests.parity.comparison import Arrays, Report
 from wqmix_jax.config import load_group
 from wqmix_jax.envs.predator_prey.task import EnvState, Noise, PredatorPrey
 from wqmix_jax.options import build
-
-Arrays = Mapping[str, np.ndarray]
 
 
 def compare(arrays: Arrays, config: Mapping[str, Any]) -> Report:
