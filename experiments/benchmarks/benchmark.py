@@ -172,9 +172,14 @@ def learner_rows(config: RunConfig, name: str) -> list[Row]:
 
 
 def one_batch_config(config: RunConfig) -> RunConfig:
-    """Returns the options of a trainer whose `learn` takes one step, and whose replay holds one batch."""
-    algo = dataclasses.replace(config.algo, buffer_size=config.algo.batch_size)
-    return dataclasses.replace(config, algo=algo, updates_per_iteration=1)
+    """Returns the options of a trainer whose `learn` takes one step, and whose replay holds one batch.
+
+    The batch of an on-policy algorithm is then all episodes of an iteration.
+    """
+    size = config.algo.batch_size
+    algo = dataclasses.replace(config.algo, buffer_size=size)
+    num_envs = size if config.algo.is_on_policy else config.num_envs
+    return dataclasses.replace(config, algo=algo, num_envs=num_envs, updates_per_iteration=1)
 
 
 def learner_calls(trainer: Trainer) -> Callable[[TrainState], TrainState]:

@@ -19,10 +19,11 @@ from experiments.benchmarks import (
     short_episodes,
     smax_benchmark,
 )
-from experiments.benchmarks.benchmark import endless, matmul_flops
+from experiments.benchmarks.benchmark import endless, matmul_flops, one_batch_config
 from experiments.examples import demo
 from experiments.tabular import claims, deep, exact
 from wqmix_jax import load_config
+from wqmix_jax.config import names
 from wqmix_jax.networks import linear, recurrent
 
 SMALL = ("env=matrix_game", "algo.batch_size=4", "algo.hidden_dim=8")
@@ -211,3 +212,12 @@ def test_products_are_replaced_where_nets_use_them_and_put_back():
     with precision.replaced_products(precision.PRECISIONS["bfloat16"]):
         assert linear.product is recurrent.product is not own
     assert linear.product is recurrent.product is own
+
+
+@pytest.mark.parametrize("algo", names("algo").split(", "))
+def test_a_learner_call_of_every_algorithm_can_be_timed(algo):
+    config = load_config(f"+algo={algo}")
+    one_batch = one_batch_config(config)
+    assert (one_batch.algo.batch_size, one_batch.algo.buffer_size) == (config.algo.batch_size,) * 2
+    assert one_batch.updates_per_iteration == 1
+    assert not config.algo.is_on_policy or one_batch.num_envs == config.algo.batch_size
