@@ -270,7 +270,7 @@ NARROW = ("algo.buffer_size=4", "algo.hidden_dim=8", "env.episode_limit=10")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [SPEAKER, *(pytest.param(name, marks=pytest.mark.slow) for name in SIZES)])
+@pytest.mark.parametrize("name", [SPEAKER, *SIZES])
 def test_a_game_trains_for_a_few_iterations(name: str) -> None:
     _, records = train_seeds(load_config("+algo=vdn", "env=jaxmarl", f"env.name={name}", *SMALL, *NARROW), [0, 1])
     assert {record["seed"] for record in records if record["kind"] == "eval"} == {0, 1}

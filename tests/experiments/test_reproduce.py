@@ -537,7 +537,7 @@ def test_a_line_looks_the_same_whichever_others_are_there(
     assert looks[0]["VDN, slow"] == looks[1]["VDN, slow"] != looks[1]["IQL"]
 
 
-def test_further_lines_are_drawn_if_they_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_further_lines_are_drawn_if_they_are_named(tmp_path: Path) -> None:
     figure = figures.load_figure("fig2")
     chosen = {"num_seeds": 1, "quick": False, "train": True, "env": None, "absolute_factor": 1, "quick_overrides": []}
 
